@@ -1,0 +1,12 @@
+"""CLOVER (Cross-Layer Orthogonal Vectors, arXiv 2411.17426) as a PEFT method. Importing registers it with peft."""
+
+from .config import CloverConfig
+from .layer import CloverLayer
+from .model import CloverModel, explicit_factors
+from .registration import register
+
+
+__version__ = "0.1.0"
+__all__ = ["CloverConfig", "CloverLayer", "CloverModel", "explicit_factors"]
+
+register(CloverConfig, CloverModel)

@@ -1,0 +1,237 @@
+"""`CloverConfig`: the choices of a CLOVER adapter, checked at construction."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from safetensors import SafetensorError, safe_open
+
+from peft.config import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+from .registration import CLOVER
+
+
+@dataclass
+class CloverConfig(PeftConfig):
+    """Configuration of a [`CloverModel`]. Every field is optional.
+
+    Args:
+        r: Directions trained in each block, the leading ones by singular value. None trains the whole block.
+        s_matrix: "full" trains an r x r matrix per block, "diagonal" its r diagonal entries.
+        target_modules: Module names (suffixes), a regular expression, or "all-linear". None: the modules that compute
+            key, value and up-projection, by the table of architectures.
+        exclude_modules: Module names or a regular expression to leave out.
+        cross_layer: Pair value with output and, where no rotary embedding stands between, key with query (the paper's
+            cross-layer form). False decomposes every projection alone.
+        block_size: Features per block of attention projections. None: one block a head. A divisor of the head splits
+            it; a multiple spans several heads, for intra-layer targets only.
+        mlp_block_size: Features per block of the other projections. None: the largest divisor of the output features
+            that is at most 64.
+        basis: Basis of intra-layer targets, "qr" or "svd". None: "qr" for a full matrix over a whole block, else "svd".
+        truncate: Drop the directions beyond the leading r instead of leaving them as they are: the initial function is
+            that of the truncated base (the paper's CLOVER-dagger without narrowing). Needs `r` or `rank_pattern`.
+        clover_dropout: Dropout probability on the input of the map.
+        bias: "none", "all" or "clover_only": which biases of the base are trained too.
+        save_bases: True saves the bases with S (self-contained). False saves S alone; the bases are recomputed at load
+            and checked. "folded" saves one d x d map per block, for inference.
+        init_weights: True starts as the base model, bit for bit. False starts visibly elsewhere (for tests).
+        check_base: Refuse to load onto a base model whose singular values differ from those recorded in the adapter by
+            more than rounding explains.
+        modules_to_save: Modules to train and save whole.
+        trainable_token_indices: Token indices whose embeddings are trained, or a dict from embedding name to indices.
+        layers_to_transform: Layer index or indices to adapt; 0 is one.
+        layers_pattern: Name of the module list that the indices count, if it is not a common one.
+        rank_pattern: Module name or regular expression -> r for the modules it matches.
+        head_dim: Output features of a head, for models that the table does not know.
+        num_heads: Heads of each target, for models that the table does not know.
+        folded: Set in the config of an adapter saved with `save_bases="folded"`; not for new adapters.
+        base_precision: Set when the adapter is made: the precision of the base weights, such as "bfloat16".
+
+    Raises:
+        ValueError: for values outside these choices and for combinations that have no meaning.
+    """
+
+    r: int | None = field(default=None, metadata={"help": "Leading directions trained per block; None for all."})
+    s_matrix: Literal["full", "diagonal"] = field(
+        default="full", metadata={"help": "Train the full r x r matrix of each block, or its diagonal."}
+    )
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Module names, a regex or 'all-linear'; None: key, value and up-projection."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Module names or a regex to leave out."}
+    )
+    cross_layer: bool = field(default=True, metadata={"help": "Pair V with O, and Q with K where positions allow."})
+    block_size: int | None = field(default=None, metadata={"help": "Features per block of attention projections."})
+    mlp_block_size: int | None = field(default=None, metadata={"help": "Features per block of other projections."})
+    basis: Literal["qr", "svd"] | None = field(default=None, metadata={"help": "Basis of intra-layer targets."})
+    truncate: bool = field(default=False, metadata={"help": "Drop the directions beyond r instead of keeping them."})
+    clover_dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the input of the map."})
+    bias: Literal["none", "all", "clover_only"] = field(
+        default="none", metadata={"help": "Biases of the base to train: 'none', 'all' or 'clover_only'."}
+    )
+    save_bases: bool | Literal["folded"] = field(
+        default=True, metadata={"help": "Save bases with S (True), S alone (False) or one folded map ('folded')."}
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "Start as the base model; False starts elsewhere, for tests."}
+    )
+    check_base: bool = field(default=True, metadata={"help": "Refuse to load onto a different base model."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train and save whole."})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Token indices whose embeddings are trained."}
+    )
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to adapt."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Module name or regex -> r."})
+    head_dim: int | None = field(default=None, metadata={"help": "Features of a head, for unknown models."})
+    num_heads: int | None = field(default=None, metadata={"help": "Heads of each target, for unknown models."})
+    folded: bool = field(default=False, metadata={"help": "Set by save_bases='folded'; not for new adapters."})
+
+    base_precision: str | None = field(default=None, metadata={"help": "Set when made: precision of the base."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = CLOVER
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        self._check_choices()
+        self._check_numbers()
+        self._check_combinations()
+
+    def _check_choices(self) -> None:
+        choices = {
+            "s_matrix": ("full", "diagonal"),
+            "basis": (None, "qr", "svd"),
+            "bias": ("none", "all", "clover_only"),
+            "save_bases": (True, False, "folded"),
+            **{f.name: (True, False) for f in fields(self) if f.type == "bool"},
+        }
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in allowed):
+                raise ValueError(f"CloverConfig.{name}: expected one of {list(allowed)}, found {value!r}")
+
+    def _check_numbers(self) -> None:
+        for name in ("r", "block_size", "mlp_block_size", "head_dim", "num_heads"):
+            _check_positive(name, getattr(self, name), optional=True)
+        for pattern, rank in self.rank_pattern.items():
+            _check_positive(f"rank_pattern[{pattern!r}]", rank)
+        if not 0 <= self.clover_dropout < 1:
+            raise ValueError(f"CloverConfig.clover_dropout: expected 0 <= p < 1, found {self.clover_dropout}")
+
+    def _check_combinations(self) -> None:
+        if self.s_matrix == "diagonal" and self.basis == "qr":
+            raise ValueError(
+                "CloverConfig: s_matrix='diagonal' has no meaning in the QR basis, whose matrix is triangular; use "
+                "basis='svd' (or None) or s_matrix='full'"
+            )
+        if self.truncate and self.r is None and not self.rank_pattern:
+            raise ValueError("CloverConfig: truncate=True drops the directions beyond r; pass r=... or rank_pattern")
+        if self.truncate and self.basis == "qr":
+            raise ValueError(
+                "CloverConfig: truncate=True needs leading directions, which the QR basis has not; use basis='svd'"
+            )
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"CloverConfig: {name} cannot be used with a regular expression in target_modules; "
+                        "put the layers into the expression, or pass a list of names"
+                    )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("CloverConfig: layers_pattern needs layers_to_transform; pass both or neither")
+        if self.folded and not self.inference_mode:
+            raise ValueError(
+                "CloverConfig: a folded adapter holds maps for inference and cannot be trained; load it with "
+                "is_trainable=False, or train from an adapter saved with save_bases=True"
+            )
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """Write `adapter_config.json`; an adapter saved folded is described as what its file holds.
+
+        The model card beside it, if there is one, is told that `import clover_peft` comes first.
+        """
+        config = self
+        if self.save_bases == "folded" and not self.folded:
+            # The file holds whole maps: how they were trained (rank, basis, truncation) no longer matters.
+            state = {f.name: getattr(self, f.name) for f in fields(self)}
+            state.update(
+                r=None, rank_pattern={}, s_matrix="full", basis=None, truncate=False, folded=True, inference_mode=True
+            )
+            config = type(self)(**state)
+        PeftConfig.save_pretrained(config, save_directory, **kwargs)
+        _complete_model_card(os.path.join(save_directory, "README.md"), config)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
+        """Load a config; a local adapter's weight file is checked first, so that a broken one changes no model.
+
+        Raises:
+            ValueError: if `adapter_model.safetensors` beside the config is truncated, corrupt or of another method.
+        """
+        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        check_weight_file(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        # Not a field: where the weights that come next are from. An adapter that they do not fit is taken out again.
+        config.source = str(pretrained_model_name_or_path)
+        return config
+
+
+def check_weight_file(path: str) -> None:
+    """Check that an adapter's weight file, if it exists, can be read and is CLOVER's.
+
+    Raises:
+        ValueError: naming the file, what is wrong with it and what to do.
+    """
+    if not os.path.exists(path):
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path}: expected a whole safetensors file, found one that cannot be read ({error}); it was probably cut "
+            "short or overwritten: copy or download it again"
+        ) from error
+    if not any(".clover_S." in key or key.startswith("clover_S.") for key in keys):
+        raise ValueError(
+            f"{path}: expected a CLOVER adapter (keys with clover_S), found {len(keys)} keys such as "
+            f"{keys[0] if keys else 'none'!r}; load it with the method named in its own adapter_config.json"
+        )
+
+
+def _check_positive(name: str, value: object, optional: bool = False) -> None:
+    if optional and value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(
+            f"CloverConfig.{name}: expected a positive integer{' or None' if optional else ''}, found {value!r}"
+        )
+
+
+_CARD_HEADING = "## How to load"
+
+
+def _complete_model_card(path: str, config: CloverConfig) -> None:
+    """Add the loading recipe to the model card that peft wrote, once."""
+    if not os.path.isfile(path):
+        return
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    if _CARD_HEADING in text:
+        return
+    base = config.base_model_name_or_path or "<base model>"
+    recipe = (
+        f"\n\n{_CARD_HEADING}\n\nThis is a CLOVER adapter (arXiv 2411.17426). Install `clover-peft` and import it before "
+        "loading, or peft will not know the method:\n\n```python\nimport clover_peft  # registers CLOVER with peft\n"
+        "from peft import AutoPeftModelForCausalLM\n\n"
+        f'model = AutoPeftModelForCausalLM.from_pretrained("<this adapter>")  # base: {base}\n```\n'
+    )
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text.rstrip("\n") + recipe)

@@ -1,0 +1,521 @@
+"""`CloverLayer`: a linear projection followed by a trained map of every head onto itself.
+
+With `z = W x + b` the frozen projection's output and `z_h` its features in block h (ours; equal to the paper's
+`V S U^T`, Eq. 3 of arXiv 2411.17426, in the coordinates of the head):
+
+    y_h = z_h + E_h dS_h C_h z_h            S = S0 + dS
+    y_h =       E_h (S0 + dS_h) C_h z_h     with truncate=True
+
+`clover_U` holds C, `clover_V` holds E and `clover_S` the trained dS, zero at the start.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.quantization_utils import resolve_quantization_backend
+
+from .architectures import HeadSlice, Partner
+from .decomposition import Bases, fold
+
+
+_FROZEN = ("clover_U", "clover_V", "clover_S0")
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """How one slice of a target is adapted: everything but the numbers.
+
+    Attributes:
+        name: name of the slice's tensors ("weight" for the only slice of a target).
+        part: what the slice computes ("k", "v", "up", ...).
+        heads: its features.
+        size: features of a block, d.
+        r: directions trained in each block.
+        form: "full" (S is r x r) or "diagonal".
+        basis: "pair", "qr", "svd", or "folded" (no bases; S is the whole map of an adapter saved folded).
+        truncate: drop the directions beyond r.
+        partner: the projection a "pair" basis was made with. Not part of what makes two specs equal.
+    """
+
+    name: str
+    part: str
+    heads: HeadSlice
+    size: int
+    r: int
+    form: Literal["full", "diagonal"]
+    basis: Literal["pair", "qr", "svd", "folded"]
+    truncate: bool
+    partner: Partner | None = field(default=None, compare=False)
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks, H."""
+        return self.heads.features // self.size
+
+    @property
+    def s_shape(self) -> tuple[int, ...]:
+        """Shape of S: (H, r, r) or (H, r)."""
+        return (self.blocks, self.r, self.r) if self.form == "full" else (self.blocks, self.r)
+
+    @property
+    def base_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the frozen tensors by attribute; an identity is not stored."""
+        if self.basis == "folded":
+            return {}
+        shapes = {"clover_S0": (self.blocks, self.r), "clover_U": (self.blocks, self.r, self.size)}
+        if self.basis != "qr":
+            shapes["clover_V"] = (self.blocks, self.size, self.r)
+        return shapes
+
+
+class SliceTensors(nn.Module):
+    """One tensor per slice of a target: parameters (S) or persistent buffers (the bases).
+
+    A module, not a tensor in a dict, so that names read `clover_S.<adapter>.<slice>`: trainers find the parameters of an
+    adapter by `.<adapter>.` in their names. The tensors keep at least float32, whatever the model is cast to: rounding
+    in them is amplified by the condition of the head.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], trainable: bool = False) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            if trainable:
+                self.register_parameter(name, nn.Parameter(tensor))
+            else:
+                self.register_buffer(name, tensor)
+
+    def get(self, name: str) -> Tensor | None:
+        """The tensor of slice `name`, or None where it is an identity."""
+        return self._parameters.get(name) if name in self._parameters else self._buffers.get(name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SliceTensors:
+        def at_least_float32(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if result.is_floating_point() and result.dtype.itemsize < 4 <= tensor.dtype.itemsize:
+                return tensor.to(result.device)
+            return result
+
+        return super()._apply(at_least_float32, recurse)
+
+
+class CloverLayer(nn.Module, BaseTunerLayer):
+    """A projection with CLOVER adapters: `nn.Linear`, `Conv1D` or a quantised linear.
+
+    Args:
+        base_layer: the projection, or another tuner's layer around it.
+        adapter_name: its first adapter, which is active; `update_layer` makes it.
+        name: path of the target in the model, for messages.
+        quantization_kwargs: what peft's quantisation backends need from the model.
+
+    Raises:
+        TypeError: if bitsandbytes has repacked the 4-bit weight, which can then not be read back.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("clover_S",)
+    other_param_names: tuple[str, ...] = ("clover_U", "clover_V", "clover_S0", "clover_dropout", "specs")
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, name: str = "", quantization_kwargs: dict | None = None
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.name = name
+        self.clover_S = nn.ModuleDict()
+        self.clover_U = nn.ModuleDict()
+        self.clover_V = nn.ModuleDict()
+        self.clover_S0 = nn.ModuleDict()
+        self.clover_dropout = nn.ModuleDict()
+        self.specs: dict[str, tuple[BlockSpec, ...]] = {}
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter = [adapter_name]
+        self._missing_bases: set[str] = set()
+        # The base's own tensors while adapters are merged: plain attributes, so that they are neither trained nor saved.
+        self._original_weight: Tensor | None = None
+        self._original_bias: Tensor | None = None
+        base = self.get_base_layer()
+        self.fan_in_fan_out = isinstance(base, Conv1D)
+        self.quantization_backend = resolve_quantization_backend(base, **(quantization_kwargs or {}))
+        check_packing(base, name)
+
+    # ------------------------------------------------------------------ adapters
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        specs: tuple[BlockSpec, ...],
+        bases: dict[str, Bases] | None,
+        *,
+        dropout: float = 0.0,
+        init_weights: bool = True,
+        inference_mode: bool = False,
+    ) -> None:
+        """Add an adapter.
+
+        Args:
+            adapter_name: its name.
+            specs: the target's slices.
+            bases: slice name -> bases; None leaves them to be loaded, on the meta device.
+            dropout: probability on the input of the map.
+            init_weights: True starts at the base model, False visibly elsewhere.
+            inference_mode: the adapter is not trained.
+        """
+        device = torch.device("meta") if bases is None else self.weight.device
+        if bases and device.type == "meta":  # offloaded: the bases were computed where the weight is used
+            device = next(iter(bases.values())).coordinates.device
+        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        frozen: dict[str, dict[str, Tensor]] = {attribute: {} for attribute in _FROZEN}
+        s = {}
+        for spec in specs:
+            s[spec.name] = torch.zeros(spec.s_shape, dtype=dtype, device=device)
+            values = _as_tensors(bases[spec.name]) if bases is not None and spec.base_shapes else {}
+            for attribute, shape in spec.base_shapes.items():
+                value = values[attribute] if values else torch.empty(shape, device="meta")
+                frozen[attribute][spec.name] = value.to(device=device, dtype=dtype).contiguous()
+            if not init_weights and values:
+                # Random, and about half as large as the frozen part.
+                scale = 0.5 * values["clover_S0"].mean(-1) / (spec.r**0.5 if spec.form == "full" else 1)
+                noise = torch.randn_like(s[spec.name])
+                s[spec.name] = noise * scale.to(noise).view(-1, *[1] * (noise.ndim - 1))
+
+        self.specs[adapter_name] = specs
+        self.clover_S[adapter_name] = SliceTensors(s, trainable=True)
+        for attribute, tensors in frozen.items():
+            getattr(self, attribute)[adapter_name] = SliceTensors(tensors)
+        self.clover_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        self._missing_bases.discard(adapter_name)
+        if self.clover_S[adapter_name].get(specs[0].name).is_meta:  # also under `init_empty_weights`
+            for attribute in frozen:
+                getattr(self, attribute)[adapter_name].to("meta")
+            self._missing_bases.add(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def set_bases(self, adapter_name: str, bases: dict[str, Bases]) -> None:
+        """Fill in the bases of an adapter that was created without them, e.g. on the meta device."""
+        for spec in self.specs[adapter_name]:
+            values = _as_tensors(bases[spec.name])
+            for attribute in spec.base_shapes:
+                module = getattr(self, attribute)[adapter_name]
+                dtype = module.get(spec.name).dtype
+                module.register_buffer(spec.name, values[attribute].to(self.weight.device, dtype).contiguous())
+        self._missing_bases.discard(adapter_name)
+
+    def bases_to_share(self, specs: tuple[BlockSpec, ...]) -> dict[str, Bases] | None:
+        """The bases of an adapter of this layer with the same structure, if there is one.
+
+        They save a decomposition; and trainers that make a reference adapter copy parameters only, so that it must be
+        born with the same bases.
+        """
+        for adapter_name, known in self.specs.items():
+            if known == specs and adapter_name not in self._missing_bases:
+                return {spec.name: self._bases(adapter_name, spec) for spec in specs}
+        return None
+
+    def tensors(self, adapter_name: str, spec: BlockSpec) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """S, C, E and S0 of one slice; None for an identity, and for the S0 of a folded adapter."""
+        return tuple(getattr(self, a)[adapter_name].get(spec.name) for a in ("clover_S", *_FROZEN))
+
+    def _bases(self, adapter_name: str, spec: BlockSpec) -> Bases:
+        _, u, v, s0 = self.tensors(adapter_name, spec)
+        nothing = torch.zeros(spec.blocks)
+        return Bases(u, v, s0, nothing.long(), nothing)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapters.
+
+        Raises:
+            ValueError: if more than one of them truncates.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        truncating = [name for name in names if any(spec.truncate for spec in self.specs.get(name, ()))]
+        if len(truncating) > 1:
+            raise ValueError(
+                f"{self.name}: expected at most one active adapter with truncate=True, found {truncating}; activate one "
+                "of them, or merge one first"
+            )
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # Unlike peft's own: never to the dtype of the base layer.
+        target = device or self.weight.device
+        if target.type == "meta":
+            return
+        for attribute in ("clover_S", *_FROZEN):
+            tensors = getattr(self, attribute)
+            if adapter_name in tensors and not any(
+                t.is_meta for t in (*tensors[adapter_name].parameters(), *tensors[adapter_name].buffers())
+            ):
+                tensors[adapter_name].to(target)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        for adapter_name in list(self._missing_bases):
+            needed = [
+                f"{prefix}{attribute}.{adapter_name}.{spec.name}"
+                for spec in self.specs[adapter_name]
+                for attribute in ("clover_S", *spec.base_shapes)
+            ]
+            if all(key in state_dict for key in needed):
+                self._missing_bases.discard(adapter_name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CloverLayer:
+        super()._apply(fn, recurse)
+        if self._original_weight is not None:
+            self._original_weight = fn(self._original_weight)
+        if self._original_bias is not None:
+            self._original_bias = fn(self._original_bias)
+        return self
+
+    # ------------------------------------------------------------------ the map
+
+    def check_bases(self, adapter_name: str, action: str) -> None:
+        """Refuse to use an adapter whose bases were neither computed nor loaded.
+
+        Raises:
+            ValueError: naming the module and the remedy.
+        """
+        if adapter_name in self._missing_bases:
+            raise ValueError(
+                f"{self.name}: cannot {action} adapter {adapter_name!r}, because its bases were never computed or loaded "
+                "(it was created on the meta device or with low_cpu_mem_usage=True); load its weights, or create it on "
+                "a base model whose weights are loaded"
+            )
+
+    def maps(self, adapter_names: list[str], dtype: torch.dtype) -> list[tuple[BlockSpec, Tensor, list[str]]]:
+        """One map per slice: (spec, M (H, d, d), the adapters in it).
+
+        Maps of adapters that cut the same features alike are added up. They are folded in the precision of S, outside
+        of autocast, and only then cast to `dtype`. A spec with `truncate` says that M replaces its input, any other
+        that it is added to it.
+        """
+        result: dict[tuple, tuple[BlockSpec, Tensor, list[str]]] = {}
+        for adapter_name in adapter_names:
+            if adapter_name not in self.clover_S:
+                continue
+            if self._missing_bases:
+                self.check_bases(adapter_name, "run")
+            p = getattr(self.clover_dropout[adapter_name], "p", 0.0) if self.training else 0.0
+            for spec in self.specs[adapter_name]:
+                s, u, v, s0 = self.tensors(adapter_name, spec)
+                with torch.autocast(device_type=s.device.type, enabled=False):
+                    if spec.truncate:
+                        s = s + (s0 if spec.form == "diagonal" else torch.diag_embed(s0))
+                    folded = fold(s, u, v)
+                # Dropout draws its own mask for every adapter.
+                key = (spec.heads, spec.size, spec.truncate, adapter_name if p else None)
+                if key in result:
+                    result[key] = (spec, result[key][1] + folded, [*result[key][2], adapter_name])
+                else:
+                    result[key] = (spec, folded, [adapter_name])
+        return [(spec, folded.to(dtype), names) for spec, folded, names in result.values()]
+
+    def map_features(self, z: Tensor, adapter_names: list[str], dropout: bool = True) -> Tensor:
+        """`y` of the equations above, for features in the last dimension.
+
+        The same function maps activations, the transposed weight and the bias: merging is this map of the weight.
+
+        Args:
+            z: (..., out_features), any floating dtype.
+            adapter_names: adapters to apply, in any order.
+            dropout: apply the adapters' dropout (in training).
+
+        Returns:
+            (..., out_features), dtype of `z`.
+        """
+        maps = self.maps(adapter_names, z.dtype)
+        whole = len(maps) == 1 and maps[0][0].heads.covers(z.shape[-1])
+        result = z if whole or not maps else z.clone()
+        for spec, folded, names in maps:
+            blocks = spec.heads.blocks(z, spec.size)
+            tokens = blocks.flatten(0, -3) if blocks.ndim > 2 else blocks.unsqueeze(0)
+            if dropout:
+                tokens = self.clover_dropout[names[0]](tokens)
+            mapped = torch.bmm(tokens.transpose(0, 1), folded.mT).transpose(0, 1)
+            if whole:
+                mapped = mapped.reshape(z.shape)
+                return mapped.to(z.dtype) if spec.truncate else z + mapped
+            heads = spec.heads.heads(result)
+            change = mapped.reshape(heads.shape).to(z.dtype)
+            heads.add_(change - spec.heads.heads(z) if spec.truncate else change)
+        return result
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The projection with its active adapters: (..., in_features) to (..., out_features)."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        z = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return z
+        return self.map_features(z, self.active_adapters)
+
+    # ------------------------------------------------------------------ merging
+
+    def transposed_weight(self) -> Tensor:
+        """The base weight as (in_features, out_features), dequantised if need be, in at least float32."""
+        weight = self.get_base_weight() if self._original_weight is None else self._dense(self._original_weight)
+        weight = weight if self.fan_in_fan_out else weight.mT
+        return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+    @property
+    def original_bias(self) -> Tensor | None:
+        """The base's own bias, also while adapters are merged."""
+        return self.bias if self._original_bias is None else self._original_bias
+
+    def _dense(self, weight: Tensor) -> Tensor:
+        if self.quantization_backend is None:
+            return weight
+        base, merged = self.get_base_layer(), self.get_base_layer().weight
+        try:
+            base.weight = weight
+            return self.quantization_backend.get_base_weight(base)
+        finally:
+            base.weight = merged
+
+    def _map_constant(self, z: Tensor, adapter_names: list[str]) -> Tensor:
+        with torch.autocast(device_type=z.device.type, enabled=False):
+            return self.map_features(z, adapter_names, dropout=False)
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """What the adapter adds to the base weight, in the base weight's layout and at least float32."""
+        self.check_bases(adapter_name, "merge")
+        weight = self.transposed_weight()
+        delta = self._map_constant(weight, [adapter_name]) - weight
+        return delta if self.fan_in_fan_out else delta.mT
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the update can be written as a sum with the base weight: yes, unless biases change too."""
+        return self.get_base_layer().bias is None
+
+    @torch.no_grad()
+    def merged_tensors(self, adapter_names: list[str], safe_merge: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Weight (base layout and dtype) and bias with the adapters merged; nothing is changed.
+
+        Raises:
+            ValueError: with `safe_merge`, if a merged number is not finite.
+        """
+        for adapter_name in adapter_names:
+            self.check_bases(adapter_name, "merge")
+        base = self.get_base_layer()
+        dtype = base.weight.dtype if base.weight.is_floating_point() else torch.float32
+        weight = self._map_constant(self.transposed_weight(), adapter_names).to(dtype)
+        bias = self.original_bias
+        if bias is not None:
+            wide = bias.detach().to(torch.promote_types(bias.dtype, torch.float32))
+            bias = self._map_constant(wide, adapter_names).to(bias.dtype)
+        if safe_merge and not all(torch.isfinite(t).all() for t in (weight, bias) if t is not None):
+            raise ValueError(
+                f"{self.name}: merging {adapter_names} would make weights that are NaN or infinite; the adapter seems "
+                "to be broken, nothing was merged here"
+            )
+        return (weight if self.fan_in_fan_out else weight.mT).contiguous(), bias
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the active adapters (or `adapter_names`) into the base weight, `W <- (I + E dS C) W`, bias too.
+
+        The original tensors are kept, so that `unmerge` restores the very same bits; a further merge starts from them.
+
+        Args:
+            safe_merge: refuse results that are not finite.
+            adapter_names: adapters to merge; None: the active ones.
+
+        Raises:
+            ValueError: see `merged_tensors`.
+            TypeError: if the quantisation of the base cannot be read or written.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.clover_S]
+        if not names:
+            return
+        base = self.get_base_layer()
+        weight, bias = self.merged_tensors([*self.merged_adapters, *names], safe_merge)
+        if self._original_weight is None:
+            self._original_weight = base.weight if self.quantization_backend is not None else base.weight.data
+            self._original_bias = None if base.bias is None else base.bias.data
+        if self.quantization_backend is not None:
+            if base.weight.element_size() == 1 and base.weight.numel() * 2 == weight.numel():
+                warnings.warn(
+                    f"{self.name}: merging into a 4-bit weight rounds away most of a small update; dequantize the base "
+                    "model before merging",
+                    stacklevel=2,
+                )
+            self.quantization_backend.set_base_weight(self, weight)
+        else:
+            base.weight.data = weight
+        if bias is not None:
+            base.bias.data = bias
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the base's own tensors back."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        base = self.get_base_layer()
+        if self.quantization_backend is not None:
+            base.weight = self._original_weight
+        else:
+            base.weight.data = self._original_weight
+        if self._original_bias is not None:
+            base.bias.data = self._original_bias
+        self._original_weight = self._original_bias = None
+        self.merged_adapters = []
+
+    def extra_repr(self) -> str:
+        """One line per adapter and slice: part, blocks, rank, basis."""
+        lines = []
+        for adapter_name, specs in self.specs.items():
+            for spec in specs:
+                partner = f" with {spec.partner.path}" if spec.partner is not None and spec.basis == "pair" else ""
+                lines.append(
+                    f"({adapter_name}) {spec.part}: {spec.blocks} blocks of {spec.size}, r={spec.r}, {spec.form}, "
+                    f"{spec.basis}{partner}{', truncated' if spec.truncate else ''}"
+                )
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return "clover." + super().__repr__()
+
+
+@contextmanager
+def onloaded(module: nn.Module) -> Iterator[None]:
+    """Within it, a weight that accelerate has offloaded is where it is used."""
+    hook = getattr(module, "_hf_hook", None)
+    if not getattr(hook, "offload", False):
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)
+
+
+def check_packing(module: nn.Module, name: str) -> None:
+    """Refuse a 4-bit weight that bitsandbytes has repacked for the CPU.
+
+    Raises:
+        TypeError: naming the module and the remedy.
+    """
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    if state is not None and getattr(state, "packing_format_for_cpu", False):
+        raise TypeError(
+            f"{name}: expected a 4-bit weight that can be dequantised, found one that bitsandbytes repacked for the CPU "
+            "in its first evaluation forward; load the base model again and add the adapter before running it"
+        )
+
+
+def _as_tensors(bases: Bases) -> dict[str, Tensor]:
+    tensors = {"clover_U": bases.coordinates, "clover_S0": bases.singular_values}
+    if bases.back is not None:
+        tensors["clover_V"] = bases.back
+    return tensors

@@ -1,0 +1,130 @@
+"""Run records: where, with what and at which revision a result was made, as JSON that is never overwritten."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes")
+
+
+def environment() -> dict[str, Any]:
+    """Describe the machine and the software a result depends on.
+
+    Returns:
+        JSON-ready: `python`, `platform`, `cpu`, `cores`, `torch_threads`, `cuda` (device name or None), `versions`
+        (of the packages that are installed, read without importing them), `clover_peft` (its version), `git_revision`
+        and `git_dirty` (of the checkout that this package is run from; None outside one).
+    """
+    import clover_peft
+
+    revision, dirty = _git_state(Path(__file__).resolve())
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": {name: version for name in PACKAGES if (version := _version(name)) is not None},
+        "clover_peft": clover_peft.__version__,
+        "git_revision": revision,
+        "git_dirty": dirty,
+    }
+
+
+def write(path: str | os.PathLike[str], record: dict[str, Any]) -> Path:
+    """Write a record as JSON, complete or not at all, and never over an existing one.
+
+    Args:
+        path: the wanted file; missing folders are made. If `run.json` exists, `run-2.json`, `run-3.json`, ... is used.
+        record: values that JSON does not know (paths, dtypes) are written as their `str`.
+
+    Returns:
+        The path that was written.
+    """
+    wanted = Path(path)
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(record, indent=2, default=str) + "\n"
+    partial = wanted.with_name(f".{wanted.name}.{uuid.uuid4().hex}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        target = _reserve(wanted)
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory this process has held: resident set, plus what torch allocated on CUDA where it did."""
+    cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+    return _peak_resident_bytes() + cuda
+
+
+def _reserve(wanted: Path) -> Path:
+    """Create the first free name of `run.json`, `run-2.json`, ...; exclusive, so two processes never share one."""
+    number = 1
+    while True:
+        candidate = wanted if number == 1 else wanted.with_name(f"{wanted.stem}-{number}{wanted.suffix}")
+        try:
+            candidate.touch(exist_ok=False)
+        except FileExistsError:
+            number += 1
+        else:
+            return candidate
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git_state(file: Path) -> tuple[str | None, bool | None]:
+    """Revision and dirty flag of the checkout that tracks `file`: a copy installed inside another checkout is none."""
+    try:
+        _git(file.parent, "ls-files", "--error-unmatch", file.name)
+        revision = _git(file.parent, "rev-parse", "HEAD")
+        # Untracked files do not count: a benchmark's fresh record must not make the next one look dirty.
+        return revision, _git(file.parent, "status", "--porcelain", "--untracked-files=no") != ""
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _peak_resident_bytes() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():  # not getrusage on Linux: that figure survives exec, so it would start at the parent's
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

