@@ -5,7 +5,6 @@ from .layer import CloverLayer
 from .model import CloverModel, explicit_factors
 from .registration import register
 
-
 __version__ = "0.1.0"
 __all__ = ["CloverConfig", "CloverLayer", "CloverModel", "explicit_factors"]
 

@@ -11,19 +11,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
-
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class HeadSlice:
-    """Features of a projection that belong to heads: feature `start + i * stride + offset + j` is coordinate j of head i.
+    """Features of a projection that belong to heads.
+
+    Feature `start + i * stride + offset + j` is coordinate j of head i.
 
     Attributes:
         start: first feature of the region.
@@ -407,25 +407,27 @@ def in_features(module: nn.Module, path: str) -> int:
     return _features(module, path)[0]
 
 
-def _features(module: nn.Module, path: str) -> tuple[int, int]:
+def _features(module: Any, path: str) -> tuple[int, int]:
     if isinstance(module, Conv1D):
         return module.nx, module.nf
     if isinstance(module, (nn.Embedding, nn.MultiheadAttention)) or not (
-        isinstance(getattr(module, "in_features", None), int) and isinstance(getattr(module, "out_features", None), int)
+        isinstance(getattr(module, "in_features", None), int)
+        and isinstance(getattr(module, "out_features", None), int)
     ):
         raise TypeError(
             f"{path}: expected a linear projection (nn.Linear, Conv1D or a quantised linear), "
             f"found {type(module).__name__}; leave it out of target_modules"
         )
-    return module.in_features, module.out_features
+    return int(module.in_features), int(module.out_features)
 
 
 def unknown_family_message(model_type: str, path: str) -> str:
     """What to do about a model that the table does not know."""
     return (
-        f"{path}: the model type {model_type!r} is not in clover_peft's table of architectures, so its heads cannot be "
-        "found; name target_modules=[...] and describe them with head_dim=... or num_heads=... (or cut them with "
-        f"mlp_block_size=...), or add a row to clover_peft.architectures.FAMILIES; known: {', '.join(sorted(FAMILIES))}"
+        f"{path}: the model type {model_type!r} is not in clover_peft's table of architectures, so its heads cannot "
+        "be found; name target_modules=[...] and describe them with head_dim=... or num_heads=... (or cut them with "
+        "mlp_block_size=...), or add a row to clover_peft.architectures.FAMILIES; known: "
+        + ", ".join(sorted(FAMILIES))
     )
 
 

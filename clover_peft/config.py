@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, fields
-from typing import Literal
-
-from safetensors import SafetensorError, safe_open
+from typing import Any, Literal
 
 from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
+from .checkpoint import check_weight_file, complete_model_card
 from .registration import CLOVER
 
 
@@ -30,7 +29,8 @@ class CloverConfig(PeftConfig):
             it; a multiple spans several heads, for intra-layer targets only.
         mlp_block_size: Features per block of the other projections. None: the largest divisor of the output features
             that is at most 64.
-        basis: Basis of intra-layer targets, "qr" or "svd". None: "qr" for a full matrix over a whole block, else "svd".
+        basis: Basis of intra-layer targets, "qr" or "svd". None: "qr" for a full matrix over a whole block, otherwise
+            "svd".
         truncate: Drop the directions beyond the leading r instead of leaving them as they are: the initial function is
             that of the truncated base (the paper's CLOVER-dagger without narrowing). Needs `r` or `rank_pattern`.
         clover_dropout: Dropout probability on the input of the map.
@@ -58,10 +58,10 @@ class CloverConfig(PeftConfig):
     s_matrix: Literal["full", "diagonal"] = field(
         default="full", metadata={"help": "Train the full r x r matrix of each block, or its diagonal."}
     )
-    target_modules: list[str] | str | None = field(
+    target_modules: set[str] | list[str] | str | None = field(
         default=None, metadata={"help": "Module names, a regex or 'all-linear'; None: key, value and up-projection."}
     )
-    exclude_modules: list[str] | str | None = field(
+    exclude_modules: set[str] | list[str] | str | None = field(
         default=None, metadata={"help": "Module names or a regex to leave out."}
     )
     cross_layer: bool = field(default=True, metadata={"help": "Pair V with O, and Q with K where positions allow."})
@@ -96,6 +96,8 @@ class CloverConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = CLOVER
+        # No field: where the weights that are loaded next come from. An adapter that they do not fit is taken out.
+        self.source: str | None = None
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
@@ -152,7 +154,7 @@ class CloverConfig(PeftConfig):
                 "is_trainable=False, or train from an adapter saved with save_bases=True"
             )
 
-    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`; an adapter saved folded is described as what its file holds.
 
         The model card beside it, if there is one, is told that `import clover_peft` comes first.
@@ -166,10 +168,10 @@ class CloverConfig(PeftConfig):
             )
             config = type(self)(**state)
         PeftConfig.save_pretrained(config, save_directory, **kwargs)
-        _complete_model_card(os.path.join(save_directory, "README.md"), config)
+        complete_model_card(os.path.join(save_directory, "README.md"), self.base_model_name_or_path)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
         """Load a config; a local adapter's weight file is checked first, so that a broken one changes no model.
 
         Raises:
@@ -178,32 +180,8 @@ class CloverConfig(PeftConfig):
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
         check_weight_file(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        # Not a field: where the weights that come next are from. An adapter that they do not fit is taken out again.
         config.source = str(pretrained_model_name_or_path)
         return config
-
-
-def check_weight_file(path: str) -> None:
-    """Check that an adapter's weight file, if it exists, can be read and is CLOVER's.
-
-    Raises:
-        ValueError: naming the file, what is wrong with it and what to do.
-    """
-    if not os.path.exists(path):
-        return
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path}: expected a whole safetensors file, found one that cannot be read ({error}); it was probably cut "
-            "short or overwritten: copy or download it again"
-        ) from error
-    if not any(".clover_S." in key or key.startswith("clover_S.") for key in keys):
-        raise ValueError(
-            f"{path}: expected a CLOVER adapter (keys with clover_S), found {len(keys)} keys such as "
-            f"{keys[0] if keys else 'none'!r}; load it with the method named in its own adapter_config.json"
-        )
 
 
 def _check_positive(name: str, value: object, optional: bool = False) -> None:
@@ -213,25 +191,3 @@ def _check_positive(name: str, value: object, optional: bool = False) -> None:
         raise ValueError(
             f"CloverConfig.{name}: expected a positive integer{' or None' if optional else ''}, found {value!r}"
         )
-
-
-_CARD_HEADING = "## How to load"
-
-
-def _complete_model_card(path: str, config: CloverConfig) -> None:
-    """Add the loading recipe to the model card that peft wrote, once."""
-    if not os.path.isfile(path):
-        return
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
-    if _CARD_HEADING in text:
-        return
-    base = config.base_model_name_or_path or "<base model>"
-    recipe = (
-        f"\n\n{_CARD_HEADING}\n\nThis is a CLOVER adapter (arXiv 2411.17426). Install `clover-peft` and import it before "
-        "loading, or peft will not know the method:\n\n```python\nimport clover_peft  # registers CLOVER with peft\n"
-        "from peft import AutoPeftModelForCausalLM\n\n"
-        f'model = AutoPeftModelForCausalLM.from_pretrained("<this adapter>")  # base: {base}\n```\n'
-    )
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text.rstrip("\n") + recipe)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 # A Cholesky factor whose Frobenius condition exceeds this is not trusted: the block goes through `eigh` instead.
 MAX_CONDITION = 1e6
 # Directions of an ill-conditioned block below this fraction of the largest singular value are dropped.
@@ -47,7 +46,11 @@ class Bases:
         """The first `r` directions; the others are left out (not zeroed)."""
         back = None if self.back is None else self.back[..., :r].contiguous()
         return Bases(
-            self.coordinates[:, :r].contiguous(), back, self.singular_values[:, :r].clone(), self.dropped, self.condition
+            self.coordinates[:, :r].contiguous(),
+            back,
+            self.singular_values[:, :r].clone(),
+            self.dropped,
+            self.condition,
         )
 
 
@@ -197,9 +200,7 @@ def svd_bases(g: Tensor) -> Bases:
     coordinates = reciprocal.unsqueeze(-1) * left.mT
     sign = _fix_signs(coordinates) * keep
     condition = sigma[:, 0] * reciprocal.amax(-1)
-    return Bases(
-        coordinates * sign.unsqueeze(-1), left * sign.unsqueeze(-2), sigma * keep, (~keep).sum(-1), condition
-    )
+    return Bases(coordinates * sign.unsqueeze(-1), left * sign.unsqueeze(-2), sigma * keep, (~keep).sum(-1), condition)
 
 
 def _check(g: Tensor) -> None:
@@ -221,7 +222,9 @@ def describe_dropped(bases: Bases) -> str | None:
     if not blocks:
         return None
     counts = bases.dropped[blocks].tolist()
-    named = ", ".join(f"{block} ({count} of {bases.coordinates.shape[-1]})" for block, count in zip(blocks[:8], counts, strict=False))
+    named = ", ".join(
+        f"{block} ({count} of {bases.coordinates.shape[-1]})" for block, count in zip(blocks[:8], counts, strict=False)
+    )
     return named + (f" and {len(blocks) - 8} more" if len(blocks) > 8 else "")
 
 

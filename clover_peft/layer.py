@@ -14,76 +14,26 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils.quantization_utils import resolve_quantization_backend
+from .blocks import BlockSpec, BlockTensors
+from .decomposition import Bases
 
-from .architectures import HeadSlice, Partner
-from .decomposition import Bases, fold
-
-
-_FROZEN = ("clover_U", "clover_V", "clover_S0")
-
-
-@dataclass(frozen=True)
-class BlockSpec:
-    """How one slice of a target is adapted: everything but the numbers.
-
-    Attributes:
-        name: name of the slice's tensors ("weight" for the only slice of a target).
-        part: what the slice computes ("k", "v", "up", ...).
-        heads: its features.
-        size: features of a block, d.
-        r: directions trained in each block.
-        form: "full" (S is r x r) or "diagonal".
-        basis: "pair", "qr", "svd", or "folded" (no bases; S is the whole map of an adapter saved folded).
-        truncate: drop the directions beyond r.
-        partner: the projection a "pair" basis was made with. Not part of what makes two specs equal.
-    """
-
-    name: str
-    part: str
-    heads: HeadSlice
-    size: int
-    r: int
-    form: Literal["full", "diagonal"]
-    basis: Literal["pair", "qr", "svd", "folded"]
-    truncate: bool
-    partner: Partner | None = field(default=None, compare=False)
-
-    @property
-    def blocks(self) -> int:
-        """Number of blocks, H."""
-        return self.heads.features // self.size
-
-    @property
-    def s_shape(self) -> tuple[int, ...]:
-        """Shape of S: (H, r, r) or (H, r)."""
-        return (self.blocks, self.r, self.r) if self.form == "full" else (self.blocks, self.r)
-
-    @property
-    def base_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the frozen tensors by attribute; an identity is not stored."""
-        if self.basis == "folded":
-            return {}
-        shapes = {"clover_S0": (self.blocks, self.r), "clover_U": (self.blocks, self.r, self.size)}
-        if self.basis != "qr":
-            shapes["clover_V"] = (self.blocks, self.size, self.r)
-        return shapes
+FROZEN = ("clover_U", "clover_V", "clover_S0")
 
 
 class SliceTensors(nn.Module):
     """One tensor per slice of a target: parameters (S) or persistent buffers (the bases).
 
-    A module, not a tensor in a dict, so that names read `clover_S.<adapter>.<slice>`: trainers find the parameters of an
-    adapter by `.<adapter>.` in their names. The tensors keep at least float32, whatever the model is cast to: rounding
-    in them is amplified by the condition of the head.
+    A module, not a tensor in a dict, so that names read `clover_S.<adapter>.<slice>`: trainers find the parameters of
+    an adapter by `.<adapter>.` in their names. The tensors keep at least float32, whatever the model is cast to:
+    rounding in them is amplified by the condition of the head.
     """
 
     def __init__(self, tensors: dict[str, Tensor], trainable: bool = False) -> None:
@@ -140,10 +90,10 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter = [adapter_name]
         self._missing_bases: set[str] = set()
-        # The base's own tensors while adapters are merged: plain attributes, so that they are neither trained nor saved.
+        # The base's own tensors while adapters are merged: plain attributes, which are neither trained nor saved.
         self._original_weight: Tensor | None = None
         self._original_bias: Tensor | None = None
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         self.fan_in_fan_out = isinstance(base, Conv1D)
         self.quantization_backend = resolve_quantization_backend(base, **(quantization_kwargs or {}))
         check_packing(base, name)
@@ -174,7 +124,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         if bases and device.type == "meta":  # offloaded: the bases were computed where the weight is used
             device = next(iter(bases.values())).coordinates.device
         dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        frozen: dict[str, dict[str, Tensor]] = {attribute: {} for attribute in _FROZEN}
+        frozen: dict[str, dict[str, Tensor]] = {attribute: {} for attribute in FROZEN}
         s = {}
         for spec in specs:
             s[spec.name] = torch.zeros(spec.s_shape, dtype=dtype, device=device)
@@ -194,7 +144,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
             getattr(self, attribute)[adapter_name] = SliceTensors(tensors)
         self.clover_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self._missing_bases.discard(adapter_name)
-        if self.clover_S[adapter_name].get(specs[0].name).is_meta:  # also under `init_empty_weights`
+        if next(self.clover_S[adapter_name].parameters()).is_meta:  # also under `init_empty_weights`
             for attribute in frozen:
                 getattr(self, attribute)[adapter_name].to("meta")
             self._missing_bases.add(adapter_name)
@@ -221,14 +171,15 @@ class CloverLayer(nn.Module, BaseTunerLayer):
                 return {spec.name: self._bases(adapter_name, spec) for spec in specs}
         return None
 
-    def tensors(self, adapter_name: str, spec: BlockSpec) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """S, C, E and S0 of one slice; None for an identity, and for the S0 of a folded adapter."""
-        return tuple(getattr(self, a)[adapter_name].get(spec.name) for a in ("clover_S", *_FROZEN))
+    def tensors(self, adapter_name: str, spec: BlockSpec) -> BlockTensors:
+        """The tensors of one slice of an adapter."""
+        return BlockTensors(*(getattr(self, a)[adapter_name].get(spec.name) for a in ("clover_S", *FROZEN)))
 
     def _bases(self, adapter_name: str, spec: BlockSpec) -> Bases:
-        _, u, v, s0 = self.tensors(adapter_name, spec)
-        nothing = torch.zeros(spec.blocks)
-        return Bases(u, v, s0, nothing.long(), nothing)
+        tensors = self.tensors(adapter_name, spec)
+        assert tensors.u is not None and tensors.s0 is not None  # noqa: PT018 - folded adapters share nothing
+        unknown = torch.zeros(spec.blocks)
+        return Bases(tensors.u, tensors.v, tensors.s0, unknown.long(), unknown)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapters.
@@ -240,8 +191,8 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         truncating = [name for name in names if any(spec.truncate for spec in self.specs.get(name, ()))]
         if len(truncating) > 1:
             raise ValueError(
-                f"{self.name}: expected at most one active adapter with truncate=True, found {truncating}; activate one "
-                "of them, or merge one first"
+                f"{self.name}: expected at most one active adapter with truncate=True, found {truncating}; activate "
+                "one of them, or merge one first"
             )
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
@@ -250,7 +201,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         target = device or self.weight.device
         if target.type == "meta":
             return
-        for attribute in ("clover_S", *_FROZEN):
+        for attribute in ("clover_S", *FROZEN):
             tensors = getattr(self, attribute)
             if adapter_name in tensors and not any(
                 t.is_meta for t in (*tensors[adapter_name].parameters(), *tensors[adapter_name].buffers())
@@ -278,6 +229,17 @@ class CloverLayer(nn.Module, BaseTunerLayer):
 
     # ------------------------------------------------------------------ the map
 
+    def has_bases(self, adapter_name: str) -> bool:
+        """Whether the adapter's bases were computed or loaded."""
+        return adapter_name not in self._missing_bases
+
+    @property
+    def precision(self) -> str:
+        """Name of the precision that the base weight is stored in."""
+        if self.quantization_backend is None:
+            return str(self.weight.dtype).removeprefix("torch.")
+        return "4 bits" if "4" in self.quantization_backend.backend_name else "8 bits"
+
     def check_bases(self, adapter_name: str, action: str) -> None:
         """Refuse to use an adapter whose bases were neither computed nor loaded.
 
@@ -286,9 +248,9 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         """
         if adapter_name in self._missing_bases:
             raise ValueError(
-                f"{self.name}: cannot {action} adapter {adapter_name!r}, because its bases were never computed or loaded "
-                "(it was created on the meta device or with low_cpu_mem_usage=True); load its weights, or create it on "
-                "a base model whose weights are loaded"
+                f"{self.name}: cannot {action} adapter {adapter_name!r}, because its bases were never computed or "
+                "loaded (it was created on the meta device or with low_cpu_mem_usage=True); load its weights, or "
+                "create it on a base model whose weights are loaded"
             )
 
     def maps(self, adapter_names: list[str], dtype: torch.dtype) -> list[tuple[BlockSpec, Tensor, list[str]]]:
@@ -306,11 +268,9 @@ class CloverLayer(nn.Module, BaseTunerLayer):
                 self.check_bases(adapter_name, "run")
             p = getattr(self.clover_dropout[adapter_name], "p", 0.0) if self.training else 0.0
             for spec in self.specs[adapter_name]:
-                s, u, v, s0 = self.tensors(adapter_name, spec)
-                with torch.autocast(device_type=s.device.type, enabled=False):
-                    if spec.truncate:
-                        s = s + (s0 if spec.form == "diagonal" else torch.diag_embed(s0))
-                    folded = fold(s, u, v)
+                tensors = self.tensors(adapter_name, spec)
+                with torch.autocast(device_type=tensors.s.device.type, enabled=False):
+                    folded = spec.map(tensors)
                 # Dropout draws its own mask for every adapter.
                 key = (spec.heads, spec.size, spec.truncate, adapter_name if p else None)
                 if key in result:
@@ -374,7 +334,8 @@ class CloverLayer(nn.Module, BaseTunerLayer):
     def _dense(self, weight: Tensor) -> Tensor:
         if self.quantization_backend is None:
             return weight
-        base, merged = self.get_base_layer(), self.get_base_layer().weight
+        base: Any = self.get_base_layer()
+        merged = base.weight
         try:
             base.weight = weight
             return self.quantization_backend.get_base_weight(base)
@@ -406,7 +367,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         """
         for adapter_name in adapter_names:
             self.check_bases(adapter_name, "merge")
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         dtype = base.weight.dtype if base.weight.is_floating_point() else torch.float32
         weight = self._map_constant(self.transposed_weight(), adapter_names).to(dtype)
         bias = self.original_bias
@@ -436,7 +397,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.clover_S]
         if not names:
             return
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         weight, bias = self.merged_tensors([*self.merged_adapters, *names], safe_merge)
         if self._original_weight is None:
             self._original_weight = base.weight if self.quantization_backend is not None else base.weight.data
@@ -444,8 +405,8 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         if self.quantization_backend is not None:
             if base.weight.element_size() == 1 and base.weight.numel() * 2 == weight.numel():
                 warnings.warn(
-                    f"{self.name}: merging into a 4-bit weight rounds away most of a small update; dequantize the base "
-                    "model before merging",
+                    f"{self.name}: merging into a 4-bit weight rounds away most of a small update; dequantize the "
+                    "base model before merging",
                     stacklevel=2,
                 )
             self.quantization_backend.set_base_weight(self, weight)
@@ -460,7 +421,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         if self.quantization_backend is not None:
             base.weight = self._original_weight
         else:
@@ -489,7 +450,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
 @contextmanager
 def onloaded(module: nn.Module) -> Iterator[None]:
     """Within it, a weight that accelerate has offloaded is where it is used."""
-    hook = getattr(module, "_hf_hook", None)
+    hook: Any = getattr(module, "_hf_hook", None)
     if not getattr(hook, "offload", False):
         yield
         return
@@ -509,8 +470,8 @@ def check_packing(module: nn.Module, name: str) -> None:
     state = getattr(getattr(module, "weight", None), "quant_state", None)
     if state is not None and getattr(state, "packing_format_for_cpu", False):
         raise TypeError(
-            f"{name}: expected a 4-bit weight that can be dequantised, found one that bitsandbytes repacked for the CPU "
-            "in its first evaluation forward; load the base model again and add the adapter before running it"
+            f"{name}: expected a 4-bit weight that can be dequantised, found one that bitsandbytes repacked for the "
+            "CPU in its first evaluation forward; load the base model again and add the adapter before running it"
         )
 
 

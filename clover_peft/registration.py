@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft import mapping
 from peft.utils import PeftType, register_peft_method
-
 
 _NAME = "CLOVER"
 
@@ -13,7 +14,7 @@ def _extend_peft_type() -> PeftType:
     """Add CLOVER to `PeftType` in place, once, as the enum's own machinery would have."""
     if _NAME in PeftType.__members__:
         return PeftType[_NAME]
-    member = str.__new__(PeftType, _NAME)
+    member: Any = str.__new__(PeftType, _NAME)
     member._name_ = _NAME
     member._value_ = _NAME
     member._sort_order_ = len(PeftType.__members__)
@@ -21,8 +22,8 @@ def _extend_peft_type() -> PeftType:
     PeftType._member_map_[_NAME] = member
     PeftType._member_names_.append(_NAME)
     PeftType._value2member_map_[_NAME] = member
-    if hasattr(PeftType, "_hashable_values_"):
-        PeftType._hashable_values_.append(_NAME)
+    if (hashable := getattr(PeftType, "_hashable_values_", None)) is not None:
+        hashable.append(_NAME)
     # EnumType.__setattr__ refuses to assign members.
     type.__setattr__(PeftType, _NAME, member)
     return member

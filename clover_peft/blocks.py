@@ -1,0 +1,153 @@
+"""`BlockSpec`: how one slice of a target is adapted. Everything about an adapter but its numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .architectures import HeadSlice, Partner, TargetSlice
+from .decomposition import fold
+
+if TYPE_CHECKING:
+    from .config import CloverConfig
+
+
+class BlockTensors(NamedTuple):
+    """The tensors of one slice. Shapes with H blocks of d features and r directions.
+
+    Attributes:
+        s: (H, r, r) or (H, r), the trained offset dS; (H, d, d), the whole map, in a folded adapter.
+        u: (H, r, d), C; None in a folded adapter.
+        v: (H, d, r), E; None where it is the identity.
+        s0: (H, r), the frozen singular values; None in a folded adapter.
+    """
+
+    s: Tensor
+    u: Tensor | None
+    v: Tensor | None
+    s0: Tensor | None
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """How one slice of a target is adapted: everything but the numbers.
+
+    Attributes:
+        name: name of the slice's tensors ("weight" for the only slice of a target).
+        part: what the slice computes ("k", "v", "up", ...).
+        heads: its features.
+        size: features of a block, d.
+        r: directions trained in each block.
+        form: "full" (S is r x r) or "diagonal".
+        basis: "pair", "qr", "svd", or "folded" (no bases; S is the whole map of an adapter saved folded).
+        truncate: drop the directions beyond r.
+        partner: the projection a "pair" basis was made with. Not part of what makes two specs equal.
+    """
+
+    name: str
+    part: str
+    heads: HeadSlice
+    size: int
+    r: int
+    form: Literal["full", "diagonal"]
+    basis: Literal["pair", "qr", "svd", "folded"]
+    truncate: bool
+    partner: Partner | None = field(default=None, compare=False)
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks, H."""
+        return self.heads.features // self.size
+
+    @property
+    def s_shape(self) -> tuple[int, ...]:
+        """Shape of S: (H, r, r) or (H, r)."""
+        return (self.blocks, self.r, self.r) if self.form == "full" else (self.blocks, self.r)
+
+    @property
+    def base_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the frozen tensors by attribute; an identity is not stored."""
+        if self.basis == "folded":
+            return {}
+        shapes = {"clover_S0": (self.blocks, self.r), "clover_U": (self.blocks, self.r, self.size)}
+        if self.basis != "qr":
+            shapes["clover_V"] = (self.blocks, self.size, self.r)
+        return shapes
+
+    def map(self, tensors: BlockTensors) -> Tensor:
+        """(H, d, d), what is added to a block's features, `E dS C`; with `truncate` replaces them, `E (S0 + dS) C`."""
+        s, u, v, s0 = tensors
+        if self.truncate and s0 is not None:
+            s = s + (s0 if self.form == "diagonal" else torch.diag_embed(s0))
+        return fold(s, u, v)
+
+    def residual_map(self, tensors: BlockTensors) -> Tensor:
+        """(H, d, d), what is added to a block's features in either case."""
+        folded = self.map(tensors)
+        return folded - torch.eye(self.size, dtype=folded.dtype, device=folded.device) if self.truncate else folded
+
+
+def block_spec(config: CloverConfig, key: str, target: TargetSlice, rank: int | None) -> BlockSpec:
+    """The choices of a config for one slice of a target.
+
+    Args:
+        config: the adapter's config.
+        key: path of the target, for messages.
+        target: the slice.
+        rank: directions to train in each block; None for all.
+
+    Raises:
+        ValueError: if they do not fit it.
+    """
+    heads, is_attention = target.heads, target.part not in ("up", "linear")
+    paired = config.cross_layer and target.partner is not None
+    size = config.block_size if is_attention else config.mlp_block_size
+    if size is None:
+        size = heads.dim if is_attention else max(n for n in range(1, 65) if heads.features % n == 0)
+    if heads.features % size or (heads.dim % size and size % heads.dim):
+        option = "block_size" if is_attention else "mlp_block_size"
+        raise ValueError(
+            f"{key}: {option}={size} neither divides nor is a multiple of {heads.dim} features "
+            f"({heads.features} in all); choose a divisor of {heads.dim}"
+        )
+    if paired and heads.dim % size:
+        raise ValueError(
+            f"{key}: block_size={size} spans several heads of {heads.dim}, but heads of a pair attend with different "
+            "weights; pass cross_layer=False or a divisor of the head"
+        )
+    r = size if rank is None else rank
+    if r > size:
+        raise ValueError(
+            f"{key}: r={r} is larger than a block of {size} features ({target.part}); lower r, or give this module "
+            "its own with rank_pattern"
+        )
+    basis = "pair" if paired else config.basis
+    if basis is None:
+        basis = "qr" if config.s_matrix == "full" and r == size else "svd"
+    elif basis == "qr" and r < size:
+        raise ValueError(
+            f"{key}: r={r} trains the leading directions of {size}, which the QR basis has not; use "
+            "basis='svd' or r=None"
+        )
+    if config.folded:
+        return BlockSpec(target.name, target.part, heads, size, size, "full", "folded", False)
+    partner = target.partner if paired else None
+    if partner is not None and partner.heads.count % heads.count:
+        raise ValueError(
+            f"{key}: {partner.path} has {partner.heads.count} heads, which {heads.count} key-value heads "
+            "cannot share evenly; pass cross_layer=False"
+        )
+    return BlockSpec(
+        target.name,
+        target.part,
+        heads,
+        size,
+        r,
+        config.s_matrix,
+        basis,
+        config.truncate and r < size,
+        partner,
+    )

@@ -1,0 +1,202 @@
+"""What an adapter's file holds, and the checks made before any of it is loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .blocks import BlockSpec, BlockTensors
+from .decomposition import Bases
+from .layer import FROZEN, CloverLayer
+
+if TYPE_CHECKING:
+    from .config import CloverConfig
+
+
+# Largest relative difference of a block's singular values that rounding of the base's weights explains, by the coarser
+# of the two precisions; the singular values themselves are kept in float32.
+ROUNDING = {"float64": 1e-4, "float32": 1e-4, "bfloat16": 2e-2, "float16": 5e-3, "8 bits": 5e-2, "4 bits": 0.15}
+# Largest relative difference of a probe of the bases that is put down to rounding.
+PROBE_TOLERANCE = 1e-2
+_PROBE = "clover_probe"
+_CARD_HEADING = "## How to load"
+
+
+def check_weight_file(path: str) -> None:
+    """Check that an adapter's weight file, if it exists, can be read and is CLOVER's.
+
+    Raises:
+        ValueError: naming the file, what is wrong with it and what to do.
+    """
+    if not os.path.exists(path):
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path}: expected a whole safetensors file, found one that cannot be read ({error}); it was probably cut "
+            "short or overwritten: copy or download it again"
+        ) from error
+    if not any(".clover_S." in key or key.startswith("clover_S.") for key in keys):
+        raise ValueError(
+            f"{path}: expected a CLOVER adapter (keys with clover_S), found {len(keys)} keys such as "
+            f"{keys[0] if keys else 'none'!r}; load it with the method named in its own adapter_config.json"
+        )
+
+
+def complete_model_card(path: str, base: str | None) -> None:
+    """Add the loading recipe to the model card that peft wrote, once."""
+    if not os.path.isfile(path):
+        return
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    if _CARD_HEADING in text:
+        return
+    recipe = (
+        f"\n\n{_CARD_HEADING}\n\nThis is a CLOVER adapter (arXiv 2411.17426). Install `clover-peft` and import it "
+        "before loading, or peft will not know the method:\n\n```python\nimport clover_peft  # registers CLOVER\n"
+        "from peft import AutoPeftModel\n\n"
+        f'model = AutoPeftModel.from_pretrained("<this adapter>")  # base: {base or "<base model>"}\n```\n'
+    )
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text.rstrip("\n") + recipe)
+
+
+def select_for_saving(name: str, layer: CloverLayer, adapter_name: str, config: CloverConfig, state: dict) -> None:
+    """Leave in `state` what `config.save_bases` asks for, for one layer: bases and S, S alone, or one folded map.
+
+    Raises:
+        ValueError: if the adapter's bases were never computed or loaded.
+    """
+    layer.check_bases(adapter_name, "save")
+    for spec in layer.specs[adapter_name]:
+        keys = _keys(name, adapter_name, spec)
+        if config.save_bases is True or spec.basis == "folded" or keys["clover_S"] not in state:
+            continue
+        tensors = BlockTensors(state[keys["clover_S"]], *(state.get(keys[attribute]) for attribute in FROZEN))
+        for attribute in ("clover_U", "clover_V"):
+            state.pop(keys[attribute], None)
+        if config.save_bases == "folded":
+            del state[keys["clover_S0"]]
+            state[keys["clover_S"]] = spec.residual_map(tensors)
+        elif tensors.u is not None:
+            state[keys[_PROBE]] = _probe(tensors.u)
+
+
+def check_checkpoint(
+    name: str,
+    layer: CloverLayer,
+    adapter_name: str,
+    config: CloverConfig,
+    state: dict[str, Tensor],
+    decompose: Callable[[CloverLayer, tuple[BlockSpec, ...]], dict[str, Bases] | None] | None,
+) -> None:
+    """Compare what a file holds for one layer with the layer. Nothing of `state` is loaded here.
+
+    Args:
+        name: path of the layer in the model that is loaded into, as in the keys of `state`.
+        layer: the layer.
+        adapter_name: the adapter.
+        config: its config.
+        state: the file's tensors by the model's keys; a probe is taken out.
+        decompose: computes bases that the file leaves out; None where that is impossible.
+
+    Raises:
+        ValueError: naming the module, what was expected, what was found and what to do.
+    """
+    for spec in layer.specs[adapter_name]:
+        keys = _keys(name, adapter_name, spec)
+        probe = state.pop(keys[_PROBE], None)
+        expected = {"clover_S": spec.s_shape, **spec.base_shapes}
+        if probe is not None:
+            expected = {a: shape for a, shape in expected.items() if a in ("clover_S", "clover_S0")}
+        _check_tensors(layer, spec, config, keys, expected, state)
+        if spec.basis == "folded":
+            continue
+        if probe is not None and not layer.has_bases(adapter_name):
+            bases = decompose(layer, layer.specs[adapter_name]) if decompose is not None else None
+            if bases is None:
+                raise ValueError(
+                    f"{layer.name}: the adapter was saved without its bases, and they cannot be computed while the "
+                    "base model has no weights; load the base model first, or save the adapter with save_bases=True"
+                )
+            layer.set_bases(adapter_name, bases)
+        tensors = layer.tensors(adapter_name, spec)
+        if tensors.u is None or tensors.s0 is None or tensors.s0.is_meta or not config.check_base:
+            continue
+        _check_fingerprint(layer, spec, config, tensors.s0, state[keys["clover_S0"]].to(tensors.s0))
+        if probe is not None:
+            _check_probe(layer, spec, tensors.u, probe.to(tensors.u))
+
+
+def _keys(name: str, adapter_name: str, spec: BlockSpec) -> dict[str, str]:
+    prefix = f"{name}." if name else ""
+    return {
+        attribute: f"{prefix}{attribute}.{adapter_name}.{spec.name}" for attribute in ("clover_S", *FROZEN, _PROBE)
+    }
+
+
+def _probe(coordinates: Tensor) -> Tensor:
+    """(H, r): C times a fixed vector; tells whether other bases are the same, signs and order included."""
+    d = coordinates.shape[-1]
+    return coordinates @ torch.cos(torch.arange(1, d + 1, dtype=coordinates.dtype, device=coordinates.device))
+
+
+def _check_tensors(
+    layer: CloverLayer,
+    spec: BlockSpec,
+    config: CloverConfig,
+    keys: dict[str, str],
+    expected: dict[str, tuple[int, ...]],
+    state: dict[str, Tensor],
+) -> None:
+    missing = [attribute for attribute in expected if keys[attribute] not in state]
+    if missing or (spec.basis == "folded" and keys["clover_S0"] in state):
+        raise ValueError(
+            f"{layer.name}: expected {sorted(expected)} in the adapter's file, found "
+            f"{sorted(a for a in keys if keys[a] in state)}; it belongs to another configuration, or was saved folded "
+            "and can then only be loaded with its own adapter_config.json, for inference"
+        )
+    for attribute, shape in expected.items():
+        value = state[keys[attribute]]
+        if tuple(value.shape) != shape:
+            raise ValueError(
+                f"{layer.name}: expected {attribute} of shape {shape}, found {tuple(value.shape)} in the adapter's "
+                f"file; load it onto the base model it was trained on ({config.base_model_name_or_path})"
+            )
+        if not value.is_meta and not torch.isfinite(value).all():
+            raise ValueError(
+                f"{layer.name}: {attribute} in the adapter's file has NaN or infinite values; the file is damaged or "
+                "its training diverged, use an earlier checkpoint"
+            )
+
+
+def _check_fingerprint(layer: CloverLayer, spec: BlockSpec, config: CloverConfig, here: Tensor, there: Tensor) -> None:
+    error = torch.linalg.vector_norm(here - there, dim=-1) / torch.linalg.vector_norm(there, dim=-1).clamp(min=1e-30)
+    precisions = (layer.precision, config.base_precision or layer.precision)
+    allowed = max(ROUNDING.get(precision, 2e-2) for precision in precisions)
+    if float(error.max()) > allowed:
+        block = int(error.argmax())
+        raise ValueError(
+            f"{layer.name} ({spec.part}, block {block}): expected the singular values of the base model that the "
+            f"adapter was trained on ({config.base_model_name_or_path}), found them to differ by "
+            f"{float(error.max()):.1%} where rounding explains {allowed:.2%}; load it onto that model, or set "
+            "check_base=False in its config"
+        )
+
+
+def _check_probe(layer: CloverLayer, spec: BlockSpec, coordinates: Tensor, there: Tensor) -> None:
+    here = _probe(coordinates)
+    scale = torch.linalg.vector_norm(coordinates, dim=-1).clamp(min=1e-30)
+    if float(((here - there).abs() / scale).max()) > PROBE_TOLERANCE:
+        raise ValueError(
+            f"{layer.name} ({spec.part}): the adapter was saved with save_bases=False, and the bases computed here "
+            "are not those it was trained with (equal singular values, or a base in another precision); load it on "
+            "the base it was trained on and save it with save_bases=True"
+        )

@@ -1,0 +1,262 @@
+"""One suite that every row of the architecture table must pass."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from tiny import FAMILIES, TOLERANCE, build, inputs, logits, perturb, relative
+
+from clover_peft import CloverConfig, explicit_factors
+from clover_peft import architectures as table
+from clover_peft.architectures import HeadSlice, base_of, resolve
+from clover_peft.model import clover_layers
+
+# Variants of a family: grouped-query and multi-query attention, biases, partial rotation.
+VARIANTS: dict[str, list[dict]] = {
+    **{
+        family: [{}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1}]
+        for family in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
+    },
+    **{
+        family: [{}]
+        for family in ("gpt2", "opt", "gpt_neox", "whisper", "bart", "t5", "bert", "vit", "deepseek_v2", "deepseek_v3")
+    },
+}
+VARIANTS["llama"].append({"attention_bias": True, "mlp_bias": True})
+VARIANTS["phi3"].append({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}})
+VARIANTS["gpt_neox"] += [
+    {"attention_bias": False},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}},
+]
+VARIANTS["opt"].append({"enable_bias": False})
+VARIANTS["t5"].append({"feed_forward_proj": "gated-gelu"})
+VARIANTS["vit"].append({"qkv_bias": False})
+VARIANTS["deepseek_v3"].append({"q_lora_rank": None, "attention_bias": True})
+CASES = [
+    pytest.param(family, kwargs, id=f"{family}-{i}")
+    for family, all_kwargs in VARIANTS.items()
+    for i, kwargs in enumerate(all_kwargs)
+]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def test_every_row_of_the_table_is_tested():
+    assert {"gemma3" if family == "gemma3_text" else family for family in FAMILIES} == set(table.FAMILIES) - {
+        "gemma3_text"
+    }
+    assert set(VARIANTS) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("family", "kwargs"), CASES)
+def test_init_and_disabled_are_the_base_bit_for_bit(family, kwargs, dtype):
+    model = build(family, dtype, **kwargs)
+    expected = logits(model, family)
+    model = get_peft_model(model, CloverConfig())
+    assert torch.equal(logits(model, family), expected)
+    perturb(model)
+    assert not torch.equal(logits(model, family), expected)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, family), expected)
+
+
+@pytest.mark.parametrize("s_matrix", ["full", "diagonal"])
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+@pytest.mark.parametrize(("family", "kwargs"), CASES)
+def test_merged_equals_unmerged_and_unmerging_restores_the_bits(family, kwargs, dtype, s_matrix):
+    model = build(family, dtype, **kwargs)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    expected = logits(model, family)
+    model = get_peft_model(model, CloverConfig(s_matrix=s_matrix))
+    perturb(model)
+    unmerged = logits(model, family)
+    model.merge_adapter()
+    assert relative(logits(model, family), unmerged) < TOLERANCE[dtype]
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, family), unmerged)
+    base = model.unload()
+    assert torch.equal(logits(base, family), expected)
+    assert all(torch.equal(p, before[name]) for name, p in base.state_dict().items())
+
+
+@pytest.mark.parametrize(("family", "kwargs"), CASES)
+def test_a_reload_under_another_seed_is_the_same_function(family, kwargs, tmp_path):
+    model = build(family, **kwargs)
+    base = copy.deepcopy(model)
+    model = get_peft_model(model, CloverConfig())
+    perturb(model)
+    expected = logits(model, family)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(12345)
+    assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path), family), expected)
+
+
+@pytest.mark.parametrize("s_matrix", ["full", "diagonal"])
+@pytest.mark.parametrize(("family", "kwargs"), CASES)
+def test_gradients_reach_every_trainable_number(family, kwargs, s_matrix):
+    model = get_peft_model(build(family, **kwargs), CloverConfig(s_matrix=s_matrix))
+    model.train()
+    outputs = model(**inputs(family, batch=4, length=30)).logits  # enough tokens that no ReLU is dead on all of them
+    (outputs * torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable
+    assert all(".clover_S." in name for name in trainable)
+    without = [name for name, p in trainable.items() if p.grad is None or not (p.grad != 0).all()]
+    assert not without
+
+
+@pytest.mark.parametrize(("family", "kwargs"), CASES)
+def test_what_the_table_pairs(family, kwargs):
+    expected = {suffix: set(parts) for suffix, parts in FAMILIES[family].pairs.items()}
+    partial = kwargs.get("rope_parameters", {}).get("partial_rotary_factor")
+    if family == "phi3" and partial:
+        expected["qkv_proj"].add("k")
+    if family == "gpt_neox" and partial == 1.0:
+        expected["query_key_value"].remove("k")
+    model = get_peft_model(build(family, **kwargs), CloverConfig())
+    seen = {suffix: set() for suffix in expected}
+    for name, layer in clover_layers(model):
+        for spec in layer.specs["default"]:
+            suffix = next((s for s in expected if name.endswith(s)), None)
+            assert (spec.basis == "pair") == (suffix is not None and spec.part in expected[suffix]), name
+            if suffix is not None and spec.basis == "pair":
+                seen[suffix].add(spec.part)
+    assert seen == expected
+
+
+def _index(heads: HeadSlice) -> torch.Tensor:
+    """(count, dim): feature of coordinate j of head i, by the definition of a HeadSlice."""
+    i, j = torch.arange(heads.count).unsqueeze(1), torch.arange(heads.dim)
+    return heads.start + i * heads.stride + heads.offset + j
+
+
+def _mix(module: torch.nn.Module, heads: HeadSlice, maps: torch.Tensor, of_outputs: bool) -> None:
+    """Replace each head z of a projection's outputs by `maps[head] z`, or each head's columns W by `W maps[head]`."""
+    weight = module.weight.data if isinstance(module, table.Conv1D) else module.weight.data.mT  # (in, out)
+    for features, a in zip(_index(heads), maps.repeat_interleave(heads.count // len(maps), 0), strict=True):
+        if of_outputs:
+            weight[:, features] = weight[:, features] @ a.mT
+            if module.bias is not None:
+                module.bias.data[features] = a @ module.bias.data[features]
+        else:
+            weight[features] = a.mT @ weight[features]
+
+
+def _rotated_pair(model, path, target, partner) -> None:
+    """Mix the wrapped heads by A and undo it in the partner: the identity if they truly meet inside a head."""
+    generator = torch.Generator().manual_seed(5)
+    count, dim = target.heads.count, target.heads.dim
+    a = torch.eye(dim).double() + 0.4 * torch.randn(count, dim, dim, generator=generator, dtype=torch.float64)
+    _mix(base_of(model.get_submodule(path)), target.heads, a, of_outputs=True)
+    inverse = torch.linalg.inv(a)
+    _mix(
+        base_of(model.get_submodule(partner.path)),
+        partner.heads,
+        inverse if partner.reads else inverse.mT,
+        not partner.reads,
+    )
+
+
+@pytest.mark.parametrize(("family", "kwargs"), CASES)
+def test_paired_heads_meet_in_the_model_itself(family, kwargs):
+    """Mixing the wrapped heads by any A and the partner by its inverse leaves the model's function alone."""
+    model = build(family, torch.float64, **kwargs)
+    expected = logits(model, family)
+    pairs = 0
+    for path, module in list(model.named_modules()):
+        if not path.endswith(tuple("." + name for name in table.FAMILIES[family].projections)) or not hasattr(
+            module, "weight"
+        ):
+            continue
+        for target in resolve(model, path):
+            if target.partner is not None:
+                pairs += 1
+                _rotated_pair(model, path, target, target.partner)
+                assert relative(logits(model, family), expected) < 1e-8, (path, target.part)
+    assert pairs
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+def test_keys_that_are_rotated_or_normalised_could_not_be_paired(family):
+    model = build(family, torch.float64, num_key_value_heads=4)
+    expected = logits(model, family)
+    path = next(p for p, _ in model.named_modules() if p.endswith("layers.0.self_attn.k_proj"))
+    (target,) = resolve(model, path)
+    assert target.partner is None
+    (query,) = resolve(model, path.replace("k_proj", "q_proj"))
+    _rotated_pair(model, path, target, table.Partner(path.replace("k_proj", "q_proj"), query.heads, reads=False))
+    assert relative(logits(model, family), expected) > 1e-3
+
+
+@pytest.mark.parametrize(("family", "kwargs"), CASES)
+def test_s_changes_exactly_the_product_it_should(family, kwargs):
+    """`V S U^T` is orthonormal, starts as the dense product of the base's weights and follows the merged weights."""
+    model = build(family, torch.float64, **kwargs)
+    adapted = get_peft_model(copy.deepcopy(model), CloverConfig())
+    for trained in (False, True):
+        if trained:
+            perturb(adapted)
+            merged = copy.deepcopy(adapted).merge_and_unload()
+        reference = merged if trained else model
+        for name, layer in clover_layers(adapted.base_model.model):
+            factors = explicit_factors(adapted, name)
+            for spec in layer.specs["default"]:
+                f = factors[spec.name]
+                eye = torch.eye(spec.size, dtype=torch.float64)
+                assert (f.U.mT @ f.U - eye).abs().max() < 1e-8
+                assert (f.V.mT @ f.V - eye).abs().max() < 1e-8
+                assert relative(f.product(), _dense_product(reference, name, spec)) < 1e-8, (name, spec.part)
+
+
+def _dense_product(model, name, spec) -> torch.Tensor:
+    """The product of dense weights that a slice stands for: W_o W_v, W_q^T W_k, or the weight alone."""
+    module = model.get_submodule(name)
+    rows = _rows(module, spec.heads)  # (count, dim, in)
+    if spec.basis != "pair":
+        return rows.flatten(0, 1).unflatten(0, (spec.blocks, spec.size))
+    other = model.get_submodule(spec.partner.path)
+    index = _index(spec.partner.heads)
+    if spec.partner.reads:
+        weight = other.weight.data.mT if not isinstance(other, table.Conv1D) else other.weight.data  # (in, out)
+        columns = weight[index]  # (query heads, dim, out)
+    else:
+        columns = _rows(other, spec.partner.heads)
+    groups = len(columns) // len(rows)
+    stacked = columns.unflatten(0, (len(rows), groups)).transpose(1, 2).flatten(2)  # (kv heads, dim, groups * out)
+    return stacked.mT @ rows
+
+
+def _rows(module, heads: HeadSlice) -> torch.Tensor:
+    """(count, dim, in + 1 with a bias): the rows of a projection that compute the heads."""
+    weight = module.weight.data if not isinstance(module, table.Conv1D) else module.weight.data.mT
+    if module.bias is not None:
+        weight = torch.cat([weight, module.bias.data.unsqueeze(1)], dim=1)
+    return weight[_index(heads)]
+
+
+def test_gpt2_cross_attention_has_its_query_elsewhere():
+    model = build("gpt2", add_cross_attention=True)
+    path = "transformer.h.0.crossattention.c_attn"
+    key, value = resolve(model, path)
+    assert (key.part, value.part) == ("k", "v")
+    assert key.heads == HeadSlice.plain(4, 12)
+    assert value.heads == HeadSlice.plain(4, 12, start=48)
+    assert key.partner.path == "transformer.h.0.crossattention.q_attn"
+    (query,) = resolve(model, "transformer.h.0.crossattention.q_attn")
+    assert query.part == "q"
+    assert query.heads.dim == 12
+
+
+@pytest.mark.parametrize("dim", [6, 4, 12])
+def test_a_head_slice_views_and_blocks_what_its_definition_says(dim):
+    heads = HeadSlice(start=5, count=3, stride=12, offset=12 - dim, dim=dim)
+    x = torch.arange(2 * 50.0).view(2, 50)
+    expected = x[:, _index(heads)]
+    assert torch.equal(heads.heads(x), expected)
+    assert torch.equal(heads.blocks(x, dim), expected)
+    assert torch.equal(heads.blocks(x, 2), expected.reshape(2, -1, 2))
+    assert heads.heads(x).data_ptr() == x[0, heads.start + heads.offset :].data_ptr()
+    assert torch.equal(heads.part(1, 2).heads(x), expected[..., 1:3])
