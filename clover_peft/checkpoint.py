@@ -75,6 +75,9 @@ def select_for_saving(name: str, layer: CloverLayer, adapter_name: str, config: 
         ValueError: if the adapter's bases were never computed or loaded.
     """
     layer.check_bases(adapter_name, "save")
+    bias = f"{name}.base_layer.bias" if name else "base_layer.bias"
+    if bias in state and layer.merged and layer.original_bias is not None:
+        state[bias] = layer.original_bias.detach()
     for spec in layer.specs[adapter_name]:
         keys = _keys(name, adapter_name, spec)
         if config.save_bases is True or spec.basis == "folded" or keys["clover_S"] not in state:
@@ -112,7 +115,7 @@ def check_checkpoint(
     """
     for spec in layer.specs[adapter_name]:
         keys = _keys(name, adapter_name, spec)
-        probe = state.pop(keys[_PROBE], None)
+        probe = _take_probe(name, spec, state)
         expected = {"clover_S": spec.s_shape, **spec.base_shapes}
         if probe is not None:
             expected = {a: shape for a, shape in expected.items() if a in ("clover_S", "clover_S0")}
@@ -133,6 +136,14 @@ def check_checkpoint(
         _check_fingerprint(layer, spec, config, tensors.s0, state[keys["clover_S0"]].to(tensors.s0))
         if probe is not None:
             _check_probe(layer, spec, tensors.u, probe.to(tensors.u))
+
+
+def _take_probe(name: str, spec: BlockSpec, state: dict[str, Tensor]) -> Tensor | None:
+    """The probe of one slice. It is no tensor of the layer, so its key is still the file's: without an adapter's name,
+    and with the prefix of a `PeftModel` also where the adapter is loaded into a bare model."""
+    key = f"{name}.{_PROBE}.{spec.name}" if name else f"{_PROBE}.{spec.name}"
+    found = [state.pop(k) for k in (key, f"base_model.model.{key}") if k in state]
+    return found[0] if found else None
 
 
 def _keys(name: str, adapter_name: str, spec: BlockSpec) -> dict[str, str]:

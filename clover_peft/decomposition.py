@@ -149,7 +149,8 @@ def pair_bases(g_in: Tensor, g_out: Tensor) -> Bases:
     back = inverse_out @ x
     degenerate = (dropped_in > 0) | (dropped_out > 0)
     # A direction of a degenerate pair is alive only if its singular value is, on the scale both factors were cut at.
-    alive = ~degenerate.unsqueeze(-1) | (s0 > DROP_BELOW**2 * s0[:, :1])
+    scale = torch.linalg.matrix_norm(root_in) * torch.linalg.matrix_norm(root_out)
+    alive = ~degenerate.unsqueeze(-1) | (s0 > DROP_BELOW**2 * scale.unsqueeze(-1))
     sign = _fix_signs(coordinates) * alive
     return Bases(
         coordinates * sign.unsqueeze(-1),
@@ -240,7 +241,7 @@ def fold(s: Tensor, coordinates: Tensor | None, back: Tensor | None) -> Tensor:
         (H, d, d).
     """
     if s.ndim == 2:
-        s = torch.diag_embed(s) if back is None or coordinates is None else s.unsqueeze(-1) * coordinates
+        s = torch.diag_embed(s) if coordinates is None else s.unsqueeze(-1) * coordinates
         coordinates = None
     result = s if coordinates is None else torch.bmm(s, coordinates)
     return result if back is None else torch.bmm(back, result)

@@ -12,7 +12,7 @@ With `z = W x + b` the frozen projection's output and `z_h` its features in bloc
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -187,14 +187,25 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: if more than one of them truncates.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        truncating = [name for name in names if any(spec.truncate for spec in self.specs.get(name, ()))]
+        self.check_truncation([adapter_names] if isinstance(adapter_names, str) else adapter_names, "active")
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def check_truncation(self, adapter_names: Iterable[str], use: str) -> None:
+        """Refuse to use two adapters together that both replace their input.
+
+        Args:
+            adapter_names: the adapters.
+            use: what they are to be, "active" or "merged".
+
+        Raises:
+            ValueError: naming them.
+        """
+        truncating = [n for n in dict.fromkeys(adapter_names) if any(spec.truncate for spec in self.specs.get(n, ()))]
         if len(truncating) > 1:
             raise ValueError(
-                f"{self.name}: expected at most one active adapter with truncate=True, found {truncating}; activate "
-                "one of them, or merge one first"
+                f"{self.name}: expected at most one {use} adapter with truncate=True, found {truncating}; use one of "
+                "them alone, or make one permanent with merge_and_unload first"
             )
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # Unlike peft's own: never to the dtype of the base layer.
@@ -365,6 +376,13 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: with `safe_merge`, if a merged number is not finite.
         """
+        self.check_truncation(adapter_names, "merged")
+        if isinstance(self.base_layer, BaseTunerLayer) and not self.base_layer.merged:
+            raise ValueError(
+                f"{self.name}: expected a plain projection to merge into, found "
+                f"{type(self.base_layer).__name__} with an update beside its weight, which the merge would leave "
+                "out; merge that adapter first"
+            )
         for adapter_name in adapter_names:
             self.check_bases(adapter_name, "merge")
         base: Any = self.get_base_layer()

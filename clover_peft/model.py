@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_quantization_kwargs
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
@@ -203,20 +203,34 @@ class CloverModel(BaseTuner):
         if merge:
             self._check_merge(adapter_names, safe_merge)
         else:
-            for _, layer in clover_layers(self.model):
-                if layer.merged:
-                    layer.unmerge()
+            for module in self.model.modules():  # trained tokens are another tuner's layers
+                if isinstance(module, BaseTunerLayer) and module.merged:
+                    module.unmerge()
         return super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Raise whatever merging would, with nothing merged yet. With `safe_merge` every layer is merged on trial."""
         for _, layer in clover_layers(self.model):
-            names = [name for name in adapter_names or layer.active_adapters if name in layer.specs]
+            wanted = layer.active_adapters if adapter_names is None else adapter_names
+            names = list(dict.fromkeys([*layer.merged_adapters, *(name for name in wanted if name in layer.specs)]))
+            layer.check_truncation(names, "merged")
             for name in names:
                 layer.check_bases(name, "merge")
             if safe_merge:
                 with onloaded(layer.get_base_layer()):
-                    layer.merged_tensors([*layer.merged_adapters, *names], safe_merge=True)
+                    layer.merged_tensors(names, safe_merge=True)
+
+    # ------------------------------------------------------------------ switching and replacing
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As in peft; what cannot be active together is refused before any layer is switched."""
+        for _, layer in clover_layers(self.model):
+            layer.check_truncation([adapter_name] if isinstance(adapter_name, str) else adapter_name, "active")
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # Peft's own also copies `weight`, which is no parameter where tokens are trained; ours is in place already.
+        setattr(parent, child_name, new_module)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

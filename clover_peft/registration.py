@@ -38,12 +38,13 @@ def register(config_cls: type, model_cls: type) -> None:
     Raises:
         ImportError: if peft ships a CLOVER of its own.
     """
-    known = mapping.PEFT_TYPE_TO_TUNER_MAPPING.get(CLOVER)
-    if known is not None and known.__module__.partition(".")[0] != __name__.partition(".")[0]:
-        raise ImportError(
-            f"peft already has a method {_NAME}, {known.__module__}.{known.__qualname__}; use that one, or an older "
-            "peft together with clover_peft"
-        )
+    for table in (mapping.PEFT_TYPE_TO_CONFIG_MAPPING, mapping.PEFT_TYPE_TO_TUNER_MAPPING):
+        known = table.get(CLOVER)
+        if known is not None and known.__module__.partition(".")[0] != __name__.partition(".")[0]:
+            raise ImportError(
+                f"peft already has a method {_NAME}, {known.__module__}.{known.__qualname__}; use that one, or an "
+                "older peft together with clover_peft"
+            )
     for table in (
         mapping.PEFT_TYPE_TO_CONFIG_MAPPING,
         mapping.PEFT_TYPE_TO_TUNER_MAPPING,
