@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -53,10 +54,13 @@ def check_weight_file(path: str) -> None:
 def complete_model_card(path: str, base: str | None) -> None:
     """Add the loading recipe to the model card that peft wrote, once."""
     if not os.path.isfile(path):
+        # Of an adapter that is not named "default", peft writes the card one folder up.
+        path = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(path))), os.path.basename(path))
+    if not os.path.isfile(path):
         return
     with open(path, encoding="utf-8") as file:
         text = file.read()
-    if _CARD_HEADING in text:
+    if _CARD_HEADING in text or "library_name: peft" not in text:
         return
     recipe = (
         f"\n\n{_CARD_HEADING}\n\nThis is a CLOVER adapter (arXiv 2411.17426). Install `clover-peft` and import it "
@@ -99,6 +103,7 @@ def check_checkpoint(
     config: CloverConfig,
     state: dict[str, Tensor],
     decompose: Callable[[CloverLayer, tuple[BlockSpec, ...]], dict[str, Bases] | None] | None,
+    first: bool = False,
 ) -> None:
     """Compare what a file holds for one layer with the layer. Nothing of `state` is loaded here.
 
@@ -109,6 +114,8 @@ def check_checkpoint(
         config: its config.
         state: the file's tensors by the model's keys; a probe is taken out.
         decompose: computes bases that the file leaves out; None where that is impossible.
+        first: whether this is the adapter's first layer. With low_cpu_mem_usage the bases are not computed and only
+            the first layer's are, to compare them.
 
     Raises:
         ValueError: naming the module, what was expected, what was found and what to do.
@@ -130,12 +137,65 @@ def check_checkpoint(
                     "base model has no weights; load the base model first, or save the adapter with save_bases=True"
                 )
             layer.set_bases(adapter_name, bases)
-        tensors = layer.tensors(adapter_name, spec)
-        if tensors.u is None or tensors.s0 is None or tensors.s0.is_meta or not config.check_base:
+        _, u, _, s0 = layer.tensors(adapter_name, spec)
+        if s0 is not None and s0.is_meta and first and decompose is not None:
+            here = decompose(layer, layer.specs[adapter_name])
+            s0 = here[spec.name].singular_values if here is not None else None
+        if u is None or s0 is None or s0.is_meta or not config.check_base:
             continue
-        _check_fingerprint(layer, spec, config, tensors.s0, state[keys["clover_S0"]].to(tensors.s0))
+        _check_fingerprint(layer, spec, config, s0, state[keys["clover_S0"]].to(s0))
         if probe is not None:
-            _check_probe(layer, spec, tensors.u, probe.to(tensors.u))
+            _check_probe(layer, spec, u, probe.to(u))
+
+
+def check_nothing_left(layers: dict[str, CloverLayer], adapter_name: str, state: dict[str, Tensor]) -> None:
+    """Refuse a file that holds more of the adapter than the model has a place for.
+
+    Args:
+        layers: the adapter's layers by their paths, as in the keys of `state`.
+        adapter_name: the adapter.
+        state: the file's tensors by the model's keys.
+
+    Raises:
+        ValueError: naming the first tensor that is left over.
+    """
+    known = {
+        _keys(name, adapter_name, spec)[attribute]
+        for name, layer in layers.items()
+        for spec in layer.specs[adapter_name]
+        for attribute in ("clover_S", *spec.base_shapes)
+    }
+    attributes = {"clover_S", *FROZEN}
+    left = sorted(key for key in state if key not in known and attributes & set(key.split(".")))
+    if left:
+        module, _, tensor = left[0].removeprefix("base_model.model.").rpartition(".clover_")
+        raise ValueError(
+            f"{module}: expected nothing but what the adapter's configuration targets, found clover_{tensor} and "
+            f"{len(left) - 1} more tensors in its file without a place in this model; load it with its own "
+            "adapter_config.json (a folded one takes folded files only) onto the base model it was trained on"
+        )
+
+
+def check_source(config: CloverConfig) -> None:
+    """Refuse to make an adapter whose weights are to be loaded from a folder that has none.
+
+    Raises:
+        ValueError: naming the folder.
+    """
+    if config.source and config.inference_mode and os.path.isdir(config.source):
+        names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+        if not any(os.path.exists(os.path.join(config.source, name)) for name in names):
+            raise ValueError(
+                f"{config.source}: expected the adapter's weights, {SAFETENSORS_WEIGHTS_NAME}, found no such file; "
+                "copy the whole folder that save_pretrained wrote"
+            )
+
+
+def is_untouched(layers: dict[str, CloverLayer], adapter_name: str) -> bool:
+    """Whether the adapter is still as it was made: nothing loaded, nothing trained."""
+    return all(
+        s.is_meta or not s.any() for layer in layers.values() for s in layer.clover_S[adapter_name].parameters()
+    )
 
 
 def _take_probe(name: str, spec: BlockSpec, state: dict[str, Tensor]) -> Tensor | None:

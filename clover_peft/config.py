@@ -122,8 +122,14 @@ class CloverConfig(PeftConfig):
     def _check_numbers(self) -> None:
         for name in ("r", "block_size", "mlp_block_size", "head_dim", "num_heads"):
             _check_positive(name, getattr(self, name), optional=True)
+        if not isinstance(self.rank_pattern, dict):
+            raise ValueError(
+                f"CloverConfig.rank_pattern: expected a dict of names to ranks, found {self.rank_pattern!r}"
+            )
         for pattern, rank in self.rank_pattern.items():
             _check_positive(f"rank_pattern[{pattern!r}]", rank)
+        if isinstance(self.clover_dropout, bool) or not isinstance(self.clover_dropout, (int, float)):
+            raise ValueError(f"CloverConfig.clover_dropout: expected a number, found {self.clover_dropout!r}")
         if not 0 <= self.clover_dropout < 1:
             raise ValueError(f"CloverConfig.clover_dropout: expected 0 <= p < 1, found {self.clover_dropout}")
 
@@ -180,7 +186,7 @@ class CloverConfig(PeftConfig):
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
         check_weight_file(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        config.source = str(pretrained_model_name_or_path)
+        config.source = folder
         return config
 
 

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from .architectures import FAMILIES, Partner, base_of, resolve, unknown_family_message
 from .blocks import BlockSpec, block_spec
-from .checkpoint import check_checkpoint, select_for_saving
+from .checkpoint import check_checkpoint, check_nothing_left, check_source, is_untouched, select_for_saving
 from .config import CloverConfig
 from .decomposition import Bases, Factors, describe_dropped, gram, pair_bases, qr_bases, svd_bases
 from .layer import CloverLayer, check_packing, onloaded
@@ -65,6 +65,7 @@ class CloverModel(BaseTuner):
                 f"adapter {adapter_name!r} was saved folded, for inference; load it with is_trainable=False, or train "
                 "from one saved with save_bases=True"
             )
+        check_source(config)
         # For the time of the injection only: a progress bar cannot be copied or pickled with the model.
         self._conditions: dict[str, tuple[float, torch.dtype]] = {}
         self._progress = tqdm(desc="CLOVER bases", unit=" modules", delay=3, leave=False)
@@ -103,6 +104,7 @@ class CloverModel(BaseTuner):
             bases = None if _on_meta() or layer.weight.is_meta else {}
         elif (bases := layer.bases_to_share(specs)) is None and not _on_meta():
             bases = self._decompose(layer, specs)
+            self._report(layer, specs, bases or {})
         layer.update_layer(
             adapter_name,
             specs,
@@ -142,7 +144,6 @@ class CloverModel(BaseTuner):
                     result[spec.name] = self._decompose_slice(spec, weight, bias)
                 except ValueError as error:
                     raise ValueError(f"{layer.name}: {error}") from error
-                self._report(layer, spec, result[spec.name])
         return result
 
     def _decompose_slice(self, spec: BlockSpec, weight: Tensor, bias: Tensor | None) -> Bases:
@@ -161,15 +162,19 @@ class CloverModel(BaseTuner):
         groups = heads.count // spec.heads.count
         return g.unflatten(0, (spec.heads.count, groups, -1)).sum(1).flatten(0, 1)
 
-    def _report(self, layer: CloverLayer, spec: BlockSpec, bases: Bases) -> None:
-        if (dropped := describe_dropped(bases)) is not None:
-            warnings.warn(
-                f"{layer.name} ({spec.part}): degenerate weights; directions dropped, which will not be trained, in "
-                f"block(s) {dropped}",
-                stacklevel=2,
-            )
+    def _report(self, layer: CloverLayer, specs: tuple[BlockSpec, ...], bases: dict[str, Bases]) -> None:
         dtype = layer.weight.dtype if layer.weight.is_floating_point() else torch.bfloat16
-        self._conditions[f"{layer.name} ({spec.part})"] = (float(bases.condition.max()), dtype)
+        for spec in specs:
+            if spec.name not in bases:
+                continue
+            name = f"{layer.name} ({spec.part})"
+            if (dropped := describe_dropped(bases[spec.name])) is not None:
+                warnings.warn(
+                    f"{name}: degenerate weights; directions dropped, which will not be trained, in block(s) "
+                    + dropped,
+                    stacklevel=2,
+                )
+            self._conditions[name] = (float(bases[spec.name].condition.max()), dtype)
 
     def _warn_about_conditions(self) -> None:
         suspect = {
@@ -260,12 +265,13 @@ class CloverModel(BaseTuner):
         result = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         tuner = model if isinstance(model, CloverModel) else getattr(model, "base_model", None)
         decompose = tuner._decompose if isinstance(tuner, CloverModel) else None
+        layers = {name: layer for name, layer in clover_layers(model) if adapter_name in layer.specs}
         try:
-            for name, layer in clover_layers(model):
-                if adapter_name in layer.specs:
-                    check_checkpoint(name, layer, adapter_name, config, result, decompose)
+            for i, (name, layer) in enumerate(layers.items()):
+                check_checkpoint(name, layer, adapter_name, config, result, decompose, first=i == 0)
+            check_nothing_left(layers, adapter_name, result)
         except ValueError:
-            if isinstance(tuner, CloverModel) and config.source is not None:
+            if isinstance(tuner, CloverModel) and config.source and is_untouched(layers, adapter_name):
                 tuner.discard(adapter_name)
             raise
         config.source = None
@@ -277,6 +283,7 @@ class CloverModel(BaseTuner):
             self.unload()
         else:
             self.delete_adapter(adapter_name)
+            _unwrap_empty_layers(self.model)
 
 
 # ---------------------------------------------------------------------- helpers
@@ -372,10 +379,15 @@ def _on_meta() -> bool:
 
 def _take_out(model: nn.Module, adapter_name: str) -> None:
     """Remove what an interrupted injection left behind."""
-    for name, layer in clover_layers(model):
+    for _, layer in clover_layers(model):
         for attribute in (*layer.adapter_layer_names, *layer.other_param_names):
             if adapter_name in getattr(layer, attribute):
                 del getattr(layer, attribute)[adapter_name]
+    _unwrap_empty_layers(model)
+
+
+def _unwrap_empty_layers(model: nn.Module) -> None:
+    for name, layer in clover_layers(model):
         if not layer.specs:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.base_layer)

@@ -38,17 +38,14 @@ def register(config_cls: type, model_cls: type) -> None:
     Raises:
         ImportError: if peft ships a CLOVER of its own.
     """
-    for table in (mapping.PEFT_TYPE_TO_CONFIG_MAPPING, mapping.PEFT_TYPE_TO_TUNER_MAPPING):
+    for table in (mapping.PEFT_TYPE_TO_TUNER_MAPPING, mapping.PEFT_TYPE_TO_CONFIG_MAPPING):
         known = table.get(CLOVER)
         if known is not None and known.__module__.partition(".")[0] != __name__.partition(".")[0]:
             raise ImportError(
                 f"peft already has a method {_NAME}, {known.__module__}.{known.__qualname__}; use that one, or an "
                 "older peft together with clover_peft"
             )
-    for table in (
-        mapping.PEFT_TYPE_TO_CONFIG_MAPPING,
-        mapping.PEFT_TYPE_TO_TUNER_MAPPING,
-        mapping.PEFT_TYPE_TO_PREFIX_MAPPING,
-    ):
-        table.pop(CLOVER, None)
+    mapping.PEFT_TYPE_TO_CONFIG_MAPPING.pop(CLOVER, None)
+    mapping.PEFT_TYPE_TO_TUNER_MAPPING.pop(CLOVER, None)
+    mapping.PEFT_TYPE_TO_PREFIX_MAPPING.pop(CLOVER, None)
     register_peft_method(name=_NAME.lower(), config_cls=config_cls, model_cls=model_cls)

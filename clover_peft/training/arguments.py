@@ -96,9 +96,10 @@ def parse(config: str | Path, overrides: Sequence[str] = ()) -> Settings:
     if rate is not None:
         flat.setdefault("learning_rate", rate)
     flat.setdefault("include_num_input_tokens_seen", "non_padding")  # for tokens per second
+    accelerated = torch.accelerator.is_available()
+    flat.setdefault("dataloader_pin_memory", accelerated)
     if "bf16" not in flat and "fp16" not in flat:
-        # TRL's default is bf16 everywhere; without an accelerator it is slower and less exact than float32.
-        flat["bf16"] = torch.accelerator.is_available()
+        flat["bf16"] = accelerated  # TRL's default is bf16 everywhere; on a CPU that is slower and less exact
 
     _check_keys(flat, [f.name for kind in (JobArguments, SFTConfig) for f in dataclasses.fields(kind) if f.init])
     for key in flat.keys() & _SAID_ELSEWHERE.keys():
@@ -106,9 +107,10 @@ def parse(config: str | Path, overrides: Sequence[str] = ()) -> Settings:
     for kind in (JobArguments, SFTConfig):
         _check_types(flat, kind)
     job, sft = HfArgumentParser([JobArguments, SFTConfig]).parse_dict(flat)
-    if job.merge and not block:
+    adapter = _peft_config(block)
+    if job.merge and adapter is None:
         raise ValueError("merge=true: full fine-tuning has nothing to merge; its model is saved in output_dir/model")
-    return Settings(job, sft, _peft_config(block), values)
+    return Settings(job, sft, adapter, values)
 
 
 def _peft_config(block: dict[str, Any]) -> peft.PeftConfig | None:
@@ -166,9 +168,13 @@ def _load_yaml(text: str, name: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, which also reads 1e-3 as a number; YAML 1.1 wants 1.0e-3."""
+    """The safe loader with scalars as in YAML 1.2: 1e-3 is a number, and the `no` of `save_strategy` a word."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(_FLOAT, re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))

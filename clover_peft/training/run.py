@@ -76,13 +76,15 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
         processing_class=tokenizer,
         callbacks=callbacks,
     )
-    if len(trainer.train_dataset) < len(split.train):
-        dropped = len(split.train) - len(trainer.train_dataset)
+    dropped = len(split.train) - len(trainer.train_dataset)
+    if dropped == len(split.train):
+        raise ValueError(f"max_length={sft.max_length}: expected room for an answer, found none behind any prompt")
+    if dropped and not sft.packing:
         print(f"data: {dropped} rows dropped, their prompts alone fill max_length={sft.max_length}")
     questions = split.held_out[: job.questions]
     prompts = [prompt_ids(tokenizer, row) for row in questions]
     before = [greedy_ids(model, tokenizer, prompt, job.answer_tokens) for prompt in prompts]
-    loss_before = trainer.evaluate()["eval_loss"] if split.held_out else None
+    loss_before = _held_out_loss(trainer)
 
     if trainer.is_world_process_zero():
         out.mkdir(parents=True, exist_ok=True)
@@ -93,7 +95,7 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
         print(f"resuming from {checkpoint}")
     result = trainer.train(resume_from_checkpoint=checkpoint)
 
-    loss_after = trainer.evaluate()["eval_loss"] if split.held_out else None
+    loss_after = _held_out_loss(trainer)
     # Autocast, where used, is undone: what is probed and saved is the model as others will load it.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     after = [greedy_ids(model, tokenizer, prompt, job.answer_tokens) for prompt in prompts]
@@ -123,7 +125,7 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
             "log": [{key: entry.get(key) for key in ("step", "loss", "learning_rate", "grad_norm")} for entry in log],
         },
         "seconds": {"init": init_seconds, "train": result.metrics["train_runtime"]},
-        "tokens_per_second": result.metrics.get("train_tokens_per_second"),
+        "tokens_per_second": log[-1].get("train_tokens_per_second") if log else None,
         "answers": [
             {
                 "question": _text(row["prompt"]),
@@ -134,7 +136,7 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
             for row, ids_before, ids_after in zip(questions, before, after, strict=True)
         ],
     }
-    probe = {}
+    probe: dict[str, torch.Tensor] = {}
     for i, (prompt, ids) in enumerate(zip(prompts, after, strict=True)):
         probe |= {f"prompt.{i}": prompt, f"answer.{i}": ids, f"logits.{i}": answer_logits(model, prompt, ids)}
     _save(trainer, model, settings, record, probe)
@@ -205,6 +207,10 @@ def first_and_last(losses: list[float]) -> dict[str, float]:
 class _Trainer(SFTTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes none: TRL's card cannot say how to load the adapter; ours is written beside it at the end."""
+
+
+def _held_out_loss(trainer: SFTTrainer) -> float | None:
+    return float(trainer.evaluate()["eval_loss"]) if trainer.eval_dataset else None
 
 
 @contextlib.contextmanager

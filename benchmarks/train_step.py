@@ -1,0 +1,217 @@
+"""Time and saved activations of one training step on Llama-shaped layers, every method at matched parameters.
+
+    python benchmarks/train_step.py
+
+A step is forward, backward and AdamW. The layers' input requires a gradient, as it does below layers that others
+train, so the frozen base has a backward pass too. The budget is CLOVER's on its default targets (key, value, up); the
+rank (or OFT's block size) of the others on q, k, v, up, down is solved for. CLOVER diagonal has no such knob and
+stays small. All models live in one process; in every round each takes one step, in shuffled order, and ratios are
+taken within the round.
+
+Saved activations are the distinct storages that autograd keeps for the backward pass, parameters and buffers excluded.
+Weights narrower than float32 run under autocast, as TRL trains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import PAPER_LORA_TARGETS, clock, finish, llama, options, parser, rank_for, ratio, table, trainable
+from peft import HiraConfig, LoraConfig, OFTConfig, PeftConfig, get_peft_model
+from torch import nn
+from tqdm import tqdm
+
+from clover_peft import CloverConfig, records
+
+TARGETS = {"step_v_lora": 1.15, "saved_v_lora": 1.25}  # CLOVER is to be at most this
+
+
+@dataclass
+class Contender:
+    """One model in the race, with its figures."""
+
+    model: nn.Module
+    setting: str
+    parameters: int = 0
+    saved_bytes: int = 0
+    seconds: list[float] = field(default_factory=list)
+    optimizer: torch.optim.Optimizer | None = None
+
+    def __post_init__(self) -> None:
+        self.parameters = trainable(self.model)
+        if self.parameters:
+            self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    arguments = _arguments(argv)
+    environment = records.environment()
+    device, dtype = arguments.device, getattr(torch, arguments.dtype)
+    base = llama(
+        arguments.hidden_size, arguments.num_heads, arguments.mlp_size, arguments.layers, arguments.seed, dtype, device
+    ).requires_grad_(False)
+    contenders = _contenders(base)
+    x = torch.randn(arguments.batch_size, arguments.tokens, arguments.hidden_size, device=device).to(dtype)
+    x.requires_grad_(True)
+    cotangent = torch.randn_like(x)
+
+    def step(contender: Contender) -> None:
+        x.grad = None
+        _decode(contender.model, x, dtype).backward(cotangent)
+        if contender.optimizer is not None:
+            contender.optimizer.step()
+            contender.optimizer.zero_grad(set_to_none=True)
+
+    for contender in tqdm(contenders.values(), desc="warm-up", unit="method"):
+        contender.saved_bytes = _saved_bytes(contender.model, partial(_decode, contender.model, x, dtype))
+        for _ in range(2):
+            step(contender)
+    order = list(contenders.values())
+    shuffle = random.Random(arguments.seed).shuffle
+    for _ in tqdm(range(arguments.rounds), desc="rounds", unit="round"):
+        shuffle(order)
+        for contender in order:
+            contender.seconds.append(clock(partial(step, contender), device))
+
+    figures = _figures(contenders)
+    clover = figures["clover"]
+    print(_report(figures))
+    return finish(
+        arguments.out,
+        {
+            "benchmark": "train_step",
+            "options": options(arguments),
+            "environment": environment,
+            "figures": figures,
+            "seconds": {name: contender.seconds for name, contender in contenders.items()},
+            "targets": {n: {"wanted": t, "reached": clover[n], "met": clover[n] <= t} for n, t in TARGETS.items()},
+        },
+    )
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    command = parser(__doc__.splitlines()[0] if __doc__ else "", "train_step")
+    command.add_argument("--hidden-size", type=int, help="default 2048, on cuda 4096")
+    command.add_argument("--num-heads", type=int, help="default hidden size / 128")
+    command.add_argument("--mlp-size", type=int, help="default as Llama-2-7B: hidden size x 2.6875")
+    command.add_argument("--layers", type=int, default=1)
+    command.add_argument("--batch-size", type=int, default=1)
+    command.add_argument("--tokens", type=int, help="tokens a sequence; default 512, on cuda 2048")
+    command.add_argument("--dtype", help="of the weights; default float32, on cuda bfloat16")
+    command.add_argument("--rounds", type=int, default=15, help="timed steps a method")
+    arguments = command.parse_args(argv)
+    cuda = arguments.device.startswith("cuda")
+    if arguments.fast:
+        arguments.hidden_size, arguments.num_heads, arguments.tokens, arguments.rounds = 64, 4, 8, 2
+    arguments.hidden_size = arguments.hidden_size or (4096 if cuda else 2048)
+    arguments.num_heads = arguments.num_heads or arguments.hidden_size // 128
+    arguments.mlp_size = arguments.mlp_size or arguments.hidden_size * 43 // 16
+    arguments.tokens = arguments.tokens or (2048 if cuda else 512)
+    arguments.dtype = arguments.dtype or ("bfloat16" if cuda else "float32")
+    return arguments
+
+
+def _contenders(base: nn.Module) -> dict[str, Contender]:
+    """The frozen base and one copy of it for each method, at the trainable parameters of CLOVER full."""
+    contenders = {"frozen base": Contender(copy.deepcopy(base), "")}
+
+    def add(name: str, setting: str, config: PeftConfig) -> Contender:
+        contenders[name] = Contender(get_peft_model(copy.deepcopy(base), config), setting)
+        return contenders[name]
+
+    budget = add("clover", "full, k v up", CloverConfig()).parameters
+    add("clover diagonal", "k v up", CloverConfig(s_matrix="diagonal"))
+    targets = list(PAPER_LORA_TARGETS)
+    rank = rank_for(budget, base, targets)
+    lora: dict[str, Any] = {"r": rank, "lora_alpha": rank, "target_modules": targets}
+    add("lora", f"r {rank}", LoraConfig(**lora))
+    add("dora", f"r {rank}", LoraConfig(**lora, use_dora=True))
+    # The step does not depend on how exact PiSSA's start is; niter 4 is its fast one.
+    add("pissa", f"r {rank}", LoraConfig(**lora, init_lora_weights="pissa_niter_4"))
+    add("hira", f"r {rank}", HiraConfig(r=rank, target_modules=targets))
+    block = _oft_block_size(budget, base, targets)
+    add("oft", f"block {block}", OFTConfig(oft_block_size=block, target_modules=targets))
+    own = ["k_proj", "v_proj", "up_proj"]
+    own_rank = rank_for(budget, base, own)
+    add("lora on k v up", f"r {own_rank}", LoraConfig(r=own_rank, lora_alpha=own_rank, target_modules=own))
+    return contenders
+
+
+def _oft_block_size(budget: int, model: nn.Module, targets: Sequence[str]) -> int:
+    """Block size b that divides every target's in features and brings sum in (b - 1) / 2 closest to the budget."""
+    widths = [m.in_features for name, m in model.named_modules() if name.rpartition(".")[2] in targets]
+    sizes = [b for b in range(2, min(widths) + 1) if all(width % b == 0 for width in widths)]
+    return min(sizes, key=lambda b: abs(sum(widths) * (b - 1) / 2 - budget))
+
+
+def _decode(model: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Run the decoder layers, without the language-model head; `x` is (batch, tokens, hidden size)."""
+    decoder = model.get_submodule("base_model.model.model" if hasattr(model, "peft_config") else "model")
+    with torch.autocast(x.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        return decoder(inputs_embeds=x, use_cache=False).last_hidden_state
+
+
+def _saved_bytes(model: nn.Module, forward: Callable[[], torch.Tensor]) -> int:
+    """Bytes of the distinct storages saved for the backward of `forward`, the model's own tensors excluded."""
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    del output  # alive until here, so that no address was used twice
+    return sum(saved.values())
+
+
+def _figures(contenders: dict[str, Contender]) -> dict[str, dict[str, Any]]:
+    base, lora = contenders["frozen base"], contenders["lora"]
+    return {
+        name: {
+            "setting": c.setting,
+            "trainable_parameters": c.parameters,
+            "median_seconds": statistics.median(c.seconds),
+            "step_v_base": ratio(c.seconds, base.seconds),
+            "step_v_lora": ratio(c.seconds, lora.seconds),
+            "saved_bytes": c.saved_bytes,
+            "saved_over_base_bytes": c.saved_bytes - base.saved_bytes,
+            "saved_v_lora": c.saved_bytes / lora.saved_bytes,
+        }
+        for name, c in contenders.items()
+    }
+
+
+def _report(figures: dict[str, dict[str, Any]]) -> str:
+    header = ["method", "setting", "trainable", "step s", "v base", "v LoRA", "saved MiB", "over base", "v LoRA"]
+    rows = [
+        (
+            name,
+            f["setting"],
+            f"{f['trainable_parameters']:,}",
+            f["median_seconds"],
+            f["step_v_base"],
+            f["step_v_lora"],
+            f["saved_bytes"] / 2**20,
+            f["saved_over_base_bytes"] / 2**20,
+            f["saved_v_lora"],
+        )
+        for name, f in figures.items()
+    ]
+    return table(header, rows)
+
+
+if __name__ == "__main__":
+    main()

