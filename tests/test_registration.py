@@ -65,14 +65,15 @@ def _environment() -> dict[str, str]:
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Script]:
     """Runs a script where peft is imported and clover_peft is not, nor ever was."""
     folder = tmp_path_factory.mktemp("scripts")
-    nursery = subprocess.Popen(
-        [sys.executable, "-c", _NURSERY],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=(folder / "nursery").open("w"),
-        text=True,
-        env=_environment(),
-    )
+    with (folder / "nursery").open("w") as errors:
+        nursery = subprocess.Popen(
+            [sys.executable, "-c", _NURSERY],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=_environment(),
+        )
     assert nursery.stdout.readline() == "ready\n", (folder / "nursery").read_text()
 
     def run(code: str, *args: str) -> subprocess.CompletedProcess:
