@@ -271,7 +271,8 @@ class CloverModel(BaseTuner):
                 check_checkpoint(name, layer, adapter_name, config, result, decompose, first=i == 0)
             check_nothing_left(layers, adapter_name, result)
         except ValueError:
-            if isinstance(tuner, CloverModel) and config.source and is_untouched(layers, adapter_name):
+            fresh = not config.init_weights or is_untouched(layers, adapter_name)
+            if isinstance(tuner, CloverModel) and config.source and fresh:
                 tuner.discard(adapter_name)
             raise
         config.source = None
