@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     rounds: list[dict[str, Any]] = []
 
     def pissa(kind: str, targets: Sequence[str] = PAPER_LORA_TARGETS) -> tuple[int, float]:
-        config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights=kind, target_modules=list(targets))
+        settings: dict[str, Any] = {"r": rank, "init_lora_weights": kind, "target_modules": list(targets)}
+        config = LoraConfig(**settings, lora_alpha=rank)
         return _initialise(copy.deepcopy(layer), config, arguments.device)  # a copy: PiSSA changes the base weights
 
     for _ in tqdm(range(arguments.rounds), desc="rounds", unit="round"):

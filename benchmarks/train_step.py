@@ -136,7 +136,7 @@ def _contenders(base: nn.Module) -> dict[str, Contender]:
     add("lora", f"r {rank}", LoraConfig(**lora))
     add("dora", f"r {rank}", LoraConfig(**lora, use_dora=True))
     # The step does not depend on how exact PiSSA's start is; niter 4 is its fast one.
-    add("pissa", f"r {rank}", LoraConfig(**lora, init_lora_weights="pissa_niter_4"))
+    add("pissa", f"r {rank}", LoraConfig(**{**lora, "init_lora_weights": "pissa_niter_4"}))
     add("hira", f"r {rank}", HiraConfig(r=rank, target_modules=targets))
     block = _oft_block_size(budget, base, targets)
     add("oft", f"block {block}", OFTConfig(oft_block_size=block, target_modules=targets))
