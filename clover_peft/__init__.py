@@ -1,8 +1,9 @@
 """CLOVER (Cross-Layer Orthogonal Vectors, arXiv 2411.17426) as a PEFT method. Importing registers it with peft."""
 
+from .bases import explicit_factors
 from .config import CloverConfig
 from .layer import CloverLayer
-from .model import CloverModel, explicit_factors
+from .model import CloverModel
 from .registration import register
 
 __version__ = "0.1.0"

@@ -224,7 +224,7 @@ def resolve(
     Args:
         model: the model the path is relative to.
         path: module path of an `nn.Linear`, a `Conv1D` or a tuner layer around one.
-        head_dim: output features of a head, instead of the model's own account of it.
+        head_dim: output features of a head; where the table knows the model it must agree.
         num_heads: heads of this module; only for a model that the table does not know.
         described: the caller says how to cut a module of an unknown family (by a block size).
 
@@ -325,7 +325,12 @@ class _Attention:
         """Coordinates of one head of `part`."""
         if part == "v" and self.family.value_dim is not None:
             return self.read(self.family.value_dim, path)
-        dim = self.head_dim or self.read(self.family.head_dim, path)
+        dim = self.read(self.family.head_dim, path)
+        if self.head_dim not in (None, dim):
+            raise ValueError(
+                f"{path}: expected head_dim={dim}, which this model's heads have, found head_dim={self.head_dim}; "
+                "leave it out, or split or join heads with block_size"
+            )
         if part == "q" and self.family.positions == "decoupled":
             dim += self.read("qk_rope_head_dim", path)
         return dim
@@ -429,6 +434,11 @@ def unknown_family_message(model_type: str, path: str) -> str:
         "mlp_block_size=...), or add a row to clover_peft.architectures.FAMILIES; known: "
         + ", ".join(sorted(FAMILIES))
     )
+
+
+def family_of(model: nn.Module, path: str) -> Family | None:
+    """The family that the module at `path` belongs to, None if the table does not know it."""
+    return _owner_of(model, path)[0]
 
 
 def _owner_of(model: nn.Module, path: str) -> tuple[Family | None, str | None, Any]:

@@ -23,12 +23,14 @@ class BlockTensors(NamedTuple):
         u: (H, r, d), C; None in a folded adapter.
         v: (H, d, r), E; None where it is the identity.
         s0: (H, r), the frozen singular values; None in a folded adapter.
+        norm: (H, d), the base model's fingerprint (`bases.fingerprint`).
     """
 
     s: Tensor
     u: Tensor | None
     v: Tensor | None
     s0: Tensor | None
+    norm: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -70,16 +72,17 @@ class BlockSpec:
     @property
     def base_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the frozen tensors by attribute; an identity is not stored."""
+        shapes: dict[str, tuple[int, ...]] = {"clover_norm": (self.blocks, self.size)}
         if self.basis == "folded":
-            return {}
-        shapes = {"clover_S0": (self.blocks, self.r), "clover_U": (self.blocks, self.r, self.size)}
+            return shapes
+        shapes.update(clover_S0=(self.blocks, self.r), clover_U=(self.blocks, self.r, self.size))
         if self.basis != "qr":
             shapes["clover_V"] = (self.blocks, self.size, self.r)
         return shapes
 
     def map(self, tensors: BlockTensors) -> Tensor:
         """(H, d, d), what is added to a block's features, `E dS C`; with `truncate` replaces them, `E (S0 + dS) C`."""
-        s, u, v, s0 = tensors
+        s, u, v, s0, _ = tensors
         if self.truncate and s0 is not None:
             s = s + (s0 if self.form == "diagonal" else torch.diag_embed(s0))
         return fold(s, u, v)
@@ -119,6 +122,8 @@ def block_spec(config: CloverConfig, key: str, target: TargetSlice, rank: int | 
             "weights; pass cross_layer=False or a divisor of the head"
         )
     r = size if rank is None else rank
+    if target.name != "weight" and is_attention:
+        r = min(r, size)  # of a fused projection, a part narrower than r is trained whole
     if r > size:
         raise ValueError(
             f"{key}: r={r} is larger than a block of {size} features ({target.part}); lower r, or give this module "
@@ -132,14 +137,14 @@ def block_spec(config: CloverConfig, key: str, target: TargetSlice, rank: int | 
             f"{key}: r={r} trains the leading directions of {size}, which the QR basis has not; use "
             "basis='svd' or r=None"
         )
-    if config.folded:
-        return BlockSpec(target.name, target.part, heads, size, size, "full", "folded", False)
     partner = target.partner if paired else None
     if partner is not None and partner.heads.count % heads.count:
         raise ValueError(
             f"{key}: {partner.path} has {partner.heads.count} heads, which {heads.count} key-value heads "
             "cannot share evenly; pass cross_layer=False"
         )
+    if config.folded:
+        return BlockSpec(target.name, target.part, heads, size, size, "full", "folded", False, partner)
     return BlockSpec(
         target.name,
         target.part,

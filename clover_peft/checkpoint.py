@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
+from .bases import fingerprint, frozen_tensors, inner_model
 from .blocks import BlockSpec, BlockTensors
-from .decomposition import Bases
 from .layer import FROZEN, CloverLayer
 
 if TYPE_CHECKING:
     from .config import CloverConfig
 
 
-# Largest relative difference of a block's singular values that rounding of the base's weights explains, by the coarser
-# of the two precisions; the singular values themselves are kept in float32.
-ROUNDING = {"float64": 1e-4, "float32": 1e-4, "bfloat16": 2e-2, "float16": 5e-3, "8 bits": 5e-2, "4 bits": 0.15}
+# Largest relative difference of a fingerprint that rounding of the base's weights explains, by the coarser of the two
+# precisions. Rounding averages out over a row: what is left of it is far below the precision itself.
+ROUNDING = {"float64": 1e-5, "float32": 1e-5, "bfloat16": 5e-3, "float16": 1e-3, "bnb 8bit": 1e-2}
+COARSE = 0.1  # any other quantisation
 # Largest relative difference of a probe of the bases that is put down to rounding.
 PROBE_TOLERANCE = 1e-2
 _PROBE = "clover_probe"
 _CARD_HEADING = "## How to load"
+_AUTO_CLASSES = {
+    "CAUSAL_LM": "ForCausalLM",
+    "SEQ_2_SEQ_LM": "ForSeq2SeqLM",
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+    "FEATURE_EXTRACTION": "ForFeatureExtraction",
+}
 
 
 def check_weight_file(path: str) -> None:
@@ -51,22 +59,25 @@ def check_weight_file(path: str) -> None:
         )
 
 
-def complete_model_card(path: str, base: str | None) -> None:
+def complete_model_card(path: str, base: str | None, task_type: str | None) -> None:
     """Add the loading recipe to the model card that peft wrote, once."""
     if not os.path.isfile(path):
         # Of an adapter that is not named "default", peft writes the card one folder up.
         path = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(path))), os.path.basename(path))
+        if os.path.exists(os.path.join(os.path.dirname(path), SAFETENSORS_WEIGHTS_NAME)):
+            return  # another adapter's card
     if not os.path.isfile(path):
         return
     with open(path, encoding="utf-8") as file:
         text = file.read()
     if _CARD_HEADING in text or "library_name: peft" not in text:
         return
+    auto = f"AutoPeftModel{_AUTO_CLASSES.get(str(getattr(task_type, 'value', task_type)), '')}"
     recipe = (
         f"\n\n{_CARD_HEADING}\n\nThis is a CLOVER adapter (arXiv 2411.17426). Install `clover-peft` and import it "
         "before loading, or peft will not know the method:\n\n```python\nimport clover_peft  # registers CLOVER\n"
-        "from peft import AutoPeftModel\n\n"
-        f'model = AutoPeftModel.from_pretrained("<this adapter>")  # base: {base or "<base model>"}\n```\n'
+        f"from peft import {auto}\n\n"
+        f'model = {auto}.from_pretrained("<this adapter>")  # base: {base or "<base model>"}\n```\n'
     )
     with open(path, "w", encoding="utf-8") as file:
         file.write(text.rstrip("\n") + recipe)
@@ -96,56 +107,57 @@ def select_for_saving(name: str, layer: CloverLayer, adapter_name: str, config: 
             state[keys[_PROBE]] = _probe(tensors.u)
 
 
-def check_checkpoint(
+def take_checkpoint(
+    model: nn.Module,
     name: str,
     layer: CloverLayer,
     adapter_name: str,
     config: CloverConfig,
     state: dict[str, Tensor],
-    decompose: Callable[[CloverLayer, tuple[BlockSpec, ...]], dict[str, Bases] | None] | None,
-    first: bool = False,
 ) -> None:
-    """Compare what a file holds for one layer with the layer. Nothing of `state` is loaded here.
+    """Compare what a file holds for one layer with the layer, and add to it the bases that were not saved.
+
+    Nothing is loaded here.
 
     Args:
-        name: path of the layer in the model that is loaded into, as in the keys of `state`.
+        model: the model that is loaded into.
+        name: path of the layer in it, as in the keys of `state`.
         layer: the layer.
         adapter_name: the adapter.
         config: its config.
-        state: the file's tensors by the model's keys; a probe is taken out.
-        decompose: computes bases that the file leaves out; None where that is impossible.
-        first: whether this is the adapter's first layer. With low_cpu_mem_usage the bases are not computed and only
-            the first layer's are, to compare them.
+        state: the file's tensors by the model's keys; changed in place.
 
     Raises:
         ValueError: naming the module, what was expected, what was found and what to do.
     """
+    inner, computed = inner_model(model), None
     for spec in layer.specs[adapter_name]:
         keys = _keys(name, adapter_name, spec)
         probe = _take_probe(name, spec, state)
         expected = {"clover_S": spec.s_shape, **spec.base_shapes}
         if probe is not None:
-            expected = {a: shape for a, shape in expected.items() if a in ("clover_S", "clover_S0")}
+            expected = {a: shape for a, shape in expected.items() if a not in ("clover_U", "clover_V")}
         _check_tensors(layer, spec, config, keys, expected, state)
-        if spec.basis == "folded":
+        if config.check_base and (here := fingerprint(inner, layer, spec)) is not None:
+            _check_fingerprint(layer, spec, config, here, state[keys["clover_norm"]].to(here))
+        if probe is None:
             continue
-        if probe is not None and not layer.has_bases(adapter_name):
-            bases = decompose(layer, layer.specs[adapter_name]) if decompose is not None else None
-            if bases is None:
+        tensors = layer.tensors(adapter_name, spec)
+        u, v = tensors.u, tensors.v
+        if u is None or u.is_meta:
+            computed = computed or frozen_tensors(inner, layer, layer.specs[adapter_name])
+            if computed is None:
                 raise ValueError(
                     f"{layer.name}: the adapter was saved without its bases, and they cannot be computed while the "
                     "base model has no weights; load the base model first, or save the adapter with save_bases=True"
                 )
-            layer.set_bases(adapter_name, bases)
-        _, u, _, s0 = layer.tensors(adapter_name, spec)
-        if s0 is not None and s0.is_meta and first and decompose is not None:
-            here = decompose(layer, layer.specs[adapter_name])
-            s0 = here[spec.name].singular_values if here is not None else None
-        if u is None or s0 is None or s0.is_meta or not config.check_base:
-            continue
-        _check_fingerprint(layer, spec, config, s0, state[keys["clover_S0"]].to(s0))
-        if probe is not None:
+            u, v = computed[spec.name]["clover_U"], computed[spec.name].get("clover_V")
+        if config.check_base:
             _check_probe(layer, spec, u, probe.to(u))
+        dtype = state[keys["clover_S0"]].dtype
+        state[keys["clover_U"]] = u.to(dtype)
+        if v is not None:
+            state[keys["clover_V"]] = v.to(dtype)
 
 
 def check_nothing_left(layers: dict[str, CloverLayer], adapter_name: str, state: dict[str, Tensor]) -> None:
@@ -183,11 +195,12 @@ def check_source(config: CloverConfig) -> None:
         ValueError: naming the folder.
     """
     if config.source and config.inference_mode and os.path.isdir(config.source):
-        names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
-        if not any(os.path.exists(os.path.join(config.source, name)) for name in names):
+        found = sorted(os.listdir(config.source))
+        if SAFETENSORS_WEIGHTS_NAME not in found:
+            pickled = f" but {WEIGHTS_NAME}, a pickle, which is never read" if WEIGHTS_NAME in found else ""
             raise ValueError(
-                f"{config.source}: expected the adapter's weights, {SAFETENSORS_WEIGHTS_NAME}, found no such file; "
-                "copy the whole folder that save_pretrained wrote"
+                f"{config.source}: expected the adapter's weights, {SAFETENSORS_WEIGHTS_NAME}, found no such file"
+                f"{pickled}; copy the whole folder that save_pretrained wrote, with safe_serialization left on"
             )
 
 
@@ -249,16 +262,17 @@ def _check_tensors(
 
 
 def _check_fingerprint(layer: CloverLayer, spec: BlockSpec, config: CloverConfig, here: Tensor, there: Tensor) -> None:
-    error = torch.linalg.vector_norm(here - there, dim=-1) / torch.linalg.vector_norm(there, dim=-1).clamp(min=1e-30)
+    error = (here - there).abs() / torch.maximum(here, there).clamp(min=1e-30)
     precisions = (layer.precision, config.base_precision or layer.precision)
-    allowed = max(ROUNDING.get(precision, 2e-2) for precision in precisions)
+    allowed = max(ROUNDING.get(precision, COARSE) for precision in precisions)
     if float(error.max()) > allowed:
-        block = int(error.argmax())
+        block = int(error.amax(-1).argmax())
         raise ValueError(
-            f"{layer.name} ({spec.part}, block {block}): expected the singular values of the base model that the "
-            f"adapter was trained on ({config.base_model_name_or_path}), found them to differ by "
-            f"{float(error.max()):.1%} where rounding explains {allowed:.2%}; load it onto that model, or set "
-            "check_base=False in its config"
+            f"{layer.name} ({spec.part}, block {block}): expected the weights of the base model that the adapter was "
+            f"trained on ({config.base_model_name_or_path}), found norms of their rows to differ by "
+            f"{float(error.max()):.2g} where rounding explains {allowed:.2g}; load it onto that model (without "
+            "an adapter merged into it), or pass config=c after c = PeftConfig.from_pretrained(<adapter>) and "
+            "c.check_base = False"
         )
 
 

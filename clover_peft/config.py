@@ -38,8 +38,8 @@ class CloverConfig(PeftConfig):
         save_bases: True saves the bases with S (self-contained). False saves S alone; the bases are recomputed at load
             and checked. "folded" saves one d x d map per block, for inference.
         init_weights: True starts as the base model, bit for bit. False starts visibly elsewhere (for tests).
-        check_base: Refuse to load onto a base model whose singular values differ from those recorded in the adapter by
-            more than rounding explains.
+        check_base: Refuse to load onto a base model whose weights have rows of other norms than those recorded in the
+            adapter, beyond what rounding explains.
         modules_to_save: Modules to train and save whole.
         trainable_token_indices: Token indices whose embeddings are trained, or a dict from embedding name to indices.
         layers_to_transform: Layer index or indices to adapt; 0 is one.
@@ -174,7 +174,7 @@ class CloverConfig(PeftConfig):
             )
             config = type(self)(**state)
         PeftConfig.save_pretrained(config, save_directory, **kwargs)
-        complete_model_card(os.path.join(save_directory, "README.md"), self.base_model_name_or_path)
+        complete_model_card(os.path.join(save_directory, "README.md"), self.base_model_name_or_path, self.task_type)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:

@@ -78,14 +78,14 @@ def gram(blocks: Tensor, bias: Tensor | None = None) -> Tensor:
     return result
 
 
-def _factor(g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _factor(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Factors `G = R^T R`: Cholesky where it can be trusted, otherwise that block alone by `eigh`.
 
     Args:
         g: (H, d, d) float64, symmetric positive semi-definite.
 
     Returns:
-        R (H, d, d), its pseudo-inverse (H, d, d), the number of dropped directions (H,), the condition estimate (H,).
+        R (H, d, d), its pseudo-inverse (H, d, d), the number of dropped directions (H,).
     """
     lower, info = torch.linalg.cholesky_ex(g)
     root = lower.mT
@@ -106,8 +106,14 @@ def _factor(g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         root[bad] = kept_sigma.unsqueeze(-1) * vectors.mT
         inverse[bad] = vectors * reciprocal.unsqueeze(-2)
         dropped[bad] = (~keep).sum(-1)
-        condition[bad] = torch.linalg.vector_norm(kept_sigma, dim=-1) * torch.linalg.vector_norm(reciprocal, dim=-1)
-    return root, inverse, dropped, condition
+    return root, inverse, dropped
+
+
+def _condition(sigma: Tensor, dropped: Tensor) -> Tensor:
+    """Largest over smallest singular value (H, d), descending, that was not dropped; 1 where all were."""
+    last = (sigma.shape[-1] - 1 - dropped).clamp(min=0).unsqueeze(-1)
+    smallest = sigma.gather(-1, last).squeeze(-1)
+    return torch.where(smallest > 0, sigma[:, 0] / smallest, torch.ones_like(smallest))
 
 
 def _fix_signs(coordinates: Tensor) -> Tensor:
@@ -142,8 +148,8 @@ def pair_bases(g_in: Tensor, g_out: Tensor) -> Bases:
         raise ValueError(
             f"the two Grams of a pair must have one shape, found {tuple(g_in.shape)} and {tuple(g_out.shape)}"
         )
-    root_in, inverse_in, dropped_in, condition_in = _factor(g_in)
-    root_out, inverse_out, dropped_out, condition_out = _factor(g_out)
+    root_in, inverse_in, dropped_in = _factor(g_in)
+    root_out, inverse_out, dropped_out = _factor(g_out)
     x, s0, yt = torch.linalg.svd(root_out @ root_in.mT)
     coordinates = yt @ inverse_in.mT
     back = inverse_out @ x
@@ -157,7 +163,12 @@ def pair_bases(g_in: Tensor, g_out: Tensor) -> Bases:
         back * sign.unsqueeze(-2),
         s0 * alive,
         (~alive).sum(-1),
-        torch.maximum(condition_in, condition_out),
+        torch.maximum(
+            *(
+                _condition(torch.linalg.eigvalsh(g).clamp(min=0).sqrt().flip(-1), n)
+                for g, n in ((g_in, dropped_in), (g_out, dropped_out))
+            )
+        ),
     )
 
 
@@ -177,8 +188,9 @@ def qr_bases(g: Tensor) -> Bases:
         ValueError: if the Gram is not finite.
     """
     _check(g)
-    root, inverse, dropped, condition = _factor(g)
-    return Bases(inverse.mT.contiguous(), None, torch.linalg.svdvals(root), dropped, condition)
+    root, inverse, dropped = _factor(g)
+    sigma = torch.linalg.svdvals(root)
+    return Bases(inverse.mT.contiguous(), None, sigma, dropped, _condition(sigma, dropped))
 
 
 def svd_bases(g: Tensor) -> Bases:
@@ -194,7 +206,7 @@ def svd_bases(g: Tensor) -> Bases:
         ValueError: if the Gram is not finite.
     """
     _check(g)
-    root, _, dropped, _ = _factor(g)
+    root, _, dropped = _factor(g)
     left, sigma, _ = torch.linalg.svd(root.mT)
     keep = (dropped.unsqueeze(-1) == 0) | (sigma > DROP_BELOW * sigma[:, :1])
     reciprocal = torch.where(keep, 1 / sigma, torch.zeros_like(sigma))

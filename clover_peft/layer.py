@@ -11,6 +11,7 @@ With `z = W x + b` the frozen projection's output and `z_h` its features in bloc
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,9 +24,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .blocks import BlockSpec, BlockTensors
-from .decomposition import Bases
 
-FROZEN = ("clover_U", "clover_V", "clover_S0")
+FROZEN = ("clover_U", "clover_V", "clover_S0", "clover_norm")
 
 
 class SliceTensors(nn.Module):
@@ -72,7 +72,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names: tuple[str, ...] = ("clover_S",)
-    other_param_names: tuple[str, ...] = ("clover_U", "clover_V", "clover_S0", "clover_dropout", "specs")
+    other_param_names: tuple[str, ...] = (*FROZEN, "clover_dropout", "specs")
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, name: str = "", quantization_kwargs: dict | None = None
@@ -84,6 +84,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         self.clover_U = nn.ModuleDict()
         self.clover_V = nn.ModuleDict()
         self.clover_S0 = nn.ModuleDict()
+        self.clover_norm = nn.ModuleDict()
         self.clover_dropout = nn.ModuleDict()
         self.specs: dict[str, tuple[BlockSpec, ...]] = {}
         self.merged_adapters: list[str] = []
@@ -93,6 +94,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         # The base's own tensors while adapters are merged: plain attributes, which are neither trained nor saved.
         self._original_weight: Tensor | None = None
         self._original_bias: Tensor | None = None
+        self._original_state: Any = None
         base: Any = self.get_base_layer()
         self.fan_in_fan_out = isinstance(base, Conv1D)
         self.quantization_backend = resolve_quantization_backend(base, **(quantization_kwargs or {}))
@@ -104,7 +106,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         self,
         adapter_name: str,
         specs: tuple[BlockSpec, ...],
-        bases: dict[str, Bases] | None,
+        bases: dict[str, dict[str, Tensor]] | None,
         *,
         dropout: float = 0.0,
         init_weights: bool = True,
@@ -115,24 +117,26 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         Args:
             adapter_name: its name.
             specs: the target's slices.
-            bases: slice name -> bases; None leaves them to be loaded, on the meta device.
+            bases: slice name -> the frozen tensors of `BlockSpec.base_shapes`, which are copied; None leaves them to
+                be loaded, on the meta device.
             dropout: probability on the input of the map.
             init_weights: True starts at the base model, False visibly elsewhere.
             inference_mode: the adapter is not trained.
         """
         device = torch.device("meta") if bases is None else self.weight.device
         if bases and device.type == "meta":  # offloaded: the bases were computed where the weight is used
-            device = next(iter(bases.values())).coordinates.device
+            device = next(iter(bases.values()))["clover_norm"].device
         dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         frozen: dict[str, dict[str, Tensor]] = {attribute: {} for attribute in FROZEN}
         s = {}
         for spec in specs:
             s[spec.name] = torch.zeros(spec.s_shape, dtype=dtype, device=device)
-            values = _as_tensors(bases[spec.name]) if bases is not None and spec.base_shapes else {}
+            values = bases[spec.name] if bases is not None else {}
             for attribute, shape in spec.base_shapes.items():
                 value = values[attribute] if values else torch.empty(shape, device="meta")
-                frozen[attribute][spec.name] = value.to(device=device, dtype=dtype).contiguous()
-            if not init_weights and values:
+                # A copy: bases shared with another adapter must not be written to when this one's are loaded.
+                frozen[attribute][spec.name] = value.to(device=device, dtype=dtype, copy=True).contiguous()
+            if not init_weights and "clover_S0" in values:
                 # Random, and about half as large as the frozen part.
                 scale = 0.5 * values["clover_S0"].mean(-1) / (spec.r**0.5 if spec.form == "full" else 1)
                 noise = torch.randn_like(s[spec.name])
@@ -150,36 +154,28 @@ class CloverLayer(nn.Module, BaseTunerLayer):
             self._missing_bases.add(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def set_bases(self, adapter_name: str, bases: dict[str, Bases]) -> None:
-        """Fill in the bases of an adapter that was created without them, e.g. on the meta device."""
-        for spec in self.specs[adapter_name]:
-            values = _as_tensors(bases[spec.name])
-            for attribute in spec.base_shapes:
-                module = getattr(self, attribute)[adapter_name]
-                dtype = module.get(spec.name).dtype
-                module.register_buffer(spec.name, values[attribute].to(self.weight.device, dtype).contiguous())
-        self._missing_bases.discard(adapter_name)
-
-    def bases_to_share(self, specs: tuple[BlockSpec, ...]) -> dict[str, Bases] | None:
-        """The bases of an adapter of this layer with the same structure, if there is one.
+    def bases_to_share(self, specs: tuple[BlockSpec, ...]) -> dict[str, dict[str, Tensor]] | None:
+        """The frozen tensors of an adapter of this layer with the same structure, if there is one.
 
         They save a decomposition; and trainers that make a reference adapter copy parameters only, so that it must be
         born with the same bases.
         """
         for adapter_name, known in self.specs.items():
-            if known == specs and adapter_name not in self._missing_bases:
-                return {spec.name: self._bases(adapter_name, spec) for spec in specs}
+            if known == specs and self.has_bases(adapter_name):
+                return {
+                    spec.name: {a: getattr(self, a)[adapter_name].get(spec.name) for a in spec.base_shapes}
+                    for spec in specs
+                }
         return None
 
     def tensors(self, adapter_name: str, spec: BlockSpec) -> BlockTensors:
         """The tensors of one slice of an adapter."""
         return BlockTensors(*(getattr(self, a)[adapter_name].get(spec.name) for a in ("clover_S", *FROZEN)))
 
-    def _bases(self, adapter_name: str, spec: BlockSpec) -> Bases:
-        tensors = self.tensors(adapter_name, spec)
-        assert tensors.u is not None and tensors.s0 is not None  # noqa: PT018 - folded adapters share nothing
-        unknown = torch.zeros(spec.blocks)
-        return Bases(tensors.u, tensors.v, tensors.s0, unknown.long(), unknown)
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, also one whose bases never came."""
+        super().delete_adapter(adapter_name)
+        self._missing_bases.discard(adapter_name)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapters.
@@ -227,7 +223,9 @@ class CloverLayer(nn.Module, BaseTunerLayer):
                 for spec in self.specs[adapter_name]
                 for attribute in ("clover_S", *spec.base_shapes)
             ]
-            if all(key in state_dict for key in needed):
+            assigned = bool(args and args[0].get("assign_to_params_buffers"))
+            on_meta = any(p.is_meta for p in self.clover_S[adapter_name].parameters())
+            if all(key in state_dict for key in needed) and (assigned or not on_meta):
                 self._missing_bases.discard(adapter_name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CloverLayer:
@@ -249,7 +247,12 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         """Name of the precision that the base weight is stored in."""
         if self.quantization_backend is None:
             return str(self.weight.dtype).removeprefix("torch.")
-        return "4 bits" if "4" in self.quantization_backend.backend_name else "8 bits"
+        return self.quantization_backend.backend_name
+
+    @property
+    def can_read_weight(self) -> bool:
+        """Whether the base weight can be had as a plain tensor (some quantisations are forward only)."""
+        return self.quantization_backend is None or self.quantization_backend.supports_merge
 
     def check_bases(self, adapter_name: str, action: str) -> None:
         """Refuse to use an adapter whose bases were neither computed nor loaded.
@@ -280,6 +283,10 @@ class CloverLayer(nn.Module, BaseTunerLayer):
             p = getattr(self.clover_dropout[adapter_name], "p", 0.0) if self.training else 0.0
             for spec in self.specs[adapter_name]:
                 tensors = self.tensors(adapter_name, spec)
+                if (
+                    tensors.norm is not None and tensors.s.dtype != tensors.norm.dtype
+                ):  # TRL casts S on quantised bases
+                    tensors = tensors._replace(s=tensors.s.to(tensors.norm.dtype))
                 with torch.autocast(device_type=tensors.s.device.type, enabled=False):
                     folded = spec.map(tensors)
                 # Dropout draws its own mask for every adapter.
@@ -312,9 +319,12 @@ class CloverLayer(nn.Module, BaseTunerLayer):
             if dropout:
                 tokens = self.clover_dropout[names[0]](tokens)
             mapped = torch.bmm(tokens.transpose(0, 1), folded.mT).transpose(0, 1)
-            if whole:
-                mapped = mapped.reshape(z.shape)
-                return mapped.to(z.dtype) if spec.truncate else z + mapped
+            if whole:  # the sum is laid out like its first operand, so that `mapped` is never copied into place
+                return (
+                    mapped.to(z.dtype)
+                    if spec.truncate
+                    else spec.heads.blocks(z, spec.size).reshape(mapped.shape) + mapped
+                ).reshape(z.shape)
             heads = spec.heads.heads(result)
             change = mapped.reshape(heads.shape).to(z.dtype)
             heads.add_(change - spec.heads.heads(z) if spec.truncate else change)
@@ -332,10 +342,9 @@ class CloverLayer(nn.Module, BaseTunerLayer):
     # ------------------------------------------------------------------ merging
 
     def transposed_weight(self) -> Tensor:
-        """The base weight as (in_features, out_features), dequantised if need be, in at least float32."""
+        """The base's own weight as (in_features, out_features), dequantised if need be."""
         weight = self.get_base_weight() if self._original_weight is None else self._dense(self._original_weight)
-        weight = weight if self.fan_in_fan_out else weight.mT
-        return weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return weight if self.fan_in_fan_out else weight.mT
 
     @property
     def original_bias(self) -> Tensor | None:
@@ -346,14 +355,20 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         if self.quantization_backend is None:
             return weight
         base: Any = self.get_base_layer()
-        merged = base.weight
+        merged, state = base.weight, getattr(base, "state", None)
         try:
             base.weight = weight
+            if state is not None:
+                base.state = copy.copy(self._original_state)
             return self.quantization_backend.get_base_weight(base)
         finally:
             base.weight = merged
+            if state is not None:
+                base.state = state
 
     def _map_constant(self, z: Tensor, adapter_names: list[str]) -> Tensor:
+        """The map of a weight or bias, in at least float32 and outside of autocast."""
+        z = z.detach().to(torch.promote_types(z.dtype, torch.float32))
         with torch.autocast(device_type=z.device.type, enabled=False):
             return self.map_features(z, adapter_names, dropout=False)
 
@@ -361,20 +376,20 @@ class CloverLayer(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """What the adapter adds to the base weight, in the base weight's layout and at least float32."""
         self.check_bases(adapter_name, "merge")
-        weight = self.transposed_weight()
-        delta = self._map_constant(weight, [adapter_name]) - weight
+        with onloaded(self.get_base_layer()):
+            weight = self.transposed_weight()
+            delta = self._map_constant(weight, [adapter_name]) - weight
         return delta if self.fan_in_fan_out else delta.mT
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the update can be written as a sum with the base weight: yes, unless biases change too."""
         return self.get_base_layer().bias is None
 
-    @torch.no_grad()
-    def merged_tensors(self, adapter_names: list[str], safe_merge: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Weight (base layout and dtype) and bias with the adapters merged; nothing is changed.
+    def check_merge(self, adapter_names: list[str]) -> None:
+        """Raise what merging these adapters would, short of computing the result.
 
         Raises:
-            ValueError: with `safe_merge`, if a merged number is not finite.
+            ValueError: two of them truncate, one has no bases, or another tuner's update lies below.
         """
         self.check_truncation(adapter_names, "merged")
         if isinstance(self.base_layer, BaseTunerLayer) and not self.base_layer.merged:
@@ -385,13 +400,21 @@ class CloverLayer(nn.Module, BaseTunerLayer):
             )
         for adapter_name in adapter_names:
             self.check_bases(adapter_name, "merge")
+
+    @torch.no_grad()
+    def merged_tensors(self, adapter_names: list[str], safe_merge: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Weight (base layout and dtype) and bias with the adapters merged; nothing is changed.
+
+        Raises:
+            ValueError: with `safe_merge`, if a merged number is not finite.
+        """
+        self.check_merge(adapter_names)
         base: Any = self.get_base_layer()
         dtype = base.weight.dtype if base.weight.is_floating_point() else torch.float32
         weight = self._map_constant(self.transposed_weight(), adapter_names).to(dtype)
         bias = self.original_bias
         if bias is not None:
-            wide = bias.detach().to(torch.promote_types(bias.dtype, torch.float32))
-            bias = self._map_constant(wide, adapter_names).to(bias.dtype)
+            bias = self._map_constant(bias, adapter_names).to(bias.dtype)
         if safe_merge and not all(torch.isfinite(t).all() for t in (weight, bias) if t is not None):
             raise ValueError(
                 f"{self.name}: merging {adapter_names} would make weights that are NaN or infinite; the adapter seems "
@@ -419,6 +442,8 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         weight, bias = self.merged_tensors([*self.merged_adapters, *names], safe_merge)
         if self._original_weight is None:
             self._original_weight = base.weight if self.quantization_backend is not None else base.weight.data
+            # bitsandbytes' 8-bit scales live beside the weight, and a merge overwrites them.
+            self._original_state = copy.copy(getattr(base, "state", None))
             self._original_bias = None if base.bias is None else base.bias.data
         if self.quantization_backend is not None:
             if base.weight.element_size() == 1 and base.weight.numel() * 2 == weight.numel():
@@ -442,6 +467,8 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         base: Any = self.get_base_layer()
         if self.quantization_backend is not None:
             base.weight = self._original_weight
+            if self._original_state is not None:
+                base.state = self._original_state
         else:
             base.weight.data = self._original_weight
         if self._original_bias is not None:
@@ -491,10 +518,3 @@ def check_packing(module: nn.Module, name: str) -> None:
             f"{name}: expected a 4-bit weight that can be dequantised, found one that bitsandbytes repacked for the "
             "CPU in its first evaluation forward; load the base model again and add the adapter before running it"
         )
-
-
-def _as_tensors(bases: Bases) -> dict[str, Tensor]:
-    tensors = {"clover_U": bases.coordinates, "clover_S0": bases.singular_values}
-    if bases.back is not None:
-        tensors["clover_V"] = bases.back
-    return tensors

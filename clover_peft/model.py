@@ -14,11 +14,12 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .architectures import FAMILIES, Partner, base_of, resolve, unknown_family_message
+from .architectures import FAMILIES, base_of, family_of, resolve, unknown_family_message
+from .bases import clover_layers, frozen_tensors
 from .blocks import BlockSpec, block_spec
-from .checkpoint import check_checkpoint, check_nothing_left, check_source, is_untouched, select_for_saving
+from .checkpoint import check_nothing_left, check_source, is_untouched, select_for_saving, take_checkpoint
 from .config import CloverConfig
-from .decomposition import Bases, Factors, describe_dropped, gram, pair_bases, qr_bases, svd_bases
+from .decomposition import Bases, describe_dropped
 from .layer import CloverLayer, check_packing, onloaded
 
 
@@ -55,7 +56,27 @@ class CloverModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: CloverConfig, model_config: dict) -> CloverConfig:
         if peft_config.target_modules is None and model_config.get("model_type") not in FAMILIES:
             raise ValueError(unknown_family_message(str(model_config.get("model_type")), "target_modules"))
-        return super()._prepare_adapter_config(peft_config, model_config)
+        by_family = peft_config.target_modules is None
+        peft_config = super()._prepare_adapter_config(peft_config, model_config)
+        if by_family:
+            # The same names in a tower of another family (a vision encoder, say) are not meant.
+            peft_config.target_modules = self._known_targets(set(peft_config.target_modules or ()), peft_config)
+        return peft_config
+
+    def _known_targets(self, names: set[str], config: CloverConfig) -> set[str]:
+        """The names as they are, or the full paths of those modules that belong to known families."""
+        config.target_modules = names
+        found = {path: family_of(self.model, path) for path, _ in self.model.named_modules() if path}
+        found = {path: family for path, family in found.items() if self._check_target_module_exists(config, path)}
+        unknown = sorted(path for path, family in found.items() if family is None)
+        if not unknown or len(unknown) == len(found):
+            return names
+        warnings.warn(
+            f"{len(unknown)} modules such as {unknown[0]} belong to a part of the model that clover_peft's table of "
+            "architectures does not know; they are left out, name target_modules to adapt them",
+            stacklevel=2,
+        )
+        return set(found) - set(unknown)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As in peft; a failure takes back what was already injected, so that the model stays as it was."""
@@ -72,7 +93,7 @@ class CloverModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._warn_about_conditions()
-        except Exception:
+        except BaseException:  # Ctrl-C, too
             _take_out(model, adapter_name)
             raise
         finally:
@@ -97,14 +118,11 @@ class CloverModel(BaseTuner):
             if isinstance(target, CloverLayer)
             else CloverLayer(target, adapter_name, current_key, get_quantization_kwargs(self.model))
         )
-        if peft_config.base_precision is None:
+        if peft_config.source is None:  # an adapter of its own, not one that is loaded
             peft_config.base_precision = layer.precision
-        bases: dict[str, Bases] | None
-        if peft_config.folded:
-            bases = None if _on_meta() or layer.weight.is_meta else {}
-        elif (bases := layer.bases_to_share(specs)) is None and not _on_meta():
-            bases = self._decompose(layer, specs)
-            self._report(layer, specs, bases or {})
+        bases = layer.bases_to_share(specs)
+        if bases is None and not _on_meta():
+            bases = frozen_tensors(self.model, layer, specs, self._report)
         layer.update_layer(
             adapter_name,
             specs,
@@ -125,56 +143,20 @@ class CloverModel(BaseTuner):
             key,
             head_dim=config.head_dim,
             num_heads=config.num_heads,
-            described=config.mlp_block_size is not None or config.block_size is not None,
+            described=config.mlp_block_size is not None,
         )
         rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key), config.r)
         return tuple(block_spec(config, key, target, rank) for target in slices)
 
-    @torch.no_grad()
-    def _decompose(self, layer: CloverLayer, specs: tuple[BlockSpec, ...]) -> dict[str, Bases] | None:
-        """Bases of every slice, or None where the weights are not there (meta device)."""
-        with onloaded(layer.get_base_layer()):
-            if layer.weight.is_meta:
-                return None
-            weight = layer.transposed_weight()
-            bias = layer.original_bias
-            result = {}
-            for spec in specs:
-                try:
-                    result[spec.name] = self._decompose_slice(spec, weight, bias)
-                except ValueError as error:
-                    raise ValueError(f"{layer.name}: {error}") from error
-        return result
-
-    def _decompose_slice(self, spec: BlockSpec, weight: Tensor, bias: Tensor | None) -> Bases:
-        g_in = gram(spec.heads.blocks(weight, spec.size), None if bias is None else spec.heads.blocks(bias, spec.size))
-        if spec.partner is not None:
-            bases = pair_bases(g_in, self._partner_gram(spec, spec.partner).to(g_in.device))
-        else:
-            bases = qr_bases(g_in) if spec.basis == "qr" else svd_bases(g_in)
-        return bases if spec.r == spec.size else bases.leading(spec.r)
-
-    def _partner_gram(self, spec: BlockSpec, partner: Partner) -> Tensor:
-        """Gram of the partner's side of every block, summed over the query heads that share a key-value head."""
-        rows, bias = _partner_weight(self.model, partner)
-        heads = partner.heads
-        g = gram(heads.blocks(rows, spec.size), None if bias is None else heads.blocks(bias, spec.size))
-        groups = heads.count // spec.heads.count
-        return g.unflatten(0, (spec.heads.count, groups, -1)).sum(1).flatten(0, 1)
-
-    def _report(self, layer: CloverLayer, specs: tuple[BlockSpec, ...], bases: dict[str, Bases]) -> None:
+    def _report(self, layer: CloverLayer, spec: BlockSpec, bases: Bases) -> None:
+        name = f"{layer.name} ({spec.part})"
+        if (dropped := describe_dropped(bases)) is not None:
+            warnings.warn(
+                f"{name}: degenerate weights; directions dropped, which will not be trained, in block(s) {dropped}",
+                stacklevel=2,
+            )
         dtype = layer.weight.dtype if layer.weight.is_floating_point() else torch.bfloat16
-        for spec in specs:
-            if spec.name not in bases:
-                continue
-            name = f"{layer.name} ({spec.part})"
-            if (dropped := describe_dropped(bases[spec.name])) is not None:
-                warnings.warn(
-                    f"{name}: degenerate weights; directions dropped, which will not be trained, in block(s) "
-                    + dropped,
-                    stacklevel=2,
-                )
-            self._conditions[name] = (float(bases[spec.name].condition.max()), dtype)
+        self._conditions[name] = (float(bases.condition.max()), dtype)
 
     def _warn_about_conditions(self) -> None:
         suspect = {
@@ -196,7 +178,7 @@ class CloverModel(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As in peft; what cannot be merged is refused before anything is."""
         self._check_merge(adapter_names, safe_merge)
-        super().merge_adapter(adapter_names=adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
         self,
@@ -211,16 +193,16 @@ class CloverModel(BaseTuner):
             for module in self.model.modules():  # trained tokens are another tuner's layers
                 if isinstance(module, BaseTunerLayer) and module.merged:
                     module.unmerge()
-        return super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Raise whatever merging would, with nothing merged yet. With `safe_merge` every layer is merged on trial."""
         for _, layer in clover_layers(self.model):
             wanted = layer.active_adapters if adapter_names is None else adapter_names
             names = list(dict.fromkeys([*layer.merged_adapters, *(name for name in wanted if name in layer.specs)]))
-            layer.check_truncation(names, "merged")
-            for name in names:
-                layer.check_bases(name, "merge")
+            if not names:
+                continue
+            layer.check_merge(names)
             if safe_merge:
                 with onloaded(layer.get_base_layer()):
                     layer.merged_tensors(names, safe_merge=True)
@@ -264,11 +246,10 @@ class CloverModel(BaseTuner):
     ) -> dict[str, Tensor]:
         result = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         tuner = model if isinstance(model, CloverModel) else getattr(model, "base_model", None)
-        decompose = tuner._decompose if isinstance(tuner, CloverModel) else None
         layers = {name: layer for name, layer in clover_layers(model) if adapter_name in layer.specs}
         try:
-            for i, (name, layer) in enumerate(layers.items()):
-                check_checkpoint(name, layer, adapter_name, config, result, decompose, first=i == 0)
+            for name, layer in layers.items():
+                take_checkpoint(model, name, layer, adapter_name, config, result)
             check_nothing_left(layers, adapter_name, result)
         except ValueError:
             fresh = not config.init_weights or is_untouched(layers, adapter_name)
@@ -287,95 +268,10 @@ class CloverModel(BaseTuner):
             _unwrap_empty_layers(self.model)
 
 
-# ---------------------------------------------------------------------- helpers
-
-
-def clover_layers(model: nn.Module) -> list[tuple[str, CloverLayer]]:
-    """Every CLOVER layer of a model and its path."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, CloverLayer)]
-
-
-@torch.no_grad()
-def explicit_factors(model: nn.Module, target: str, adapter_name: str = "default") -> dict[str, Factors]:
-    """The paper's U, S and V (Eq. 3, arXiv 2411.17426) of an adapted projection, from base weights and adapter.
-
-    U and V have orthonormal columns. Where nothing was cut (r = d, no degenerate head), `V S U^T` is the current
-    product of a pair, `W_o (I + E dS C) W_v`, and for an intra-layer target the current weight itself.
-
-    Args:
-        model: a model with a CLOVER adapter: a `PeftModel`, or one that an adapter was injected into.
-        target: path of the projection in the base model, or a suffix that only one adapted module has.
-        adapter_name: the adapter.
-
-    Returns:
-        Slice name ("weight" where there is only one) -> `Factors` of its blocks, in float64. Under grouped-query
-        attention V's rows are those of all query heads that share the key-value head.
-
-    Raises:
-        ValueError: if no module or more than one matches, or the adapter is not there.
-    """
-    tuner = getattr(model, "base_model", model)
-    inner = tuner.model if isinstance(tuner, CloverModel) else model
-    found = [(n, m) for n, m in clover_layers(inner) if n == target or n.endswith("." + target)]
-    if len(found) != 1 or adapter_name not in found[0][1].specs:
-        raise ValueError(
-            f"{target}: expected one module with an adapter {adapter_name!r}, found {[name for name, _ in found]}; "
-            "pass the whole path of one of them"
-        )
-    layer = found[0][1]
-    layer.check_bases(adapter_name, "factor")
-    weight, bias = layer.transposed_weight().double(), layer.original_bias
-    result = {}
-    for spec in layer.specs[adapter_name]:
-        tensors = layer.tensors(adapter_name, spec)
-        if tensors.u is None:
-            raise ValueError(
-                f"{layer.name}: the adapter was saved folded and has no bases; save it with save_bases=True"
-            )
-        rows = spec.heads.blocks(weight, spec.size).permute(1, 0, 2)
-        if bias is not None:
-            rows = torch.cat([rows, spec.heads.blocks(bias.double(), spec.size).unsqueeze(1)], dim=1)
-        u = rows @ tensors.u.double().mT
-        eye = torch.eye(spec.size, dtype=u.dtype, device=u.device).expand(spec.blocks, -1, -1)
-        v = eye if tensors.v is None else tensors.v.double()
-        back = v
-        if spec.partner is not None:
-            columns = _partner_columns(inner, spec, spec.partner)
-            v = columns @ v
-            back = columns.mT @ v
-        # V^T W_o W_v U, by its definition and from the small sides: what is stored has been rounded to float32.
-        s0 = back.mT @ (rows.mT @ u)
-        s = tensors.s.double()
-        result[spec.name] = Factors(u, s0 + (torch.diag_embed(s) if s.ndim == 2 else s), v)
-    return result
-
-
-def _partner_weight(model: nn.Module, partner: Partner) -> tuple[Tensor, Tensor | None]:
-    """The partner's weight with the heads in its last dimension, (D, features), and the bias that belongs to them."""
-    module = model.get_submodule(partner.path)
-    base = base_of(module)
-    # A layer of ours reads any weight: transposed, quantised, or merged into at the moment.
-    reader = module if isinstance(module, CloverLayer) else CloverLayer(base, "", partner.path)
-    with onloaded(base):
-        weight = reader.transposed_weight()
-        return (weight.mT, None) if partner.reads else (weight, reader.original_bias)
-
-
-def _partner_columns(model: nn.Module, spec: BlockSpec, partner: Partner) -> Tensor:
-    """(H, D, d) float64: the partner's side of every block, the query heads of a group one below the other."""
-    weight, bias = _partner_weight(model, partner)
-    if bias is not None:
-        weight = torch.cat([weight, bias.to(weight).unsqueeze(0)])
-    heads = partner.heads
-    blocks = heads.blocks(weight.double(), spec.size)  # (D, groups * H, d)
-    groups = heads.count // spec.heads.count
-    grouped = blocks.unflatten(1, (spec.heads.count, groups, -1))  # (D, kv heads, groups, blocks a head, d)
-    return grouped.permute(1, 3, 2, 0, 4).flatten(2, 3).flatten(0, 1)
-
-
 def _on_meta() -> bool:
     """Whether new parameters are created on the meta device (`low_cpu_mem_usage`)."""
-    return nn.Linear(1, 1).weight.is_meta
+    probe = nn.ParameterList([torch.empty(0)])  # no layer: its initialisation would draw random numbers
+    return next(probe.parameters()).is_meta
 
 
 def _take_out(model: nn.Module, adapter_name: str) -> None:
@@ -384,6 +280,7 @@ def _take_out(model: nn.Module, adapter_name: str) -> None:
         for attribute in (*layer.adapter_layer_names, *layer.other_param_names):
             if adapter_name in getattr(layer, attribute):
                 del getattr(layer, attribute)[adapter_name]
+        layer._missing_bases.discard(adapter_name)
     _unwrap_empty_layers(model)
 
 

@@ -13,7 +13,7 @@ import torch
 from peft import get_peft_model, inject_adapter_in_model
 from tiny import TOLERANCE, build, logits, perturb, relative
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, PretrainedConfig, PreTrainedModel
 
 from clover_peft import CloverConfig, CloverLayer
 
@@ -204,8 +204,11 @@ def _last(model: nn.Module, suffix: str) -> str:
         ),
         (dict(r=7, block_size=6), "k_proj: r=7 is larger than a block of 6 features"),
         (dict(r=12, mlp_block_size=10), "up_proj: r=12 is larger than a block of 10 features"),
-        (dict(head_dim=7), "k_proj: 24 features are not a multiple of head_dim 7; pass head_dim="),
-        (dict(head_dim=48), "k_proj: 24 features are not a multiple of head_dim 48"),
+        (
+            dict(head_dim=7),
+            "k_proj: expected head_dim=12, which this model's heads have, found head_dim=7; leave it out",
+        ),
+        (dict(head_dim=6), "k_proj: expected head_dim=12, which this model's heads have, found head_dim=6"),
         (dict(num_heads=2), "k_proj: num_heads describes models .* does not know, but 'llama' is in it"),
         (dict(block_size=5), "k_proj: block_size=5 neither divides nor is a multiple of 12"),
         (dict(block_size=48), "k_proj: block_size=48 neither divides nor is a multiple of 12"),
@@ -584,3 +587,40 @@ def test_construction_and_injection_are_silent() -> None:
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
         get_peft_model(build("llama"), CloverConfig())
+
+
+def test_an_adapter_of_a_multimodal_model_leaves_out_the_tower_that_is_not_in_the_table() -> None:
+    text = dict(
+        vocab_size=300, hidden_size=48, intermediate_size=80, num_hidden_layers=1, num_attention_heads=4, head_dim=12
+    )
+    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    config = Gemma3Config(
+        text_config=dict(**text, num_key_value_heads=2),
+        vision_config=dict(**vision, patch_size=14),
+        mm_tokens_per_image=4,
+    )
+    model = Gemma3ForConditionalGeneration(config)
+    with pytest.warns(UserWarning, match="part of the model that clover_peft's table of architectures does not know"):
+        model = get_peft_model(model, CloverConfig())
+    names = [name for name, module in model.named_modules() if isinstance(module, CloverLayer)]
+    assert len(names) == 3
+    assert not any("vision" in name for name in names)
+
+
+def test_a_well_conditioned_head_in_bfloat16_gives_no_warning(recwarn: pytest.WarningsRecorder) -> None:
+    shape = dict(hidden_size=512, intermediate_size=512, num_attention_heads=8, num_key_value_heads=8, head_dim=64)
+    get_peft_model(build("llama", torch.bfloat16, **shape), CloverConfig())
+    assert not [w for w in recwarn if "condition" in str(w.message)]
+
+
+def test_making_an_adapter_draws_no_random_numbers() -> None:
+    model = build("llama")
+    before = torch.get_rng_state()
+    get_peft_model(model, CloverConfig())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_rank_larger_than_a_part_of_a_fused_projection_trains_that_part_whole() -> None:
+    model = get_peft_model(build("gpt_neox"), CloverConfig(r=8, target_modules=["query_key_value"]))
+    layer = next(module for module in model.modules() if isinstance(module, CloverLayer))
+    assert {spec.part: spec.r for spec in layer.specs["default"]} == {"k_rotary": 4, "k": 8, "v": 8}

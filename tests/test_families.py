@@ -12,7 +12,7 @@ from tiny import FAMILIES, TOLERANCE, build, inputs, logits, perturb, relative
 from clover_peft import CloverConfig, explicit_factors
 from clover_peft import architectures as table
 from clover_peft.architectures import HeadSlice, base_of, resolve
-from clover_peft.model import clover_layers
+from clover_peft.bases import clover_layers
 
 # Variants of a family: grouped-query and multi-query attention, biases, partial rotation.
 VARIANTS: dict[str, list[dict]] = {

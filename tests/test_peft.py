@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
 from clover_peft import CloverConfig, CloverLayer
-from clover_peft.model import clover_layers
+from clover_peft.bases import clover_layers
 from tests.tiny import TOLERANCE, VOCAB, build, inputs, logits, perturb, relative
 
 FORMS = {

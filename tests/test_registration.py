@@ -24,7 +24,9 @@ import clover_peft
 from clover_peft import CloverConfig, CloverLayer, CloverModel, registration
 
 ROOT = Path(clover_peft.__file__).parents[1]
-MODULES = ["registration", "config", "architectures", "decomposition", "layer", "model"]
+MODULES = [
+    *("registration", "architectures", "decomposition", "blocks", "layer", "bases", "checkpoint", "config", "model")
+]  # each imports only what stands before it
 TABLES = ["PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING"]
 
 

@@ -288,9 +288,9 @@ def perturb(model: nn.Module, scale: float = 0.05, seed: int = 3) -> None:
                 continue
             for adapter, specs in module.specs.items():
                 for spec in specs:
-                    s, _, _, s0 = module.tensors(adapter, spec)
+                    s, size = module.tensors(adapter, spec).s, module.tensors(adapter, spec).s0.mean(-1)
                     noise = torch.randn(s.shape, generator=generator, dtype=s.dtype)
-                    s.copy_(scale * noise * s0.mean(-1).view(-1, *[1] * (s.ndim - 1)))
+                    s.copy_(scale * noise * size.view(-1, *[1] * (s.ndim - 1)))
 
 
 def relative(a: Tensor, b: Tensor) -> float:

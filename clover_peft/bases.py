@@ -1,0 +1,185 @@
+"""From a model's weights to the frozen tensors of its CLOVER layers, to fingerprints and to the paper's factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+
+from .architectures import Partner, base_of
+from .blocks import BlockSpec
+from .decomposition import Bases, Factors, gram, pair_bases, qr_bases, svd_bases
+from .layer import CloverLayer, onloaded
+
+
+def clover_layers(model: nn.Module) -> list[tuple[str, CloverLayer]]:
+    """Every CLOVER layer of a model and its path."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, CloverLayer)]
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """The adapted model itself, inside a `PeftModel` or tuner; partners' paths are relative to it."""
+    tuner = model if isinstance(model, BaseTuner) else getattr(model, "base_model", None)
+    return tuner.model if isinstance(tuner, BaseTuner) else model
+
+
+@torch.no_grad()
+def frozen_tensors(
+    model: nn.Module,
+    layer: CloverLayer,
+    specs: tuple[BlockSpec, ...],
+    report: Callable[[CloverLayer, BlockSpec, Bases], None] | None = None,
+) -> dict[str, dict[str, Tensor]] | None:
+    """The frozen tensors of every slice of a layer, computed from the base weights.
+
+    Args:
+        model: the model that partners' paths are relative to.
+        layer: the layer.
+        specs: its slices.
+        report: called with every slice's bases.
+
+    Returns:
+        Slice name -> attribute -> tensor, as in `BlockSpec.base_shapes`; None where the weights are on the meta
+        device.
+
+    Raises:
+        ValueError: naming the module, for weights that are not finite.
+    """
+    with onloaded(layer.get_base_layer()):
+        if layer.weight.is_meta:
+            return None
+        weight, bias = layer.transposed_weight(), layer.original_bias
+        result = {}
+        for spec in specs:
+            tensors = {"clover_norm": _norms(model, spec, weight)}
+            if spec.basis != "folded":
+                try:
+                    bases = _bases(model, spec, weight, bias)
+                except ValueError as error:
+                    raise ValueError(f"{layer.name}: {error}") from error
+                tensors.update(clover_U=bases.coordinates, clover_S0=bases.singular_values)
+                if bases.back is not None:
+                    tensors["clover_V"] = bases.back
+                if report is not None:
+                    report(layer, spec, bases)
+            result[spec.name] = tensors
+    return result
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module, layer: CloverLayer, spec: BlockSpec) -> Tensor | None:
+    """(H, d): norms of the weight's rows, for a pair times those of the partner's columns; None without weights.
+
+    They tell base models apart: cheap, and hardly moved by rounding, which averages out over a row.
+    """
+    with onloaded(layer.get_base_layer()):
+        if layer.weight.is_meta or not layer.can_read_weight:
+            return None
+        return _norms(model, spec, layer.transposed_weight())
+
+
+def _norms(model: nn.Module, spec: BlockSpec, weight: Tensor) -> Tensor:
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(spec.heads.blocks(weight, spec.size), dim=0, dtype=dtype)
+    if spec.partner is None:
+        return norms
+    rows, _ = _partner_weight(model, spec.partner)
+    heads = spec.partner.heads
+    partner = torch.linalg.vector_norm(heads.blocks(rows, spec.size), dim=0, dtype=dtype)
+    shared = partner.unflatten(0, (spec.heads.count, heads.count // spec.heads.count, -1))
+    return norms * torch.linalg.vector_norm(shared, dim=1).flatten(0, 1).to(norms.device)
+
+
+def _bases(model: nn.Module, spec: BlockSpec, weight: Tensor, bias: Tensor | None) -> Bases:
+    """Bases of one slice: the pair's by the Grams of both sides, otherwise the projection's own."""
+    g_in = gram(spec.heads.blocks(weight, spec.size), None if bias is None else spec.heads.blocks(bias, spec.size))
+    if spec.partner is not None:
+        heads = spec.partner.heads
+        rows, bias = _partner_weight(model, spec.partner)
+        g = gram(heads.blocks(rows, spec.size), None if bias is None else heads.blocks(bias, spec.size))
+        # Query heads that share a key-value head add up.
+        shared = g.unflatten(0, (spec.heads.count, heads.count // spec.heads.count, -1)).sum(1).flatten(0, 1)
+        bases = pair_bases(g_in, shared.to(g_in.device))
+    else:
+        bases = qr_bases(g_in) if spec.basis == "qr" else svd_bases(g_in)
+    return bases if spec.r == spec.size else bases.leading(spec.r)
+
+
+@torch.no_grad()
+def explicit_factors(model: nn.Module, target: str, adapter_name: str = "default") -> dict[str, Factors]:
+    """The paper's U, S and V (Eq. 3, arXiv 2411.17426) of an adapted projection.
+
+    U and V have orthonormal columns. Where nothing was cut (r = d, no degenerate head), `V S U^T` is the current
+    product of a pair, `W_o (I + E dS C) W_v`, and for an intra-layer target the current weight itself.
+
+    Args:
+        model: a model with a CLOVER adapter: a `PeftModel`, or one that an adapter was injected into.
+        target: path of the projection in the base model, or a suffix that only one adapted module has.
+        adapter_name: the adapter.
+
+    Returns:
+        Slice name ("weight" where there is only one) -> `Factors` of its blocks, in float64. Under grouped-query
+        attention V's rows are those of all query heads that share the key-value head.
+
+    Raises:
+        ValueError: if no module or more than one matches, or the adapter is not there.
+    """
+    inner = inner_model(model)
+    found = [(n, m) for n, m in clover_layers(inner) if n == target or n.endswith("." + target)]
+    if len(found) != 1 or adapter_name not in found[0][1].specs:
+        raise ValueError(
+            f"{target}: expected one module with an adapter {adapter_name!r}, found {[name for name, _ in found]}; "
+            "pass the whole path of one of them"
+        )
+    layer = found[0][1]
+    layer.check_bases(adapter_name, "factor")
+    with onloaded(layer.get_base_layer()):
+        weight, bias = layer.transposed_weight().double(), layer.original_bias
+    result = {}
+    for spec in layer.specs[adapter_name]:
+        tensors = layer.tensors(adapter_name, spec)
+        if tensors.u is None:
+            raise ValueError(
+                f"{layer.name}: the adapter was saved folded and has no bases; save it with save_bases=True"
+            )
+        rows = spec.heads.blocks(weight, spec.size).permute(1, 0, 2)
+        if bias is not None:
+            rows = torch.cat([rows, spec.heads.blocks(bias.double(), spec.size).unsqueeze(1)], dim=1)
+        u = rows @ tensors.u.double().mT
+        eye = torch.eye(spec.size, dtype=u.dtype, device=u.device).expand(spec.blocks, -1, -1)
+        v = eye if tensors.v is None else tensors.v.double()
+        back = v
+        if spec.partner is not None:
+            columns = _partner_columns(inner, spec, spec.partner)
+            v = columns @ v
+            back = columns.mT @ v
+        # V^T W_o W_v U, by its definition and from the small sides: what is stored has been rounded to float32.
+        s0 = back.mT @ (rows.mT @ u)
+        s = tensors.s.double()
+        result[spec.name] = Factors(u, s0 + (torch.diag_embed(s) if s.ndim == 2 else s), v)
+    return result
+
+
+def _partner_weight(model: nn.Module, partner: Partner) -> tuple[Tensor, Tensor | None]:
+    """The partner's weight with the heads in its last dimension, (D, features), and the bias that belongs to them."""
+    module = model.get_submodule(partner.path)
+    base = base_of(module)
+    # A layer of ours reads any weight: transposed, quantised, or merged into at the moment.
+    reader = module if isinstance(module, CloverLayer) else CloverLayer(base, "", partner.path)
+    with onloaded(base):
+        weight, bias = reader.transposed_weight(), reader.original_bias
+    return (weight.mT, None) if partner.reads else (weight, bias)
+
+
+def _partner_columns(model: nn.Module, spec: BlockSpec, partner: Partner) -> Tensor:
+    """(H, D, d) float64: the partner's side of every block, the query heads of a group one below the other."""
+    weight, bias = _partner_weight(model, partner)
+    if bias is not None:
+        weight = torch.cat([weight, bias.to(weight).unsqueeze(0)])
+    heads = partner.heads
+    blocks = heads.blocks(weight.double(), spec.size)  # (D, groups * H, d)
+    groups = heads.count // spec.heads.count
+    grouped = blocks.unflatten(1, (spec.heads.count, groups, -1))  # (D, kv heads, groups, blocks a head, d)
+    return grouped.permute(1, 3, 2, 0, 4).flatten(2, 3).flatten(0, 1)
