@@ -47,14 +47,16 @@ def write(path: str | os.PathLike[str], record: dict[str, Any]) -> Path:
 
     Args:
         path: the wanted file; missing folders are made. If `run.json` exists, `run-2.json`, `run-3.json`, ... is used.
-        record: values that JSON does not know (paths, dtypes) are written as their `str`.
+        record: values that JSON does not know (paths, dtypes, NaN) are written as text.
 
     Returns:
         The path that was written.
     """
     wanted = Path(path)
     wanted.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record, indent=2, default=str) + "\n"
+    # Python's json writes and reads NaN, other readers do not
+    plain = json.loads(json.dumps(record, default=str), parse_constant=str)
+    text = json.dumps(plain, indent=2, allow_nan=False) + "\n"
     partial = wanted.with_name(f".{wanted.name}.{uuid.uuid4().hex}.partial")
     try:
         partial.write_text(text, encoding="utf-8")

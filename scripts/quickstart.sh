@@ -28,6 +28,6 @@ say "fine-tuning with CLOVER, $steps steps, into $out"
 "$VENV_PYTHON" scripts/sft.py --config configs/clover_full.yaml "output_dir=$out" "${options[@]}" "$@"
 
 say "checking $out/adapter and $out/merged in a new process"
-"$VENV_PYTHON" -m clover_peft.training.verify "$out"
+"$VENV_PYTHON" -m clover_peft.training.verify --loss-fell "$out"
 
 say "done: $out holds the adapter, the merged model and record.json, the run's record"

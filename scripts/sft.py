@@ -8,21 +8,32 @@ and `peft.<field>` for the adapter. Examples:
 
     scripts/sft.py --config configs/clover_full.yaml model=Qwen/Qwen3-0.6B max_steps=500 merge=true
     scripts/sft.py --config configs/lora.yaml --data my_rows.jsonl peft.r=8 learning_rate=1e-3
+    scripts/sft.py --config configs/clover_full.yaml model_init_kwargs.dtype=bfloat16   # loads the base in bfloat16
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import runpy
 import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=_keys(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", required=True, help="a YAML file, as in configs/")
     parser.add_argument("--data", help="the same as data=...")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    arguments = parser.parse_intermixed_args()
-    overrides = arguments.overrides + ([f"data={arguments.data}"] if arguments.data else [])
+    arguments, dashed = parser.parse_known_intermixed_args()  # --max_steps=1 means max_steps=1
+    overrides = dashed + arguments.overrides + ([f"data={arguments.data}"] if arguments.data else [])
     try:
         from clover_peft.training import arguments as settings
         from clover_peft.training.run import run
@@ -33,6 +44,13 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _keys() -> str:
+    """The job's own keys, read from their file alone: importing the package would take seconds."""
+    job = runpy.run_path(str(ROOT / "clover_peft" / "training" / "job.py"))["JobArguments"]
+    lines = [f"  {key.name:<16}{key.metadata['help']}" for key in dataclasses.fields(job)]
+    return "\n".join(["keys of the job (any other is one of trl.SFTConfig, or peft.<field>):", *lines])
 
 
 if __name__ == "__main__":

@@ -45,6 +45,11 @@ def test_write_round_trips_and_makes_folders(tmp_path):
     assert json.loads(path.read_text()) == {"loss": 0.5, "path": "x", "dtype": "torch.bfloat16"}
 
 
+def test_what_is_not_finite_is_written_as_text(tmp_path):
+    path = records.write(tmp_path / "run.json", {"loss": [float("nan"), 1.0], "norm": -float("inf")})
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {"loss": ["NaN", 1.0], "norm": "-Infinity"}
+
+
 def test_write_never_overwrites(tmp_path):
     paths = [records.write(tmp_path / "run.json", {"number": i}) for i in range(3)]
     assert [path.name for path in paths] == ["run.json", "run-2.json", "run-3.json"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import os
@@ -30,7 +31,7 @@ from transformers import (
 
 from clover_peft.training import data, downloads
 from clover_peft.training import models as base_models
-from clover_peft.training.arguments import parse
+from clover_peft.training.arguments import JobArguments, parse
 from clover_peft.training.run import first_and_last, run
 from clover_peft.training.verify import main as verify_main
 from clover_peft.training.verify import verify
@@ -179,6 +180,13 @@ def test_configs_differ_in_the_peft_block_alone():
         ("rows=[1", "expected YAML"),
         ("peft=7", "peft: expected a block"),
         ("peft={r: 3}", r"expected peft_type beside \['r'\]"),
+        ("lr=1e-3", "lr: unknown; the nearest known is learning_rate"),
+        ("peft.lr=1e-3", r"peft\.lr: unknown; the nearest known is peft\.learning_rate"),
+        ("batch_size=8", "batch_size: unknown; the nearest known is per_device_train_batch_size"),
+        ("zzz=8", r"zzz: unknown; expected one of model, data, .*merge, or a field of trl\.SFTConfig"),
+        ("peft.zzz=8", r"peft\.zzz: unknown; expected one of .*target_modules"),
+        ("peft.peft_type=zzz", "peft_type=ZZZ: unknown; expected one of .*LORA"),
+        ("peft.learning_rate=null", r"learning_rate: expected one .*s_matrix: diagonal.*configs/"),
     ],
 )
 def test_settings_errors_name_the_key(override, message):
@@ -210,7 +218,8 @@ def test_overrides_reach_blocks_and_null_replaces_a_default():
     assert settings.peft.target_modules == {"q_proj"}
     assert settings.sft.max_length is None
     assert settings.sft.output_dir == "runs/lora"
-    assert parse(ROOT / "configs" / "lora.yaml", ["peft=null"]).peft is None
+    assert parse(ROOT / "configs" / "lora.yaml", ["peft=null", "learning_rate=1e-5"]).peft is None
+    assert parse(ROOT / "configs" / "lora.yaml", ["peft.peft_type=lora"]).peft.peft_type == "LORA"
     assert parse(ROOT / "configs" / "lora.yaml", ["save_strategy=no"]).sft.save_strategy == "no"
 
 
@@ -289,11 +298,37 @@ def test_folders_files_and_damage(tmp_path):
         load(tmp_path)
     cut = tmp_path / "cut.jsonl.gz"
     cut.write_bytes((tmp_path / "train_9.jsonl.gz").read_bytes()[:-20])
-    with pytest.raises(ValueError, match=r"cut.jsonl.gz: expected gzip'd JSON lines in UTF-8, found damage"):
+    with pytest.raises(ValueError, match=r"cut.jsonl.gz: expected gzip'd JSON lines, found damage"):
         load(cut)
     (tmp_path / "rows.csv").write_text("x")
     with pytest.raises(ValueError, match=r"found rows\.csv"):
         load(tmp_path / "rows.csv")
+
+
+def test_data_messages_name_the_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "good.jsonl", rows(9))
+    assert load("good.jsonl").source == f"file {tmp_path.name}/good.jsonl"
+    with pytest.raises(ValueError, match=r"expected at least 22 good rows .*\(rows=null takes all\)"):
+        load("good.jsonl", rows=20)
+    with pytest.raises(ValueError, match=r"expected at least 10 good rows .*; lower held_out_rows="):
+        load("good.jsonl", held_out=9)
+    Path("empty.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"empty\.jsonl has no rows$"):
+        load("empty.jsonl")
+    Path("bytes.jsonl").write_bytes(Path("good.jsonl").read_bytes().replace(b"number 1 ", b"number \xff "))
+    with pytest.raises(ValueError, match=r"1 of 9 rows are bad.*\n.*bytes\.jsonl:2: expected UTF-8, found byte 0xff"):
+        load("bytes.jsonl")
+    write_jsonl(tmp_path / "list.jsonl", [rows(9)])
+    with pytest.raises(ValueError, match=r"list\.jsonl:1: .*one object a line, not a JSON array"):
+        load("list.jsonl")
+    damaged = bytearray(gzip.compress(Path("good.jsonl").read_bytes()))
+    damaged[20] ^= 255
+    Path("damaged.jsonl.gz").write_bytes(damaged)
+    with pytest.raises(
+        ValueError, match=r"damaged\.jsonl\.gz: expected gzip'd JSON lines, found damage after \d+ line"
+    ):
+        load("damaged.jsonl.gz")
 
 
 def test_unknown_data_without_the_hub(monkeypatch, tmp_path):
@@ -468,7 +503,7 @@ def test_the_default_model_without_the_hub_is_the_wheel(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_every_method_trains_and_reloads_exactly(settings, method, tmp_path):
+def test_every_method_trains_and_reloads_exactly(settings, method, tmp_path, capsys):
     record = run(settings(method, merge=method != "full"))
     out = tmp_path / "run"
     assert record["steps"] == 3
@@ -479,12 +514,18 @@ def test_every_method_trains_and_reloads_exactly(settings, method, tmp_path):
     assert not {"training_args.bin"} & saved
     if method == "full":
         assert record["parameters"]["trainable"] == record["parameters"]["total"]
+        assert record["adapter"] is None
         return
+    modules = record["adapter"]["modules"]
+    assert {"k_proj", "v_proj", "up_proj"} <= set(modules) <= {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"}
+    assert f"adapted modules: {', '.join(modules)}" in capsys.readouterr().out
+    card = (out / "adapter" / "README.md").read_text()
+    assert ("import clover_peft" in card) == method.startswith("clover")
     assert record["adapter_bytes"] == (out / "adapter" / "adapter_model.safetensors").stat().st_size
     report = verify(out)
     assert report["adapter"] == 0.0
     assert report["merged"] < 1e-4
-    assert all(problem.startswith("loss") for problem in report["problems"])  # three steps prove nothing
+    assert report["problems"] == []
 
 
 def test_randomised_pissa_is_saved_as_plain_lora(settings, tmp_path):
@@ -557,6 +598,18 @@ def test_record_card_and_summary(settings, tmp_path, capsys):
     record = run(settings(max_steps=4, merge=True))
     assert record == json.loads((tmp_path / "run" / "record.json").read_text())
     assert record["settings"]["peft"]["peft_type"] == "CLOVER"
+    assert record["adapter"]["config"]["peft_type"] == "CLOVER"
+    assert record["adapter"]["config"]["s_matrix"] == "full"
+    resolved = {
+        "learning_rate": 2e-3,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0,
+        "max_length": 512,
+    }
+    assert resolved.items() <= record["training"].items()
+    assert record["training"]["optim"].startswith("adamw")
     assert record["seed"] == 0
     assert record["environment"]["versions"]["peft"]
     assert record["environment"]["git_revision"] is None or len(record["environment"]["git_revision"]) == 40
@@ -603,21 +656,59 @@ def test_the_merged_model_needs_nothing_of_ours(settings, tmp_path):
 def test_verify_reports_what_differs(settings, tmp_path, capsys):
     run(settings(merge=True, max_steps=8, **{"peft.learning_rate": 3e-2}))
     out = tmp_path / "run"
-    assert verify_main([str(out)]) == 0
+    assert verify_main([str(out), "--loss-fell"]) == 0
     assert "as expected" in capsys.readouterr().out
     record = json.loads((out / "record.json").read_text())
     record["loss"]["last"] = record["loss"]["first"]
     (out / "record.json").write_text(json.dumps(record))
+    assert verify_main([str(out)]) == 0
     model = AutoModelForCausalLM.from_pretrained(out / "merged")
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(-1.5)
     model.save_pretrained(out / "merged")
-    assert verify_main([str(out)]) == 1
+    assert verify_main([str(out), "--loss-fell"]) == 1
     output = capsys.readouterr().out
     assert "FAILED: loss" in output
     assert "FAILED: merged, question 0: expected logits within 0.0001" in output
     assert "expected the answer" in output
     assert verify_main([str(tmp_path / "nothing")]) == 2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_verified_by_its_own_measure(settings, tmp_path, dtype):
+    """Merging rounds the weights; another model is still found out."""
+    run(settings(merge=True, **{"model_init_kwargs.dtype": dtype}))
+    out = tmp_path / "run"
+    report = verify(out)
+    assert report["merged"] > 1e-4
+    assert report["problems"] == []
+    model = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=dtype)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(0.5)
+    model.save_pretrained(out / "merged")
+    assert any("merged, question 0: expected logits" in problem for problem in verify(out)["problems"])
+
+
+def test_a_run_too_short_to_log_a_loss_says_so(settings, tmp_path, capsys):
+    record = run(settings(max_steps=2, logging_steps=5, merge=True))
+    assert record["loss"]["first"] is None
+    assert "loss not logged over 2 steps" in capsys.readouterr().out
+    out = tmp_path / "run"
+    json.loads((out / "record.json").read_text(), parse_constant=pytest.fail)
+    assert "| training loss | not logged in 2 steps |" in (out / "adapter" / "README.md").read_text()
+    assert verify_main([str(out)]) == 0
+    assert verify_main([str(out), "--loss-fell"]) == 1
+
+
+def test_what_peft_and_trl_refuse_is_one_sentence(settings, monkeypatch):
+    def refuse(*_):
+        raise TypeError("expected a linear layer,\nfound an Embedding")
+
+    with pytest.raises(ValueError, match=r"trainer: .*[Cc]lear-?ML"):
+        run(settings(report_to="clearml"))
+    monkeypatch.setattr("peft.get_peft_model", refuse)
+    with pytest.raises(ValueError, match="peft: expected a linear layer, found an Embedding"):
+        run(settings())
 
 
 def test_a_prompt_longer_than_max_length_is_said(settings, capsys):
@@ -652,10 +743,23 @@ def test_losses_are_compared_over_eighths():
 
 def test_the_command_line(tiny, tmp_path, monkeypatch, capsys):
     main = runpy.run_path(str(ROOT / "scripts" / "sft.py"))["main"]
-    command = ["sft.py", "--config", str(ROOT / "configs" / "clover_full.yaml"), f"model={tiny.model}", "rows=20"]
-    command += ["--data", str(tiny.data), "held_out_rows=4", "max_steps=1", f"output_dir={tmp_path / 'run'}"]
+    command = ["sft.py", "--config", str(ROOT / "configs" / "clover_full.yaml"), f"model={tiny.model}", "--rows=20"]
+    command += ["--data", str(tiny.data), "held_out_rows=4", "--max_steps=1", f"output_dir={tmp_path / 'run'}"]
     monkeypatch.setattr(sys, "argv", command)
     assert main() == 0
-    assert (tmp_path / "run" / "record.json").exists()
+    assert json.loads((tmp_path / "run" / "record.json").read_text())["settings"]["rows"] == 20
     assert main() == 1
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: output_dir=")
+    monkeypatch.setattr(sys, "argv", [*command[:3], "--max_steps", "1"])
+    assert main() == 1
+    assert "--max_steps: expected key=value, as in max_steps=100" in capsys.readouterr().err
+
+
+def test_help_lists_the_keys_without_importing_torch():
+    command = [sys.executable, "-X", "importtime", str(ROOT / "scripts" / "sft.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    for key in dataclasses.fields(JobArguments):
+        assert f"  {key.name}" in done.stdout
+        assert key.metadata["help"].split(";")[0].removesuffix(".") in done.stdout
+    assert "model_init_kwargs.dtype=bfloat16" in done.stdout
+    assert " torch" not in done.stderr

@@ -8,7 +8,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ import yaml
 from transformers import HfArgumentParser
 from trl import SFTConfig
 
+from clover_peft.training.job import JobArguments
+
 # Fields of SFTConfig that this job has another way to say; accepting them would be ignoring them.
 _SAID_ELSEWHERE = {
     "do_train": "the job always trains",
@@ -26,24 +28,9 @@ _SAID_ELSEWHERE = {
     "resume_from_checkpoint": "resume=true continues from the last checkpoint in output_dir",
     "pad_token": "the tokenizer's own is used",
 }
+# What other tools call them.
+_HINTS = {"lr": "learning_rate", "batch_size": "per_device_train_batch_size", "epochs": "num_train_epochs"}
 _PLAIN = {bool, int, float, str, list, dict, type(None)}
-
-
-@dataclass
-class JobArguments:
-    """What `SFTConfig` does not cover; `peft` is taken out of the file before it is parsed."""
-
-    model: str | None = field(default=None, metadata={"help": "Folder or hub name; by default SmolLM2-135M-Instruct."})
-    data: str | None = field(
-        default=None, metadata={"help": "Folder, .jsonl[.gz] file or hub data set; by default commonsense-170k."}
-    )
-    rows: int | None = field(default=None, metadata={"help": "Training rows to draw; by default all."})
-    held_out_rows: int = field(default=64, metadata={"help": "Rows set aside and evaluated before and after."})
-    questions: int = field(default=3, metadata={"help": "Held-out questions answered before and after."})
-    answer_tokens: int = field(default=16, metadata={"help": "Longest answer to them, in tokens."})
-    skip_bad_rows: bool = field(default=False, metadata={"help": "Leave bad rows out instead of stopping."})
-    resume: bool = field(default=False, metadata={"help": "Continue from the last checkpoint in output_dir."})
-    merge: bool = field(default=False, metadata={"help": "Also save the merged model in output_dir/merged."})
 
 
 @dataclass
@@ -75,7 +62,8 @@ def parse(config: str | Path, overrides: Sequence[str] = ()) -> Settings:
         overrides: `key=value`, values in YAML; dots reach into a block (`peft.r=8`).
 
     Raises:
-        ValueError: a key is unknown (the nearest known one is named), or a value has the wrong type.
+        ValueError: a key is unknown (the nearest known one is named), a value has the wrong type, or there is no
+            learning rate.
     """
     path = Path(config)
     if not path.is_file():
@@ -101,13 +89,19 @@ def parse(config: str | Path, overrides: Sequence[str] = ()) -> Settings:
     if "bf16" not in flat and "fp16" not in flat:
         flat["bf16"] = accelerated  # TRL's default is bf16 everywhere; on a CPU that is slower and less exact
 
-    _check_keys(flat, [f.name for kind in (JobArguments, SFTConfig) for f in dataclasses.fields(kind) if f.init])
+    own, known = _names(JobArguments), _names(SFTConfig)
+    _check_keys(flat, [*own, *known], choices=f"{', '.join(own)}, or a field of trl.SFTConfig")
     for key in flat.keys() & _SAID_ELSEWHERE.keys():
         raise ValueError(f"{key}: not a setting of this job, {_SAID_ELSEWHERE[key]}")
     for kind in (JobArguments, SFTConfig):
         _check_types(flat, kind)
     job, sft = HfArgumentParser([JobArguments, SFTConfig]).parse_dict(flat)
     adapter = _peft_config(block)
+    if "learning_rate" not in flat:  # TRL's default is far too low for most adapters
+        raise ValueError(
+            "learning_rate: expected one in the peft block (or outside it), found none; start from 2e-3 for CLOVER, "
+            "3e-2 with s_matrix: diagonal, 1e-3 for LORA, 5e-5 for full fine-tuning, as in configs/"
+        )
     if job.merge and adapter is None:
         raise ValueError("merge=true: full fine-tuning has nothing to merge; its model is saved in output_dir/model")
     return Settings(job, sft, adapter, values)
@@ -123,17 +117,25 @@ def _peft_config(block: dict[str, Any]) -> peft.PeftConfig | None:
             raise ValueError(f"peft: expected peft_type beside {sorted(block.keys() - {'peft_type'})}, found none")
         return None
     known = {str(getattr(name, "value", name)): cls for name, cls in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    kind = str(kind).upper()
     _check_keys([kind], known, "peft.peft_type=")
-    _check_keys(block, [f.name for f in dataclasses.fields(known[kind]) if f.init], "peft.")
-    return peft.get_peft_config({"task_type": "CAUSAL_LM", **block})
+    _check_keys(block, [*_names(known[kind]), "learning_rate"], "peft.")
+    return peft.get_peft_config({"task_type": "CAUSAL_LM", **block, "peft_type": kind})
 
 
-def _check_keys(keys: Iterable[Any], known: Iterable[str], prefix: str = "") -> None:
+def _names(kind: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(kind) if f.init]
+
+
+def _check_keys(keys: Iterable[Any], known: Iterable[str], prefix: str = "", choices: str = "") -> None:
     known = list(known)
     for key in keys:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
-            raise ValueError(f"{prefix}{key}: unknown; the nearest known is {prefix}{near[0]}")
+            near = [_HINTS.get(key)] if _HINTS.get(key) in known else difflib.get_close_matches(str(key), known, n=1)
+            expected = (
+                f"the nearest known is {prefix}{near[0]}" if near else f"expected one of {choices or ', '.join(known)}"
+            )
+            raise ValueError(f"{prefix}{key}: unknown; {expected}")
 
 
 def _check_types(values: dict[str, Any], kind: type) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+_REGISTER = "import clover_peft  # registers the adapter type with peft; needed before loading\n"
 _LOAD = {
-    "adapter": """import clover_peft  # registers the adapter type with peft; needed before loading
-from peft import AutoPeftModelForCausalLM
+    "adapter": """from peft import AutoPeftModelForCausalLM
 
 model = AutoPeftModelForCausalLM.from_pretrained("<this folder>")""",
     "model": """from transformers import AutoModelForCausalLM
@@ -28,14 +28,12 @@ def write_card(folder: Path, kind: str, record: dict[str, Any]) -> None:
     """
     model, data, env = record["model"], record["data"], record["environment"]
     versions = {"clover_peft": env["clover_peft"], **env["versions"]}
-    method = (record["settings"].get("peft") or {}).get("peft_type")
+    config = record["adapter"]["config"] if record["adapter"] else {}
+    method = config.get("peft_type")
+    load = (_REGISTER if kind == "adapter" and method == "CLOVER" else "") + _LOAD[kind]
     notes = ""
-    if method and method != "CLOVER":
+    if kind == "adapter" and "pissa" in str(config.get("init_lora_weights")):
         notes = (
-            f"\nThis is a {method} adapter; it loads without `import clover_peft` too.\n" if kind == "adapter" else ""
-        )
-    if kind == "adapter" and "pissa" in str(record["settings"]["peft"].get("init_lora_weights")):
-        notes += (
             "\nPiSSA moves the leading part of each base weight into the adapter. Loading repeats that on the base: "
             "the base in memory is changed, and disabling the adapter does not give it back.\n"
         )
@@ -51,7 +49,7 @@ def write_card(folder: Path, kind: str, record: dict[str, Any]) -> None:
 # {model["name"]}, fine-tuned ({method or "full"})
 
 ```python
-{_LOAD[kind]}
+{load}
 ```
 {notes}
 | | |
@@ -59,8 +57,8 @@ def write_card(folder: Path, kind: str, record: dict[str, Any]) -> None:
 | base model | {model["name"]}, licence: {model["license"]} ({model["origin"]}) |
 | data | {data["source"]}: {data["train_rows"]} rows, fingerprint {data["fingerprint"][:16]} |
 | trainable parameters | {record["parameters"]["trainable"]:,} of {record["parameters"]["total"]:,} |
-| training loss | {loss["first"]:.3f} to {loss["last"]:.3f} in {record["steps"]} steps |
-| held-out loss | {_held_out(loss)} |
+| training loss | {change(loss["first"], loss["last"], "not logged")} in {record["steps"]} steps |
+| held-out loss | {change(loss["held_out_before"], loss["held_out_after"], "not measured")} |
 | seed | {record["seed"]} |
 | versions | {", ".join(f"{name} {version}" for name, version in versions.items())} |
 
@@ -69,7 +67,6 @@ The licences of the base model and of the data apply; the weights here carry no 
     ModelCard(text).save(folder / "README.md")
 
 
-def _held_out(loss: dict[str, Any]) -> str:
-    if loss["held_out_before"] is None:
-        return "not measured"
-    return f"{loss['held_out_before']:.3f} to {loss['held_out_after']:.3f}"
+def change(first: float | None, last: float | None, otherwise: str) -> str:
+    """Shows how a loss changed, or says `otherwise` where it is not known."""
+    return otherwise if first is None or last is None else f"{float(first):.3f} -> {float(last):.3f}"

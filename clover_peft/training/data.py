@@ -10,6 +10,7 @@ import json
 import random
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,8 @@ def load_data(
             bad.append(f"{where}: {problem}")
         else:
             good.append(row)
+    if not good and not bad:
+        raise ValueError(f"{source} has no rows")
     if bad:
         listing = "\n  ".join(bad[:_SHOWN] + ([f"and {len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else []))
         if not skip_bad_rows:
@@ -91,7 +94,8 @@ def load_data(
 def check_row(row: Any, chat: bool) -> str | None:
     """Returns what is wrong with a row and what was expected, or None for a good one."""
     if not isinstance(row, dict):
-        return f"expected an object, found {_name(row)}"
+        hint = "; write one object a line, not a JSON array" if isinstance(row, list) else ""
+        return f"expected an object, found {_name(row)}{hint}"
     if "messages" in row:
         messages = row["messages"]
         if isinstance(messages, list) and len(messages) == 1:
@@ -147,25 +151,26 @@ def read_jsonl(path: Path) -> Iterator[Located]:
         path: a `.jsonl` or `.jsonl.gz` file.
 
     Raises:
-        ValueError: the file is not readable as text, or its gzip data is damaged.
+        ValueError: the file cannot be read, or its gzip data is damaged.
     """
     opener: Any = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
-        with opener(path, "rt", encoding="utf-8") as lines:
+        with opener(path, "rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
+                row, problem = None, None
                 try:
-                    row, problem = json.loads(line), None
+                    row = json.loads(line.decode())
+                except UnicodeDecodeError as error:
+                    problem = f"expected UTF-8, found byte 0x{line[error.start]:02x} at column {error.start + 1}"
                 except json.JSONDecodeError as error:
-                    row, problem = None, f"expected one JSON object, found {error.msg} at column {error.colno}"
+                    problem = f"expected one JSON object, found {error.msg} at column {error.colno}"
                 yield f"{path.name}:{number}", row, problem
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         kind = "gzip'd JSON lines" if path.suffix == ".gz" else "JSON lines"
-        raise ValueError(
-            f"{path.name}: expected {kind} in UTF-8, found damage after line {number}: {error}"
-        ) from error
+        raise ValueError(f"{path.name}: expected {kind}, found damage after {number} lines: {error}") from error
 
 
 def _find(data: str | None) -> tuple[str, Iterable[Located]]:
@@ -183,7 +188,7 @@ def _find(data: str | None) -> tuple[str, Iterable[Located]]:
         if not _is_jsonl(path):
             raise ValueError(f"data={data}: expected a .jsonl or .jsonl.gz file, found {path.name}")
         print(f"data: {path}")
-        return f"file {path.parent.name}/{path.name}", read_jsonl(path)
+        return f"file {path.parent.resolve().name}/{path.name}", read_jsonl(path)
     if hub_reachable() and not (path and _is_jsonl(path)):
         name = data or DEFAULT_DATA
         print(f"data: {name} on the hub")
@@ -205,10 +210,10 @@ def _split(
 ) -> tuple[list[Row], list[Row]]:
     """Draws the training and the held-out rows, formatted."""
     wanted = held_out + (rows or 1)
+    lower = "lower held_out_rows=..." + (" or rows=... (rows=null takes all)" if rows else "")
     if len(good) < wanted:
         raise ValueError(
-            f"{source}: expected at least {wanted} good rows ({held_out} held out), found {len(good)}; "
-            "lower rows=... or held_out_rows=..."
+            f"{source}: expected at least {wanted} good rows ({held_out} held out), found {len(good)}; {lower}"
         )
     order = random.Random(seed).sample(range(len(good)), len(good))
     chosen = [format_row(good[i], chat) for i in order[:held_out]]
@@ -219,7 +224,7 @@ def _split(
     if len(train) < (rows or 1):
         raise ValueError(
             f"{source}: expected {rows or 'some'} training rows, found {len(train)} that do not repeat a held-out "
-            "prompt; lower rows=... or held_out_rows=..."
+            f"prompt; {lower}"
         )
     return train, chosen
 

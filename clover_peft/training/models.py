@@ -60,8 +60,8 @@ def find_model(model: str | None) -> ModelSource:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ValueError(f"model={model}: expected a folder with a config.json, found none in it")
-        card = _card(str(folder))
-        return ModelSource(str(folder), card.get("base_model") or folder.name, _license(card), f"folder {folder.name}")
+        card, name = _card(str(folder)), folder.resolve().name
+        return ModelSource(str(folder), card.get("base_model") or name, _license(card), f"folder {name}")
     if hub_reachable() or isinstance(try_to_load_from_cache(model, "config.json"), str):
         return ModelSource(model, model, _license(_card(model)), "Hugging Face hub")
     if model == DEFAULT_MODEL:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import textwrap
 import time
 from collections.abc import Iterator
@@ -20,12 +19,18 @@ from trl import SFTTrainer
 
 from clover_peft import records
 from clover_peft.training.arguments import Settings
-from clover_peft.training.cards import write_card
+from clover_peft.training.cards import change, write_card
 from clover_peft.training.data import Row, load_data
 from clover_peft.training.models import find_model, load_model, load_tokenizer
 
 _SETTINGS = "settings.json"
 _INITIAL = "initial_adapter"
+# What the record repeats of TRL's configuration after its defaults.
+_RESOLVED = (
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "max_length"),
+    *("packing", "gradient_checkpointing", "bf16", "fp16"),
+)
 
 
 def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> dict[str, Any]:
@@ -63,19 +68,24 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
     set_seed(sft.seed)
     started = time.perf_counter()
     if settings.peft is not None:
-        model = peft.get_peft_model(model, settings.peft)
+        with _refused_by("peft"):
+            model = peft.get_peft_model(model, settings.peft)
     init_seconds = time.perf_counter() - started
+    adapter = _adapter(model) if settings.peft is not None else None
+    if adapter:
+        print(f"adapted modules: {', '.join(adapter['modules'])}")
     trainable, total = count_parameters(model)
     print(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
 
-    trainer = _Trainer(
-        model=model,
-        args=sft,
-        train_dataset=Dataset.from_list(split.train),
-        eval_dataset=Dataset.from_list(split.held_out) if split.held_out else None,
-        processing_class=tokenizer,
-        callbacks=callbacks,
-    )
+    with _refused_by("trainer"):
+        trainer = _Trainer(
+            model=model,
+            args=sft,
+            train_dataset=Dataset.from_list(split.train),
+            eval_dataset=Dataset.from_list(split.held_out) if split.held_out else None,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
     dropped = len(split.train) - len(trainer.train_dataset)
     if dropped == len(split.train):
         raise ValueError(f"max_length={sft.max_length}: expected room for an answer, found none behind any prompt")
@@ -102,8 +112,11 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
 
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     losses = [entry["loss"] for entry in log]
+    resolved = sft.to_dict()
     record: dict[str, Any] = {
         "settings": _shown(settings),
+        "training": {key: resolved[key] for key in _RESOLVED},
+        "adapter": adapter,
         "seed": sft.seed,
         "environment": records.environment(),
         "model": {"name": source.name, "origin": source.origin, "license": source.license, "dtype": str(model.dtype)},
@@ -196,10 +209,10 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     return sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
 
 
-def first_and_last(losses: list[float]) -> dict[str, float]:
+def first_and_last(losses: list[float]) -> dict[str, float | None]:
     """Means of the first and the last eighth of the logged losses: one batch is too noisy to compare."""
     if not losses:
-        return {"first": math.nan, "last": math.nan}
+        return {"first": None, "last": None}
     n = max(1, len(losses) // 8)
     return {"first": sum(losses[:n]) / n, "last": sum(losses[-n:]) / n}
 
@@ -207,6 +220,25 @@ def first_and_last(losses: list[float]) -> dict[str, float]:
 class _Trainer(SFTTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes none: TRL's card cannot say how to load the adapter; ours is written beside it at the end."""
+
+
+@contextlib.contextmanager
+def _refused_by(what: str) -> Iterator[None]:
+    """Says in one sentence what only building shows to be wrong: a module to adapt, a reporter not installed."""
+    try:
+        yield
+    except (TypeError, RuntimeError, ImportError) as error:
+        raise ValueError(f"{what}: {' '.join(str(error).split())}") from error
+
+
+def _adapter(model: Any) -> dict[str, Any]:
+    """The adapter's configuration after peft filled it in, and the last names of the modules it adapts."""
+    config = model.active_peft_config.to_dict()
+    modules = getattr(model.base_model, "targeted_module_names", [])  # prompt methods adapt none
+    return {
+        "config": json.loads(json.dumps(config, default=lambda v: sorted(v) if isinstance(v, set) else str(v))),
+        "modules": sorted({name.rpartition(".")[2] for name in modules}),
+    }
 
 
 def _held_out_loss(trainer: SFTTrainer) -> float | None:
@@ -299,9 +331,9 @@ def _text(part: str | list[Row]) -> str:
 
 def _print_summary(record: dict[str, Any]) -> None:
     loss, speed = record["loss"], record["tokens_per_second"]
-    print(f"\nloss {loss['first']:.3f} -> {loss['last']:.3f} over {record['steps']} steps", end="")
-    if loss["held_out_before"] is not None:
-        print(f", held-out {loss['held_out_before']:.3f} -> {loss['held_out_after']:.3f}", end="")
+    held_out = change(loss["held_out_before"], loss["held_out_after"], "not measured")
+    print(f"\nloss {change(loss['first'], loss['last'], 'not logged')} over {record['steps']} steps", end="")
+    print(f", held-out {held_out}", end="")
     print(f"; {record['seconds']['train']:.0f} s, {speed:,.0f} tokens/s" if speed else "")
     for item in record["answers"]:
         print(f"\n  question: {textwrap.shorten(item['question'], 200)}\n  expected: {item['expected']}")

@@ -1,0 +1,22 @@
+"""The job's own settings; imports nothing heavy, so that `scripts/sft.py --help` can list them at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class JobArguments:
+    """What `SFTConfig` does not cover; `peft` is taken out of the file before it is parsed."""
+
+    model: str | None = field(default=None, metadata={"help": "Folder or hub name; by default SmolLM2-135M-Instruct."})
+    data: str | None = field(
+        default=None, metadata={"help": "Folder, .jsonl[.gz] file or hub data set; by default commonsense-170k."}
+    )
+    rows: int | None = field(default=None, metadata={"help": "Training rows to draw; by default all."})
+    held_out_rows: int = field(default=64, metadata={"help": "Rows set aside and evaluated before and after."})
+    questions: int = field(default=3, metadata={"help": "Held-out questions answered before and after."})
+    answer_tokens: int = field(default=16, metadata={"help": "Longest answer to them, in tokens."})
+    skip_bad_rows: bool = field(default=False, metadata={"help": "Leave bad rows out instead of stopping."})
+    resume: bool = field(default=False, metadata={"help": "Continue from the last checkpoint in output_dir."})
+    merge: bool = field(default=False, metadata={"help": "Also save the merged model in output_dir/merged."})
