@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .architectures import Partner, base_of
 from .blocks import BlockSpec
-from .decomposition import Bases, Factors, gram, pair_bases, qr_bases, svd_bases
+from .decomposition import Bases, Factors, factors, gram, pair_bases, qr_bases, svd_bases
 from .layer import CloverLayer, onloaded
 
 
@@ -147,18 +147,8 @@ def explicit_factors(model: nn.Module, target: str, adapter_name: str = "default
         rows = spec.heads.blocks(weight, spec.size).permute(1, 0, 2)
         if bias is not None:
             rows = torch.cat([rows, spec.heads.blocks(bias.double(), spec.size).unsqueeze(1)], dim=1)
-        u = rows @ tensors.u.double().mT
-        eye = torch.eye(spec.size, dtype=u.dtype, device=u.device).expand(spec.blocks, -1, -1)
-        v = eye if tensors.v is None else tensors.v.double()
-        back = v
-        if spec.partner is not None:
-            columns = _partner_columns(inner, spec, spec.partner)
-            v = columns @ v
-            back = columns.mT @ v
-        # V^T W_o W_v U, by its definition and from the small sides: what is stored has been rounded to float32.
-        s0 = back.mT @ (rows.mT @ u)
-        s = tensors.s.double()
-        result[spec.name] = Factors(u, s0 + (torch.diag_embed(s) if s.ndim == 2 else s), v)
+        columns = None if spec.partner is None else _partner_columns(inner, spec, spec.partner)
+        result[spec.name] = factors(rows, columns, tensors.s, tensors.u, tensors.v)
     return result
 
 

@@ -276,3 +276,34 @@ class Factors:
     def product(self) -> Tensor:
         """`V S U^T`, (H, D_out, D_in): for tests and analysis of small models only."""
         return self.V @ self.S @ self.U.mT
+
+
+def factors(
+    rows: Tensor, columns: Tensor | None, s: Tensor, coordinates: Tensor, back: Tensor | None = None
+) -> Factors:
+    """The explicit factors of H blocks from their weights, in float64 (Eq. 3, arXiv 2411.17426).
+
+    `U = W^T C^T`, `V = W_o E`, and S is `V^T W_o W U` plus the trained offset, worked out from the small sides: costs
+    (D_in + D_out) H d^2.
+
+    Args:
+        rows: (H, D_in, d), the projection's rows, transposed, with the bias as one more row of D_in.
+        columns: (H, D_out, d), the partner's side, or None for an intra-layer target.
+        s: (H, r, r) or (H, r), the trained offset dS.
+        coordinates: (H, r, d), C.
+        back: (H, d, r), E, or None for the identity.
+
+    Returns:
+        `Factors`.
+    """
+    rows, s, coordinates = rows.double(), s.double(), coordinates.double()
+    u = rows @ coordinates.mT
+    v = torch.eye(rows.shape[-1], dtype=u.dtype, device=u.device).expand(len(rows), -1, -1)
+    if back is not None:
+        v = back.double()
+    product_side = v
+    if columns is not None:
+        v = columns.double() @ v
+        product_side = columns.double().mT @ v
+    s0 = product_side.mT @ (rows.mT @ u)
+    return Factors(u, s0 + (torch.diag_embed(s) if s.ndim == 2 else s), v)

@@ -283,9 +283,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
             p = getattr(self.clover_dropout[adapter_name], "p", 0.0) if self.training else 0.0
             for spec in self.specs[adapter_name]:
                 tensors = self.tensors(adapter_name, spec)
-                if (
-                    tensors.norm is not None and tensors.s.dtype != tensors.norm.dtype
-                ):  # TRL casts S on quantised bases
+                if tensors.norm is not None:  # TRL casts the S of quantised models, and nothing else
                     tensors = tensors._replace(s=tensors.s.to(tensors.norm.dtype))
                 with torch.autocast(device_type=tensors.s.device.type, enabled=False):
                     folded = spec.map(tensors)
@@ -319,12 +317,10 @@ class CloverLayer(nn.Module, BaseTunerLayer):
             if dropout:
                 tokens = self.clover_dropout[names[0]](tokens)
             mapped = torch.bmm(tokens.transpose(0, 1), folded.mT).transpose(0, 1)
-            if whole:  # the sum is laid out like its first operand, so that `mapped` is never copied into place
-                return (
-                    mapped.to(z.dtype)
-                    if spec.truncate
-                    else spec.heads.blocks(z, spec.size).reshape(mapped.shape) + mapped
-                ).reshape(z.shape)
+            if whole:
+                # The sum is laid out like its first operand, so that `mapped` is never copied into place.
+                y = mapped.to(z.dtype) if spec.truncate else blocks.reshape(mapped.shape) + mapped
+                return y.reshape(z.shape)
             heads = spec.heads.heads(result)
             change = mapped.reshape(heads.shape).to(z.dtype)
             heads.add_(change - spec.heads.heads(z) if spec.truncate else change)
