@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 from transformers.pytorch_utils import Conv1D
 
+import clover_peft.bases
 import clover_peft.decomposition
-import clover_peft.model
 from clover_peft import CloverConfig
 
 STEPS = 50
@@ -387,8 +387,8 @@ def _swap(bases):
 
 
 def _change_bases(function: str, change: Callable) -> Callable[[pytest.MonkeyPatch], None]:
-    original = getattr(clover_peft.model, function)
-    return lambda patch: patch.setattr(clover_peft.model, function, lambda *grams: change(original(*grams)))
+    original = getattr(clover_peft.bases, function)
+    return lambda patch: patch.setattr(clover_peft.bases, function, lambda *grams: change(original(*grams)))
 
 
 def _symmetric_root(patch: pytest.MonkeyPatch) -> None:
