@@ -6,7 +6,6 @@ key; everything countable (head size, number of heads, rotated dimensions) is re
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,8 +14,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

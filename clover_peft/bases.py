@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from .architectures import Partner, base_of
@@ -157,7 +158,11 @@ def _partner_weight(model: nn.Module, partner: Partner) -> tuple[Tensor, Tensor 
     module = model.get_submodule(partner.path)
     base = base_of(module)
     # A layer of ours reads any weight: transposed, quantised, or merged into at the moment.
-    reader = module if isinstance(module, CloverLayer) else CloverLayer(base, "", partner.path)
+    reader = (
+        module
+        if isinstance(module, CloverLayer)
+        else CloverLayer(base, "", partner.path, get_quantization_kwargs(model))
+    )
     with onloaded(base):
         weight, bias = reader.transposed_weight(), reader.original_bias
     return (weight.mT, None) if partner.reads else (weight, bias)

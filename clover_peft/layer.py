@@ -66,9 +66,6 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         adapter_name: its first adapter, which is active; `update_layer` makes it.
         name: path of the target in the model, for messages.
         quantization_kwargs: what peft's quantisation backends need from the model.
-
-    Raises:
-        TypeError: if bitsandbytes has repacked the 4-bit weight, which can then not be read back.
     """
 
     adapter_layer_names: tuple[str, ...] = ("clover_S",)
@@ -98,7 +95,6 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         base: Any = self.get_base_layer()
         self.fan_in_fan_out = isinstance(base, Conv1D)
         self.quantization_backend = resolve_quantization_backend(base, **(quantization_kwargs or {}))
-        check_packing(base, name)
 
     # ------------------------------------------------------------------ adapters
 
@@ -338,7 +334,12 @@ class CloverLayer(nn.Module, BaseTunerLayer):
     # ------------------------------------------------------------------ merging
 
     def transposed_weight(self) -> Tensor:
-        """The base's own weight as (in_features, out_features), dequantised if need be."""
+        """The base's own weight as (in_features, out_features), dequantised if need be.
+
+        Raises:
+            TypeError: if bitsandbytes has repacked the 4-bit weight, which can then not be read back.
+        """
+        check_packing(self.get_base_layer(), self.name)
         weight = self.get_base_weight() if self._original_weight is None else self._dense(self._original_weight)
         return weight if self.fan_in_fan_out else weight.mT
 
@@ -469,7 +470,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
             base.weight.data = self._original_weight
         if self._original_bias is not None:
             base.bias.data = self._original_bias
-        self._original_weight = self._original_bias = None
+        self._original_weight = self._original_bias = self._original_state = None
         self.merged_adapters = []
 
     def extra_repr(self) -> str:

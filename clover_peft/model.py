@@ -14,13 +14,13 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .architectures import FAMILIES, base_of, family_of, resolve, unknown_family_message
+from .architectures import FAMILIES, family_of, resolve, unknown_family_message
 from .bases import clover_layers, frozen_tensors
 from .blocks import BlockSpec, block_spec
 from .checkpoint import check_nothing_left, check_source, is_untouched, select_for_saving, take_checkpoint
 from .config import CloverConfig
 from .decomposition import Bases, describe_dropped
-from .layer import CloverLayer, check_packing, onloaded
+from .layer import CloverLayer, onloaded
 
 
 class CloverModel(BaseTuner):
@@ -111,7 +111,6 @@ class CloverModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         specs = self._specs(peft_config, current_key)
-        check_packing(base_of(target), current_key)
         is_new = not isinstance(target, CloverLayer)
         layer = (
             target

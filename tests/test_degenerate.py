@@ -17,12 +17,7 @@ from clover_peft import CloverConfig, CloverLayer
 HEADS, D_HEAD = 2, 12
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---------------------------------------------------------------------- broken weights

@@ -34,12 +34,7 @@ UPDATE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 MISS = 1e-3
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---------------------------------------------------------------------- which features are heads, written out by hand

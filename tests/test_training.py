@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 
-pytest.importorskip("trl")
+pytest.importorskip("trl", reason="needs the train extra: pip install clover-peft[train]")
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("trl")
+pytest.importorskip("trl", reason="needs the train extra: pip install clover-peft[train]")
 
 from clover_peft.training import data
 from clover_peft.training.arguments import parse
