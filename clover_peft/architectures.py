@@ -6,7 +6,7 @@ key; everything countable (head size, number of heads, rotated dimensions) is re
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,14 +20,17 @@ from transformers.pytorch_utils import Conv1D
 class HeadSlice:
     """Features of a projection that belong to heads.
 
-    Feature `start + i * stride + offset + j` is coordinate j of head i.
+    Feature `start + (i // inner) * stride + offset + (i % inner) * inner_stride + j` is coordinate j of head i: a
+    shard of `inner` heads every `stride` features. With `inner` 1 that is `start + i * stride + offset + j`.
 
     Attributes:
         start: first feature of the region.
         count: number of heads.
-        stride: features from one head to the next.
-        offset: first coordinate inside a head's stride.
-        dim: coordinates per head, `offset + dim <= stride`.
+        stride: features from one shard to the next.
+        offset: first coordinate of a shard's first head inside the stride.
+        dim: coordinates per head.
+        inner: heads in a shard.
+        inner_stride: features from one head of a shard to the next; 0 where a shard is one head.
     """
 
     start: int
@@ -35,6 +38,8 @@ class HeadSlice:
     stride: int
     offset: int
     dim: int
+    inner: int = 1
+    inner_stride: int = 0
 
     @classmethod
     def plain(cls, count: int, dim: int, start: int = 0) -> HeadSlice:
@@ -49,7 +54,7 @@ class HeadSlice:
     @property
     def stop(self) -> int:
         """One past the last feature of the region."""
-        return self.start + self.count * self.stride
+        return self.start + self.count // self.inner * self.stride
 
     def part(self, offset: int, dim: int) -> HeadSlice:
         """The coordinates `offset ... offset + dim` of every head."""
@@ -60,17 +65,20 @@ class HeadSlice:
         return self.start == 0 and self.offset == 0 and self.dim == self.stride and self.features == features
 
     def heads(self, x: Tensor) -> Tensor:
-        """A view (..., count, dim) of `x` (..., features)."""
-        region = x[..., self.start : self.stop].unflatten(-1, (self.count, self.stride))
-        return region[..., self.offset : self.offset + self.dim]
+        """A view of `x` (..., features): (..., count, dim), or (..., count // inner, inner, dim) where shards have
+        several heads."""
+        region = x[..., self.start : self.stop].unflatten(-1, (-1, self.stride))
+        if self.inner == 1:
+            return region[..., self.offset : self.offset + self.dim]
+        last = self.offset + (self.inner - 1) * self.inner_stride + self.dim
+        return region[..., self.offset : last].unfold(-1, self.dim, self.inner_stride)
 
     def blocks(self, x: Tensor, size: int) -> Tensor:
         """(..., count * dim // size, size): the heads of `x` (..., features) split into, or joined to, blocks.
 
         A block of `size` features splits a head when it divides `dim`, and joins neighbours when `dim` divides it.
         """
-        heads = self.heads(x)
-        return heads.reshape(*heads.shape[:-2], self.features // size, size)
+        return self.heads(x).reshape(*x.shape[:-1], self.features // size, size)
 
 
 @dataclass(frozen=True)
@@ -107,42 +115,91 @@ class TargetSlice:
 
 
 @dataclass(frozen=True)
+class If:
+    """A fact that depends on the model: `then` if the attribute of an attention module or its config is true.
+
+    Attributes:
+        attribute: its name; missing counts as false.
+        then: the fact if it is true; may depend on another attribute.
+        otherwise: the fact if it is not.
+    """
+
+    attribute: str
+    then: str | If
+    otherwise: str | If
+
+
+@dataclass(frozen=True)
 class Family:
     """Facts about one architecture. Module names are suffixes of module paths; those of one attention block share the
     path before the suffix.
 
     Attributes:
-        projections: module name -> the parts it computes; "q k v" lie one after the other for all heads, "q|k|v"
-            repeat head by head. A part that a projection listed earlier computes in the same block (GPT-2's
-            cross-attention has a `q_attn`) is absent from the later one.
+        projections: module name -> how its features are laid out. "q k v": all heads of one part after those of the
+            other; "q|k|v": head by head; "q*|k|v": for every key-value head its query heads, its key, its value;
+            "4 x q v k": four shards, in each some heads of every part. "gate" is multiplied onto the attention's
+            output. A part that a projection listed earlier computes in the same block (GPT-2's cross-attention has a
+            `q_attn`) is absent from the later one.
         output: module name of the projection that reads the attention output.
         up: module name -> the parts of an up-projection ("up", or "gate up" where it is fused with the gate).
         positions: what sits between query and key: "rotary" (all dimensions), "partial" (the first rotated
             dimensions only), "decoupled" (query heads end in rotated dimensions that the key projection does not
-            have), "none" (absolute or relative-bias positions, which leave the product of query and key alone).
-        qk_norm: query or key is normalised after projection, so that they cannot be paired.
+            have), "disentangled" (query and key also meet projected positions, each on its own), "none" (absolute,
+            ALiBi or relative-bias positions, which leave the product of query and key alone).
         head_dim: attribute that holds the dimensions of a key head.
         value_dim: attribute that holds the dimensions of a value head.
+        key_value_heads: attribute that holds the number of key-value heads.
     """
 
-    projections: dict[str, str]
+    projections: dict[str, str | If]
     output: str
     up: dict[str, str]
-    positions: str
-    qk_norm: bool = False
+    positions: str | If
     head_dim: str = "head_dim"
     value_dim: str | None = None
+    key_value_heads: str = "num_key_value_heads"
 
     @property
     def target_modules(self) -> list[str]:
         """Default targets: the modules that compute key, value or up-projection."""
-        wanted = [name for name, parts in self.projections.items() if {"k", "v"} & set(_split(parts)[0])]
+        wanted = [name for name, layout in self.projections.items() if {"k", "v"} & _any_parts(layout)]
         return wanted + list(self.up)
 
 
-def _split(parts: str) -> tuple[list[str], bool]:
-    """The parts, and whether they are interleaved head by head."""
-    return (parts.split("|"), True) if "|" in parts else (parts.split(), False)
+# What stands between a projection and its partner in some models: names of modules of an attention block. A norm of
+# query or key parts the two; whatever else touches the heads' values parts value and output.
+_QUERY_KEY_NORMS = ("q_norm", "k_norm", "qk_norm", "q_layernorm", "k_layernorm", "norm_q", "norm_k")
+_VALUE_NORMS = ("v_norm", "attn_sub_norm")
+# The attribute that clamps query, key and value where it is set.
+_CLAMP = "clip_qkv"
+# Attributes that count the rotated dimensions of a partially rotated head.
+_ROTARY_DIMS = ("rotary_ndims", "rotary_dim")
+
+
+def _any_parts(layout: str | If) -> set[str]:
+    """The parts that a layout may have, whatever it depends on."""
+    if isinstance(layout, If):
+        return _any_parts(layout.then) | _any_parts(layout.otherwise)
+    return set(_Layout.read(layout).parts)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """A layout in words, taken apart: `parts` in order, `order` "all" (each part once, for all heads), "head" (again
+    for every key-value head), or the number of shards; `grouped` if a shard holds a query group."""
+
+    parts: tuple[str, ...]
+    order: str | int
+    grouped: bool = False
+
+    @classmethod
+    def read(cls, layout: str) -> _Layout:
+        if "|" in layout:
+            return cls(tuple(layout.replace("*", "").split("|")), "head", "*" in layout)
+        if " x " in layout:
+            shards, _, parts = layout.partition(" x ")
+            return cls(tuple(parts.split()), int(shards))
+        return cls(tuple(layout.split()), "all")
 
 
 _LLAMA = Family(
@@ -151,66 +208,171 @@ _LLAMA = Family(
     up={"up_proj": "up"},
     positions="rotary",
 )
-_LLAMA_QK_NORM = replace(_LLAMA, qk_norm=True)
 _BART = replace(_LLAMA, output="out_proj", up={"fc1": "up"}, positions="none")
-_DEEPSEEK = Family(
-    projections={"q_proj": "q", "q_b_proj": "q", "kv_b_proj": "k|v"},
-    output="o_proj",
-    up={"up_proj": "up"},
-    positions="decoupled",
-    head_dim="qk_nope_head_dim",
-    value_dim="v_head_dim",
+_VIT = replace(_LLAMA, up={"mlp.fc1": "up"}, positions="none")
+_BERT = Family(
+    projections={"self.query": "q", "self.key": "k", "self.value": "v"},
+    output="output.dense",
+    up={"intermediate.dense": "up"},
+    positions="none",
+    head_dim="attention_head_size",
 )
+_GPT2 = Family(
+    projections={"q_attn": "q", "c_attn": "q k v"},
+    output="c_proj",
+    up={"c_fc": "up"},
+    positions="none",
+)
+_GPT_NEOX = Family(
+    projections={"query_key_value": "q|k|v"},
+    output="dense",
+    up={"dense_h_to_4h": "up"},
+    positions="partial",
+)
+_GPTJ = replace(_LLAMA, output="out_proj", up={"fc_in": "up"}, positions="partial")
+_QWEN_VISION = Family(projections={"attn.qkv": "q k v"}, output="attn.proj", up={"mlp.fc1": "up"}, positions="rotary")
 
-# The one table of architecture facts: `config.model_type` of the (sub)model that owns a module -> its family.
-FAMILIES: dict[str, Family] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA_QK_NORM,
-    "gemma2": _LLAMA,
-    "gemma3": _LLAMA_QK_NORM,
-    "gemma3_text": _LLAMA_QK_NORM,
-    "gpt2": Family(
-        projections={"q_attn": "q", "c_attn": "q k v"},
-        output="c_proj",
-        up={"c_fc": "up"},
-        positions="none",
+# The one table of architecture facts: families, and the `config.model_type` of the (sub)models that belong to them.
+_TABLE: list[tuple[str, Family]] = [
+    # Decoders.
+    (
+        "llama mistral ministral3 gemma gemma2 gemma3_text gemma3n_text qwen2 qwen3 granite cohere olmo olmo2 olmo3 "
+        "exaone4 ernie4_5 seed_oss helium arcee bitnet mllama_text_model qwen2_vl_text qwen2_5_vl_text qwen3_vl_text "
+        "qwen2_moe qwen3_moe",
+        _LLAMA,
     ),
-    "opt": _BART,
-    "gpt_neox": Family(
-        projections={"query_key_value": "q|k|v"},
-        output="dense",
-        up={"dense_h_to_4h": "up"},
-        positions="partial",
-        head_dim="head_size",
+    ("mixtral gpt_oss olmoe granitemoe", replace(_LLAMA, up={})),  # experts are stacks of matrices, no modules
+    ("qwen3_next", replace(_LLAMA, projections={**_LLAMA.projections, "q_proj": "q|gate"})),
+    ("cohere2", replace(_LLAMA, positions=If("sliding_window", "rotary", "none"))),
+    ("smollm3", replace(_LLAMA, positions=If("use_rope", "rotary", "none"))),
+    ("starcoder2", replace(_LLAMA, up={"c_fc": "up"})),
+    ("stablelm nemotron", replace(_LLAMA, positions="partial")),
+    ("phi", replace(_LLAMA, output="dense", up={"fc1": "up"}, positions="partial")),
+    ("glm glm4", replace(_LLAMA, up={"gate_up_proj": "gate up"}, positions="partial")),
+    ("phi3", replace(_LLAMA, projections={"qkv_proj": "q k v"}, up={"gate_up_proj": "gate up"}, positions="partial")),
+    ("gptj", _GPTJ),
+    ("codegen", replace(_GPTJ, projections={"qkv_proj": "4 x q v k"})),
+    ("gpt_neo", replace(_BART, up={"c_fc": "up"})),
+    ("gpt2", _GPT2),
+    (
+        "gpt_bigcode",
+        replace(
+            _GPT2,
+            projections={"q_attn": "q", "c_attn": If("multi_query", "q k v", "q|k|v")},
+            key_value_heads="kv_heads",
+        ),
     ),
-    "phi3": Family(
-        projections={"qkv_proj": "q k v"},
-        output="o_proj",
-        up={"gate_up_proj": "gate up"},
-        positions="partial",
+    ("gpt_neox", replace(_GPT_NEOX, head_dim="head_size")),
+    ("persimmon", _GPT_NEOX),
+    ("bloom", replace(_GPT_NEOX, positions="none")),
+    (
+        "falcon",
+        replace(
+            _GPT_NEOX,
+            projections={
+                "query_key_value": If("new_decoder_architecture", "q*|k|v", If("multi_query", "q k v", "q|k|v"))
+            },
+            positions=If("alibi", "none", "rotary"),
+            key_value_heads="num_kv_heads",
+        ),
     ),
-    "whisper": _BART,
-    "bart": _BART,
-    "t5": Family(
-        projections={"q": "q", "k": "k", "v": "v"},
-        output="o",
-        up={"wi": "up", "wi_1": "up"},
-        positions="none",
-        head_dim="key_value_proj_dim",
+    ("mpt", Family(projections={"Wqkv": "q k v"}, output="out_proj", up={"ffn.up_proj": "up"}, positions="none")),
+    (
+        "deepseek_v2 deepseek_v3",
+        Family(
+            projections={"q_proj": "q", "q_b_proj": "q", "kv_b_proj": "k|v"},
+            output="o_proj",
+            up={"up_proj": "up"},
+            positions="decoupled",
+            head_dim="qk_nope_head_dim",
+            value_dim="v_head_dim",
+        ),
     ),
-    "bert": Family(
-        projections={"self.query": "q", "self.key": "k", "self.value": "v"},
-        output="output.dense",
-        up={"intermediate.dense": "up"},
-        positions="none",
-        head_dim="attention_head_size",
+    # Encoders.
+    ("bert roberta xlm-roberta xlm-roberta-xl camembert electra data2vec-text", _BERT),
+    (
+        "albert",
+        replace(
+            _BERT,
+            projections={"attention.query": "q", "attention.key": "k", "attention.value": "v"},
+            output="attention.dense",
+            up={"ffn": "up"},
+        ),
     ),
-    "vit": replace(_LLAMA, up={"mlp.fc1": "up"}, positions="none"),
-    "deepseek_v2": _DEEPSEEK,
-    "deepseek_v3": _DEEPSEEK,
-}
+    (
+        "distilbert",
+        replace(
+            _BERT, projections={"q_lin": "q", "k_lin": "k", "v_lin": "v"}, output="out_lin", up={"ffn.lin1": "up"}
+        ),
+    ),
+    ("mpnet", replace(_BERT, projections={"attn.q": "q", "attn.k": "k", "attn.v": "v"}, output="attn.o")),
+    (
+        "deberta",
+        replace(
+            _BERT,
+            projections={"self.in_proj": "q|k|v"},
+            positions=If("relative_attention", "disentangled", "none"),
+        ),
+    ),
+    (
+        "deberta-v2",
+        replace(
+            _BERT,
+            projections={"self.query_proj": "q", "self.key_proj": "k", "self.value_proj": "v"},
+            # Where positions go through the same two projections, all that meets is a query and a key.
+            positions=If("relative_attention", If("share_att_key", "none", "disentangled"), "none"),
+        ),
+    ),
+    (
+        "modernbert",
+        Family(projections={"attn.Wqkv": "q k v"}, output="attn.Wo", up={"mlp.Wi": "gate up"}, positions="rotary"),
+    ),
+    # Decoders and encoder-decoders with Bart's names.
+    ("opt whisper bart mbart pegasus marian m2m_100 blenderbot plbart", _BART),
+    (
+        "t5 mt5 umt5",
+        Family(
+            projections={"q": "q", "k": "k", "v": "v"},
+            output="o",
+            up={"wi": "up", "wi_1": "up"},
+            positions="none",
+            head_dim="key_value_proj_dim",
+        ),
+    ),
+    # Vision, audio, and the towers of multimodal models.
+    ("vit swin mllama_vision_model", _VIT),
+    ("dinov2", replace(_VIT, up={"mlp.fc1": "up", "mlp.up_proj": "up"})),
+    (
+        "clip_text_model clip_vision_model siglip_text_model siglip_vision_model siglip2_text_model "
+        "siglip2_vision_model",
+        _BART,
+    ),
+    ("wav2vec2 hubert", replace(_BART, up={"feed_forward.intermediate_dense": "up"})),
+    ("qwen2_vl_vision", _QWEN_VISION),
+    ("qwen2_5_vl_vision", replace(_QWEN_VISION, up={"mlp.up_proj": "up"})),
+    ("qwen3_vl_vision", replace(_QWEN_VISION, up={"mlp.linear_fc1": "up"})),
+]
+# Model type -> family. A row that is added here counts from then on.
+FAMILIES: dict[str, Family] = {model_type: family for types, family in _TABLE for model_type in types.split()}
+
+
+def default_targets(model: nn.Module) -> dict[str, str]:
+    """The modules of known families that compute key, value or up-projection.
+
+    Args:
+        model: any model; the towers of a multimodal one are told apart by their configs.
+
+    Returns:
+        Module path -> its name in the table. Empty if no part of the model is known.
+    """
+    found = {}
+    for path, module in model.named_modules():
+        if path and isinstance(getattr(base_of(module), "weight", None), Tensor):
+            family = family_of(model, path)
+            name = None if family is None else _suffix(path, family.target_modules)
+            if name is not None:
+                found[path] = name
+    return found
 
 
 def resolve(
@@ -239,7 +401,7 @@ def resolve(
     if family is None:
         if head_dim is not None or num_heads is not None:
             return (TargetSlice("weight", "q", _by_override(path, features, head_dim, num_heads)),)
-        if model_type is not None and not described:
+        if model_type is not None and not described and not _wraps_known_models(model, path):
             raise ValueError(unknown_family_message(model_type, path))
         return (TargetSlice("weight", "linear", HeadSlice.plain(1, features)),)
 
@@ -249,7 +411,7 @@ def resolve(
             "in it; leave num_heads out"
         )
     if (name := _suffix(path, family.up)) is not None:
-        parts, _ = _split(family.up[name])
+        parts = _Layout.read(family.up[name]).parts
         size = features // len(parts)
         return (TargetSlice("weight", "up", HeadSlice.plain(1, size, start=size * parts.index("up"))),)
     if (name := _suffix(path, family.projections)) is None:
@@ -258,7 +420,8 @@ def resolve(
     attention = _Attention(model, path.removesuffix(name), family, config, head_dim)
     layout = attention.layout(path, name)
     slices: list[TargetSlice] = []
-    for part in layout if len(layout) == 1 else [part for part in layout if part != "q"]:
+    adapted = [part for part in layout if part in ("k", "v")] or ["q"]
+    for part in adapted:
         slices.extend(attention.slices(part, layout[part]))
     if len(slices) == 1:
         slices = [replace(slices[0], name="weight")]
@@ -272,26 +435,41 @@ class _Attention:
         self, model: nn.Module, prefix: str, family: Family, config: Any, head_dim: int | None = None
     ) -> None:
         self.model, self.prefix, self.family, self.config, self.head_dim = model, prefix, family, config, head_dim
+        # The block itself, and where it is another, the module right above the projections (BERT's `attention.self`).
+        paths = dict.fromkeys([(prefix + self.present()[0]).rpartition(".")[0], prefix.rstrip(".")])
+        self.modules = [model.get_submodule(path) for path in paths]
 
     def present(self) -> list[str]:
         """The family's projections that this block has (DeepSeek has either `q_proj` or `q_b_proj`)."""
         return [name for name in self.family.projections if _has(self.model, self.prefix + name)]
 
-    def parts(self, name: str) -> tuple[list[str], bool]:
-        """The parts that projection `name` computes in this block, and whether they are interleaved."""
-        parts, interleaved = _split(self.family.projections[name])
+    def fact(self, name: str) -> Any:
+        """An attribute of the block, else of its config; None if neither has it."""
+        return next((getattr(owner, name) for owner in (*self.modules, self.config) if hasattr(owner, name)), None)
+
+    def decide(self, fact: str | If) -> str:
+        """A fact of the family, for this block."""
+        while isinstance(fact, If):
+            fact = fact.then if self.fact(fact.attribute) else fact.otherwise
+        return fact
+
+    def has_any(self, names: tuple[str, ...]) -> bool:
+        """Whether the block has a module of one of these names that does something."""
+        found = [getattr(module, name, None) for module in self.modules for name in names]
+        return any(isinstance(module, nn.Module) and not isinstance(module, nn.Identity) for module in found)
+
+    def layout_of(self, name: str) -> _Layout:
+        """How projection `name` is laid out in this block, without the parts that another one computes."""
+        layout = _Layout.read(self.decide(self.family.projections[name]))
         present = self.present()
-        elsewhere = {part for other in present[: present.index(name)] for part in self.parts(other)[0]}
-        return [part for part in parts if part not in elsewhere], interleaved
+        elsewhere = {part for other in present[: present.index(name)] for part in self.layout_of(other).parts}
+        return replace(layout, parts=tuple(part for part in layout.parts if part not in elsewhere))
 
     def read(self, name: str, path: str) -> int:
-        """An integer fact, from the attention module itself or one of its direct parents, else from the config."""
-        parts = self.prefix.rstrip(".").split(".")
-        candidates = [path.rpartition(".")[0], ".".join(parts)]
-        for owner in [*(self.model.get_submodule(p) for p in candidates), self.config]:
-            value = getattr(owner, name, None)
-            if isinstance(value, int):
-                return value
+        """An integer fact, from the attention module, else from the config."""
+        value = self.fact(name)
+        if isinstance(value, int):
+            return value
         raise ValueError(
             f"{path}: expected the attribute {name!r} on its attention module or config, found none; "
             "pass head_dim=... or num_heads=... with target_modules=[...]"
@@ -299,24 +477,42 @@ class _Attention:
 
     def layout(self, path: str, name: str) -> dict[str, HeadSlice]:
         """Part -> its whole heads in the module at `path`, whose name in the table is `name`."""
-        parts, interleaved = self.parts(name)
-        module = base_of(self.model.get_submodule(path))
-        features = out_features(module, path)
-        dims = {part: self.dim(part, path) for part in parts}
-        if interleaved:
-            stride = sum(dims.values())
-            count = _divide(path, features, stride, "the heads' features " + "+".join(map(str, dims.values())))
-            offsets = _running(dims)
-            return {part: HeadSlice(0, count, stride, offsets[part], dims[part]) for part in parts}
-        counts = {part: self.count(part, path, parts, features, dims) for part in parts}
-        sizes = {part: counts[part] * dims[part] for part in parts}
-        if sum(sizes.values()) != features:
-            raise ValueError(
-                f"{path}: expected {sum(sizes.values())} output features ({' + '.join(map(str, sizes.values()))} for "
-                f"{', '.join(parts)}), found {features}; pass head_dim=... or num_heads=... with target_modules=[...]"
+        layout = self.layout_of(name)
+        features = out_features(base_of(self.model.get_submodule(path)), path)
+        dims = {part: self.dim(part, path) for part in layout.parts}
+        if layout.order == "all":
+            counts = {part: self.count(part, path, layout.parts, features, dims) for part in layout.parts}
+            sizes = {part: counts[part] * dims[part] for part in layout.parts}
+            if sum(sizes.values()) != features:
+                raise ValueError(
+                    f"{path}: expected {sum(sizes.values())} output features ({' + '.join(map(str, sizes.values()))} "
+                    f"for {', '.join(layout.parts)}), found {features}; pass head_dim=... or num_heads=... with "
+                    "target_modules=[...]"
+                )
+            starts = _running(sizes)
+            return {part: HeadSlice.plain(counts[part], dims[part], starts[part]) for part in layout.parts}
+        # Shards that hold `inner` heads of every part.
+        inner = dict.fromkeys(layout.parts, 1)
+        if layout.grouped:
+            inner["q"] = self.heads(path) // self.key_value_heads(path)
+        elif isinstance(layout.order, int):
+            inner = dict.fromkeys(layout.parts, self.heads(path) // layout.order)
+        sizes = {part: inner[part] * dims[part] for part in layout.parts}
+        stride = sum(sizes.values())
+        shards = _divide(path, features, stride, "the heads' features " + "+".join(map(str, sizes.values())))
+        offsets = _running(sizes)
+        return {
+            part: HeadSlice(
+                0,
+                shards * inner[part],
+                stride,
+                offsets[part],
+                dims[part],
+                inner[part],
+                dims[part] if inner[part] > 1 else 0,
             )
-        starts = _running(sizes)
-        return {part: HeadSlice.plain(counts[part], dims[part], starts[part]) for part in parts}
+            for part in layout.parts
+        }
 
     def dim(self, part: str, path: str) -> int:
         """Coordinates of one head of `part`."""
@@ -332,49 +528,66 @@ class _Attention:
             dim += self.read("qk_rope_head_dim", path)
         return dim
 
-    def count(self, part: str, path: str, parts: list[str], features: int, dims: dict[str, int]) -> int:
+    def heads(self, path: str) -> int:
+        """Number of query heads."""
+        return self.read("num_attention_heads", path)
+
+    def key_value_heads(self, path: str) -> int:
+        """Number of key-value heads; those of the query where the model does not count them apart."""
+        value = self.fact(self.family.key_value_heads)
+        return value if isinstance(value, int) else self.heads(path)
+
+    def count(self, part: str, path: str, parts: tuple[str, ...], features: int, dims: dict[str, int]) -> int:
         """Number of heads of `part` in a module that computes `parts` one after the other."""
         if len(parts) == 1:
             return _divide(path, features, dims[part], f"head_dim {dims[part]}")
-        heads = self.read("num_attention_heads", path)
-        key_value_heads = getattr(self.config, "num_key_value_heads", None)
-        return heads if part == "q" or key_value_heads is None else key_value_heads
+        return self.heads(path) if part == "q" else self.key_value_heads(path)
 
     def slices(self, part: str, heads: HeadSlice) -> Iterator[TargetSlice]:
         """The slices of one part, with their partners by the true positions."""
+        positions = self.decide(self.family.positions)
         if part == "v":
             yield TargetSlice("v", "v", heads, self.reader(heads))
         elif part == "q":
             yield TargetSlice("q", "q", heads)
-        elif self.family.positions == "partial" and (rotary := self.rotary_dim(heads.dim)) < heads.dim:
+        elif positions == "partial" and (rotary := self.rotary_dim(heads.dim)) < heads.dim:
             if rotary:
                 yield TargetSlice("k_rotary", "k_rotary", heads.part(0, rotary))
             rest = heads.part(rotary, heads.dim - rotary)
             yield TargetSlice("k", "k", rest, self.query(rest.dim, rotary))
-        elif self.family.positions in ("none", "decoupled"):
+        elif positions in ("none", "decoupled"):
             yield TargetSlice("k", "k", heads, self.query(heads.dim, 0))
         else:
             yield TargetSlice("k", "k", heads)
 
     def rotary_dim(self, head_dim: int) -> int:
         """Rotated dimensions of a partially rotated head; they come first."""
+        for name in _ROTARY_DIMS:
+            if hasattr(self.modules[0], name):
+                return getattr(self.modules[0], name) or head_dim  # None is all of them
         parameters = getattr(self.config, "rope_parameters", None) or {}
         return int(head_dim * parameters.get("partial_rotary_factor", 1.0))
 
-    def reader(self, heads: HeadSlice) -> Partner:
-        """The output projection, as the partner of the value heads."""
+    def is_gated(self) -> bool:
+        """Whether a part of some projection is multiplied onto the heads' outputs."""
+        return any("gate" in self.layout_of(name).parts for name in self.present())
+
+    def reader(self, heads: HeadSlice) -> Partner | None:
+        """The output projection, as the partner of the value heads; None if something stands between."""
+        if self.has_any(_VALUE_NORMS) or self.fact(_CLAMP) is not None or self.is_gated():
+            return None
         path = self.prefix + self.family.output
         features = in_features(base_of(self.model.get_submodule(path)), path)
         count = _divide(path, features, heads.dim, f"the {heads.dim} dimensions of a value head")
         return Partner(path, HeadSlice.plain(count, heads.dim), reads=True)
 
     def query(self, dim: int, offset: int) -> Partner | None:
-        """The coordinates `offset ... offset + dim` of the query heads, as the partner of the key's; None if a norm
+        """The coordinates `offset ... offset + dim` of the query heads, as the partner of the key's; None if something
         stands between."""
-        if self.family.qk_norm:
+        if self.has_any(_QUERY_KEY_NORMS) or self.fact(_CLAMP) is not None:
             return None
         for name in self.present():
-            if "q" in self.parts(name)[0]:
+            if "q" in self.layout_of(name).parts:
                 path = self.prefix + name
                 return Partner(path, self.layout(path, name)["q"].part(offset, dim), reads=False)
         raise ValueError(f"{self.prefix}: found no query projection; expected one of {list(self.family.projections)}")
@@ -452,7 +665,16 @@ def _owner_of(model: nn.Module, path: str) -> tuple[Family | None, str | None, A
     return None, None, None
 
 
-def _suffix(path: str, names: dict[str, str]) -> str | None:
+def _wraps_known_models(model: nn.Module, path: str) -> bool:
+    """Whether the model that owns `path` is a shell around models of known families (a projector joins two towers)."""
+    parts = path.split(".")
+    owners = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) - 1, -1, -1))
+    owner = next(module for module in owners if getattr(getattr(module, "config", None), "model_type", None))
+    types = {getattr(getattr(module, "config", None), "model_type", None) for module in owner.modules()}
+    return not types.isdisjoint(FAMILIES)
+
+
+def _suffix(path: str, names: Iterable[str]) -> str | None:
     return next((name for name in names if path == name or path.endswith("." + name)), None)
 
 

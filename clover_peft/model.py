@@ -14,7 +14,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .architectures import FAMILIES, family_of, resolve, unknown_family_message
+from .architectures import FAMILIES, default_targets, family_of, resolve, unknown_family_message
 from .bases import clover_layers, frozen_tensors
 from .blocks import BlockSpec, block_spec
 from .checkpoint import check_nothing_left, check_source, is_untouched, select_for_saving, take_checkpoint
@@ -54,29 +54,27 @@ class CloverModel(BaseTuner):
     # ------------------------------------------------------------------ injection
 
     def _prepare_adapter_config(self, peft_config: CloverConfig, model_config: dict) -> CloverConfig:
-        if peft_config.target_modules is None and model_config.get("model_type") not in FAMILIES:
-            raise ValueError(unknown_family_message(str(model_config.get("model_type")), "target_modules"))
-        by_family = peft_config.target_modules is None
-        peft_config = super()._prepare_adapter_config(peft_config, model_config)
-        if by_family:
-            # The same names in a tower of another family (a vision encoder, say) are not meant.
-            peft_config.target_modules = self._known_targets(set(peft_config.target_modules or ()), peft_config)
-        return peft_config
-
-    def _known_targets(self, names: set[str], config: CloverConfig) -> set[str]:
-        """The names as they are, or the full paths of those modules that belong to known families."""
-        config.target_modules = names
-        found = {path: family_of(self.model, path) for path, _ in self.model.named_modules() if path}
-        found = {path: family for path, family in found.items() if self._check_target_module_exists(config, path)}
-        unknown = sorted(path for path, family in found.items() if family is None)
-        if not unknown or len(unknown) == len(found):
-            return names
-        warnings.warn(
-            f"{len(unknown)} modules such as {unknown[0]} belong to a part of the model that clover_peft's table of "
-            "architectures does not know; they are left out, name target_modules to adapt them",
-            stacklevel=2,
-        )
-        return set(found) - set(unknown)
+        if peft_config.target_modules is None:
+            found = default_targets(self.model)
+            if not found:
+                raise ValueError(unknown_family_message(str(model_config.get("model_type")), "target_modules"))
+            peft_config.target_modules = set(found.values())
+            matched = {
+                path
+                for path, _ in self.model.named_modules()
+                if path and self._check_target_module_exists(peft_config, path)
+            }
+            if others := sorted(matched - set(found)):
+                # The same names elsewhere (a tower of another family, say) are not meant: whole paths tell them apart.
+                peft_config.target_modules = matched & set(found)
+                if unknown := [path for path in others if family_of(self.model, path) is None]:
+                    warnings.warn(
+                        f"{len(unknown)} modules such as {unknown[0]} belong to a part of the model that "
+                        "clover_peft's table of architectures does not know; they are left out, name target_modules "
+                        "to adapt them",
+                        stacklevel=2,
+                    )
+        return super()._prepare_adapter_config(peft_config, model_config)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As in peft; a failure takes back what was already injected, so that the model stays as it was."""
@@ -87,6 +85,7 @@ class CloverModel(BaseTuner):
                 "from one saved with save_bases=True"
             )
         check_source(config)
+        self._refuse_experts(config)
         # For the time of the injection only: a progress bar cannot be copied or pickled with the model.
         self._conditions: dict[str, tuple[float, torch.dtype]] = {}
         self._progress = tqdm(desc="CLOVER bases", unit=" modules", delay=3, leave=False)
@@ -99,6 +98,16 @@ class CloverModel(BaseTuner):
         finally:
             self._progress.close()
             del self._progress, self._conditions
+
+    def _refuse_experts(self, config: CloverConfig) -> None:
+        """The experts of a mixture are stacks of matrices: parameters, which no name of a module can mean."""
+        names = config.target_modules if isinstance(config.target_modules, set) else set()
+        for path, parameter in self.model.named_parameters():
+            if parameter.ndim > 2 and any(path.endswith("." + name) for name in names):
+                raise ValueError(
+                    f"{path}: expected a linear projection, found a stack of {len(parameter)} experts' weights of "
+                    f"shape {tuple(parameter.shape[1:])}, which CLOVER does not adapt; leave it out of target_modules"
+                )
 
     def _create_and_replace(
         self,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, PretrainedConfig, PreTrainedModel
 
 from clover_peft import CloverConfig, CloverLayer
+from clover_peft.bases import clover_layers
 
 
 def _layers(model: nn.Module) -> dict[str, CloverLayer]:
@@ -292,7 +293,7 @@ def test_second_adapter_that_does_not_fit_leaves_the_first(targets: list[str] | 
 
 
 def test_transformers_add_adapter_that_does_not_fit_changes_nothing() -> None:
-    model = build("llama")
+    model = build("llama").requires_grad_(True)
     before = logits(model, "llama")
     modules = [type(module) for module in model.modules()]
     with pytest.raises(ValueError, match="r=99 is larger"):
@@ -589,22 +590,24 @@ def test_construction_and_injection_are_silent() -> None:
         get_peft_model(build("llama"), CloverConfig())
 
 
-def test_an_adapter_of_a_multimodal_model_leaves_out_the_tower_that_is_not_in_the_table() -> None:
+def test_every_tower_of_a_multimodal_model_is_adapted_by_its_own_row() -> None:
     text = dict(
         vocab_size=300, hidden_size=48, intermediate_size=80, num_hidden_layers=1, num_attention_heads=4, head_dim=12
     )
-    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    vision = dict(hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2, image_size=28)
     config = Gemma3Config(
         text_config=dict(**text, num_key_value_heads=2),
         vision_config=dict(**vision, patch_size=14),
         mm_tokens_per_image=4,
     )
     model = Gemma3ForConditionalGeneration(config)
-    with pytest.warns(UserWarning, match="part of the model that clover_peft's table of architectures does not know"):
-        model = get_peft_model(model, CloverConfig())
-    names = [name for name, module in model.named_modules() if isinstance(module, CloverLayer)]
-    assert len(names) == 3
-    assert not any("vision" in name for name in names)
+    model = get_peft_model(model, CloverConfig())
+    basis = {name: layer.specs["default"][0].basis for name, layer in clover_layers(model.base_model.model)}
+    text_attention, vision_attention = "model.language_model.layers.0.self_attn", "model.vision_tower.encoder.layers.0"
+    assert basis[f"{text_attention}.k_proj"] == "qr"  # rotary, and normalised
+    assert basis[f"{text_attention}.v_proj"] == "pair"
+    assert basis[f"{vision_attention}.self_attn.k_proj"] == "pair"
+    assert basis[f"{vision_attention}.mlp.fc1"] == "qr"
 
 
 def test_a_well_conditioned_head_in_bfloat16_gives_no_warning(recwarn: pytest.WarningsRecorder) -> None:
