@@ -5,8 +5,9 @@ from .config import CloverConfig
 from .layer import CloverLayer
 from .model import CloverModel
 from .registration import register
+from .serving import hotswap_adapter, lora_errors
 
 __version__ = "0.1.0"
-__all__ = ["CloverConfig", "CloverLayer", "CloverModel", "explicit_factors"]
+__all__ = ["CloverConfig", "CloverLayer", "CloverModel", "explicit_factors", "hotswap_adapter", "lora_errors"]
 
 register(CloverConfig, CloverModel)

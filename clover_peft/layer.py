@@ -164,6 +164,17 @@ class CloverLayer(nn.Module, BaseTunerLayer):
                 }
         return None
 
+    def has_same_bases(self, one: str, other: str) -> bool:
+        """Whether two adapters cut the target alike and stand in the same bases, so that their S can be added."""
+        if one == other:
+            return True
+        if self.specs[one] != self.specs[other]:
+            return False
+        pairs = ((self.tensors(one, spec), self.tensors(other, spec)) for spec in self.specs[one])
+        return all(
+            a is None or b is None or torch.equal(a, b) for x, y in pairs for a, b in zip(x[1:], y[1:], strict=True)
+        )
+
     def tensors(self, adapter_name: str, spec: BlockSpec) -> BlockTensors:
         """The tensors of one slice of an adapter."""
         return BlockTensors(*(getattr(self, a)[adapter_name].get(spec.name) for a in ("clover_S", *FROZEN)))
@@ -322,14 +333,44 @@ class CloverLayer(nn.Module, BaseTunerLayer):
             heads.add_(change - spec.heads.heads(z) if spec.truncate else change)
         return result
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The projection with its active adapters: (..., in_features) to (..., out_features)."""
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """The projection with its active adapters: (..., in_features) to (..., out_features).
+
+        Args:
+            x: (..., in_features).
+            adapter_names: one adapter for each row of `x`, or "__base__" for none, instead of the active ones.
+
+        Raises:
+            ValueError: if there is not one name a row, or adapters are merged.
+        """
+        if adapter_names is not None:
+            self._check_mixed_batch(x, adapter_names)
         if self.disable_adapters and self.merged:
             self.unmerge()
         z = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return z
-        return self.map_features(z, self.active_adapters)
+        if adapter_names is None:
+            return self.map_features(z, self.active_adapters)
+        result = z.clone()
+        for name in dict.fromkeys(adapter_names):
+            if name in self.clover_S:
+                rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=z.device)
+                result[rows] = self.map_features(z[rows], [name])
+        return result
+
+    def _check_mixed_batch(self, x: Tensor, adapter_names: list[str]) -> None:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                f"{self.name}: expected one name in adapter_names for each of the {len(x)} rows of its input, found "
+                f"{len(adapter_names)}; pass one a sample (a module that joins the samples of a batch cannot tell "
+                "them apart: leave it out with exclude_modules)"
+            )
+        if self.merged:
+            raise ValueError(
+                f"{self.name}: adapter_names chooses an adapter for every sample, but {self.merged_adapters} are "
+                "merged; call unmerge_adapter first"
+            )
 
     # ------------------------------------------------------------------ merging
 
@@ -398,6 +439,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         for adapter_name in adapter_names:
             self.check_bases(adapter_name, "merge")
 
+    @torch.inference_mode(False)  # what is merged stays in the model, where it may be trained
     @torch.no_grad()
     def merged_tensors(self, adapter_names: list[str], safe_merge: bool = False) -> tuple[Tensor, Tensor | None]:
         """Weight (base layout and dtype) and bias with the adapters merged; nothing is changed.

@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_quantization_kwargs
-from peft.utils.other import get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -229,12 +231,116 @@ class CloverModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
+        """Within it, mixed batches: `adapter_names` has an adapter for every sample, or "__base__" for none."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
             raise ValueError(
-                "CLOVER does not support mixed batches (adapter_names=...) yet; run the adapters one after the other "
-                "with set_adapter"
+                "adapter_names=... is for inference, but the model is in training mode; call eval() first"
             )
-        yield
+        if missing := set(names) - set(self.peft_config) - {"__base__"}:
+            raise ValueError(f"adapter_names: expected adapters out of {list(self.peft_config)}, found {missing}")
+        beams = kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", None) or 1
+        encoder = self.model.get_encoder() if beams > 1 and hasattr(self.model, "get_encoder") else None
+        # A beam search repeats every sample, but for an encoder, which has run before.
+        unrepeated = set() if encoder in (None, self.model) else set(encoder.modules())
+        repeated = [name for name in names for _ in range(beams)]
+        handles = [
+            module.register_forward_pre_hook(
+                partial(_pass_adapter_names, names=list(names) if module in unrepeated else repeated), with_kwargs=True
+            )
+            for module in self.modules()
+            if isinstance(module, (CloverLayer, AuxiliaryTrainingWrapper))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    # ------------------------------------------------------------------ combining
+
+    @torch.no_grad()
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add an adapter that is a weighted sum of others: its map is exactly the sum of theirs, `E (sum w_i dS_i) C`.
+
+        Args:
+            adapters: the adapters to combine. Where two of them adapt the same module, they must cut it alike and
+                have the same bases (made on the same base model).
+            weights: one a piece; any sign.
+            adapter_name: name of the new adapter, which is not active yet.
+            combination_type: "linear", the only one there is.
+
+        Raises:
+            ValueError: naming the module where they do not fit together, with nothing added.
+        """
+        sources = self._check_combination(adapters, weights, adapter_name, combination_type)
+        self.peft_config[adapter_name] = replace(
+            self.peft_config[adapters[0]],
+            target_modules=set(sources),
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+        )
+        try:
+            self.inject_adapter(self.model, adapter_name)
+            for path, (layer, names) in sources.items():
+                if layer.specs[adapter_name] != layer.specs[names[0]]:
+                    raise ValueError(
+                        f"{path}: the adapters {adapters} were made with different options; combine adapters of one "
+                        "configuration"
+                    )
+                for spec in layer.specs[adapter_name]:
+                    new, first = layer.tensors(adapter_name, spec), layer.tensors(names[0], spec)
+                    for mine, theirs in zip(new[1:], first[1:], strict=True):
+                        if mine is not None and theirs is not None:
+                            mine.copy_(theirs)
+                    new.s.zero_()
+                    for name in names:
+                        new.s.add_(layer.tensors(name, spec).s, alpha=weights[adapters.index(name)])
+        except BaseException:
+            if adapter_name in self.peft_config:
+                self.discard(adapter_name)
+            raise
+
+    def _check_combination(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str
+    ) -> dict[str, tuple[CloverLayer, list[str]]]:
+        """Path -> layer and those of the adapters that it has; raises if they cannot be added up."""
+        if combination_type != "linear":
+            raise ValueError(f"combination_type: expected 'linear', found {combination_type!r}")
+        if adapter_name in self.peft_config:
+            raise ValueError(f"adapter {adapter_name!r} exists already; pass another name, or delete it first")
+        if missing := set(adapters) - set(self.peft_config):
+            raise ValueError(f"adapters: expected some of {list(self.peft_config)}, found {sorted(missing)}")
+        if not adapters or len(set(adapters)) != len(adapters) or len(adapters) != len(weights):
+            raise ValueError(
+                f"expected one weight for each of several different adapters, found {len(weights)} for {adapters}"
+            )
+        for name in adapters:
+            if self.peft_config[name].modules_to_save or self.peft_config[name].trainable_token_indices:
+                raise ValueError(
+                    f"adapter {name!r} trains whole modules or tokens, which cannot be added up; combine adapters "
+                    "without modules_to_save and trainable_token_indices"
+                )
+        sources = {}
+        for path, layer in clover_layers(self.model):
+            names = [name for name in adapters if name in layer.specs]
+            for name in names:
+                layer.check_bases(name, "combine")
+                if not layer.has_same_bases(names[0], name):
+                    raise ValueError(
+                        f"{path}: adapters {names[0]!r} and {name!r} have different bases, in which their S cannot be "
+                        "added up; combine adapters of one configuration and one base model, or merge them one after "
+                        "the other"
+                    )
+            if names:
+                sources[path] = (layer, names)
+        return sources
 
     # ------------------------------------------------------------------ saving and loading
 
@@ -274,6 +380,10 @@ class CloverModel(BaseTuner):
         else:
             self.delete_adapter(adapter_name)
             _unwrap_empty_layers(self.model)
+
+
+def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict, names: list[str]) -> tuple[Any, dict]:
+    return args, {**kwargs, "adapter_names": names}
 
 
 def _on_meta() -> bool:

@@ -907,12 +907,6 @@ def test_a_mixed_model_is_refused_before_the_model_changes():
     assert torch.equal(logits(model, "llama"), before)
 
 
-def test_a_mixed_batch_is_refused():
-    model = several({"a": {}, "b": {"r": 4}})
-    with pytest.raises(ValueError, match="mixed batches"):
-        model(**inputs("llama"), adapter_names=["a", "b"])
-
-
 def test_two_peft_models_share_one_base():
     base = build("llama")
     plain = logits(base, "llama")

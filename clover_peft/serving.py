@@ -1,0 +1,103 @@
+"""What servers need of a trained adapter: swapping it in place, and how well a LoRA can stand in for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+
+from .bases import clover_layers
+from .config import CloverConfig
+from .layer import onloaded
+
+# What a file does not tell by the names and shapes of its tensors, but the function depends on.
+_STRUCTURE = (
+    "r",
+    "s_matrix",
+    "cross_layer",
+    "block_size",
+    "mlp_block_size",
+    "basis",
+    "truncate",
+    "rank_pattern",
+    "folded",
+)
+
+
+def hotswap_adapter(model: PeftModel, model_name_or_path: str, adapter_name: str = "default", **kwargs: Any) -> None:
+    """Put another adapter's numbers into the tensors of a loaded one; a compiled model is not compiled again.
+
+    The counterpart of `peft.utils.hotswap.hotswap_adapter`, which knows LoRA alone.
+
+    Args:
+        model: the model; `torch.compile` may have wrapped it.
+        model_name_or_path: the adapter to swap in, as for `PeftModel.load_adapter`.
+        adapter_name: the loaded adapter, whose name stays.
+        **kwargs: passed to `load_adapter` (`subfolder`, `revision`, `torch_device`, ...).
+
+    Raises:
+        ValueError: if the adapters differ in structure, the file does not fit, or the loaded adapter is merged;
+            nothing is changed then.
+    """
+    known = model.peft_config.get(adapter_name)
+    if not isinstance(known, CloverConfig):
+        raise ValueError(f"adapter {adapter_name!r}: expected a loaded CLOVER adapter, found {type(known).__name__}")
+    merged = [name for name, layer in clover_layers(model) if adapter_name in layer.merged_adapters]
+    if merged:
+        raise ValueError(f"{merged[0]}: adapter {adapter_name!r} is merged; call unmerge_adapter before swapping it")
+    hub = {key: kwargs[key] for key in ("subfolder", "revision", "cache_dir", "token") if key in kwargs}
+    other = PeftConfig.from_pretrained(model_name_or_path, **hub)
+    if not isinstance(other, CloverConfig):
+        raise ValueError(f"{model_name_or_path}: expected a CLOVER adapter, found {type(other).__name__}")
+    for name in _STRUCTURE:
+        if getattr(known, name) != getattr(other, name):
+            raise ValueError(
+                f"{model_name_or_path}: expected {name}={getattr(known, name)!r} as in the loaded adapter, found "
+                f"{getattr(other, name)!r}; load it under a name of its own with load_adapter"
+            )
+    model.load_adapter(model_name_or_path, adapter_name, **kwargs)
+
+
+@torch.no_grad()
+def lora_errors(
+    model: nn.Module, ranks: Sequence[int] = (16, 64, 256), adapter_name: str = "default"
+) -> dict[str, dict[int, float]]:
+    """The error that `peft.convert_to_lora` makes at each rank: CLOVER's update has full rank, a LoRA's has not.
+
+    Args:
+        model: a model with a trained CLOVER adapter.
+        ranks: ranks of the LoRA.
+        adapter_name: the adapter.
+
+    Returns:
+        Module path -> rank -> relative error `|dW - BA| / |dW|` in the Frobenius norm, of the best LoRA of that rank;
+        under "all" that of the whole adapter. 0 where the update is zero. Costs a singular value decomposition of
+        every update, one at a time.
+
+    Raises:
+        ValueError: if no module has the adapter.
+    """
+    layers = [(name, layer) for name, layer in clover_layers(model) if adapter_name in layer.specs]
+    if not layers:
+        raise ValueError(
+            f"adapter {adapter_name!r}: expected a model with this CLOVER adapter, found no layer with it"
+        )
+    lost = {rank: torch.zeros((), dtype=torch.float64) for rank in ranks}
+    total = torch.zeros((), dtype=torch.float64)
+    result = {}
+    for name, layer in layers:
+        with onloaded(layer.get_base_layer()):
+            energy = torch.linalg.svdvals(layer.get_delta_weight(adapter_name)).double().square().cpu()
+        result[name] = {rank: _root_share(energy[rank:].sum(), energy.sum()) for rank in ranks}
+        total += energy.sum()
+        for rank in ranks:
+            lost[rank] += energy[rank:].sum()
+    result["all"] = {rank: _root_share(lost[rank], total) for rank in ranks}
+    return result
+
+
+def _root_share(part: Tensor, whole: Tensor) -> float:
+    return float((part / whole).sqrt()) if whole > 0 else 0.0
