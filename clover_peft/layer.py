@@ -23,6 +23,7 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .architectures import in_features, out_features
 from .blocks import BlockSpec, BlockTensors
 
 FROZEN = ("clover_U", "clover_V", "clover_S0", "clover_norm")
@@ -93,6 +94,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         self._original_bias: Tensor | None = None
         self._original_state: Any = None
         base: Any = self.get_base_layer()
+        self.in_features, self.out_features = in_features(base, name), out_features(base, name)
         self.fan_in_fan_out = isinstance(base, Conv1D)
         self.quantization_backend = resolve_quantization_backend(base, **(quantization_kwargs or {}))
 
@@ -456,8 +458,8 @@ class CloverLayer(nn.Module, BaseTunerLayer):
             bias = self._map_constant(bias, adapter_names).to(bias.dtype)
         if safe_merge and not all(torch.isfinite(t).all() for t in (weight, bias) if t is not None):
             raise ValueError(
-                f"{self.name}: merging {adapter_names} would make weights that are NaN or infinite; the adapter seems "
-                "to be broken, nothing was merged here"
+                f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be broken: it "
+                f"would make {self.name} NaN or infinite; nothing was merged here"
             )
         return (weight if self.fan_in_fan_out else weight.mT).contiguous(), bias
 

@@ -147,6 +147,14 @@ class CloverModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
         self._progress.update()
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """As in peft; without autocast S gets the dtype of the base weights. The bases keep float32 in any case."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for _, layer in clover_layers(self.model):
+            if not autocast_adapter_dtype and adapter_name in layer.specs and layer.weight.is_floating_point():
+                for parameter in layer.clover_S[adapter_name].parameters():
+                    parameter.data = parameter.data.to(layer.weight.dtype)
+
     def _specs(self, config: CloverConfig, key: str) -> tuple[BlockSpec, ...]:
         slices = resolve(
             self.model,

@@ -755,10 +755,17 @@ def test_an_adapter_on_a_float64_model_is_float64_and_survives_a_round_trip():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_an_adapter_made_on_a_half_precision_model_is_float32(dtype):
+def test_s_is_float32_unless_asked_otherwise_and_the_bases_always_are(dtype):
     for autocast_adapter_dtype in (True, False):
         model = get_peft_model(build("llama", dtype), CloverConfig(), autocast_adapter_dtype=autocast_adapter_dtype)
-        assert {t.dtype for n, t in model.state_dict().items() if ".clover_" in n} == {torch.float32}
+        state = model.state_dict().items()
+        trained = {t.dtype for n, t in state if ".clover_S." in n}
+        assert trained == {torch.float32 if autocast_adapter_dtype else dtype}
+        assert {t.dtype for n, t in state if ".clover_" in n and ".clover_S." not in n} == {torch.float32}
+        perturb(model)
+        unmerged = logits(model, "llama")
+        model.merge_adapter()
+        assert relative(logits(model, "llama"), unmerged) < TOLERANCE[dtype]
 
 
 def test_autocast_folds_the_map_in_float32():
