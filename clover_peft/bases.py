@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .architectures import Partner, base_of
 from .blocks import BlockSpec
@@ -41,6 +44,8 @@ def frozen_tensors(
         specs: its slices.
         report: called with every slice's bases.
 
+    Where only the first process has the weights, it computes the tensors and all processes return them.
+
     Returns:
         Slice name -> attribute -> tensor, as in `BlockSpec.base_shapes`; None where the weights are on the meta
         device.
@@ -48,6 +53,19 @@ def frozen_tensors(
     Raises:
         ValueError: naming the module, for weights that are not finite.
     """
+    if not layer.loaded_by_rank_0:
+        return _computed(model, layer, specs, report)
+    found = [_computed(model, layer, specs, report) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def _computed(
+    model: nn.Module,
+    layer: CloverLayer,
+    specs: tuple[BlockSpec, ...],
+    report: Callable[[CloverLayer, BlockSpec, Bases], None] | None,
+) -> dict[str, dict[str, Tensor]] | None:
     with onloaded(layer.get_base_layer()):
         if layer.weight.is_meta:
             return None
@@ -71,12 +89,12 @@ def frozen_tensors(
 
 @torch.no_grad()
 def fingerprint(model: nn.Module, layer: CloverLayer, spec: BlockSpec) -> Tensor | None:
-    """(H, d): norms of the weight's rows, for a pair times those of the partner's columns; None without weights.
+    """(H, d): norms of the weight's rows, for a pair times those of the partner's columns; None without whole weights.
 
     They tell base models apart: cheap, and hardly moved by rounding, which averages out over a row.
     """
     with onloaded(layer.get_base_layer()):
-        if layer.weight.is_meta or not layer.can_read_weight:
+        if layer.weight.is_meta or isinstance(layer.weight, DTensor) or not layer.can_read_weight:
             return None
         return _norms(model, spec, layer.transposed_weight())
 
@@ -86,9 +104,9 @@ def _norms(model: nn.Module, spec: BlockSpec, weight: Tensor) -> Tensor:
     norms = torch.linalg.vector_norm(spec.heads.blocks(weight, spec.size), dim=0, dtype=dtype)
     if spec.partner is None:
         return norms
-    rows, _ = _partner_weight(model, spec.partner)
     heads = spec.partner.heads
-    partner = torch.linalg.vector_norm(heads.blocks(rows, spec.size), dim=0, dtype=dtype)
+    with _partner_weight(model, spec.partner) as (rows, _):
+        partner = torch.linalg.vector_norm(heads.blocks(rows, spec.size), dim=0, dtype=dtype)
     shared = partner.unflatten(0, (spec.heads.count, heads.count // spec.heads.count, -1))
     return norms * torch.linalg.vector_norm(shared, dim=1).flatten(0, 1).to(norms.device)
 
@@ -98,8 +116,8 @@ def _bases(model: nn.Module, spec: BlockSpec, weight: Tensor, bias: Tensor | Non
     g_in = gram(spec.heads.blocks(weight, spec.size), None if bias is None else spec.heads.blocks(bias, spec.size))
     if spec.partner is not None:
         heads = spec.partner.heads
-        rows, bias = _partner_weight(model, spec.partner)
-        g = gram(heads.blocks(rows, spec.size), None if bias is None else heads.blocks(bias, spec.size))
+        with _partner_weight(model, spec.partner) as (rows, bias):
+            g = gram(heads.blocks(rows, spec.size), None if bias is None else heads.blocks(bias, spec.size))
         # Query heads that share a key-value head add up.
         shared = g.unflatten(0, (spec.heads.count, heads.count // spec.heads.count, -1)).sum(1).flatten(0, 1)
         bases = pair_bases(g_in, shared.to(g_in.device))
@@ -153,8 +171,12 @@ def explicit_factors(model: nn.Module, target: str, adapter_name: str = "default
     return result
 
 
-def _partner_weight(model: nn.Module, partner: Partner) -> tuple[Tensor, Tensor | None]:
-    """The partner's weight with the heads in its last dimension, (D, features), and the bias that belongs to them."""
+@contextmanager
+def _partner_weight(model: nn.Module, partner: Partner) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The partner's weight with the heads in its last dimension, (D, features), and the bias that belongs to them.
+
+    They are whole within the context only.
+    """
     module = model.get_submodule(partner.path)
     base = base_of(module)
     # A layer of ours reads any weight: transposed, quantised, or merged into at the moment.
@@ -165,16 +187,16 @@ def _partner_weight(model: nn.Module, partner: Partner) -> tuple[Tensor, Tensor 
     )
     with onloaded(base):
         weight, bias = reader.transposed_weight(), reader.original_bias
-    return (weight.mT, None) if partner.reads else (weight, bias)
+        yield (weight.mT, None) if partner.reads else (weight, bias)
 
 
 def _partner_columns(model: nn.Module, spec: BlockSpec, partner: Partner) -> Tensor:
     """(H, D, d) float64: the partner's side of every block, the query heads of a group one below the other."""
-    weight, bias = _partner_weight(model, partner)
-    if bias is not None:
-        weight = torch.cat([weight, bias.to(weight).unsqueeze(0)])
     heads = partner.heads
-    blocks = heads.blocks(weight.double(), spec.size)  # (D, groups * H, d)
+    with _partner_weight(model, partner) as (weight, bias):
+        if bias is not None:
+            weight = torch.cat([weight, bias.to(weight).unsqueeze(0)])
+        blocks = heads.blocks(weight.double(), spec.size)  # (D, groups * H, d)
     groups = heads.count // spec.heads.count
     grouped = blocks.unflatten(1, (spec.heads.count, groups, -1))  # (D, kv heads, groups, blocks a head, d)
     return grouped.permute(1, 3, 2, 0, 4).flatten(2, 3).flatten(0, 1)

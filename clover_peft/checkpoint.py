@@ -95,6 +95,10 @@ def select_for_saving(name: str, layer: CloverLayer, adapter_name: str, config: 
         state[bias] = layer.original_bias.detach()
     for spec in layer.specs[adapter_name]:
         keys = _keys(name, adapter_name, spec)
+        if keys["clover_S"] in state:  # where the model's own state dict leaves the bases out (`SliceTensors`)
+            for attribute in spec.base_shapes:
+                if keys[attribute] not in state:
+                    state[keys[attribute]] = getattr(layer, attribute)[adapter_name].get(spec.name)
         if config.save_bases is True or spec.basis == "folded" or keys["clover_S"] not in state:
             continue
         tensors = BlockTensors(state[keys["clover_S"]], *(state.get(keys[attribute]) for attribute in FROZEN))
@@ -105,6 +109,18 @@ def select_for_saving(name: str, layer: CloverLayer, adapter_name: str, config: 
             state[keys["clover_S"]] = spec.residual_map(tensors)
         elif tensors.u is not None:
             state[keys[_PROBE]] = _probe(tensors.u)
+
+
+def name_bases(name: str, layer: CloverLayer, adapter_name: str, state: dict[str, Tensor]) -> None:
+    """Give the bases in a file the model's keys where the model's own state dict leaves them out (`SliceTensors`), for
+    one layer: peft names what it finds there. In the file they are without the adapter's name, and with the prefix of
+    a `PeftModel` also where the model is a bare one."""
+    for spec in layer.specs[adapter_name]:
+        for attribute, key in _keys(name, adapter_name, spec).items():
+            in_file = f"{name}.{attribute}.{spec.name}".removeprefix(".")
+            for found in (in_file, f"base_model.model.{in_file}"):
+                if attribute in spec.base_shapes and key not in state and found in state:
+                    state[key] = state.pop(found)
 
 
 def take_checkpoint(
@@ -144,7 +160,7 @@ def take_checkpoint(
             continue
         tensors = layer.tensors(adapter_name, spec)
         u, v = tensors.u, tensors.v
-        if u is None or u.is_meta:
+        if u is None or not layer.has_bases(adapter_name):
             computed = computed or frozen_tensors(inner, layer, layer.specs[adapter_name])
             if computed is None:
                 raise ValueError(

@@ -18,9 +18,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from accelerate.utils import parse_flag_from_env
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.integrations import gather_params_ctx
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
+from transformers.integrations import is_fsdp_enabled
 from transformers.pytorch_utils import Conv1D
 
 from .architectures import in_features, out_features
@@ -35,15 +39,25 @@ class SliceTensors(nn.Module):
     A module, not a tensor in a dict, so that names read `clover_S.<adapter>.<slice>`: trainers find the parameters of
     an adapter by `.<adapter>.` in their names. The tensors keep at least float32, whatever the model is cast to:
     rounding in them is amplified by the condition of the head.
+
+    Args:
+        tensors: slice name -> tensor.
+        trainable: make them parameters.
+        persistent: whether buffers are in the model's state dict. An adapter's file has them either way.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], trainable: bool = False) -> None:
+    def __init__(self, tensors: dict[str, Tensor], trainable: bool = False, persistent: bool = True) -> None:
         super().__init__()
         for name, tensor in tensors.items():
             if trainable:
                 self.register_parameter(name, nn.Parameter(tensor))
             else:
-                self.register_buffer(name, tensor)
+                self.register_buffer(name, tensor, persistent=persistent)
+
+    def forward(self, name: str, use: Callable[[Tensor], Tensor]) -> Tensor:
+        """`use` of the tensor of slice `name`. What shards parameters module by module (DeepSpeed's ZeRO-3) gathers
+        them for a module's call, and only then."""
+        return use(self.get_parameter(name))
 
     def get(self, name: str) -> Tensor | None:
         """The tensor of slice `name`, or None where it is an identity."""
@@ -57,6 +71,15 @@ class SliceTensors(nn.Module):
             return result
 
         return super()._apply(at_least_float32, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
+        # A tensor that is offered is taken, also where the model's own state dict would not have it.
+        left_out = self._non_persistent_buffers_set
+        self._non_persistent_buffers_set = {name for name in left_out if prefix + name not in state_dict}
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        finally:
+            self._non_persistent_buffers_set = left_out
 
 
 class CloverLayer(nn.Module, BaseTunerLayer):
@@ -109,6 +132,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         dropout: float = 0.0,
         init_weights: bool = True,
         inference_mode: bool = False,
+        empty_device: torch.device | str = "meta",
     ) -> None:
         """Add an adapter.
 
@@ -116,12 +140,14 @@ class CloverLayer(nn.Module, BaseTunerLayer):
             adapter_name: its name.
             specs: the target's slices.
             bases: slice name -> the frozen tensors of `BlockSpec.base_shapes`, which are copied; None leaves them to
-                be loaded, on the meta device.
+                be loaded.
+            empty_device: where tensors are that are left to be loaded; the meta device takes no values, but others in
+                their place.
             dropout: probability on the input of the map.
             init_weights: True starts at the base model, False visibly elsewhere.
             inference_mode: the adapter is not trained.
         """
-        device = torch.device("meta") if bases is None else self.weight.device
+        device = torch.device(empty_device) if bases is None else self.weight.device
         if bases and device.type == "meta":  # offloaded: the bases were computed where the weight is used
             device = next(iter(bases.values()))["clover_norm"].device
         dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
@@ -131,7 +157,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
             s[spec.name] = torch.zeros(spec.s_shape, dtype=dtype, device=device)
             values = bases[spec.name] if bases is not None else {}
             for attribute, shape in spec.base_shapes.items():
-                value = values[attribute] if values else torch.empty(shape, device="meta")
+                value = values[attribute] if values else torch.empty(shape, device=device)
                 # A copy: bases shared with another adapter must not be written to when this one's are loaded.
                 frozen[attribute][spec.name] = value.to(device=device, dtype=dtype, copy=True).contiguous()
             if not init_weights and "clover_S0" in values:
@@ -140,15 +166,20 @@ class CloverLayer(nn.Module, BaseTunerLayer):
                 noise = torch.randn_like(s[spec.name])
                 s[spec.name] = noise * scale.to(noise).view(-1, *[1] * (noise.ndim - 1))
 
+        # With this option accelerate shards the model, then fills its state dict, and takes all of it to be sharded.
+        flags = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+        persistent = self.quantization_backend is not None or not all(parse_flag_from_env(name) for name in flags)
         self.specs[adapter_name] = specs
         self.clover_S[adapter_name] = SliceTensors(s, trainable=True)
         for attribute, tensors in frozen.items():
-            getattr(self, attribute)[adapter_name] = SliceTensors(tensors)
+            getattr(self, attribute)[adapter_name] = SliceTensors(tensors, persistent=persistent)
         self.clover_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self._missing_bases.discard(adapter_name)
         if next(self.clover_S[adapter_name].parameters()).is_meta:  # also under `init_empty_weights`
             for attribute in frozen:
                 getattr(self, attribute)[adapter_name].to("meta")
+            self._missing_bases.add(adapter_name)
+        elif bases is None:
             self._missing_bases.add(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -247,6 +278,11 @@ class CloverLayer(nn.Module, BaseTunerLayer):
 
     # ------------------------------------------------------------------ the map
 
+    @property
+    def loaded_by_rank_0(self) -> bool:
+        """Whether only the first process may have the weights for now (`fsdp_cpu_ram_efficient_loading`)."""
+        return is_fsdp_enabled() and dist.get_world_size() > 1 and self.quantization_backend is None
+
     def has_bases(self, adapter_name: str) -> bool:
         """Whether the adapter's bases were computed or loaded."""
         return adapter_name not in self._missing_bases
@@ -292,10 +328,14 @@ class CloverLayer(nn.Module, BaseTunerLayer):
             p = getattr(self.clover_dropout[adapter_name], "p", 0.0) if self.training else 0.0
             for spec in self.specs[adapter_name]:
                 tensors = self.tensors(adapter_name, spec)
-                if tensors.norm is not None:  # TRL casts the S of quantised models, and nothing else
-                    tensors = tensors._replace(s=tensors.s.to(tensors.norm.dtype))
-                with torch.autocast(device_type=tensors.s.device.type, enabled=False):
-                    folded = spec.map(tensors)
+
+                def fold(s: Tensor, spec: BlockSpec = spec, tensors: BlockTensors = tensors) -> Tensor:
+                    # TRL casts the S of quantised models, and nothing else
+                    s = s if tensors.norm is None else s.to(tensors.norm.dtype)
+                    with torch.autocast(device_type=s.device.type, enabled=False):
+                        return spec.map(tensors._replace(s=s))
+
+                folded = self.clover_S[adapter_name](spec.name, fold)
                 # Dropout draws its own mask for every adapter.
                 key = (spec.heads, spec.size, spec.truncate, adapter_name if p else None)
                 if key in result:
@@ -535,9 +575,17 @@ class CloverLayer(nn.Module, BaseTunerLayer):
 
 @contextmanager
 def onloaded(module: nn.Module) -> Iterator[None]:
-    """Within it, a weight that accelerate has offloaded is where it is used."""
+    """Within it, a weight that accelerate has offloaded is where it is used, and one that ZeRO-3 has sharded whole.
+
+    It may be nested: the inner one leaves what the outer one brought.
+    """
+    parameters = list(module.parameters(recurse=False))
+    if sharded := [p for p in parameters if hasattr(p, "ds_shape") and not p.numel()]:
+        with gather_params_ctx(sharded, modifier_rank=None):
+            yield
+        return
     hook: Any = getattr(module, "_hf_hook", None)
-    if not getattr(hook, "offload", False):
+    if not getattr(hook, "offload", False) or not any(p.is_meta for p in parameters):
         yield
         return
     hook.pre_forward(module)

@@ -14,15 +14,16 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from .architectures import FAMILIES, default_targets, family_of, resolve, unknown_family_message
 from .bases import clover_layers, frozen_tensors
 from .blocks import BlockSpec, block_spec
-from .checkpoint import check_nothing_left, check_source, is_untouched, select_for_saving, take_checkpoint
+from .checkpoint import check_nothing_left, check_source, is_untouched, name_bases, select_for_saving, take_checkpoint
 from .config import CloverConfig
 from .decomposition import Bases, describe_dropped
-from .layer import CloverLayer, onloaded
+from .layer import FROZEN, CloverLayer, onloaded
 
 
 class CloverModel(BaseTuner):
@@ -88,12 +89,14 @@ class CloverModel(BaseTuner):
             )
         check_source(config)
         self._refuse_experts(config)
+        self._refuse_sharded()
         # For the time of the injection only: a progress bar cannot be copied or pickled with the model.
         self._conditions: dict[str, tuple[float, torch.dtype]] = {}
         self._progress = tqdm(desc="CLOVER bases", unit=" modules", delay=3, leave=False)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._warn_about_conditions()
+            self._spare_broadcasts()
         except BaseException:  # Ctrl-C, too
             _take_out(model, adapter_name)
             raise
@@ -105,11 +108,38 @@ class CloverModel(BaseTuner):
         """The experts of a mixture are stacks of matrices: parameters, which no name of a module can mean."""
         names = config.target_modules if isinstance(config.target_modules, set) else set()
         for path, parameter in self.model.named_parameters():
-            if parameter.ndim > 2 and any(path.endswith("." + name) for name in names):
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # sharded by DeepSpeed's ZeRO-3, it is empty
+            if len(shape) > 2 and any(path.endswith("." + name) for name in names):
                 raise ValueError(
-                    f"{path}: expected a linear projection, found a stack of {len(parameter)} experts' weights of "
-                    f"shape {tuple(parameter.shape[1:])}, which CLOVER does not adapt; leave it out of target_modules"
+                    f"{path}: expected a linear projection, found a stack of {shape[0]} experts' weights of "
+                    f"shape {tuple(shape[1:])}, which CLOVER does not adapt; leave it out of target_modules"
                 )
+
+    def _refuse_sharded(self) -> None:
+        """Bases are made of whole weights, and S lies with the heads, which tensor parallelism spreads."""
+        for path, parameter in self.model.named_parameters():
+            if isinstance(parameter, DTensor):
+                raise ValueError(
+                    f"{path}: expected a whole weight, found one sharded over {parameter.device_mesh}; load the model "
+                    "without tp_plan and distributed_config, and add the adapter before the model is sharded, as "
+                    "`accelerate launch` with FSDP2 does"
+                )
+
+    def _spare_broadcasts(self) -> None:
+        """DistributedDataParallel sends every buffer to all processes in each forward, unless told that it need not.
+
+        The bases never change. It looks for their names as they are in the module that it wraps: a bare model, the
+        tuner or a `PeftModel`.
+        """
+        names = {
+            f"{path}.{name}"
+            for path, layer in clover_layers(self.model)
+            for name, _ in layer.named_buffers()
+            if name.startswith(FROZEN)
+        }
+        known = set(getattr(self.model, "_ddp_params_and_buffers_to_ignore", ()))
+        wrapped = {prefix + name for name in names for prefix in ("", "model.", "base_model.model.")}
+        self.model._ddp_params_and_buffers_to_ignore = sorted(known | wrapped)
 
     def _create_and_replace(
         self,
@@ -140,6 +170,9 @@ class CloverModel(BaseTuner):
             dropout=peft_config.clover_dropout,
             init_weights=peft_config.init_weights,
             inference_mode=peft_config.inference_mode,
+            # A base model without weights that an adapter is loaded onto is offloaded to disk: peft has taken off the
+            # hooks that bring the weights, and puts them back at the end.
+            empty_device="meta" if peft_config.source is None or _on_meta() else "cpu",
         )
         if is_new:
             if adapter_name not in self.active_adapters:
@@ -371,6 +404,7 @@ class CloverModel(BaseTuner):
         layers = {name: layer for name, layer in clover_layers(model) if adapter_name in layer.specs}
         try:
             for name, layer in layers.items():
+                name_bases(name, layer, adapter_name, result)
                 take_checkpoint(model, name, layer, adapter_name, config, result)
             check_nothing_left(layers, adapter_name, result)
         except ValueError:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import peft
 import torch
 from datasets import Dataset
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl import SFTTrainer
 
@@ -24,6 +25,7 @@ from clover_peft.training.data import Row, load_data
 from clover_peft.training.models import find_model, load_model, load_tokenizer
 
 _SETTINGS = "settings.json"
+_BEFORE = "before.json"
 _INITIAL = "initial_adapter"
 # What the record repeats of TRL's configuration after its defaults.
 _RESOLVED = (
@@ -48,10 +50,11 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
     """
     job, sft = settings.job, settings.sft
     out = Path(sft.output_dir)
+    say = sft.distributed_state.print  # of several processes on a machine, one speaks
     checkpoint = _find_checkpoint(out, settings)
 
     source = find_model(job.model)
-    print(f"model: {source.name}, {source.origin}, licence: {source.license}")
+    say(f"model: {source.name}, {source.origin}, licence: {source.license}")
     tokenizer = load_tokenizer(source, sft)
     split = load_data(
         job.data,
@@ -61,7 +64,7 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
         chat=tokenizer.chat_template is not None,
         skip_bad_rows=job.skip_bad_rows,
     )
-    print(f"data: {len(split.train)} rows to train on, {len(split.held_out)} held out")
+    say(f"data: {len(split.train)} rows to train on, {len(split.held_out)} held out")
     model = load_model(source, sft)
     sft.model_init_kwargs = None  # used above; TRL warns that it ignores them
 
@@ -73,9 +76,9 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
     init_seconds = time.perf_counter() - started
     adapter = _adapter(model) if settings.peft is not None else None
     if adapter:
-        print(f"adapted modules: {', '.join(adapter['modules'])}")
+        say(f"adapted modules: {', '.join(adapter['modules'])}")
     trainable, total = count_parameters(model)
-    print(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
+    say(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
 
     with _refused_by("trainer"):
         trainer = _Trainer(
@@ -86,26 +89,35 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
             processing_class=tokenizer,
             callbacks=callbacks,
         )
+    if job.merge and _is_sharded(trainer):
+        raise ValueError(
+            "merge=true: expected the whole model in one process, found it sharded; leave merge out, and merge the "
+            "saved adapter with scripts/export.py"
+        )
     dropped = len(split.train) - len(trainer.train_dataset)
     if dropped == len(split.train):
         raise ValueError(f"max_length={sft.max_length}: expected room for an answer, found none behind any prompt")
     if dropped and not sft.packing:
-        print(f"data: {dropped} rows dropped, their prompts alone fill max_length={sft.max_length}")
+        say(f"data: {dropped} rows dropped, their prompts alone fill max_length={sft.max_length}")
     questions = split.held_out[: job.questions]
     prompts = [prompt_ids(tokenizer, row) for row in questions]
-    before = [greedy_ids(model, tokenizer, prompt, job.answer_tokens) for prompt in prompts]
-    loss_before = _held_out_loss(trainer)
 
+    def measure() -> dict[str, Any]:
+        ids = [greedy_ids(trainer.model, tokenizer, prompt, job.answer_tokens) for prompt in prompts]
+        return {"answers": [_decode(tokenizer, answer) for answer in ids], "loss": _held_out_loss(trainer)}
+
+    trainer.add_callback(start := _Before(out / _BEFORE, measure, resuming=checkpoint is not None))
+    trainer.accelerator.wait_for_everyone()  # no process looks for another run's files any more
     if trainer.is_world_process_zero():
         out.mkdir(parents=True, exist_ok=True)
         (out / _SETTINGS).write_text(json.dumps(_repeatable(settings), indent=2) + "\n", encoding="utf-8")
         if _needs_conversion(settings.peft):
             model.save_pretrained(out / _INITIAL)
     if checkpoint:
-        print(f"resuming from {checkpoint}")
+        say(f"resuming from {checkpoint}")
     result = trainer.train(resume_from_checkpoint=checkpoint)
 
-    loss_after = _held_out_loss(trainer)
+    before, loss_after = start.measured, _held_out_loss(trainer)
     # Autocast, where used, is undone: what is probed and saved is the model as others will load it.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     after = [greedy_ids(model, tokenizer, prompt, job.answer_tokens) for prompt in prompts]
@@ -129,11 +141,12 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
         },
         "parameters": {"trainable": trainable, "total": total},
         "adapter_bytes": None,
+        "processes": sft.world_size,
         "steps": trainer.state.global_step,
         "resumed_from_step": int(checkpoint.rsplit("-", 1)[-1]) if checkpoint else None,
         "loss": {
             **first_and_last(losses),
-            "held_out_before": loss_before,
+            "held_out_before": before["loss"],
             "held_out_after": loss_after,
             "log": [{key: entry.get(key) for key in ("step", "loss", "learning_rate", "grad_norm")} for entry in log],
         },
@@ -143,10 +156,10 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
             {
                 "question": _text(row["prompt"]),
                 "expected": _text(row["completion"]),
-                "before": tokenizer.decode(ids_before[0], skip_special_tokens=True).strip(),
-                "after": tokenizer.decode(ids_after[0], skip_special_tokens=True).strip(),
+                "before": answer_before,
+                "after": _decode(tokenizer, ids_after),
             }
-            for row, ids_before, ids_after in zip(questions, before, after, strict=True)
+            for row, answer_before, ids_after in zip(questions, before["answers"], after, strict=True)
         ],
     }
     probe: dict[str, torch.Tensor] = {}
@@ -205,7 +218,8 @@ def answer_logits(model: PreTrainedModel, prompt: torch.Tensor, answer: torch.Te
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     """Returns how many parameters train, and how many there are; a tied one counts once."""
-    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    # DeepSpeed's ZeRO-3 leaves an empty tensor where a parameter is sharded.
+    counts = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
 
 
@@ -220,6 +234,25 @@ def first_and_last(losses: list[float]) -> dict[str, float | None]:
 class _Trainer(SFTTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes none: TRL's card cannot say how to load the adapter; ours is written beside it at the end."""
+
+
+class _Before(TrainerCallback):
+    """Measures the model at the start, and writes that down for a run that is resumed.
+
+    Not before training starts: accelerate then holds a model that was evaluated for prepared, neither shards it nor
+    averages its gradients, and every process trains alone.
+    """
+
+    def __init__(self, path: Path, measure: Callable[[], dict[str, Any]], resuming: bool) -> None:
+        self.path, self.measure = path, measure
+        self.measured: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if resuming else {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.measured:
+            return
+        self.measured = self.measure()  # in all processes: a sharded model runs in all of them or in none
+        if state.is_world_process_zero:
+            self.path.write_text(json.dumps(self.measured) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -239,6 +272,12 @@ def _adapter(model: Any) -> dict[str, Any]:
         "config": json.loads(json.dumps(config, default=lambda v: sorted(v) if isinstance(v, set) else str(v))),
         "modules": sorted({name.rpartition(".")[2] for name in modules}),
     }
+
+
+def _is_sharded(trainer: SFTTrainer) -> bool:
+    """Whether no process will hold all of the model while it trains."""
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    return bool(trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3))
 
 
 def _held_out_loss(trainer: SFTTrainer) -> float | None:
@@ -305,7 +344,14 @@ def _save(
     out = Path(settings.sft.output_dir)
     tokenizer = trainer.processing_class
     kind = "model" if settings.peft is None else "adapter"
-    trainer.save_model(str(out / kind))
+    if trainer.is_fsdp_enabled:
+        # Transformers' own gathers the whole base first, or with SHARDED_STATE_DICT saves nothing here.
+        state = _whole_state(model, trained_only=kind == "adapter")
+        if trainer.is_world_process_zero():
+            model.save_pretrained(out / kind, state_dict=state)
+            tokenizer.save_pretrained(out / kind)
+    else:
+        trainer.save_model(str(out / kind))
     if not trainer.is_world_process_zero():
         return
     if _needs_conversion(settings.peft):
@@ -323,6 +369,20 @@ def _save(
         tokenizer.save_pretrained(out / "merged")
         write_card(out / "merged", "model", record)
         print(f"saved {out / 'merged'}")
+
+
+def _whole_state(model: torch.nn.Module, trained_only: bool) -> dict[str, torch.Tensor]:
+    """The tensors of a model that FSDP2 has sharded, whole and on the CPU; all processes gather them together."""
+    state = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not trained_only or tensor.requires_grad or not isinstance(tensor, torch.nn.Parameter):
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            state[name] = whole.detach().cpu()
+    return state
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> str:
+    return str(tokenizer.decode(ids[0], skip_special_tokens=True)).strip()
 
 
 def _text(part: str | list[Row]) -> str:

@@ -1,0 +1,85 @@
+"""scripts/plan.py: what it counts is what a real adapter has."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from peft import get_peft_model
+from safetensors.torch import load_file
+from transformers import LlamaConfig
+
+from clover_peft import CloverConfig
+from tests.tiny import build
+
+spec = importlib.util.spec_from_file_location("plan", Path(__file__).parents[1] / "scripts" / "plan.py")
+script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+
+
+def test_llama_2_70b_is_planned_without_weights(tmp_path, capsys):
+    LlamaConfig(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=32000,
+    ).save_pretrained(tmp_path)
+    assert script.main(["--config-name", str(tmp_path / "config.json"), "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    s = 80 * (8 * 128**2 + 8 * 128**2 + 448 * 64**2)
+    assert plan["parameters"] == {"trainable": s, "S": s, "base": 68_976_648_192}
+    assert plan["bytes"]["S"] == 4 * s
+    assert plan["bytes"]["adamw"] == 8 * s
+    assert len(plan["layers"]) == 80
+    first = plan["layers"]["model.layers.0"]
+    assert [module.rpartition(".")[2] for module in first] == ["k_proj", "v_proj", "up_proj"]
+    value = first["model.layers.0.self_attn.v_proj"]
+    assert value["slices"] == [
+        {"part": "v", "blocks": 8, "size": 128, "r": 128, "basis": "pair", "parameters": 8 * 128**2}
+    ]
+    assert value["gram_flops"] == 2 * 8192 * 128 * (8 * 128 + 64 * 128)  # the values' rows, the output's columns
+    assert script.main(["--config-name", str(tmp_path), "r=16", "s_matrix=diagonal"]) == 0
+    assert f"{80 * 16 * (8 + 8 + 448):,} trainable of 68,976,648,192" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "t5", "phi3", "deepseek_v2"])
+@pytest.mark.parametrize("choices", [{}, {"r": 4, "s_matrix": "diagonal"}])
+def test_the_plan_is_what_is_saved(family, choices, tmp_path):
+    model = build(family)
+    plan = script.plan(model.config, CloverConfig(**choices))
+    assert plan["parameters"]["base"] == sum(p.numel() for p in model.parameters())
+    for save_bases, planned in plan["adapter_file"].items():
+        how = save_bases if save_bases == "folded" else save_bases == "true"
+        adapted = get_peft_model(build(family), CloverConfig(save_bases=how, **choices))
+        assert plan["parameters"]["trainable"] == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        adapted.save_pretrained(tmp_path / save_bases)
+        tensors = load_file(tmp_path / save_bases / "adapter_model.safetensors")
+        assert planned == sum(tensor.nbytes for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_one_layer_is_measured(family, tmp_path, capsys):
+    build(family).config.save_pretrained(tmp_path)
+    assert script.main(["--config-name", str(tmp_path), "--measure", "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)["measured"]
+    assert measured["layer"].endswith(".0")
+    assert measured["seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["rr=3"], "rr=3: expected key=value with a field of CloverConfig"),
+        (["r"], "r: expected key=value"),
+        (["r=0"], "CloverConfig.r: expected a positive integer or None, found 0"),
+        (["r=1000"], "r=1000 is larger than a block"),
+    ],
+)
+def test_what_cannot_be_planned_is_said_in_one_sentence(arguments, message, tmp_path, capsys):
+    build("llama").config.save_pretrained(tmp_path)
+    assert script.main(["--config-name", str(tmp_path), *arguments]) == 1
+    assert message in capsys.readouterr().err
