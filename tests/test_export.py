@@ -1,0 +1,179 @@
+"""scripts/export.py: what stock transformers loads from its folder is the adapted model."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from clover_peft import CloverConfig
+from tests.tiny import build, logits, perturb, relative
+
+pytest.importorskip("trl", reason="borrows the tokenizer of the trainers' tests: pip install clover-peft[train]")
+from tests.test_training import CHATML, make_tokenizer
+
+spec = importlib.util.spec_from_file_location("export", Path(__file__).parents[1] / "scripts" / "export.py")
+script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+
+IDS = torch.arange(3, 40).unsqueeze(0)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def save_base(folder: Path, tied: bool, dtype: torch.dtype = torch.float32) -> None:
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer) + 4,  # padded, as real vocabularies are
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            tie_word_embeddings=tied,
+            initializer_range=0.2,
+        )
+    ).to(dtype)
+    model.generation_config = GenerationConfig(do_sample=True, temperature=0.7, eos_token_id=tokenizer.eos_token_id)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def train(base: Path, out: Path, config: CloverConfig, added: int = 0) -> torch.Tensor:
+    """An adapter with random S, and embeddings changed where they are trained; its logits."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    if added:
+        tokenizer.add_tokens([f"<new{i}>" for i in range(added)])
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        with torch.no_grad():
+            model.get_input_embeddings().weight[-added:] = 0.3
+    model = get_peft_model(model, config)
+    perturb(model)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "clover_S" not in name:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    model.eval().save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("choices", "added", "stays_tied"),
+    [
+        ({}, 0, True),
+        ({}, 9, True),
+        ({"trainable_token_indices": [5, 6]}, 0, True),
+        ({"modules_to_save": ["embed_tokens"]}, 0, False),
+        ({"modules_to_save": ["lm_head"]}, 0, False),
+        ({"modules_to_save": ["embed_tokens", "lm_head"]}, 9, False),
+    ],
+    ids=["plain", "added tokens", "trained tokens", "trained embedding", "trained head", "added and trained"],
+)
+def test_embeddings_and_ties_survive(tmp_path, tied, choices, added, stays_tied):
+    save_base(tmp_path / "base", tied)
+    expected = train(tmp_path / "base", tmp_path / "adapter", CloverConfig(task_type="CAUSAL_LM", **choices), added)
+    report = script.export(str(tmp_path / "adapter"), tmp_path / "out")
+    assert report["difference"] < 1e-5
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        assert relative(model(input_ids=IDS).logits, expected) < 1e-5
+    assert model.config.tie_word_embeddings == (tied and stays_tied)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == (tied and stays_tied)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert len(tokenizer) == len(AutoTokenizer.from_pretrained(tmp_path / "base")) + added
+
+
+def test_stock_transformers_loads_the_folder_without_this_package(tmp_path):
+    save_base(tmp_path / "base", tied=True, dtype=torch.bfloat16)
+    expected = train(tmp_path / "base", tmp_path / "adapter", CloverConfig(task_type="CAUSAL_LM"))
+    arguments = [str(tmp_path / "adapter"), str(tmp_path / "out")]
+    assert script.main(arguments) == 0
+    script.main([*arguments[:1], str(tmp_path / "wide"), "--dtype", "float32"])
+    save_file({"ids": IDS}, tmp_path / "ids.safetensors")
+    code = (
+        "import sys; sys.modules['clover_peft'] = None; sys.modules['peft'] = None\n"
+        "import torch; from safetensors.torch import load_file, save_file\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "found = {}\n"
+        "for name in ('out', 'wide'):\n"
+        "    model = AutoModelForCausalLM.from_pretrained(name)\n"
+        "    ids = load_file('ids.safetensors')['ids']\n"
+        "    found[name] = model(input_ids=ids).logits.detach().clone()\n"
+        "    assert model.generation_config.temperature == 0.7\n"
+        "    assert AutoTokenizer.from_pretrained(name).chat_template == open('template').read()\n"
+        "save_file(found, 'found.safetensors')\n"
+    )
+    (tmp_path / "template").write_text(CHATML)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    found = load_file(tmp_path / "found.safetensors")
+    assert {name: tensor.dtype for name, tensor in found.items()} == {"out": torch.bfloat16, "wide": torch.float32}
+    assert relative(found["out"], expected) < 0.05  # bfloat16
+    wide = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32), tmp_path / "adapter"
+    )
+    with torch.no_grad():
+        assert relative(found["wide"], wide(input_ids=IDS).logits) < 1e-5
+
+
+def test_loras_stand_in_for_the_adapter_at_a_known_loss(tmp_path, capsys):
+    save_base(tmp_path / "base", tied=True)
+    expected = train(tmp_path / "base", tmp_path / "adapter", CloverConfig(task_type="CAUSAL_LM"))
+    assert script.main([str(tmp_path / "adapter"), str(tmp_path / "out"), "--lora-rank", "4", "16", "32"]) == 0
+    shown = capsys.readouterr().out
+    assert [line.split(":")[0] for line in shown.splitlines()[:3]] == ["LoRA r=4", "LoRA r=16", "LoRA r=32"]
+    errors = []
+    for rank in (4, 16, 32):
+        lora = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / f"out-lora-r{rank}"
+        )
+        assert lora.peft_config["default"].peft_type == "LORA"
+        with torch.no_grad():
+            errors.append(relative(lora(input_ids=IDS).logits, expected))
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_other_kinds_of_models_are_exported(tmp_path):
+    build("bert").save_pretrained(tmp_path / "base")
+    model = get_peft_model(build("bert"), CloverConfig())
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    perturb(model)
+    model.save_pretrained(tmp_path / "adapter")
+    report = script.export(str(tmp_path / "adapter"), tmp_path / "out")
+    assert report["difference"] < 1e-5
+    assert logits(model, "bert").isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lora-rank", "4"], "trainable_token_indices cannot be part of a LoRA"),
+        (["--base", "./nowhere"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_exported_is_said_before_anything_is_written(tmp_path, arguments, message, capsys):
+    save_base(tmp_path / "base", tied=True)
+    config = CloverConfig(task_type="CAUSAL_LM", trainable_token_indices=[3])
+    train(tmp_path / "base", tmp_path / "adapter", config)
+    assert script.main([str(tmp_path / "adapter"), str(tmp_path / "out"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert script.main([str(tmp_path / "adapter"), str(tmp_path / "base")]) == 2
+    assert "expected a new or empty folder" in capsys.readouterr().err
