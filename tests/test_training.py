@@ -8,6 +8,7 @@ import json
 import os
 import random
 import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ import yaml
 
 pytest.importorskip("trl", reason="needs the train extra: pip install clover-peft[train]")
 
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -587,6 +589,33 @@ def test_a_killed_run_resumes_with_the_same_losses(settings, tmp_path, method):
     assert resumed["answers"] == whole["answers"]
     with pytest.raises(ValueError, match="found a finished one"):
         run(settings(out="killed", resume=True, **options))
+
+
+def test_a_run_killed_for_real_resumes_bit_for_bit(settings, tiny, tmp_path):
+    """SIGKILL, at whatever it was doing after its second checkpoint."""
+    options = {"max_steps": 60, "save_steps": 3, "questions": 1, "save_total_limit": 3}
+    whole = run(settings(out="whole", **options))
+    out, command = tmp_path / "killed", [sys.executable, str(ROOT / "scripts" / "sft.py")]
+    given = {"model": tiny.model, "data": tiny.data, "output_dir": out, "rows": 40, "held_out_rows": 8}
+    given |= {"answer_tokens": 6, "per_device_train_batch_size": 4, "logging_steps": 1, "warmup_steps": 0, **options}
+    pairs = [f"{key}={value}" for key, value in given.items()]
+    process = subprocess.Popen(
+        [*command, "--config", str(ROOT / "configs" / "clover_full.yaml"), *pairs, "disable_tqdm=true"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not list(out.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (out / "record.json").exists()
+    resumed = run(settings(out="killed", resume=True, **options))
+    assert 3 <= resumed["resumed_from_step"] < 60
+    assert [entry["loss"] for entry in resumed["loss"]["log"]] == [entry["loss"] for entry in whole["loss"]["log"]]
+    one, other = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(one[name], other[name]) for name in one | other)
 
 
 def test_resume_without_a_checkpoint_starts_over(settings, capsys):
