@@ -6,8 +6,18 @@ from .layer import CloverLayer
 from .model import CloverModel
 from .registration import register
 from .serving import hotswap_adapter, lora_errors
+from .transfer import dequantize, merge_onto
 
 __version__ = "0.1.0"
-__all__ = ["CloverConfig", "CloverLayer", "CloverModel", "explicit_factors", "hotswap_adapter", "lora_errors"]
+__all__ = [
+    "CloverConfig",
+    "CloverLayer",
+    "CloverModel",
+    "dequantize",
+    "explicit_factors",
+    "hotswap_adapter",
+    "lora_errors",
+    "merge_onto",
+]
 
 register(CloverConfig, CloverModel)

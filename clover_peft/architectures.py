@@ -149,6 +149,7 @@ class Family:
         head_dim: attribute that holds the dimensions of a key head.
         value_dim: attribute that holds the dimensions of a value head.
         key_value_heads: attribute that holds the number of key-value heads.
+        heads: attribute that holds the number of query heads.
     """
 
     projections: dict[str, str | If]
@@ -158,6 +159,7 @@ class Family:
     head_dim: str = "head_dim"
     value_dim: str | None = None
     key_value_heads: str = "num_key_value_heads"
+    heads: str = "num_attention_heads"
 
     @property
     def target_modules(self) -> list[str]:
@@ -170,6 +172,8 @@ class Family:
 # query or key parts the two; whatever else touches the heads' values parts value and output.
 _QUERY_KEY_NORMS = ("q_norm", "k_norm", "qk_norm", "q_layernorm", "k_layernorm", "norm_q", "norm_k")
 _VALUE_NORMS = ("v_norm", "attn_sub_norm")
+# A second stream that attends together with the first, through projections and an output of its own, parts both.
+_SECOND_STREAM = ("add_k_proj",)
 # The attribute that clamps query, key and value where it is set.
 _CLAMP = "clip_qkv"
 # Attributes that count the rotated dimensions of a partially rotated head.
@@ -216,6 +220,20 @@ _BERT = Family(
     up={"intermediate.dense": "up"},
     positions="none",
     head_dim="attention_head_size",
+)
+_DIFFUSERS = Family(
+    projections={
+        "to_q": "q",
+        "to_k": "k",
+        "to_v": "v",
+        "add_q_proj": "q",
+        "add_k_proj": "k",
+        "add_v_proj": "v",
+    },
+    output="to_out.0",
+    up={"ff.net.0.proj": "up gate"},
+    positions="none",
+    heads="heads",
 )
 _GPT2 = Family(
     projections={"q_attn": "q", "c_attn": "q k v"},
@@ -351,6 +369,17 @@ _TABLE: list[tuple[str, Family]] = [
     ("qwen2_vl_vision", _QWEN_VISION),
     ("qwen2_5_vl_vision", replace(_QWEN_VISION, up={"mlp.up_proj": "up"})),
     ("qwen3_vl_vision", replace(_QWEN_VISION, up={"mlp.linear_fc1": "up"})),
+    # Diffusers' models have no model type and go by their class.
+    ("Transformer2DModel", _DIFFUSERS),  # of which the UNets of Stable Diffusion and SDXL are made
+    ("SD3Transformer2DModel", replace(_DIFFUSERS, up={"ff.net.0.proj": "up", "ff_context.net.0.proj": "up"})),
+    (
+        "FluxTransformer2DModel",
+        replace(
+            _DIFFUSERS,
+            up={"ff.net.0.proj": "up", "ff_context.net.0.proj": "up", "proj_mlp": "up"},
+            positions="rotary",
+        ),
+    ),
 ]
 # Model type -> family. A row that is added here counts from then on.
 FAMILIES: dict[str, Family] = {model_type: family for types, family in _TABLE for model_type in types.split()}
@@ -367,7 +396,7 @@ def default_targets(model: nn.Module) -> dict[str, str]:
     """
     found = {}
     for path, module in model.named_modules():
-        if path and isinstance(getattr(base_of(module), "weight", None), Tensor):
+        if path and _is_projection(base_of(module)):
             family = family_of(model, path)
             name = None if family is None else _suffix(path, family.target_modules)
             if name is not None:
@@ -461,6 +490,8 @@ class _Attention:
     def layout_of(self, name: str) -> _Layout:
         """How projection `name` is laid out in this block, without the parts that another one computes."""
         layout = _Layout.read(self.decide(self.family.projections[name]))
+        if len(layout.parts) == 1:
+            return layout
         present = self.present()
         elsewhere = {part for other in present[: present.index(name)] for part in self.layout_of(other).parts}
         return replace(layout, parts=tuple(part for part in layout.parts if part not in elsewhere))
@@ -518,7 +549,11 @@ class _Attention:
         """Coordinates of one head of `part`."""
         if part == "v" and self.family.value_dim is not None:
             return self.read(self.family.value_dim, path)
-        dim = self.read(self.family.head_dim, path)
+        if self.fact(self.family.head_dim) is None and isinstance(self.fact(self.family.heads), int):
+            query = next(self.prefix + name for name in self.present() if "q" in self.layout_of(name).parts)
+            dim = out_features(base_of(self.model.get_submodule(query)), query) // self.heads(path)
+        else:
+            dim = self.read(self.family.head_dim, path)
         if self.head_dim not in (None, dim):
             raise ValueError(
                 f"{path}: expected head_dim={dim}, which this model's heads have, found head_dim={self.head_dim}; "
@@ -530,7 +565,7 @@ class _Attention:
 
     def heads(self, path: str) -> int:
         """Number of query heads."""
-        return self.read("num_attention_heads", path)
+        return self.read(self.family.heads, path)
 
     def key_value_heads(self, path: str) -> int:
         """Number of key-value heads; those of the query where the model does not count them apart."""
@@ -574,9 +609,11 @@ class _Attention:
 
     def reader(self, heads: HeadSlice) -> Partner | None:
         """The output projection, as the partner of the value heads; None if something stands between."""
-        if self.has_any(_VALUE_NORMS) or self.fact(_CLAMP) is not None or self.is_gated():
-            return None
         path = self.prefix + self.family.output
+        if self.has_any((*_VALUE_NORMS, *_SECOND_STREAM)) or self.fact(_CLAMP) is not None or self.is_gated():
+            return None
+        if not _has(self.model, path):  # the block above reads the heads, together with other features
+            return None
         features = in_features(base_of(self.model.get_submodule(path)), path)
         count = _divide(path, features, heads.dim, f"the {heads.dim} dimensions of a value head")
         return Partner(path, HeadSlice.plain(count, heads.dim), reads=True)
@@ -584,7 +621,7 @@ class _Attention:
     def query(self, dim: int, offset: int) -> Partner | None:
         """The coordinates `offset ... offset + dim` of the query heads, as the partner of the key's; None if something
         stands between."""
-        if self.has_any(_QUERY_KEY_NORMS) or self.fact(_CLAMP) is not None:
+        if self.has_any((*_QUERY_KEY_NORMS, *_SECOND_STREAM)) or self.fact(_CLAMP) is not None:
             return None
         for name in self.present():
             if "q" in self.layout_of(name).parts:
@@ -622,13 +659,18 @@ def in_features(module: nn.Module, path: str) -> int:
     return _features(module, path)[0]
 
 
+def _is_projection(module: Any) -> bool:
+    """Whether it is `nn.Linear`, `Conv1D` or one of the many quantised linears, whose weights have many names."""
+    sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
+    return isinstance(module, Conv1D) or (
+        all(isinstance(size, int) for size in sizes) and not isinstance(module, (nn.Embedding, nn.MultiheadAttention))
+    )
+
+
 def _features(module: Any, path: str) -> tuple[int, int]:
     if isinstance(module, Conv1D):
         return module.nx, module.nf
-    if isinstance(module, (nn.Embedding, nn.MultiheadAttention)) or not (
-        isinstance(getattr(module, "in_features", None), int)
-        and isinstance(getattr(module, "out_features", None), int)
-    ):
+    if not _is_projection(module):
         raise TypeError(
             f"{path}: expected a linear projection (nn.Linear, Conv1D or a quantised linear), "
             f"found {type(module).__name__}; leave it out of target_modules"
@@ -658,20 +700,26 @@ def _owner_of(model: nn.Module, path: str) -> tuple[Family | None, str | None, A
     """
     parts = path.split(".")
     for depth in range(len(parts) - 1, -1, -1):
-        config = getattr(model.get_submodule(".".join(parts[:depth])), "config", None)
-        model_type = getattr(config, "model_type", None)
-        if isinstance(model_type, str) and model_type:
-            return FAMILIES.get(model_type), model_type, config
+        module = model.get_submodule(".".join(parts[:depth]))
+        if (model_type := _type_of(module)) is not None:
+            return FAMILIES.get(model_type), model_type, getattr(module, "config", None)
     return None, None, None
+
+
+def _type_of(module: nn.Module) -> str | None:
+    """The model type that a module's config names, a diffusers model's class; None for a module that is no model."""
+    model_type = getattr(getattr(module, "config", None), "model_type", None)
+    if isinstance(model_type, str) and model_type:
+        return model_type
+    return type(module).__name__ if hasattr(module, "register_to_config") else None
 
 
 def _wraps_known_models(model: nn.Module, path: str) -> bool:
     """Whether the model that owns `path` is a shell around models of known families (a projector joins two towers)."""
     parts = path.split(".")
     owners = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) - 1, -1, -1))
-    owner = next(module for module in owners if getattr(getattr(module, "config", None), "model_type", None))
-    types = {getattr(getattr(module, "config", None), "model_type", None) for module in owner.modules()}
-    return not types.isdisjoint(FAMILIES)
+    owner = next(module for module in owners if _type_of(module) is not None)
+    return any(_type_of(module) in FAMILIES for module in owner.modules())
 
 
 def _suffix(path: str, names: Iterable[str]) -> str | None:

@@ -48,7 +48,7 @@ def frozen_tensors(
 
     Returns:
         Slice name -> attribute -> tensor, as in `BlockSpec.base_shapes`; None where the weights are on the meta
-        device.
+        device, or a quantisation cannot be read.
 
     Raises:
         ValueError: naming the module, for weights that are not finite.
@@ -67,7 +67,7 @@ def _computed(
     report: Callable[[CloverLayer, BlockSpec, Bases], None] | None,
 ) -> dict[str, dict[str, Tensor]] | None:
     with onloaded(layer.get_base_layer()):
-        if layer.weight.is_meta:
+        if layer.weight.is_meta or not layer.can_read_weight:
             return None
         weight, bias = layer.transposed_weight(), layer.original_bias
         result = {}

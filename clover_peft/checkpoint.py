@@ -9,10 +9,11 @@ import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .bases import fingerprint, frozen_tensors, inner_model
 from .blocks import BlockSpec, BlockTensors
-from .layer import FROZEN, CloverLayer
+from .layer import FROZEN, CloverLayer, onloaded
 
 if TYPE_CHECKING:
     from .config import CloverConfig
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 # precisions. Rounding averages out over a row: what is left of it is far below the precision itself.
 ROUNDING = {"float64": 1e-5, "float32": 1e-5, "bfloat16": 5e-3, "float16": 1e-3, "bnb 8bit": 1e-2}
 COARSE = 0.1  # any other quantisation
+# Root mean square of what rounding to a precision changes in normally distributed weights, relative to theirs.
+ROUNDED = {"float64": 0.0, "float32": 0.0, "bfloat16": 1.7e-3, "float16": 2e-4, "bnb 8bit": 8e-3, "bnb 4bit": 0.092}
+# Share of an adapter's effect that rounding of the base's weights may change without a word.
+MUCH_CHANGED = 0.05
 # Largest relative difference of a probe of the bases that is put down to rounding.
 PROBE_TOLERANCE = 1e-2
 _PROBE = "clover_probe"
@@ -155,7 +160,7 @@ def take_checkpoint(
             expected = {a: shape for a, shape in expected.items() if a not in ("clover_U", "clover_V")}
         _check_tensors(layer, spec, config, keys, expected, state)
         if config.check_base and (here := fingerprint(inner, layer, spec)) is not None:
-            _check_fingerprint(layer, spec, config, here, state[keys["clover_norm"]].to(here))
+            check_fingerprint(layer, spec, config, here, state[keys["clover_norm"]].to(here))
         if probe is None:
             continue
         tensors = layer.tensors(adapter_name, spec)
@@ -163,9 +168,11 @@ def take_checkpoint(
         if u is None or not layer.has_bases(adapter_name):
             computed = computed or frozen_tensors(inner, layer, layer.specs[adapter_name])
             if computed is None:
+                found = "a base model without weights; load it first"
                 raise ValueError(
-                    f"{layer.name}: the adapter was saved without its bases, and they cannot be computed while the "
-                    "base model has no weights; load the base model first, or save the adapter with save_bases=True"
+                    f"{layer.name}: the adapter was saved without its bases, and they cannot be computed from "
+                    f"{found if layer.can_read_weight else layer.precision + ' weights'}, or save the adapter with "
+                    "save_bases=True"
                 )
             u, v = computed[spec.name]["clover_U"], computed[spec.name].get("clover_V")
         if config.check_base:
@@ -174,6 +181,44 @@ def take_checkpoint(
         state[keys["clover_U"]] = u.to(dtype)
         if v is not None:
             state[keys["clover_V"]] = v.to(dtype)
+
+
+@torch.no_grad()
+def error_from_rounding(layers: dict[str, CloverLayer], adapter_name: str, config: CloverConfig, state: dict) -> float:
+    """How much of an adapter's effect, `E dS C W`, changes because W here has another precision than in training.
+
+    An estimate: what rounding changes in W is taken to be white, of the usual size for the coarser precision.
+
+    Args:
+        layers: the adapter's layers by their paths, as in the keys of `state`.
+        adapter_name: the adapter.
+        config: its config.
+        state: the file's tensors by the model's keys.
+
+    Returns:
+        A relative error; 0 where the precisions are the same, or the weights cannot be read.
+    """
+    changed = effect = 0.0
+    for name, layer in layers.items():
+        precisions = {layer.precision, config.base_precision or layer.precision}
+        rounded = max(ROUNDED.get(precision, COARSE) for precision in precisions)
+        if len(precisions) == 1 or not rounded:
+            continue
+        with onloaded(layer.get_base_layer()):
+            if layer.weight.is_meta or isinstance(layer.weight, DTensor) or not layer.can_read_weight:
+                continue
+            weight = layer.transposed_weight()
+            for spec in layer.specs[adapter_name]:
+                keys = _keys(name, adapter_name, spec)
+                tensors = BlockTensors(state[keys["clover_S"]], *(state.get(keys[attribute]) for attribute in FROZEN))
+                if tensors.s.is_meta:
+                    continue
+                folded = spec.residual_map(tensors).to(weight.device)
+                blocks = spec.heads.blocks(weight, spec.size).to(folded.dtype).transpose(0, 1)  # (H, D, d)
+                effect += float((blocks @ folded.mT).square().sum())
+                energy = blocks.square().sum((1, 2)) * folded.square().sum((1, 2))
+                changed += rounded**2 * float(energy.sum()) / spec.size
+    return (changed / effect) ** 0.5 if effect else 0.0
 
 
 def check_nothing_left(layers: dict[str, CloverLayer], adapter_name: str, state: dict[str, Tensor]) -> None:
@@ -277,7 +322,12 @@ def _check_tensors(
             )
 
 
-def _check_fingerprint(layer: CloverLayer, spec: BlockSpec, config: CloverConfig, here: Tensor, there: Tensor) -> None:
+def check_fingerprint(layer: CloverLayer, spec: BlockSpec, config: CloverConfig, here: Tensor, there: Tensor) -> None:
+    """Compare the fingerprints (`bases.fingerprint`) of a layer's weights and of those an adapter was trained on.
+
+    Raises:
+        ValueError: naming the block that differs most, if rounding does not explain it.
+    """
     error = (here - there).abs() / torch.maximum(here, there).clamp(min=1e-30)
     precisions = (layer.precision, config.base_precision or layer.precision)
     allowed = max(ROUNDING.get(precision, COARSE) for precision in precisions)

@@ -15,7 +15,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -44,15 +44,40 @@ class SliceTensors(nn.Module):
         tensors: slice name -> tensor.
         trainable: make them parameters.
         persistent: whether buffers are in the model's state dict. An adapter's file has them either way.
+        guarded: undo what casts the parameters' `data` behind the module's back (TRL casts whatever is trained on a
+            quantised model to bfloat16), without the loss of a bit.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], trainable: bool = False, persistent: bool = True) -> None:
+    def __init__(
+        self, tensors: dict[str, Tensor], trainable: bool = False, persistent: bool = True, guarded: bool = False
+    ) -> None:
         super().__init__()
+        # What the parameters' `data` was: the same storage, as long as nobody replaces it.
+        self._kept: dict[str, Tensor] | None = {} if guarded else None
         for name, tensor in tensors.items():
             if trainable:
                 self.register_parameter(name, nn.Parameter(tensor))
             else:
                 self.register_buffer(name, tensor, persistent=persistent)
+        self._keep()
+
+    def _keep(self) -> None:
+        if self._kept is not None:
+            self._kept = {name: parameter.data for name, parameter in self.named_parameters()}
+
+    def restore(self) -> None:
+        """Give guarded parameters their precision back."""
+        for name, kept in (self._kept or {}).items():
+            parameter = self.get_parameter(name)
+            if parameter.dtype.itemsize < kept.dtype.itemsize:
+                same = kept.shape == parameter.shape and torch.equal(kept.to(parameter), parameter)
+                parameter.data = kept.to(parameter.device) if same else parameter.data.to(kept.dtype)
+        self._keep()
+
+    def train(self, mode: bool = True) -> SliceTensors:
+        """As in torch. Every trainer calls it before its first step, and after whatever cast the parameters."""
+        self.restore()
+        return super().train(mode)
 
     def forward(self, name: str, use: Callable[[Tensor], Tensor]) -> Tensor:
         """`use` of the tensor of slice `name`. What shards parameters module by module (DeepSpeed's ZeRO-3) gathers
@@ -70,9 +95,13 @@ class SliceTensors(nn.Module):
                 return tensor.to(result.device)
             return result
 
-        return super()._apply(at_least_float32, recurse)
+        self.restore()
+        super()._apply(at_least_float32, recurse)
+        self._keep()
+        return self
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
+        self.restore()
         # A tensor that is offered is taken, also where the model's own state dict would not have it.
         left_out = self._non_persistent_buffers_set
         self._non_persistent_buffers_set = {name for name in left_out if prefix + name not in state_dict}
@@ -80,6 +109,16 @@ class SliceTensors(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         finally:
             self._non_persistent_buffers_set = left_out
+            self._keep()
+
+
+class _Original(NamedTuple):
+    """The base's own tensors while adapters are merged: plain attributes, which are neither trained nor saved."""
+
+    module: Any  # a quantisation may merge into a new one
+    weight: Any  # None where only the module can read its weights
+    bias: Tensor | None
+    state: Any  # bitsandbytes' 8-bit scales lie beside the weight
 
 
 class CloverLayer(nn.Module, BaseTunerLayer):
@@ -112,10 +151,9 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter = [adapter_name]
         self._missing_bases: set[str] = set()
-        # The base's own tensors while adapters are merged: plain attributes, which are neither trained nor saved.
-        self._original_weight: Tensor | None = None
-        self._original_bias: Tensor | None = None
-        self._original_state: Any = None
+        self._original: _Original | None = None
+        # Squared norms of what the last merge changed and of what rounding the result made of it.
+        self.merge_rounding: tuple[float, float] = (0.0, 0.0)
         base: Any = self.get_base_layer()
         self.in_features, self.out_features = in_features(base, name), out_features(base, name)
         self.fan_in_fan_out = isinstance(base, Conv1D)
@@ -170,7 +208,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         flags = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
         persistent = self.quantization_backend is not None or not all(parse_flag_from_env(name) for name in flags)
         self.specs[adapter_name] = specs
-        self.clover_S[adapter_name] = SliceTensors(s, trainable=True)
+        self.clover_S[adapter_name] = SliceTensors(s, trainable=True, guarded=self.quantization_backend is not None)
         for attribute, tensors in frozen.items():
             getattr(self, attribute)[adapter_name] = SliceTensors(tensors, persistent=persistent)
         self.clover_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
@@ -268,15 +306,34 @@ class CloverLayer(nn.Module, BaseTunerLayer):
             if all(key in state_dict for key in needed) and (assigned or not on_meta):
                 self._missing_bases.discard(adapter_name)
 
+    def train(self, mode: bool = True) -> CloverLayer:
+        """As in torch.
+
+        Raises:
+            TypeError: if the base can no longer be trained through (see `check_packing`).
+        """
+        if mode:
+            check_packing(self.get_base_layer(), self.name)
+        super().train(mode)
+        return self
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CloverLayer:
         super()._apply(fn, recurse)
-        if self._original_weight is not None:
-            self._original_weight = fn(self._original_weight)
-        if self._original_bias is not None:
-            self._original_bias = fn(self._original_bias)
+        if self._original is not None:
+            module, weight, bias, state = self._original
+            if module is not self.get_base_layer():
+                module._apply(fn)
+            weight, bias = (None if tensor is None else fn(tensor) for tensor in (weight, bias))
+            self._original = _Original(module, weight, bias, state)
         return self
 
     # ------------------------------------------------------------------ the map
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight as it is stored: quantised ones packed, under the quantisation's own name."""
+        base = self.get_base_layer()
+        return next(getattr(base, name) for name in ("qweight", "weight", "W_q") if hasattr(base, name))
 
     @property
     def loaded_by_rank_0(self) -> bool:
@@ -330,7 +387,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
                 tensors = self.tensors(adapter_name, spec)
 
                 def fold(s: Tensor, spec: BlockSpec = spec, tensors: BlockTensors = tensors) -> Tensor:
-                    # TRL casts the S of quantised models, and nothing else
+                    # Without peft's `autocast_adapter_dtype` S has the dtype of the base weights.
                     s = s if tensors.norm is None else s.to(tensors.norm.dtype)
                     with torch.autocast(device_type=s.device.type, enabled=False):
                         return spec.map(tensors._replace(s=s))
@@ -423,30 +480,32 @@ class CloverLayer(nn.Module, BaseTunerLayer):
             TypeError: if bitsandbytes has repacked the 4-bit weight, which can then not be read back.
         """
         check_packing(self.get_base_layer(), self.name)
-        weight = self.get_base_weight() if self._original_weight is None else self._dense(self._original_weight)
+        weight = self.get_base_weight() if self._original is None else self._dense(self._original)
         return weight if self.fan_in_fan_out else weight.mT
 
     @property
     def original_bias(self) -> Tensor | None:
         """The base's own bias, also while adapters are merged."""
-        return self.bias if self._original_bias is None else self._original_bias
+        return self.bias if self._original is None else self._original.bias
 
-    def _dense(self, weight: Tensor) -> Tensor:
+    def _dense(self, original: _Original) -> Tensor:
         if self.quantization_backend is None:
-            return weight
-        base: Any = self.get_base_layer()
+            return original.weight
+        base = original.module
+        if original.weight is None:
+            return self.quantization_backend.get_base_weight(base)
         merged, state = base.weight, getattr(base, "state", None)
         try:
-            base.weight = weight
+            base.weight = original.weight
             if state is not None:
-                base.state = copy.copy(self._original_state)
+                base.state = copy.copy(original.state)
             return self.quantization_backend.get_base_weight(base)
         finally:
             base.weight = merged
             if state is not None:
                 base.state = state
 
-    def _map_constant(self, z: Tensor, adapter_names: list[str]) -> Tensor:
+    def map_constant(self, z: Tensor, adapter_names: list[str]) -> Tensor:
         """The map of a weight or bias, in at least float32 and outside of autocast."""
         z = z.detach().to(torch.promote_types(z.dtype, torch.float32))
         with torch.autocast(device_type=z.device.type, enabled=False):
@@ -458,7 +517,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         self.check_bases(adapter_name, "merge")
         with onloaded(self.get_base_layer()):
             weight = self.transposed_weight()
-            delta = self._map_constant(weight, [adapter_name]) - weight
+            delta = self.map_constant(weight, [adapter_name]) - weight
         return delta if self.fan_in_fan_out else delta.mT
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -490,12 +549,11 @@ class CloverLayer(nn.Module, BaseTunerLayer):
             ValueError: with `safe_merge`, if a merged number is not finite.
         """
         self.check_merge(adapter_names)
-        base: Any = self.get_base_layer()
-        dtype = base.weight.dtype if base.weight.is_floating_point() else torch.float32
-        weight = self._map_constant(self.transposed_weight(), adapter_names).to(dtype)
+        dtype = self.weight.dtype if self.weight.is_floating_point() else torch.float32
+        weight = self.map_constant(self.transposed_weight(), adapter_names).to(dtype)
         bias = self.original_bias
         if bias is not None:
-            bias = self._map_constant(bias, adapter_names).to(bias.dtype)
+            bias = self.map_constant(bias, adapter_names).to(bias.dtype)
         if safe_merge and not all(torch.isfinite(t).all() for t in (weight, bias) if t is not None):
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be broken: it "
@@ -521,41 +579,52 @@ class CloverLayer(nn.Module, BaseTunerLayer):
             return
         base: Any = self.get_base_layer()
         weight, bias = self.merged_tensors([*self.merged_adapters, *names], safe_merge)
-        if self._original_weight is None:
-            self._original_weight = base.weight if self.quantization_backend is not None else base.weight.data
-            # bitsandbytes' 8-bit scales live beside the weight, and a merge overwrites them.
-            self._original_state = copy.copy(getattr(base, "state", None))
-            self._original_bias = None if base.bias is None else base.bias.data
+        if self._original is None:
+            own = getattr(base, "weight", None)
+            own = own if own is None or self.quantization_backend is not None else own.data
+            own_bias = None if base.bias is None else base.bias.data
+            self._original = _Original(base, own, own_bias, copy.copy(getattr(base, "state", None)))
         if self.quantization_backend is not None:
-            if base.weight.element_size() == 1 and base.weight.numel() * 2 == weight.numel():
-                warnings.warn(
-                    f"{self.name}: merging into a 4-bit weight rounds away most of a small update; dequantize the "
-                    "base model before merging",
-                    stacklevel=2,
-                )
+            before = self.transposed_weight()
             self.quantization_backend.set_base_weight(self, weight)
+            change = weight - (before if self.fan_in_fan_out else before.mT)
+            error = self.get_base_weight() - weight
+            self.merge_rounding = (float(change.float().square().sum()), float(error.float().square().sum()))
         else:
             base.weight.data = weight
         if bias is not None:
-            base.bias.data = bias
+            base = self.get_base_layer()
+            if base.bias is None:  # a new module
+                base.bias = bias
+            else:
+                base.bias.data = bias
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
         """Put the base's own tensors back."""
-        if not self.merged:
+        if self._original is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         base: Any = self.get_base_layer()
-        if self.quantization_backend is not None:
-            base.weight = self._original_weight
-            if self._original_state is not None:
-                base.state = self._original_state
+        module, weight, bias, state = self._original
+        if base is not module:
+            self._replace_base(base, module)
+        elif self.quantization_backend is not None:
+            base.weight = weight
+            if state is not None:
+                base.state = state
         else:
-            base.weight.data = self._original_weight
-        if self._original_bias is not None:
-            base.bias.data = self._original_bias
-        self._original_weight = self._original_bias = self._original_state = None
+            base.weight.data = weight
+        if bias is not None:
+            module.bias.data = bias
+        self._original = None
         self.merged_adapters = []
+
+    def _replace_base(self, old: nn.Module, new: nn.Module) -> None:
+        holder: Any = self
+        while holder.base_layer is not old:
+            holder = holder.base_layer
+        holder.base_layer = new
 
     def extra_repr(self) -> str:
         """One line per adapter and slice: part, blocks, rank, basis."""
@@ -596,7 +665,8 @@ def onloaded(module: nn.Module) -> Iterator[None]:
 
 
 def check_packing(module: nn.Module, name: str) -> None:
-    """Refuse a 4-bit weight that bitsandbytes has repacked for the CPU.
+    """Refuse a 4-bit weight that bitsandbytes has repacked for the CPU: gradients through it and what is read of it
+    would be wrong.
 
     Raises:
         TypeError: naming the module and the remedy.
@@ -604,6 +674,7 @@ def check_packing(module: nn.Module, name: str) -> None:
     state = getattr(getattr(module, "weight", None), "quant_state", None)
     if state is not None and getattr(state, "packing_format_for_cpu", False):
         raise TypeError(
-            f"{name}: expected a 4-bit weight that can be dequantised, found one that bitsandbytes repacked for the "
-            "CPU in its first evaluation forward; load the base model again and add the adapter before running it"
+            f"{name}: expected a 4-bit weight that can be dequantised and trained through, found one that "
+            "bitsandbytes repacked for the CPU in its first evaluation forward; load the base model again and set "
+            "module.support_avx512bf16_for_cpu = False on its Linear4bit modules before running it"
         )

@@ -20,10 +20,22 @@ from tqdm.auto import tqdm
 from .architectures import FAMILIES, default_targets, family_of, resolve, unknown_family_message
 from .bases import clover_layers, frozen_tensors
 from .blocks import BlockSpec, block_spec
-from .checkpoint import check_nothing_left, check_source, is_untouched, name_bases, select_for_saving, take_checkpoint
+from .checkpoint import (
+    MUCH_CHANGED,
+    check_nothing_left,
+    check_source,
+    error_from_rounding,
+    is_untouched,
+    name_bases,
+    select_for_saving,
+    take_checkpoint,
+)
 from .config import CloverConfig
 from .decomposition import Bases, describe_dropped
 from .layer import FROZEN, CloverLayer, onloaded
+
+# Rounding of merged weights above this share of the update is worth a warning.
+MUCH_ROUNDED = 0.1
 
 
 class CloverModel(BaseTuner):
@@ -60,7 +72,11 @@ class CloverModel(BaseTuner):
         if peft_config.target_modules is None:
             found = default_targets(self.model)
             if not found:
-                raise ValueError(unknown_family_message(str(model_config.get("model_type")), "target_modules"))
+                raise ValueError(
+                    unknown_family_message(
+                        str(model_config.get("model_type") or type(self.model).__name__), "target_modules"
+                    )
+                )
             peft_config.target_modules = set(found.values())
             matched = {
                 path
@@ -161,6 +177,12 @@ class CloverModel(BaseTuner):
         if peft_config.source is None:  # an adapter of its own, not one that is loaded
             peft_config.base_precision = layer.precision
         bases = layer.bases_to_share(specs)
+        if bases is None and peft_config.source is None and not layer.can_read_weight:
+            raise ValueError(
+                f"{current_key}: expected weights to compute bases from, found {layer.precision}, which can only be "
+                "run; make the adapter on the unquantised model, or on one that bitsandbytes quantised, save it with "
+                "its bases (save_bases=True or 'folded') and load it here"
+            )
         if bases is None and not _on_meta():
             bases = frozen_tensors(self.model, layer, specs, self._report)
         layer.update_layer(
@@ -229,7 +251,8 @@ class CloverModel(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As in peft; what cannot be merged is refused before anything is."""
         self._check_merge(adapter_names, safe_merge)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        with self._measuring_rounding():
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
         self,
@@ -244,7 +267,28 @@ class CloverModel(BaseTuner):
             for module in self.model.modules():  # trained tokens are another tuner's layers
                 if isinstance(module, BaseTunerLayer) and module.merged:
                     module.unmerge()
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        with self._measuring_rounding():
+            return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    @contextmanager
+    def _measuring_rounding(self) -> Iterator[None]:
+        """Say once how much of the update quantising the merged weights again has lost, where that is much."""
+        layers = {path: layer for path, layer in clover_layers(self.model) if layer.quantization_backend is not None}
+        for layer in layers.values():
+            layer.merge_rounding = (0.0, 0.0)
+        yield
+        merged = {path: layer.merge_rounding for path, layer in layers.items() if layer.merge_rounding[0] > 0}
+        if not merged:
+            return
+        changes, errors = (sum(column) for column in zip(*merged.values(), strict=True))
+        if (lost := (errors / changes) ** 0.5) > MUCH_ROUNDED:
+            worst = max(merged, key=lambda path: merged[path][1] / merged[path][0])
+            warnings.warn(
+                f"merged into {layers[worst].precision} weights, whose rounding is {lost:.0%} of the update (worst: "
+                f"{worst}, {(merged[worst][1] / merged[worst][0]) ** 0.5:.0%}); unmerge, call "
+                "clover_peft.dequantize(model) and merge then, to lose nothing",
+                stacklevel=4,
+            )
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Raise whatever merging would, with nothing merged yet. With `safe_merge` every layer is merged on trial."""
@@ -412,6 +456,14 @@ class CloverModel(BaseTuner):
             if isinstance(tuner, CloverModel) and config.source and fresh:
                 tuner.discard(adapter_name)
             raise
+        if (error := error_from_rounding(layers, adapter_name, config, result)) > MUCH_CHANGED:
+            warnings.warn(
+                f"adapter {adapter_name!r} was trained on {config.base_precision} weights; on this base, whose "
+                f"weights are {next(iter(layers.values())).precision}, about {error:.0%} of its effect is rounding "
+                "(a LoRA, whose update does not depend on the weights, has no such error); load it onto the weights "
+                "it was trained on and use clover_peft.dequantize(model) or clover_peft.merge_onto(model, base)",
+                stacklevel=2,
+            )
         config.source = None
         return result
 

@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -79,6 +80,32 @@ def test_ranks_match_the_papers_at_llama_2_7b(benchmark):
     budget = 56_098_816 // 32  # CLOVER's trainable parameters in one layer
     assert harness.rank_for(budget, layer, harness.PAPER_LORA_TARGETS) == 32
     assert train_step._oft_block_size(budget, layer, harness.PAPER_LORA_TARGETS) == 128
+
+
+def test_the_ways_out_of_a_quantised_base(benchmark, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("bitsandbytes", reason="needs the quant extra")
+    pytest.importorskip("trl", reason="needs the train extra")
+    from tests.test_training import make_tokenizer, rows, write_jsonl
+
+    monkeypatch.chdir(tmp_path)
+    tokenizer = make_tokenizer()
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.2, **shape)).save_pretrained("base")
+    tokenizer.save_pretrained("base")
+    write_jsonl(tmp_path / "rows.jsonl", rows(40))
+    chosen = ["model=base", "data=rows.jsonl", "rows=20", "held_out_rows=4", "questions=1", "max_steps=3"]
+    more = ["answer_tokens=4", "per_device_train_batch_size=4", "disable_tqdm=true"]
+    record = run(benchmark("quantised"), tmp_path / "record.json", "--set", *chosen, *more)
+    errors = record["errors"]
+    assert record["target_met"]
+    for ways in errors.values():
+        assert ways["dequantised"] < 1e-3
+        assert ways["dense update"] < 1e-3
+        assert ways["merged (4 bits)"] > 0.1
+    assert errors["lora"]["plain reload"] < 1e-3
+    assert errors["clover_full"]["plain reload"] > 1e-3
+    assert "target, CLOVER dequantised and dense" in capsys.readouterr().out
 
 
 def test_saved_bytes_counts_each_storage_once_and_no_parameter(benchmark):

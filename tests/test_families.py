@@ -62,6 +62,8 @@ for family, variant, pairs in [
     ("vit", {"qkv_bias": False}, {}),
     ("dinov2", {"use_swiglu_ffn": True, "mlp_ratio": 1}, {}),
     ("deepseek_v3", {"q_lora_rank": None, "attention_bias": True}, {}),
+    ("sd3", {"qk_norm": "rms_norm"}, {"attn2.to_k": set()}),
+    ("unet", {"use_linear_projection": True, "attention_head_dim": (4, 8)}, {}),
 ]:
     VARIANTS[family].append((variant, pairs))
 CASES = [
@@ -75,7 +77,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def test_every_row_of_the_table_is_tested():
-    types = {getattr(getattr(m, "config", None), "model_type", None) for f in FAMILIES for m in build(f).modules()}
+    types = {table._type_of(module) for family in FAMILIES for module in build(family).modules()}
     assert set(table.FAMILIES) <= types
 
 

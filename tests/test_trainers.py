@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -345,12 +346,14 @@ def test_packed_sentences_do_not_see_each_other(chatty, tmp_path):
     plain = make_trainer("sft", "peft_config", tmp_path / "plain", chatty)
     rows = packed.train_dataset["input_ids"]
     assert len(rows) < len(plain.train_dataset)
-    assert sorted(sum(map(list, rows), [])) == sorted(sum(map(list, plain.train_dataset["input_ids"]), []))
+    assert sorted(chain(*rows)) == sorted(chain(*plain.train_dataset["input_ids"]))
     assert (next(iter(packed.get_train_dataloader()))["position_ids"] == 0).sum() > 1
 
 
 @pytest.mark.parametrize(
-    ("kind", "trained"), [("sft completion-only", [4, 6]), ("sft assistant-only", [8])], ids=["completion", "assistant"]
+    ("kind", "trained"),
+    [("sft completion-only", [4, 6]), ("sft assistant-only", [8])],
+    ids=["completion", "assistant"],
 )
 def test_only_what_is_answered_is_trained_on(kind, trained, chatty, tmp_path):
     """The words of the answers, and the token that ends each."""

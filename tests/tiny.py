@@ -44,6 +44,15 @@ def _of(model_cls: type, **defaults) -> Callable[..., nn.Module]:
     return lambda **kwargs: model_cls(model_cls.config_class(**{**defaults, **kwargs}))
 
 
+def _diffusers(name: str, **defaults) -> Callable[..., nn.Module]:
+    def build(**kwargs) -> nn.Module:
+        import diffusers
+
+        return getattr(diffusers, name)(**{**defaults, **kwargs})
+
+    return build
+
+
 _IDS = dict(vocab_size=VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 _LAYERS = dict(num_hidden_layers=2, num_attention_heads=4, intermediate_size=80)
 _LLAMA = dict(**_IDS, **_LAYERS, hidden_size=48, num_key_value_heads=2, head_dim=12, max_position_embeddings=64)
@@ -441,6 +450,54 @@ FAMILIES: dict[str, Tiny] = {
         },
         "mllama",
     ),
+    "unet": Tiny(
+        _diffusers(
+            "UNet2DConditionModel",
+            sample_size=8,
+            block_out_channels=(64, 64),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=24,
+            attention_head_dim=4,  # of diffusers' making: the number of heads
+            norm_num_groups=8,
+        ),
+        {"to_k": {"k"}, "to_v": {"v"}},
+        "unet",
+    ),
+    "sd3": Tiny(
+        _diffusers(
+            "SD3Transformer2DModel",
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=4,
+            joint_attention_dim=24,
+            caption_projection_dim=64,
+            pooled_projection_dim=16,
+            pos_embed_max_size=8,
+            dual_attention_layers=(0,),
+        ),
+        {"attn2.to_k": {"k"}, "attn2.to_v": {"v"}},
+        "sd3",
+    ),
+    "flux": Tiny(
+        _diffusers(
+            "FluxTransformer2DModel",
+            in_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=4,
+            joint_attention_dim=24,
+            pooled_projection_dim=16,
+            axes_dims_rope=(4, 4, 8),
+        ),
+        {},
+        "flux",
+    ),
 }
 
 
@@ -500,6 +557,24 @@ def inputs(family: str, batch: int = 2, length: int = 7, dtype: torch.dtype = to
             "aspect_ratio_mask": torch.ones(batch, 1, 1, dtype=torch.long),
             "cross_attention_mask": torch.ones(batch, length, 1, 1, dtype=torch.long),
         }
+    if kind in ("unet", "sd3", "flux"):
+        inputs = {"timestep": torch.tensor([3.0, 500.0][:batch] * (batch // 2)).to(dtype)}
+        text = torch.randn(batch, length, 24, generator=generator).to(dtype)
+        inputs["encoder_hidden_states"] = text
+        if kind == "unet":
+            return {**inputs, "sample": torch.randn(batch, 4, 8, 8, generator=generator).to(dtype)}
+        inputs["pooled_projections"] = torch.randn(batch, 16, generator=generator).to(dtype)
+        if kind == "sd3":
+            return {**inputs, "hidden_states": torch.randn(batch, 4, 8, 8, generator=generator).to(dtype)}
+        rows, columns = torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij")
+        positions = torch.stack([torch.zeros(4, 4), rows, columns], dim=-1).flatten(0, 1)
+        return {
+            **inputs,
+            "timestep": inputs["timestep"] / 1000,
+            "hidden_states": torch.randn(batch, 16, 4, generator=generator).to(dtype),
+            "img_ids": positions.to(dtype),
+            "txt_ids": torch.zeros(length, 3, dtype=dtype),
+        }
     if kind in ("llava", "qwen_vl"):  # four tokens of an image
         ids = ids.clamp(min=9)
         ids[:, 1:5] = 5
@@ -515,7 +590,9 @@ def inputs(family: str, batch: int = 2, length: int = 7, dtype: torch.dtype = to
 def output(model: nn.Module, family: str, **kwargs) -> Tensor:
     """The model's logits on `inputs`, or what it has for them: embeddings, one below the other."""
     result = model(**inputs(family, dtype=next(model.parameters()).dtype, **kwargs))
-    return result.logits if "logits" in result else torch.cat([result.text_embeds, result.image_embeds])
+    if "text_embeds" in result:
+        return torch.cat([result.text_embeds, result.image_embeds])
+    return result.logits if "logits" in result else result.sample
 
 
 @torch.no_grad()

@@ -101,7 +101,12 @@ def load_tokenizer(source: ModelSource, sft: SFTConfig) -> PreTrainedTokenizerBa
 def load_model(source: ModelSource, sft: SFTConfig) -> PreTrainedModel:
     """Loads the model with `sft.model_init_kwargs`; `dtype` is float32 unless given there."""
     init_kwargs = {"dtype": "float32", **(sft.model_init_kwargs or {})}
-    return AutoModelForCausalLM.from_pretrained(source.path, trust_remote_code=sft.trust_remote_code, **init_kwargs)
+    model = AutoModelForCausalLM.from_pretrained(source.path, trust_remote_code=sft.trust_remote_code, **init_kwargs)
+    for module in model.modules():
+        # Or bitsandbytes repacks 4-bit weights for the CPU in the first evaluation, after which nothing trains.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def _convert_wheel(folder: Path) -> None:
