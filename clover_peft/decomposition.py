@@ -44,13 +44,14 @@ class Bases:
     condition: Tensor
 
     def leading(self, r: int) -> Bases:
-        """The first `r` directions; the others are left out (not zeroed)."""
+        """The first `r` directions; the others are left out (not zeroed). Dropped ones are the last, and go first."""
+        left_out = self.coordinates.shape[1] - r
         back = None if self.back is None else self.back[..., :r].contiguous()
         return Bases(
             self.coordinates[:, :r].contiguous(),
             back,
             self.singular_values[:, :r].clone(),
-            self.dropped,
+            (self.dropped - left_out).clamp(min=0),
             self.condition,
         )
 

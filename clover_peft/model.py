@@ -111,6 +111,7 @@ class CloverModel(BaseTuner):
         self._progress = tqdm(desc="CLOVER bases", unit=" modules", delay=3, leave=False)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._check_block_size(adapter_name, config)
             self._warn_about_conditions()
             self._spare_broadcasts()
         except BaseException:  # Ctrl-C, too
@@ -119,6 +120,15 @@ class CloverModel(BaseTuner):
         finally:
             self._progress.close()
             del self._progress, self._conditions
+
+    def _check_block_size(self, adapter_name: str, config: CloverConfig) -> None:
+        """Refuse a block size for heads where no target has any."""
+        specs = [spec for _, layer in clover_layers(self.model) for spec in layer.specs.get(adapter_name, ())]
+        if config.block_size is not None and specs and all(spec.part in ("up", "linear") for spec in specs):
+            raise ValueError(
+                f"block_size={config.block_size}: expected targets with attention heads to cut, found none; cut these "
+                "with mlp_block_size, or describe the heads with head_dim=... or num_heads=..."
+            )
 
     def _refuse_experts(self, config: CloverConfig) -> None:
         """The experts of a mixture are stacks of matrices: parameters, which no name of a module can mean."""

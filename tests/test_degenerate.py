@@ -13,6 +13,7 @@ from tiny import TOLERANCE, build, inputs, relative
 from torch import Tensor, nn
 
 from clover_peft import CloverConfig, CloverLayer
+from clover_peft.decomposition import gram, svd_bases
 
 HEADS, D_HEAD = 2, 12
 
@@ -172,6 +173,16 @@ def test_a_degenerate_model_starts_as_its_base_bit_for_bit(name):
     assert torch.equal(outputs(model), expected)
     with model.disable_adapter():
         assert torch.equal(outputs(model), expected)
+
+
+def test_directions_that_are_not_trained_anyway_are_not_mentioned() -> None:
+    weight = torch.randn(48, 1, 12, dtype=torch.float64)
+    weight[..., 8:] = 0
+    whole = svd_bases(gram(weight))
+    assert whole.dropped.tolist() == [4]
+    assert whole.leading(8).dropped.tolist() == [0]
+    assert whole.leading(10).dropped.tolist() == [2]
+    assert (whole.leading(10).coordinates.abs().sum(-1) > 0).sum() == 8
 
 
 def trainable_mask(s: Tensor, module: CloverLayer, dropped: dict[int, tuple[int, int]]) -> Tensor:

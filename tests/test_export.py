@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import subprocess
 import sys
+import tarfile
+import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from clover_peft import CloverConfig
 from tests.tiny import build, logits, perturb, relative
@@ -131,6 +141,42 @@ def test_stock_transformers_loads_the_folder_without_this_package(tmp_path):
     )
     with torch.no_grad():
         assert relative(found["wide"], wide(input_ids=IDS).logits) < 1e-5
+
+
+CONVERTER = (  # llama.cpp's own, out of a source distribution; nothing of it is built
+    "https://files.pythonhosted.org/packages/ec/e9/e7de2b0463ea3ffbf0ede6cb21b58c1258a8f6521aae45ca773a59fe7cf3/"
+    "llama_cpp_python-0.3.36.tar.gz"
+)
+CONVERTER_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+
+
+@pytest.mark.slow
+def test_llama_cpp_converts_the_folder(tmp_path):
+    """SmolLM2 with an adapter, merged, as GGUF in float32: the same logits."""
+    for module in ("sentencepiece", "google.protobuf"):
+        pytest.importorskip(module, reason="llama.cpp's converter needs it: pip install sentencepiece protobuf")
+    from clover_peft.training.models import find_model
+
+    archive = tmp_path / "llama_cpp.tar.gz"
+    urllib.request.urlretrieve(CONVERTER, archive)
+    assert hashlib.sha256(archive.read_bytes()).hexdigest() == CONVERTER_SHA256
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path, filter="data")
+    converter = next(tmp_path.glob("*/vendor/llama.cpp/convert_hf_to_gguf.py"))
+
+    base = find_model(None).path
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), CloverConfig(task_type="CAUSAL_LM"))
+    perturb(model, scale=0.02)
+    model.save_pretrained(tmp_path / "adapter")
+    report = script.export(str(tmp_path / "adapter"), tmp_path / "out", base=base)
+    assert report["difference"] < 1e-5
+    command = [sys.executable, str(converter), str(tmp_path / "out"), "--outtype", "f32"]
+    subprocess.run([*command, "--outfile", str(tmp_path / "model.gguf")], check=True, capture_output=True)
+    read = GgufConfig(dequantize=True)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", quantization_config=read)
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(input_ids=IDS).logits
+        assert relative(back.float()(input_ids=IDS).logits, expected) < 1e-5
 
 
 def test_loras_stand_in_for_the_adapter_at_a_known_loss(tmp_path, capsys):
