@@ -256,13 +256,14 @@ _TABLE: list[tuple[str, Family]] = [
     (
         "llama mistral ministral3 gemma gemma2 gemma3_text gemma3n_text qwen2 qwen3 granite cohere olmo olmo2 olmo3 "
         "exaone4 ernie4_5 seed_oss helium arcee bitnet mllama_text_model qwen2_vl_text qwen2_5_vl_text qwen3_vl_text "
-        "qwen2_moe qwen3_moe",
+        "qwen2_moe qwen3_moe internlm3",
         _LLAMA,
     ),
     ("mixtral gpt_oss olmoe granitemoe", replace(_LLAMA, up={})),  # experts are stacks of matrices, no modules
     ("qwen3_next", replace(_LLAMA, projections={**_LLAMA.projections, "q_proj": "q|gate"})),
     ("cohere2", replace(_LLAMA, positions=If("sliding_window", "rotary", "none"))),
-    ("smollm3", replace(_LLAMA, positions=If("use_rope", "rotary", "none"))),
+    ("dbrx", Family(projections={"Wqkv": "q k v"}, output="out_proj", up={}, positions="rotary")),
+    ("smollm3 llama4_text", replace(_LLAMA, positions=If("use_rope", "rotary", "none"))),
     ("starcoder2", replace(_LLAMA, up={"c_fc": "up"})),
     ("stablelm nemotron", replace(_LLAMA, positions="partial")),
     ("phi", replace(_LLAMA, output="dense", up={"fc1": "up"}, positions="partial")),
@@ -346,7 +347,7 @@ _TABLE: list[tuple[str, Family]] = [
         Family(projections={"attn.Wqkv": "q k v"}, output="attn.Wo", up={"mlp.Wi": "gate up"}, positions="rotary"),
     ),
     # Decoders and encoder-decoders with Bart's names.
-    ("opt whisper bart mbart pegasus marian m2m_100 blenderbot plbart", _BART),
+    ("opt biogpt whisper bart mbart pegasus marian m2m_100 blenderbot plbart", _BART),
     (
         "t5 mt5 umt5",
         Family(

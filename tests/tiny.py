@@ -190,6 +190,32 @@ FAMILIES: dict[str, Tiny] = {
     ),
     # Some layers without rotary embeddings.
     "cohere2": Tiny(_causal("cohere2", **_HIDDEN, **_SLIDING), {"layers.1.self_attn.k_proj": {"k"}, **_V}),
+    "internlm3": Tiny(_causal("internlm3", **_LLAMA), _V),
+    "dbrx": Tiny(
+        _causal(
+            "dbrx",
+            vocab_size=VOCAB,
+            d_model=48,
+            n_heads=4,
+            n_layers=2,
+            max_seq_len=64,
+            attn_config={"kv_n_heads": 2, "clip_qkv": 0.5, "rope_theta": 1e4},
+            ffn_config={"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 4},
+        ),
+        {},
+    ),
+    "llama4_text": Tiny(
+        _causal(
+            "llama4_text",
+            **_LLAMA,
+            **_LOCAL_MOE,
+            intermediate_size_mlp=80,
+            interleave_moe_layer_step=2,
+            no_rope_layers=[1, 0],
+        ),
+        {"layers.1.self_attn.k_proj": {"k"}, **_V},
+    ),
+    "biogpt": Tiny(_causal("biogpt", **_LARGER), _KV),
     "smollm3": Tiny(_causal("smollm3", **_HIDDEN, no_rope_layers=[1, 0]), {"layers.1.self_attn.k_proj": {"k"}, **_V}),
     # Partial rotary: the unrotated part of the key is paired.
     **{name: Tiny(_causal(name, **_LLAMA), _KV) for name in ("glm", "glm4", "nemotron")},
