@@ -82,11 +82,11 @@ class SliceTensors(nn.Module):
     def forward(self, name: str, use: Callable[[Tensor], Tensor]) -> Tensor:
         """`use` of the tensor of slice `name`. What shards parameters module by module (DeepSpeed's ZeRO-3) gathers
         them for a module's call, and only then."""
-        return use(self.get_parameter(name))
+        return use(getattr(self, name))  # FSDP1 puts plain tensors in the parameters' places
 
     def get(self, name: str) -> Tensor | None:
         """The tensor of slice `name`, or None where it is an identity."""
-        return self._parameters.get(name) if name in self._parameters else self._buffers.get(name)
+        return getattr(self, name, None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SliceTensors:
         def at_least_float32(tensor: Tensor) -> Tensor:

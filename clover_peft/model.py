@@ -111,7 +111,7 @@ class CloverModel(BaseTuner):
         self._progress = tqdm(desc="CLOVER bases", unit=" modules", delay=3, leave=False)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            self._check_block_size(adapter_name, config)
+            self._warn_about_block_size(adapter_name, config)
             self._warn_about_conditions()
             self._spare_broadcasts()
         except BaseException:  # Ctrl-C, too
@@ -121,13 +121,14 @@ class CloverModel(BaseTuner):
             self._progress.close()
             del self._progress, self._conditions
 
-    def _check_block_size(self, adapter_name: str, config: CloverConfig) -> None:
-        """Refuse a block size for heads where no target has any."""
+    def _warn_about_block_size(self, adapter_name: str, config: CloverConfig) -> None:
+        """A block size for heads is without effect where no target has any."""
         specs = [spec for _, layer in clover_layers(self.model) for spec in layer.specs.get(adapter_name, ())]
         if config.block_size is not None and specs and all(spec.part in ("up", "linear") for spec in specs):
-            raise ValueError(
-                f"block_size={config.block_size}: expected targets with attention heads to cut, found none; cut these "
-                "with mlp_block_size, or describe the heads with head_dim=... or num_heads=..."
+            warnings.warn(
+                f"block_size={config.block_size} cuts attention heads, and no target has any: it is without effect; "
+                "cut these with mlp_block_size, or describe the heads with head_dim=... or num_heads=...",
+                stacklevel=2,
             )
 
     def _refuse_experts(self, config: CloverConfig) -> None:
