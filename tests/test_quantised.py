@@ -410,6 +410,33 @@ def test_trl_trains_s_in_float32(how, tiny, tmp_path):
     assert how != "wrapped" or watch.same
 
 
+def test_trl_resumes_bit_for_bit_on_a_quantised_base(tiny, tmp_path):
+    trl = pytest.importorskip("trl", reason="needs the train extra: pip install clover-peft[train]")
+    datasets = pytest.importorskip("datasets", reason="needs the train extra")
+    from tests.test_trainers import StopAfter, settings
+
+    rows = torch.randint(3, 96, (8, 12), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def run(folder: str, stop: int | None = None, resume: bool = False) -> dict[str, Tensor]:
+        torch.manual_seed(11 if resume else 0)
+        options = {"dataset_kwargs": {"skip_prepare_dataset": True}, "save_strategy": "steps", "save_steps": 2}
+        trainer = trl.SFTTrainer(
+            model=four_bits(tiny),
+            args=trl.SFTConfig(**settings(tmp_path / folder, bf16=False, **options)),
+            train_dataset=datasets.Dataset.from_dict({"input_ids": rows, "labels": rows}),
+            processing_class=tokenizer(),
+            peft_config=CloverConfig(),
+            callbacks=[] if stop is None else [StopAfter(stop)],
+        )
+        trainer.train(resume_from_checkpoint=resume or None)
+        return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+    whole = run("whole")
+    run("killed", stop=2)
+    resumed = run("killed", resume=True)
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
 def tokenizer():
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
