@@ -315,12 +315,20 @@ def _find_checkpoint(out: Path, settings: Settings) -> str | None:
                     f"{key}: expected {saved.get(key)!r} as in the run to resume, found {now.get(key)!r}; repeat its "
                     "settings, or choose another output_dir=..."
                 )
-    # trainer_state.json is written last: a folder without it is a checkpoint cut short by the kill.
-    done = [folder for folder in out.glob("checkpoint-*") if (folder / "trainer_state.json").is_file()]
+    done = [folder for folder in out.glob("checkpoint-*") if _is_complete(folder)]
     if not done:
         print(f"no checkpoint in {out} yet, starting from the beginning")
         return None
     return str(max(done, key=lambda folder: int(folder.name.rsplit("-", 1)[-1])))
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether all of it was written: trainer_state.json comes last, and a kill may have left it out or cut short."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _repeatable(settings: Settings) -> dict[str, Any]:
