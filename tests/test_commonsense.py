@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("datasets", reason="needs the train extra: pip install clover-peft[train]")
 
-from clover_peft.commonsense import TASKS, Example, extract, prepare, render, sources, task_of
+from clover_peft.commonsense import PROTOCOLS, TASKS, Example, extract, prepare, render, sources, task_of
 from clover_peft.training.data import load_data
 
 DATA = Path(os.environ.get("CLOVER_DATA") or "/nonexistent")
@@ -259,7 +259,7 @@ def test_the_script_prepares_cleans_draws_and_records(tmp_path, capsys):
     assert record["files"]["train.jsonl.gz"]["rows"] == 24
     assert script.main([str(tmp_path / "three"), *options, "--seed", "5"]) == 0
     assert json.loads((tmp_path / "three" / "data.json").read_text())["files"] != record["files"]
-    split = load_data(str(tmp_path / "one"), rows=None, held_out=4, seed=0, chat=False)
+    split = load_data(str(tmp_path / "one"), rows=None, held_out=4, seed=0, protocol=PROTOCOLS["clover"])
     assert len(split.train) == 20
     capsys.readouterr()
     assert script.main([str(tmp_path / "one"), *options]) == 1

