@@ -9,6 +9,10 @@ and `peft.<field>` for the adapter. Examples:
     scripts/sft.py --config configs/clover_full.yaml model=Qwen/Qwen3-0.6B max_steps=500 merge=true
     scripts/sft.py --config configs/lora.yaml --data my_rows.jsonl peft.r=8 learning_rate=1e-3
     scripts/sft.py --config configs/clover_full.yaml model_init_kwargs.dtype=bfloat16   # loads the base in bfloat16
+
+Several files add up, and one that holds several methods is told which: the CLOVER paper's run of DoRA on Llama-2-7B is
+
+    scripts/sft.py --config configs/protocols/clover.yaml --config configs/models/llama2_7b.yaml method=dora
 """
 
 from __future__ import annotations
@@ -29,7 +33,9 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", required=True, help="a YAML file, as in configs/")
+    parser.add_argument(
+        "--config", required=True, action="append", help="a YAML file, as in configs/; again for one on top of it"
+    )
     parser.add_argument("--data", help="the same as data=...")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments, dashed = parser.parse_known_intermixed_args()  # --max_steps=1 means max_steps=1

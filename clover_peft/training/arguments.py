@@ -1,4 +1,4 @@
-"""A run's settings: one YAML file and `key=value` overrides, parsed into TRL's and our dataclass."""
+"""A run's settings: YAML files and `key=value` overrides, parsed into TRL's and our dataclass."""
 
 from __future__ import annotations
 
@@ -50,31 +50,39 @@ class Settings:
     values: dict[str, Any]
 
 
-def parse(config: str | Path, overrides: Sequence[str] = ()) -> Settings:
-    """Reads a configuration file and applies overrides.
+def parse(config: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> Settings:
+    """Reads configuration files and applies overrides.
 
     Top-level keys are fields of `JobArguments` or `trl.SFTConfig`. The `peft` block holds `peft_type` and the fields
     of that type's configuration class, or is null for full fine-tuning. It may hold a `learning_rate` too: good rates
-    differ by method, so the rate belongs to the method; a `learning_rate` outside the block overrides it.
+    differ by method, so the rate belongs to the method; a `learning_rate` outside the block overrides it. A file may
+    hold `methods`, a block of `peft` blocks by name; then the key `method` says which of them is used.
 
     Args:
-        config: a YAML file.
+        config: a YAML file, or several; the keys of a later one replace those of an earlier one.
         overrides: `key=value`, values in YAML; dots reach into a block (`peft.r=8`).
 
     Raises:
         ValueError: a key is unknown (the nearest known one is named), a value has the wrong type, or there is no
             learning rate.
     """
-    path = Path(config)
-    if not path.is_file():
-        raise ValueError(f"--config {config}: expected a YAML file, found none; see configs/ for some")
-    values = _load_yaml(path.read_text(encoding="utf-8"), str(config))
-    if not isinstance(values, dict):
-        raise ValueError(f"{config}: expected keys and values, found {type(values).__name__}")
-    for override in overrides:
+    paths = [Path(config)] if isinstance(config, (str, Path)) else [Path(path) for path in config]
+    values: dict[str, Any] = {}
+    for path in paths:
+        values |= _read(path)
+    early = [override for override in overrides if override.lstrip("-").startswith(("method=", "methods."))]
+    for override in early:
         _override(values, override)
+    name = paths[-1].stem
+    if "methods" in values or "method" in values:
+        method = values.pop("method", None)
+        values["peft"] = _choose(values.pop("methods", None), method)
+        name += f"-{method}"
+    for override in overrides:
+        if override not in early:
+            _override(values, override)
 
-    values.setdefault("output_dir", f"runs/{path.stem}")
+    values.setdefault("output_dir", f"runs/{name}")
     flat = dict(values)
     block = flat.pop("peft", None)
     if block is not None and not isinstance(block, dict):
@@ -105,6 +113,24 @@ def parse(config: str | Path, overrides: Sequence[str] = ()) -> Settings:
     if job.merge and adapter is None:
         raise ValueError("merge=true: full fine-tuning has nothing to merge; its model is saved in output_dir/model")
     return Settings(job, sft, adapter, values)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"--config {path}: expected a YAML file, found none; see configs/ for some")
+    values = _load_yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected keys and values, found {type(values).__name__}")
+    return values
+
+
+def _choose(methods: Any, method: Any) -> dict[str, Any]:
+    """The `peft` block of one method."""
+    if not isinstance(methods, dict) or not all(isinstance(block, dict) for block in methods.values()):
+        raise ValueError(f"methods: expected a block of peft blocks by name, found {methods!r}")
+    if method not in methods:
+        raise ValueError(f"method={method}: expected one of {', '.join(map(str, methods))}")
+    return dict(methods[method])
 
 
 def _peft_config(block: dict[str, Any]) -> peft.PeftConfig | None:
