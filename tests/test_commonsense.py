@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import os
 import re
@@ -17,14 +16,11 @@ pytest.importorskip("datasets", reason="needs the train extra: pip install clove
 
 from clover_peft.commonsense import PROTOCOLS, TASKS, Example, extract, prepare, render, sources, task_of
 from clover_peft.training.data import load_data
+from tests.tiny import load_script
 
 DATA = Path(os.environ.get("CLOVER_DATA") or "/nonexistent")
 real = pytest.mark.skipif(not (DATA / "commonsense").is_dir(), reason="CLOVER_DATA names no folder with commonsense/")
-spec = importlib.util.spec_from_file_location(
-    "prepare_data", Path(__file__).parents[1] / "scripts" / "prepare_data.py"
-)
-script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
+script = load_script("prepare_data")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import subprocess
 import sys
@@ -25,14 +24,12 @@ from transformers import (
 )
 
 from clover_peft import CloverConfig
-from tests.tiny import build, logits, perturb, relative
+from tests.tiny import build, load_script, logits, perturb, relative
 
 pytest.importorskip("trl", reason="borrows the tokenizer of the trainers' tests: pip install clover-peft[train]")
 from tests.test_training import CHATML, make_tokenizer
 
-spec = importlib.util.spec_from_file_location("export", Path(__file__).parents[1] / "scripts" / "export.py")
-script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
+script = load_script("export")
 
 IDS = torch.arange(3, 40).unsqueeze(0)
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 from peft import get_peft_model
@@ -12,11 +10,9 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig
 
 from clover_peft import CloverConfig
-from tests.tiny import build
+from tests.tiny import build, load_script
 
-spec = importlib.util.spec_from_file_location("plan", Path(__file__).parents[1] / "scripts" / "plan.py")
-script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
+script = load_script("plan")
 
 
 def test_llama_2_70b_is_planned_without_weights(tmp_path, capsys):

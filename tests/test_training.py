@@ -6,7 +6,6 @@ import dataclasses
 import gzip
 import json
 import os
-import random
 import runpy
 import signal
 import subprocess
@@ -22,12 +21,8 @@ import yaml
 pytest.importorskip("trl", reason="needs the train extra: pip install clover-peft[train]")
 
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
     TrainerCallback,
 )
 
@@ -38,26 +33,11 @@ from clover_peft.training.arguments import JobArguments, parse
 from clover_peft.training.run import first_and_last, run
 from clover_peft.training.verify import main as verify_main
 from clover_peft.training.verify import verify
+from tests.tiny_chat import CHATML, make_tokenizer, rows, save_chat_model
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 METHODS = {"clover_diagonal", "clover_full", "dora", "full", "hira", "lora", "pissa"}
-CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n'}}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def rows(count: int, seed: int = 0) -> list[dict[str, str]]:
-    draw = random.Random(seed)
-    made = []
-    for i in range(count):
-        answer = draw.choice(["true", "false"])
-        words = " ".join(draw.choices(["cat", "dog", "river", "stone", "cloud"], k=draw.randint(2, 9)))
-        made.append(
-            {"instruction": f"Is number {i} {words}?", "input": "", "output": f"the correct answer is {answer}"}
-        )
-    return made
 
 
 def write_jsonl(path: Path, lines: list) -> Path:
@@ -65,47 +45,11 @@ def write_jsonl(path: Path, lines: list) -> Path:
     return path
 
 
-def make_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=360, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([" ".join(row.values()) for row in rows(50)], trainer)
-    # as in SmolLM2, one token both ends an answer and pads a batch
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
-    )
-    fast.chat_template = template
-    return fast
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> SimpleNamespace:
     """A folder with a tiny chat model, and a file of 60 rows."""
     folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = make_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=256,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    save_chat_model(folder / "model")
     (folder / "model" / "README.md").write_text("---\nlicense: mit\nbase_model: someone/tiny\n---\n")
     return SimpleNamespace(model=folder / "model", data=write_jsonl(folder / "train.jsonl", rows(60)), path=folder)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 
 import torch
 import transformers as hf
@@ -646,3 +649,13 @@ def perturb(model: nn.Module, scale: float = 0.05, seed: int = 3) -> None:
 def relative(a: Tensor, b: Tensor) -> float:
     """Relative Frobenius distance of `a` from `b`."""
     return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
+
+
+def load_script(name: str) -> ModuleType:
+    """A script of `scripts/` as a module."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

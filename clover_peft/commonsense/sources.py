@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +129,13 @@ def _uncapitalised(context: str) -> str:
     return f"{head}{dot}{last[0].lower()}{last[1:]}"
 
 
-def from_folder(folder: Path, split: str) -> dict[str, list[Row]]:
+def from_folder(folder: Path, split: str, names: Iterable[str] = tuple(TASKS)) -> dict[str, list[Row]]:
     """Task -> rows of a folder with `train*.jsonl[.gz]` (in the suite's order) and `test/<task>.jsonl[.gz]`.
+
+    Args:
+        folder: the folder.
+        split: "train" or "test".
+        names: the tasks that are wanted of the test sets.
 
     Raises:
         ValueError: if a file is missing or its rows belong to no task.
@@ -141,7 +146,7 @@ def from_folder(folder: Path, split: str) -> dict[str, list[Row]]:
             names = [path.name for path in found]
             raise ValueError(f"{folder}: expected one train*.jsonl or train*.jsonl.gz, found {names or 'none'}")
         return by_task(list(_read(found[0])))
-    files = {name: sorted((folder / "test").glob(f"{name}.jsonl*")) for name in TASKS}
+    files = {name: sorted((folder / "test").glob(f"{name}.jsonl*")) for name in names}
     if missing := [name for name, paths in files.items() if len(paths) != 1]:
         raise ValueError(f"{folder}: expected test/<task>.jsonl[.gz] for each task, found none for {missing}")
     return {name: list(_read(paths[0])) for name, paths in files.items()}

@@ -176,10 +176,14 @@ def render(task: Task, example: Example) -> dict[str, str]:
     }
 
 
+def options(row: dict[str, Any]) -> list[str]:
+    """The words that a row's instruction allows as answers."""
+    return str(row.get("instruction", "")).rpartition("Answer format: ")[2].split("/")
+
+
 def task_of(row: dict[str, Any]) -> list[str]:
     """Names of the tasks that a row may belong to, by its instruction: four of them ask alike."""
-    instruction = str(row.get("instruction", ""))
-    words = instruction.rpartition("Answer format: ")[2].split("/")
+    instruction, words = str(row.get("instruction", "")), options(row)
     return [
         task.name
         for task in TASKS.values()

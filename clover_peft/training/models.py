@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from huggingface_hub import ModelCard, try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -107,6 +108,34 @@ def load_model(source: ModelSource, sft: SFTConfig) -> PreTrainedModel:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def load_trained(
+    source: ModelSource, adapter: str | Path | None, dtype: str = "float32", merge: bool = False
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Loads a model for evaluation, with its adapter if there is one, and the tokenizer that it was trained with.
+
+    Args:
+        source: the base model, or a whole one.
+        adapter: folder of a peft adapter.
+        dtype: of the base's weights.
+        merge: fold the adapter into them.
+
+    Returns:
+        The model in evaluation mode, on the accelerator where there is one, and the tokenizer.
+    """
+    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype)
+    if torch.accelerator.is_available():
+        model = model.to(torch.accelerator.current_accelerator())
+    if adapter is not None:
+        model = peft.PeftModel.from_pretrained(model, str(adapter))
+        if merge:
+            model = model.merge_and_unload(safe_merge=True)
+    saved_with_it = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(str(adapter) if saved_with_it else source.path)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.eval(), tokenizer
 
 
 def _convert_wheel(folder: Path) -> None:

@@ -1,0 +1,292 @@
+"""Answers to the suite's questions, generated or chosen by likelihood, and the accuracy they make."""
+
+from __future__ import annotations
+
+import gzip
+import inspect
+import json
+import math
+import random
+from collections.abc import Callable, Iterator
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from . import prepare, sources
+from .protocols import Protocol
+from .sources import Row
+from .tasks import TASKS, extract, options
+
+Prediction = dict[str, Any]
+Predict = Callable[[list[Row]], list[Prediction]]
+_NORMAL = 1.959964  # two-sided 95 %
+
+
+def read_rows(folder: Path, split: str, tasks: list[str], per_task: int | None, seed: int) -> list[Row]:
+    """Reads the rows to be asked, each with `task` and `id`.
+
+    Args:
+        folder: as `scripts/prepare_data.py` writes it, or with `test/<task>.jsonl[.gz]` alone.
+        split: "test", or "validation".
+        tasks: names of tasks.
+        per_task: rows drawn of each task, the same for the same seed; None = all.
+        seed: of the draw.
+
+    Raises:
+        ValueError: if a file is missing.
+    """
+    if split == "test":
+        found = sources.from_folder(folder, "test", tasks)
+        rows = found if all("id" in row for part in found.values() for row in part) else prepare.number(found, "test")
+    else:
+        path = folder / "validation.jsonl.gz"
+        if not path.is_file():
+            raise ValueError(
+                f"{path}: expected validation rows, found none; prepare_data.py --validation N makes them"
+            )
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            rows = sources.by_task([json.loads(line) for line in lines])
+    chosen = []
+    for name in tasks:
+        part = rows[name]
+        if per_task is not None and per_task < len(part):
+            drawn = random.Random(f"{seed} evaluated {name}").sample(range(len(part)), per_task)
+            part = [part[i] for i in sorted(drawn)]
+        chosen += part
+    return chosen
+
+
+def ask(row: Row, protocol: Protocol | None, tokenizer: Any) -> str:
+    """A row's prompt, as text with its special tokens; `protocol` None is the tokenizer's chat template."""
+    if protocol is not None:
+        return protocol.question(row["instruction"], training=False)
+    messages = [{"role": "user", "content": row["instruction"]}]
+    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+
+
+def scorer(model: Any, tokenizer: Any, protocol: Protocol | None) -> Predict:
+    """Chooses the option of which the model says "the correct answer is <option>" with the highest probability.
+
+    Nothing has to be parsed. What the options of a question share is computed once; where they differ in their last
+    token alone, that is one sequence a question.
+
+    Returns:
+        A function from rows to predictions: `id`, `task`, `answer`, `predicted`, and `log_probabilities` by option.
+    """
+
+    def predict(rows: list[Row]) -> list[Prediction]:
+        encoded = [_encode_options(row, tokenizer, protocol) for row in rows]
+        sequences = sorted({tuple(ids[:-1]) for choices in encoded for ids in choices.values()})
+        starts = [_shared(list(choices.values())) - 1 for choices in encoded]
+        first = min(starts)
+        found = _log_probabilities(model, sequences, first)
+        index = {ids: i for i, ids in enumerate(sequences)}
+        predictions = []
+        for row, choices, start in zip(rows, encoded, starts, strict=True):
+            scores = {}
+            for word, ids in choices.items():
+                of_sequence = found[index[tuple(ids[:-1])]]
+                scores[word] = sum(float(of_sequence[at - first, ids[at + 1]]) for at in range(start, len(ids) - 1))
+            best = max(scores, key=scores.__getitem__)
+            predictions.append(_prediction(row, best, {"log_probabilities": scores}))
+        return predictions
+
+    return predict
+
+
+def generator(model: Any, tokenizer: Any, protocol: Protocol | None, beams: int, new_tokens: int) -> Predict:
+    """Generates an answer, greedily or by beam search, and takes the first word of the task's that is in it.
+
+    Returns:
+        A function from rows to predictions: `id`, `task`, `answer`, `predicted` (None: no such word), and `text`.
+    """
+
+    def predict(rows: list[Row]) -> list[Prediction]:
+        prompts = [ask(row, protocol, tokenizer) for row in rows]
+        batch = tokenizer(
+            prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=protocol is not None
+        ).to(model.device)
+        with torch.no_grad():
+            ids = model.generate(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                max_new_tokens=new_tokens,
+                num_beams=beams,
+                do_sample=False,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        texts = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [_parsed(row, text) for row, text in zip(rows, texts, strict=True)]
+
+    return predict
+
+
+def vllm_generator(model: str, tokenizer: Any, protocol: Protocol | None, beams: int, new_tokens: int) -> Predict:
+    """As `generator`, by vLLM, for a folder with an ordinary model (a merged one).
+
+    Raises:
+        ValueError: if vLLM is not installed.
+    """
+    try:
+        import vllm
+    except ImportError as error:
+        raise ValueError(
+            "--vllm: expected vllm, found it not installed; pip install vllm, or leave --vllm out"
+        ) from error
+    engine = vllm.LLM(model=model)
+
+    def predict(rows: list[Row]) -> list[Prediction]:
+        add_special = protocol is not None
+        prompts = [
+            {"prompt_token_ids": tokenizer(ask(row, protocol, tokenizer), add_special_tokens=add_special)["input_ids"]}
+            for row in rows
+        ]
+        if beams > 1:
+            outputs = engine.beam_search(prompts, vllm.sampling_params.BeamSearchParams(beams, new_tokens))
+            whole = [output.sequences[0].tokens for output in outputs]
+            ids = [t[len(p["prompt_token_ids"]) :] for t, p in zip(whole, prompts, strict=True)]
+        else:
+            outputs = engine.generate(prompts, vllm.SamplingParams(temperature=0.0, max_tokens=new_tokens))
+            ids = [list(output.outputs[0].token_ids) for output in outputs]
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [_parsed(row, text) for row, text in zip(rows, texts, strict=True)]
+
+    return predict
+
+
+def evaluate(
+    rows: list[Row], predict: Predict, batch_size: int, out: Path, settings: dict[str, Any]
+) -> list[Prediction]:
+    """Asks all rows, long ones first, and keeps the predictions in `out/predictions.jsonl`, batch by batch.
+
+    An evaluation that was cut off goes on where it was, in the same batches.
+
+    Args:
+        rows: from `read_rows`.
+        predict: from `scorer` or `generator`.
+        batch_size: rows at a time.
+        out: folder; holds nothing, or the same evaluation unfinished.
+        settings: what determines the predictions; a folder of another evaluation is refused.
+
+    Raises:
+        ValueError: if `out` is another evaluation's.
+    """
+    rows = sorted(rows, key=lambda row: (-len(row["instruction"]), row["id"]))
+    settings = json.loads(json.dumps({**settings, "batch_size": batch_size, "rows": len(rows)}, default=str))
+    out.mkdir(parents=True, exist_ok=True)
+    kept, asked = out / "predictions.jsonl", out / "settings.json"
+    if asked.is_file():
+        if (found := json.loads(asked.read_text())) != settings:
+            different = sorted(key for key in found | settings if found.get(key) != settings.get(key))
+            raise ValueError(f"{out}: expected a new folder or the same evaluation, found another {different[0]}")
+    elif any(out.iterdir()):
+        raise ValueError(f"{out}: expected a new or empty folder, found files; choose another")
+    asked.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    done = list(_complete(kept)) if kept.is_file() else []
+    done = done[: len(done) if len(done) == len(rows) else len(done) // batch_size * batch_size]
+    kept.write_text("".join(json.dumps(prediction) + "\n" for prediction in done), encoding="utf-8")
+    with kept.open("a", encoding="utf-8") as file, tqdm(total=len(rows), initial=len(done), unit="question") as bar:
+        for start in range(len(done), len(rows), batch_size):
+            predictions = predict(rows[start : start + batch_size])
+            file.write("".join(json.dumps(prediction) + "\n" for prediction in predictions))
+            file.flush()
+            done += predictions
+            bar.update(len(predictions))
+    return done
+
+
+def summarise(predictions: list[Prediction]) -> dict[str, Any]:
+    """Accuracies with 95 % intervals, as shares of 1.
+
+    Returns:
+        `tasks` (name -> `questions`, `correct`, `unparsed`, `accuracy`, `interval` by Wilson's formula), and over the
+        tasks that were asked the unweighted `mean` with its `interval` (normal, from the tasks' binomial variances).
+    """
+    tasks: dict[str, dict[str, Any]] = {}
+    for name in TASKS:
+        part = [prediction for prediction in predictions if prediction["task"] == name]
+        if part:
+            correct = sum(prediction["predicted"] == prediction["answer"] for prediction in part)
+            tasks[name] = {
+                "questions": len(part),
+                "correct": correct,
+                "unparsed": sum(prediction["predicted"] is None for prediction in part),
+                "accuracy": correct / len(part),
+                "interval": wilson(correct, len(part)),
+            }
+    mean = sum(task["accuracy"] for task in tasks.values()) / len(tasks)
+    variance = sum(t["accuracy"] * (1 - t["accuracy"]) / t["questions"] for t in tasks.values()) / len(tasks) ** 2
+    half = _NORMAL * math.sqrt(variance)
+    return {"tasks": tasks, "mean": mean, "interval": [max(0.0, mean - half), min(1.0, mean + half)]}
+
+
+def wilson(correct: int, questions: int) -> list[float]:
+    """Wilson's 95 % interval of a share."""
+    share, z = correct / questions, _NORMAL**2 / questions
+    centre = (share + z / 2) / (1 + z)
+    half = math.sqrt(share * (1 - share) * z + z**2 / 4) / (1 + z)
+    return [max(0.0, centre - half), min(1.0, centre + half)]
+
+
+def show(summary: dict[str, Any]) -> str:
+    """A summary as a Markdown table, in per cent."""
+    lines = ["| task | questions | accuracy | 95 % | unparsed |", "| --- | ---: | ---: | --- | ---: |"]
+    for name, task in summary["tasks"].items():
+        low, high = task["interval"]
+        figures = f"{task['accuracy']:.1%} | {low:.1%} to {high:.1%} | {task['unparsed']}"
+        lines.append(f"| {name} | {task['questions']:,} | {figures} |")
+    low, high = summary["interval"]
+    lines.append(f"| mean | | {summary['mean']:.1%} | {low:.1%} to {high:.1%} | |")
+    return "\n".join(lines)
+
+
+def _encode_options(row: Row, tokenizer: Any, protocol: Protocol | None) -> dict[str, list[int]]:
+    """Option -> token ids of the prompt and the answer."""
+    prompt = ask(row, protocol, tokenizer) + ("" if protocol is None else protocol.before_answer)
+    texts = {word: f"{prompt}the correct answer is {word}" for word in options(row)}
+    encoded = tokenizer(list(texts.values()), add_special_tokens=protocol is not None)["input_ids"]
+    return dict(zip(texts, encoded, strict=True))
+
+
+def _shared(sequences: list[list[int]]) -> int:
+    """How many tokens all sequences start with, leaving each at least one of its own."""
+    same = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*sequences, strict=False)))
+    return min(same, min(map(len, sequences)) - 1)
+
+
+def _log_probabilities(model: Any, sequences: list[tuple[int, ...]], first: int) -> Tensor:
+    """Log-probabilities of the next token, (sequences, positions, vocabulary), from position `first` on."""
+    longest = max(map(len, sequences))
+    ids = torch.zeros(len(sequences), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, sequence in enumerate(sequences):
+        ids[i, : len(sequence)], mask[i, : len(sequence)] = torch.tensor(sequence), 1
+    batch = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    with torch.no_grad():
+        if "logits_to_keep" in inspect.signature(inner.forward).parameters:
+            logits = model(**batch, logits_to_keep=longest - first).logits
+        else:
+            logits = model(**batch).logits[:, first:]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1).cpu()
+
+
+def _prediction(row: Row, predicted: str | None, more: dict[str, Any]) -> Prediction:
+    return {"id": row["id"], "task": row["task"], "answer": row["answer"], "predicted": predicted, **more}
+
+
+def _parsed(row: Row, text: str) -> Prediction:
+    return _prediction(row, extract(TASKS[row["task"]], text), {"text": text})
+
+
+def _complete(path: Path) -> Iterator[Prediction]:
+    """The lines of a file that may have been cut off."""
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n"):
+            return
+        yield json.loads(line)

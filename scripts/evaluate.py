@@ -1,0 +1,144 @@
+#!/usr/bin/env python
+"""Asks a model the commonsense suite's questions, and writes its accuracy with the predictions.
+
+    python scripts/evaluate.py --adapter runs/a/adapter --data data/commonsense --out runs/a/test
+    python scripts/evaluate.py --adapter runs/a/adapter --data data/commonsense --out runs/a/scored --mode score
+    python scripts/evaluate.py --model runs/a/merged --data data/commonsense --out runs/a/beams --prompt llm_adapters
+    python scripts/evaluate.py --adapter runs/a/adapter --harness mmlu arc_easy wikitext --out runs/a/harness
+
+Modes: `generate` writes an answer and looks for the first answer word in it, as published (`--prompt clover`: greedy;
+`--prompt llm_adapters`: four beams); `score` takes the option with the highest probability, which needs no parsing
+and is many times faster. `--harness` measures what fine-tuning made the model forget, zero-shot, with
+lm-evaluation-harness (pip install lm-eval) instead.
+
+An evaluation that was cut off goes on with the same command. Writes predictions.jsonl and record.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+import clover_peft  # noqa: F401  registers CLOVER
+from clover_peft import records
+from clover_peft.commonsense import TASKS, evaluation
+from clover_peft.commonsense.protocols import find_protocol
+from clover_peft.training.models import ModelSource, find_model, load_trained
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = _parser().parse_args(arguments)
+    try:
+        if (given.out / "record.json").exists():
+            raise ValueError(f"{given.out}: expected an unfinished evaluation or a new folder, found a finished one")
+        source = find_model(given.model or _base(given.adapter))
+        result = _harness(given, source) if given.harness else _suite(given, source)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()}
+    record = {"options": options, "model": source.name, "origin": source.origin, **result}
+    print(f"record: {records.write(given.out / 'record.json', {**record, 'environment': records.environment()})}")
+    return 0
+
+
+def _suite(given: argparse.Namespace, source: ModelSource) -> dict[str, Any]:
+    if given.data is None:
+        raise ValueError("--data: expected a folder of scripts/prepare_data.py, found none")
+    rows = evaluation.read_rows(given.data, given.split, given.tasks or list(TASKS), given.rows, given.seed)
+    if given.vllm and (given.adapter or given.mode == "score"):
+        raise ValueError("--vllm generates with a merged model: pass its folder as --model (scripts/export.py)")
+    model: Any = None
+    if given.vllm:
+        tokenizer = AutoTokenizer.from_pretrained(source.path)
+    else:
+        model, tokenizer = load_trained(source, given.adapter, given.dtype, given.merge)
+    protocol = find_protocol(given.prompt, tokenizer)
+    beams = given.beams or (protocol.beams if protocol else 1)
+    new_tokens = given.new_tokens or (protocol.new_tokens if protocol else 32)
+    if given.mode == "score":
+        predict = evaluation.scorer(model, tokenizer, protocol)
+    elif given.vllm:
+        predict = evaluation.vllm_generator(source.path, tokenizer, protocol, beams, new_tokens)
+    else:
+        predict = evaluation.generator(model, tokenizer, protocol, beams, new_tokens)
+    asked = {
+        key: getattr(given, key)
+        for key in ("adapter", "data", "split", "tasks", "seed", "mode", "prompt", "dtype", "merge", "vllm")
+    }
+    if given.mode == "generate":
+        asked |= {"beams": beams, "new_tokens": new_tokens}
+    started = time.perf_counter()
+    predictions = evaluation.evaluate(rows, predict, given.batch_size, given.out, {"model": source.path, **asked})
+    summary = evaluation.summarise(predictions)
+    print(evaluation.show(summary))
+    return {**summary, "asked": asked, "seconds": time.perf_counter() - started}
+
+
+def _harness(given: argparse.Namespace, source: ModelSource) -> dict[str, Any]:
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+        from lm_eval.utils import make_table
+    except ImportError as error:
+        raise ValueError("--harness: expected lm-evaluation-harness, found none; pip install lm-eval") from error
+    arguments = {"pretrained": source.path, "dtype": given.dtype}
+    if given.adapter:
+        arguments["peft"] = str(given.adapter)
+    found = lm_eval.simple_evaluate(
+        model="hf",
+        model_args=arguments,
+        tasks=given.harness,
+        batch_size=given.batch_size,
+        limit=given.rows,
+        task_manager=TaskManager(include_path=given.harness_tasks),
+        random_seed=given.seed,
+    )
+    print(make_table(found))
+    return {key: found[key] for key in ("results", "versions", "n-samples", "higher_is_better") if key in found}
+
+
+def _base(adapter: Path | None) -> str | None:
+    """The base that an adapter names, if it can be found; else the default model."""
+    if adapter is None:
+        return None
+    import peft
+
+    name = peft.PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    return str(name) if name else None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", help="folder or hub name; by default the adapter's base, else SmolLM2-135M-Instruct"
+    )
+    parser.add_argument("--adapter", type=Path, help="folder of a peft adapter, CLOVER or any other")
+    parser.add_argument("--merge", action="store_true", help="fold the adapter into the weights first")
+    parser.add_argument("--data", type=Path, help="folder of scripts/prepare_data.py")
+    parser.add_argument("--split", choices=("test", "validation"), default="test")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), metavar="task", help="a part of the suite")
+    parser.add_argument("--rows", type=int, metavar="N", help="questions a task, drawn; by default all")
+    parser.add_argument("--mode", choices=("generate", "score"), default="generate")
+    parser.add_argument(
+        "--prompt", help="clover, llm_adapters or chat, as in training; by default chat where there is a template"
+    )
+    parser.add_argument("--beams", type=int, help="of the search; by default the protocol's")
+    parser.add_argument("--new-tokens", type=int, help="longest answer; by default the protocol's 32")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--dtype", default="float32", help="of the weights: float32, bfloat16, float16")
+    parser.add_argument("--vllm", action="store_true", help="generate with vLLM, for a merged model")
+    parser.add_argument("--harness", nargs="+", metavar="task", help="lm-evaluation-harness's tasks, instead")
+    parser.add_argument("--harness-tasks", metavar="FOLDER", help="further tasks of the harness, as YAML files")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    parser.add_argument("--out", type=Path, required=True, help="folder for predictions and record")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

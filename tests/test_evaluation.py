@@ -1,0 +1,304 @@
+"""scripts/evaluate.py: the two modes against their plain formulas, resuming, intervals, and the other engines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="needs the train extra: pip install clover-peft[train]")
+
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from clover_peft import CloverConfig
+from clover_peft.commonsense import PROTOCOLS, TASKS, Example, evaluation, prepare, render
+from tests.tiny import load_script, perturb
+from tests.tiny_chat import save_chat_model
+
+script = load_script("evaluate")
+NAMES = list(TASKS)
+
+
+def suite(rows: int = 5) -> prepare.Suite:
+    def part(name: str, split: str) -> list[dict]:
+        task = TASKS[name]
+        choices = ("a cat", "a dog that is longer", "c", "d", "e")[: task.most if rows % 2 else 2] if task.word else ()
+        return [render(task, Example(f"{name} {split} {'word ' * i}", choices, i % 2)) for i in range(rows)]
+
+    return prepare.Suite(*(prepare.number({name: part(name, s) for name in TASKS}, s) for s in ("train", "test")))
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory) -> SimpleNamespace:
+    """A tiny model with a CLOVER adapter that changes it, and a folder of questions."""
+    folder = tmp_path_factory.mktemp("given")
+    save_chat_model(folder / "model")
+    whole = suite()
+    prepare.set_aside(whole, 2, seed=0)
+    prepare.write(whole, folder / "data", {})
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "model"), CloverConfig(task_type="CAUSAL_LM"))
+    perturb(model, scale=0.3)
+    model.save_pretrained(folder / "adapter")
+    return SimpleNamespace(folder=folder, data=folder / "data", model=model.eval(), tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def exact(given) -> SimpleNamespace:
+    """The same model in float64."""
+    base = AutoModelForCausalLM.from_pretrained(given.folder / "model", dtype=torch.float64)
+    model = PeftModel.from_pretrained(base, given.folder / "adapter")
+    return SimpleNamespace(model=model.eval(), tokenizer=given.tokenizer)
+
+
+def read(given, **options) -> list[dict]:
+    return evaluation.read_rows(given.data, "test", NAMES, **{"per_task": None, "seed": 0, **options})
+
+
+# --- which questions --------------------------------------------------------------------------------
+
+
+def test_questions_are_drawn_the_same_for_the_same_seed(given):
+    everything = read(given)
+    assert [row["id"] for row in everything[:2]] == ["boolq/test/0", "boolq/test/1"]
+    assert len(everything) == 40
+    drawn = [row["id"] for row in read(given, per_task=2)]
+    assert len(drawn) == 16
+    assert drawn == [row["id"] for row in read(given, per_task=2)]
+    assert drawn != [row["id"] for row in read(given, per_task=2, seed=1)]
+    assert [row["id"] for row in read(given, per_task=99)] == [row["id"] for row in everything]
+    chosen = evaluation.read_rows(given.data, "validation", ["piqa"], None, 0)
+    assert [row["id"].rsplit("/", 1)[0] for row in chosen] == ["piqa/train", "piqa/train"]
+
+
+def test_rows_without_names_are_numbered_and_missing_files_named(given, tmp_path):
+    (tmp_path / "test").mkdir()
+    row = render(TASKS["piqa"], Example("q", ("a", "b"), 0))
+    (tmp_path / "test" / "piqa.jsonl").write_text(json.dumps(row) + "\n")
+    assert evaluation.read_rows(tmp_path, "test", ["piqa"], None, 0)[0]["id"] == "piqa/test/0"
+    with pytest.raises(ValueError, match=r"found none for .*boolq"):
+        evaluation.read_rows(tmp_path, "test", NAMES, None, 0)
+    with pytest.raises(ValueError, match=r"expected validation rows, found none; prepare_data.py --validation"):
+        evaluation.read_rows(tmp_path, "validation", NAMES, None, 0)
+
+
+# --- the two modes ----------------------------------------------------------------------------------
+
+
+def plain_score(given, row: dict, word: str, protocol) -> float:
+    """The formula: the sum over the answer's own tokens, one option at a time, no padding, all logits."""
+    before = "" if protocol is None else protocol.before_answer
+    text = f"{evaluation.ask(row, protocol, given.tokenizer)}{before}the correct answer is {word}"
+    others = [text.removesuffix(word) + other for other in row["instruction"].rpartition(": ")[2].split("/")]
+    ids, *rest = (given.tokenizer(t, add_special_tokens=protocol is not None)["input_ids"] for t in [text, *others])
+    shared = next(i for i in range(len(ids)) if len({t[i] if i < len(t) else None for t in rest}) > 1)
+    with torch.no_grad():
+        logits = given.model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return sum(float(logits[i - 1, ids[i]]) for i in range(shared, len(ids)))
+
+
+@pytest.mark.parametrize("name", [None, *PROTOCOLS])
+def test_options_are_scored_by_the_formula(given, exact, name):
+    protocol = PROTOCOLS.get(name)
+    rows = read(given)
+    found = evaluation.scorer(exact.model, exact.tokenizer, protocol)(rows)
+    right = 0
+    for row, prediction in zip(rows, found, strict=True):
+        scores = prediction["log_probabilities"]
+        for word, score in scores.items():
+            assert score == pytest.approx(plain_score(exact, row, word, protocol), abs=1e-9)
+        assert prediction["predicted"] == max(scores, key=scores.get)
+        assert (prediction["id"], prediction["answer"]) == (row["id"], row["answer"])
+        right += prediction["predicted"] == row["answer"]
+    assert 0 < right < len(rows)
+    assert {len(p["log_probabilities"]) for p in found} == {2, 3, 4, 5}
+
+
+def test_a_model_that_keeps_all_logits_scores_the_same(given, exact, monkeypatch):
+    rows = read(given)
+    found = evaluation.scorer(exact.model, exact.tokenizer, None)(rows)
+    monkeypatch.setattr(evaluation.inspect, "signature", lambda f: SimpleNamespace(parameters={}))
+    plain = evaluation.scorer(exact.model, exact.tokenizer, None)(rows)
+    for a, b in zip(found, plain, strict=True):
+        assert a["log_probabilities"] == pytest.approx(b["log_probabilities"], abs=1e-9)
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+@pytest.mark.parametrize("name", [None, "clover"])
+def test_batched_generation_is_one_by_one_generation(given, name, beams):
+    protocol = PROTOCOLS.get(name)
+    predict = evaluation.generator(given.model, given.tokenizer, protocol, beams, new_tokens=6)
+    rows = read(given, per_task=1)
+    together = predict(rows)
+    assert [p["text"] for p in together] == [predict([row])[0]["text"] for row in rows]
+    assert len({p["text"] for p in together}) > 1
+    for row, prediction in zip(rows, together, strict=True):
+        ids = given.tokenizer(
+            evaluation.ask(row, protocol, given.tokenizer), return_tensors="pt", add_special_tokens=bool(protocol)
+        )["input_ids"]
+        if beams == 1:  # the formula
+            new = []
+            for _ in range(6):
+                new.append(int(given.model(input_ids=ids).logits[0, -1].argmax()))
+                if new[-1] == given.tokenizer.eos_token_id:
+                    break
+                ids = torch.cat([ids, torch.tensor([new[-1:]])], dim=1)
+            assert prediction["text"] == given.tokenizer.decode(new, skip_special_tokens=True)
+
+
+def test_a_text_without_an_answer_is_unparsed(given):
+    row = read(given)[0]
+    assert evaluation._parsed(row, "the correct answer is true")["predicted"] == "true"
+    nothing = evaluation._parsed(row, "True? I cannot say")
+    assert nothing["predicted"] is None
+    summary = evaluation.summarise([nothing])
+    assert summary["tasks"]["boolq"]["unparsed"] == 1
+    assert summary["mean"] == 0
+
+
+def test_prompts_are_the_published_ones(given):
+    row = {"instruction": "Q"}
+    gap = " " * 16
+    head = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    asked = f"{head} \n\n{gap}### Instruction:\n{gap}Q\n\n{gap}### Response:\n{gap}"
+    trained = f"{head}  # noqa: E501\n\n{gap}### Instruction:\n{gap}Q\n{gap}\n{gap}### Response:\n{gap}"
+    plain = f"{head}\n\n### Instruction:\nQ\n\n### Response:"
+    assert evaluation.ask(row, PROTOCOLS["llm_adapters"], given.tokenizer) == asked
+    assert PROTOCOLS["llm_adapters"].question("Q", training=True) == trained
+    assert evaluation.ask(row, PROTOCOLS["clover"], given.tokenizer) == plain
+    chat = evaluation.ask(row, None, given.tokenizer)
+    assert chat == "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
+    assert [(p.beams, p.new_tokens) for p in (PROTOCOLS["clover"], PROTOCOLS["llm_adapters"])] == [(1, 32), (4, 32)]
+
+
+# --- resuming, accuracy -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", ["", '{"id": "boolq/te'])
+def test_an_evaluation_that_was_cut_off_goes_on(given, tmp_path, cut):
+    rows, asked = read(given), []
+
+    def predict(batch):
+        if len(asked) == 3 and asked[-1] != "resumed":
+            raise KeyboardInterrupt
+        asked.append(len(batch))
+        return [{"id": r["id"], "task": r["task"], "answer": r["answer"], "predicted": r["answer"]} for r in batch]
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.evaluate(rows, predict, 7, tmp_path / "out", {"mode": "score"})
+    kept = tmp_path / "out" / "predictions.jsonl"
+    kept.write_text(kept.read_text() + cut)
+    with pytest.raises(ValueError, match="expected a new folder or the same evaluation, found another mode"):
+        evaluation.evaluate(rows, predict, 7, tmp_path / "out", {"mode": "generate"})
+    asked.append("resumed")
+    found = evaluation.evaluate(rows, predict, 7, tmp_path / "out", {"mode": "score"})
+    assert asked == [7, 7, 7, "resumed", 7, 7, 5]
+    assert sorted(p["id"] for p in found) == sorted(row["id"] for row in rows)
+    assert [json.loads(line) for line in kept.read_text().splitlines()] == found
+    assert evaluation.evaluate(rows, predict, 7, tmp_path / "out", {"mode": "score"}) == found  # asks nothing more
+    assert asked[-1] == 5
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").touch()
+    with pytest.raises(ValueError, match="expected a new or empty folder, found files"):
+        evaluation.evaluate(rows, predict, 7, tmp_path / "other", {})
+
+
+def test_accuracies_and_intervals():
+    assert evaluation.wilson(8, 10) == pytest.approx([0.490162, 0.943318], abs=1e-5)  # textbook values
+    assert evaluation.wilson(0, 10)[0] == 0
+    assert evaluation.wilson(10, 10)[1] == pytest.approx(1)
+    made = [("boolq", "true", "true")] * 3 + [("boolq", "true", "false")] + [("piqa", "solution1", None)] * 2
+    summary = evaluation.summarise([{"task": t, "answer": a, "predicted": p} for t, a, p in made])
+    assert summary["tasks"].keys() == {"boolq", "piqa"}
+    assert summary["tasks"]["boolq"]["accuracy"] == 0.75
+    assert summary["tasks"]["piqa"]["unparsed"] == 2
+    assert summary["mean"] == 0.375  # of the tasks, however many questions they have
+    half = 1.959964 * (0.75 * 0.25 / 4) ** 0.5 / 2
+    assert summary["interval"] == pytest.approx([0.375 - half, 0.375 + half])
+    assert "| mean | | 37.5% |" in evaluation.show(summary)
+
+
+# --- the script -------------------------------------------------------------------------------------
+
+
+def test_the_script_in_both_modes(given, tmp_path, capsys):
+    common = ["--model", str(given.folder / "model"), "--data", str(given.data), "--batch-size", "8"]
+    adapter = ["--adapter", str(given.folder / "adapter")]
+    for out, options in {
+        "score": [*adapter, "--mode", "score"],
+        "merged": [*adapter, "--mode", "score", "--merge"],
+        "generate": [*adapter, "--new-tokens", "4", "--rows", "2"],
+        "base": ["--mode", "score", "--tasks", "boolq", "piqa"],
+        "validation": ["--mode", "score", "--split", "validation"],
+    }.items():
+        assert script.main([*common, *options, "--out", str(tmp_path / out)]) == 0, capsys.readouterr().err
+    record = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("*/record.json")}
+    kept = {path.parent.name: path.read_text().splitlines() for path in tmp_path.glob("*/predictions.jsonl")}
+    assert {name: len(lines) for name, lines in kept.items()} == {
+        "score": 40, "merged": 40, "generate": 16, "base": 10, "validation": 16,
+    }  # fmt: skip
+    assert record["score"]["tasks"].keys() == TASKS.keys()
+    assert record["score"]["mean"] == record["merged"]["mean"]
+    assert record["base"]["tasks"].keys() == {"boolq", "piqa"}
+    assert record["generate"]["asked"]["beams"] == 1
+    assert record["score"]["environment"]["versions"]["torch"] == torch.__version__
+    assert "instruction" not in "".join(kept["score"])  # row ids, not the data set's text
+    assert "| mean | |" in capsys.readouterr().out
+    assert script.main([*common, *adapter, "--mode", "score", "--out", str(tmp_path / "score")]) == 1
+    assert "found a finished one" in capsys.readouterr().err
+    assert script.main([*common, "--prompt", "zzz", "--out", str(tmp_path / "new")]) == 1
+    assert "expected one of chat, clover, llm_adapters" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    assert script.main([*common[:2], "--out", str(tmp_path / "new")]) == 1
+    assert "--data: expected a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_vllm_generates_where_it_is_installed(given, tmp_path, monkeypatch, beams, capsys):
+    """Against a stand-in with vLLM's interface, which answers with the second option."""
+    answer = given.tokenizer("the correct answer is false solution2 answer2 ending2 option2")["input_ids"]
+    calls = []
+
+    class Engine:
+        def __init__(self, model):
+            calls.append(model)
+
+        def generate(self, prompts, params):
+            calls.append((params.temperature, params.max_tokens))
+            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=answer)]) for _ in prompts]
+
+        def beam_search(self, prompts, params):
+            calls.append((params.beam_width, params.max_tokens))
+            found = [SimpleNamespace(tokens=p["prompt_token_ids"] + answer) for p in prompts]
+            return [SimpleNamespace(sequences=[sequence]) for sequence in found]
+
+    stub = SimpleNamespace(
+        LLM=Engine,
+        SamplingParams=SimpleNamespace,
+        sampling_params=SimpleNamespace(BeamSearchParams=lambda w, t: SimpleNamespace(beam_width=w, max_tokens=t)),
+    )
+    options = ["--model", str(given.folder / "model"), "--data", str(given.data), "--vllm", "--beams", str(beams)]
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    assert script.main([*options, "--out", str(tmp_path / "none")]) == 1
+    assert "pip install vllm" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "vllm", stub)
+    assert script.main([*options, "--out", str(tmp_path / "out")]) == 0
+    assert calls[0] == str(given.folder / "model")
+    assert calls[1] == ((0.0, 32) if beams == 1 else (4, 32))
+    found = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert {name: task["correct"] for name, task in found["tasks"].items()} == {
+        name: 3 if name == "boolq" else 2 for name in TASKS
+    }
+    assert script.main([*options, "--mode", "score", "--out", str(tmp_path / "no")]) == 1
+    assert "pass its folder as --model" in capsys.readouterr().err
+
+
+def test_the_harness_is_asked_for_where_it_is_missing(given, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    options = ["--model", str(given.folder / "model"), "--harness", "arc_easy", "--out", str(tmp_path / "out")]
+    assert script.main(options) == 1
+    assert "pip install lm-eval" in capsys.readouterr().err
