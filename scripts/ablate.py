@@ -1,0 +1,97 @@
+#!/usr/bin/env python
+"""Compares methods on the commonsense suite: trains a grid of (method x learning rate x seed), and prints the table.
+
+    python scripts/ablate.py --config configs/ablations/smollm2.yaml --out runs/smollm2
+    python scripts/ablate.py --config configs/ablations/smollm2.yaml --out runs/smollm2 data.source=folder:my_suite
+    python scripts/ablate.py --table runs/smollm2/records      # the table again, from the records alone
+
+Every method tries as many learning rates, at the first seed, and keeps the one that answers most validation questions.
+Then come the other seeds, and each seed meets the test questions once. Each run is a process of its own; its output is
+in <out>/runs/<run>.log. Stop it at any time: the same command goes on where it was, in the middle of a run too.
+
+Records, one a run, go to <out>/records (or --records); what is recorded there is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from clover_peft.commonsense import ablation, report
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = _parser().parse_intermixed_args(arguments)
+    try:
+        if given.table is not None:
+            return _show(given.table, given.pictures)
+        if given.config is None or given.out is None:
+            raise ValueError("expected --config and --out, or --table")
+        records = given.records or given.out / "records"
+        grid = ablation.read(given.config, given.overrides)
+        if given.step is not None:
+            print(ablation.make(grid, given.step, given.out, records))
+            return 0
+        ablation.make_data(grid, given.out / "data")
+        return _run(given, grid, records) or _show(records, given.pictures or given.out / "pictures")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _run(given: argparse.Namespace, grid: ablation.Ablation, records: Path) -> int:
+    """Makes record after record, each in a process of its own: memory and random numbers start anew."""
+    started = time.monotonic()
+    total = sum(len(method.learning_rates) + 2 * len(grid.seeds) - 1 for method in grid.methods) + 1
+    with tqdm(total=total, initial=len(ablation.load(records)), unit="record") as bar:
+        while (step := ablation.next_step(grid, records)) is not None:
+            if given.minutes is not None and time.monotonic() - started > 60 * given.minutes:
+                bar.write(f"stopping after {given.minutes} minutes; next would be {step}")
+                break
+            bar.set_description(step)
+            log = given.out / "runs" / f"{step}.log"
+            log.parent.mkdir(parents=True, exist_ok=True)
+            command = [sys.executable, __file__, "--config", str(given.config), "--out", str(given.out)]
+            command += ["--records", str(records), "--step", step, *given.overrides]
+            with log.open("a", encoding="utf-8") as file:
+                done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT)
+            if done.returncode:
+                tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:])
+                raise ValueError(f"{step}: ended with status {done.returncode}, see {log}:\n{tail}")
+            bar.update()
+    return 0
+
+
+def _show(records: Path, pictures: Path | None) -> int:
+    found = ablation.load(records)
+    if not found:
+        raise ValueError(f"{records}: expected a folder of records, found none")
+    print(report.markdown(found))
+    if pictures is not None:
+        (pictures / "table.csv").unlink(missing_ok=True)
+        for path in report.plots(found, pictures):
+            print(path, file=sys.stderr)
+        (pictures / "table.csv").write_text(report.as_csv(found), encoding="utf-8")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="a YAML file of configs/ablations/")
+    parser.add_argument("--out", type=Path, help="folder for data, adapters, predictions, logs and pictures")
+    parser.add_argument("--records", type=Path, help="folder for records; by default <out>/records")
+    parser.add_argument("--minutes", type=float, help="start no further run after so many")
+    parser.add_argument("--table", type=Path, metavar="RECORDS", help="only print the table of a folder of records")
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="for pictures and table.csv")
+    parser.add_argument("--step", help="make only this record: <method>-lr<rate>-seed<seed>, or the same with .test")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="on top of the file: seeds=[0,1]")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
