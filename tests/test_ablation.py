@@ -1,0 +1,239 @@
+"""scripts/ablate.py: the order of a grid, choice on validation, its table, and a tiny grid killed and resumed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+pytest.importorskip("trl", reason="needs the train extra: pip install clover-peft[train]")
+
+from clover_peft.commonsense import TASKS, Example, ablation, prepare, render, report
+from tests.tiny import load_script
+from tests.tiny_chat import save_chat_model
+
+ROOT = Path(__file__).parents[1]
+script = load_script("ablate")
+# what a table says of the machine, not of the methods
+MACHINE = {"init_seconds", "train_seconds", "peak_memory_bytes"}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> SimpleNamespace:
+    """A model, a suite of 12 training rows a task, and a grid of two methods, two rates and two seeds over them."""
+    folder = tmp_path_factory.mktemp("ablation")
+    save_chat_model(folder / "model")
+
+    def part(name: str, split: str, count: int) -> list[dict]:
+        task = TASKS[name]
+        choices = ("a", "b", "c", "d", "e")[: task.most] if task.word else ()
+        return [render(task, Example(f"{name} {split} {i}", choices, i % 2)) for i in range(count)]
+
+    train, test = (prepare.number({n: part(n, s, c) for n in TASKS}, s) for s, c in (("train", 12), ("test", 4)))
+    prepare.write(prepare.Suite(train, test), folder / "suite", {})
+    model = {
+        "model": str(folder / "model"),
+        "methods": {"clover": {"peft_type": "CLOVER"}, "lora": {"peft_type": "LORA", "r": 4}},
+    }
+    (folder / "model.yaml").write_text(yaml.safe_dump(model))
+    grid = {
+        "base": [str(folder / "model.yaml")],
+        "settings": {"prompt": "clover", "max_steps": 5, "per_device_train_batch_size": 4, "save_steps": 2},
+        "data": {"source": f"folder:{folder / 'suite'}", "validation": 2, "seed": 1},
+        "methods": {"clover": [0.001, 0.3], "narrow": {"method": "lora", "learning_rates": [0.001, 0.1], "peft.r": 2}},
+        "seeds": [3, 4],
+        "evaluation": {"mode": "score", "rows": 3, "batch_size": 8},
+    }
+    grid["settings"] |= {"disable_tqdm": True, "logging_steps": 1, "warmup_steps": 0, "use_cpu": True}
+    (folder / "configs" / "ablations").mkdir(parents=True)
+    path = folder / "configs" / "ablations" / "tiny.yaml"
+    path.write_text(yaml.safe_dump(grid))
+    return SimpleNamespace(path=path, grid=grid, folder=folder)
+
+
+def fill(path: Path, out: Path) -> list[str]:
+    """Makes all records that are missing, in this process."""
+    grid, made = ablation.read(path), []
+    while (step := ablation.next_step(grid, out / "records")) is not None:
+        ablation.make(grid, step, out, out / "records")
+        made.append(step)
+    return made
+
+
+def same_numbers(records: Path) -> list[dict]:
+    """The table, less what the machine has to do with."""
+    lines = csv.DictReader(io.StringIO(report.as_csv(ablation.load(records))))
+    return [{key: value for key, value in line.items() if key not in MACHINE} for line in lines]
+
+
+def test_a_grid_killed_half_way_resumes_to_the_same_table(tiny, tmp_path, capsys, one_thread):
+    whole = fill(tiny.path, tmp_path / "whole")
+    assert whole[:4] == ["clover-lr0.001-seed3", "clover-lr0.3-seed3", "narrow-lr0.001-seed3", "narrow-lr0.1-seed3"]
+    assert whole[4:6] == ["base.test", whole[5]]
+    assert len(whole) == 4 + 1 + 2 + 2 * 2
+
+    out = tmp_path / "killed"
+    command = [sys.executable, str(ROOT / "scripts" / "ablate.py"), "--config", str(tiny.path), "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 120
+    second = out / "runs" / whole[1]
+    while not list(second.glob("checkpoint-*")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read().decode()[-2000:]
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert [path.stem for path in (out / "records").glob("*.json")] == whole[:1]
+    assert fill(tiny.path, out) == whole[1:]
+    assert same_numbers(out / "records") == same_numbers(tmp_path / "whole" / "records")
+    found = ablation.load(out / "records")
+    logs = [[r["run"]["loss"]["log"] for r in ablation.load(d / "records").values() if "run" in r] for d in (
+        out, tmp_path / "whole")]  # fmt: skip
+    assert logs[0] == logs[1]
+
+    # the records alone make the table and the pictures, and hold no row of the data
+    assert script.main(["--table", str(out / "records"), "--pictures", str(tmp_path / "pictures")]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("| clover |") == 2
+    assert "clover against narrow: " in shown
+    assert "Trained on 80 rows, 2 seed(s); 24 test questions" in shown
+    for name in found:
+        assert name == "base.test" or f"`{name}.json`" in shown or name.endswith(f"seed{3}")
+    made = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    assert made == ["accuracies.png", "losses.png", "parameters.png", "table.csv"]
+    assert "Please choose" not in json.dumps(found)
+    narrow = next(row for row in ablation.rows_of_table(found) if row["method"] == "narrow")
+    assert narrow["parameters"] == 2 * sum((64 + 64, 64 + 32)) * 2  # of rank 2 in peft's targets, q and v, two layers
+    assert (len(narrow["seeds"]), len(narrow["candidates"])) == (2, 2)
+    assert narrow["candidates"][narrow["learning_rate"]] == max(narrow["candidates"].values())
+
+
+def test_an_adapter_that_is_gone_is_trained_again(tiny, tmp_path, one_thread):
+    grid = ablation.read(tiny.path)
+    out, name = tmp_path / "out", "clover-lr0.001-seed3"
+    first = json.loads(ablation.make(grid, name, out, out / "records").read_text())
+    kept = (out / "records" / f"{name}.json").read_bytes()
+    other = json.loads(ablation.make(grid, f"{name}.test", tmp_path / "elsewhere", out / "records").read_text())
+    assert other["trial"] == first["trial"]
+    assert sum(task["questions"] for task in other["test"]["tasks"].values()) == 24
+    assert (out / "records" / f"{name}.json").read_bytes() == kept
+
+
+def write(folder: Path, name: str, method: str, rate: float, seed: int, **parts) -> None:
+    run = {
+        "parameters": {"trainable": 10},
+        "seconds": {"init": 1.0, "train": 2.0},
+        "peak_memory_bytes": 2**20,
+        "adapter_bytes": 2**20,
+        "data": {"train_rows": 5},
+        "loss": {"log": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]},
+    }
+    trial = {"method": method, "learning_rate": rate, "seed": seed}
+    record = {"trial": trial, **({"run": run} if "validation" in parts else {}), **parts}
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(record))
+
+
+def result(accuracy: float) -> dict:
+    task = {"questions": 100, "correct": int(100 * accuracy), "unparsed": 1, "accuracy": accuracy}
+    return {"tasks": {"boolq": task}, "mean": accuracy, "interval": [accuracy - 0.1, accuracy + 0.1]}
+
+
+def test_no_test_question_is_asked_before_every_rate_is_chosen(tiny, tmp_path):
+    grid = ablation.read(tiny.path)
+    folder, order = tmp_path / "records", []
+    better = {0.001: 0.4, 0.3: 0.5, 0.1: 0.4}
+    while (step := ablation.next_step(grid, folder)) is not None:
+        order.append(step)
+        name = step.removesuffix(".test")
+        if name == "base":
+            write(folder, step, "x", 0, 0, test=result(0.1))
+            continue
+        _, trial = ablation._trial(grid, name)
+        part = "test" if step.endswith(".test") else "validation"
+        write(
+            folder, step, trial.method, trial.learning_rate, trial.seed, **{part: result(better[trial.learning_rate])}
+        )
+    # of equal rates the lower one
+    assert order == [
+        "clover-lr0.001-seed3", "clover-lr0.3-seed3", "narrow-lr0.001-seed3", "narrow-lr0.1-seed3", "base.test",
+        "clover-lr0.3-seed3.test", "narrow-lr0.001-seed3.test",
+        "clover-lr0.3-seed4", "clover-lr0.3-seed4.test", "narrow-lr0.001-seed4", "narrow-lr0.001-seed4.test",
+    ]  # fmt: skip
+
+
+def test_the_table_is_arithmetic_on_records(tmp_path):
+    folder = tmp_path / "records"
+    for seed, accuracy in ((0, 0.5), (1, 0.6), (2, 0.7)):
+        write(folder, f"a-lr0.1-seed{seed}", "a", 0.1, seed, validation=result(0.9))
+        write(folder, f"a-lr0.1-seed{seed}.test", "a", 0.1, seed, test=result(accuracy))
+        write(folder, f"b-lr0.2-seed{seed}", "b", 0.2, seed, validation=result(0.3))
+        write(folder, f"b-lr0.2-seed{seed}.test", "b", 0.2, seed, test=result(0.5))
+    write(folder, "a-lr0.3-seed0", "a", 0.3, 0, validation=result(0.8))  # tried, not chosen
+    rows = {row["method"]: row for row in ablation.rows_of_table(ablation.load(folder))}
+    assert rows["a"]["average"] == pytest.approx(0.6)
+    assert rows["a"]["sd"] == pytest.approx(0.1)
+    assert rows["a"]["interval"] == pytest.approx([0.5, 0.7])
+    assert rows["a"]["candidates"] == {0.1: 0.9, 0.3: 0.8}
+    assert rows["a"]["unparsed"] == 3
+    assert ablation.difference(rows["a"], rows["b"]) == pytest.approx((0.1, 0.1 / 3**0.5))
+    shown = report.markdown(ablation.load(folder))
+    assert "| a | 10 | 60.0 | 60.00 ± 10.00 | 50.0 to 70.0 |" in shown
+    assert "- a against b: +10.00 points, standard error 5.77" in shown
+    assert "| a | 0.1 | 0.1: 90.0%, 0.3: 80.0% | 3 | 1.0 | 2 | 1 | 1.0 |" in shown
+    assert report.markdown({}) == "No method has met the test questions yet."
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("methods.clover=[1e-3]", "expected as many learning rates for every method"),
+        ("methods.base=[1e-3, 2e-3]", "none called base"),
+        ("methods.zzz=[1e-3, 2e-3]", "method=zzz: expected one of clover, lora"),
+        ("methods.clover=fast", "methods.clover: expected learning rates"),
+        ("settings.zzz=1", "zzz: unknown"),
+        ("data.zzz=1", "data: expected some of source, tasks"),
+        ("data={rows: 3}", "data.validation: expected a number of rows"),
+        ("evaluation.zzz=1", "evaluation: expected some of mode, rows"),
+        ("seeds=3", "seeds: expected a list"),
+        ("zzz=3", "expected the keys base, settings, data"),
+    ],
+)
+def test_a_wrong_grid_is_refused_before_anything_runs(tiny, tmp_path, change, message, capsys):
+    assert script.main(["--config", str(tiny.path), "--out", str(tmp_path / "out"), change]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_fails_is_named_with_its_log(tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    grid = ablation.read(tiny.path)
+    ablation.make_data(grid, out / "data")
+    (out / "data" / "train.jsonl.gz").write_bytes(b"no gzip")
+    assert script.main(["--config", str(tiny.path), "--out", str(out)]) == 1
+    shown = capsys.readouterr().err
+    assert "clover-lr0.001-seed3: ended with status 1, see " in shown
+    assert "train.jsonl.gz: expected gzip'd JSON lines" in shown
+
+
+def test_the_grids_of_the_repository_are_whole():
+    grids = sorted((ROOT / "configs" / "ablations").glob("*.yaml"))
+    assert grids
+    for path in grids:
+        grid = ablation.read(path, ["settings.use_cpu=true"])
+        assert grid.data.validation > 0
+        assert grid.data.decontaminate
+        assert {"clover", "lora", "dora", "pissa", "hira"} <= {method.name for method in grid.methods}
