@@ -1,0 +1,131 @@
+"""Weights before and after, module by module, and what the modules read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+@dataclass(frozen=True)
+class Change:
+    """One projection's weight before and after.
+
+    Attributes:
+        name: the module's name in the base model.
+        before: (out features, in features), at least float32.
+        after: the same shape.
+    """
+
+    name: str
+    before: Tensor
+    after: Tensor
+
+
+def adapter_changes(model: Any) -> Iterator[Change]:
+    """What merging the active adapters does to each adapted projection; one module is merged at a time and restored.
+
+    Works for every method of peft that merges into a weight.
+
+    Args:
+        model: a `PeftModel` on float weights; load it in float32, as a merge in bfloat16 rounds the update.
+
+    Raises:
+        ValueError: a projection is quantised or already merged, or the method does not merge.
+    """
+    found = False
+    for name, module in model.base_model.model.named_modules():
+        layer: Any = module if isinstance(module, BaseTunerLayer) else None
+        base = layer and layer.get_base_layer()
+        if not isinstance(base, (nn.Linear, Conv1D)):
+            continue
+        found = True
+        if layer.merged or not base.weight.is_floating_point():
+            raise ValueError(f"{name}: expected an unmerged adapter on float weights, found another; reload it so")
+        before = _weight(base)
+        original = base.weight.detach().clone()
+        layer.merge()
+        try:
+            after = _weight(layer.get_base_layer())
+        finally:
+            layer.unmerge()
+            layer.get_base_layer().weight.data.copy_(original)  # not every method restores the very bits
+        yield Change(name, before, after)
+    if not found:
+        raise ValueError("expected adapted projections with a weight, found none")
+
+
+def model_changes(before: nn.Module, after: nn.Module) -> Iterator[Change]:
+    """The projections that differ between two models of one architecture.
+
+    Raises:
+        ValueError: the models share no projection of the same name and shape.
+    """
+    others = {name: module for name, module in after.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    shared = 0
+    for name, module in before.named_modules():
+        other = others.get(name)
+        if not isinstance(module, (nn.Linear, Conv1D)) or other is None or module.weight.shape != other.weight.shape:
+            continue
+        shared += 1
+        one, two = _weight(module), _weight(other)
+        if not torch.equal(one, two):
+            yield Change(name, one, two)
+    if not shared:
+        raise ValueError("expected two models of one architecture, found no projection that both have")
+
+
+def collect_inputs(
+    model: Any, names: Iterable[str], batches: Iterable[dict[str, Tensor]], tokens: int = 256
+) -> dict[str, Tensor]:
+    """What projections read while the model runs without its adapters.
+
+    Args:
+        model: a `PeftModel`, or a plain model.
+        names: modules, as in `Change.name`.
+        batches: inputs of the model; without padding, whose tokens would count.
+        tokens: how many rows to keep of each module, evenly out of all batches.
+
+    Returns:
+        name -> (rows, in features), float32, on the CPU; at most `tokens` rows.
+    """
+    batches = list(batches)
+    inner = model.base_model.model if hasattr(model, "peft_config") else model
+    share = max(1, tokens // max(1, len(batches)))
+    kept: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            rows = inputs[0].detach().flatten(0, -2)
+            chosen = torch.linspace(0, len(rows) - 1, min(share, len(rows)), device=rows.device).long()
+            kept[name].append(rows[chosen].float().cpu())
+
+        return hook
+
+    hooks = [inner.get_submodule(name).register_forward_pre_hook(keep(name)) for name in kept]
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                if hasattr(model, "peft_config"):
+                    with model.disable_adapter():
+                        model(**batch)
+                else:
+                    model(**batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(training)
+    return {name: torch.cat(rows)[:tokens] for name, rows in kept.items() if rows}
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight: Any = module.weight
+    weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    return weight.T.contiguous() if isinstance(module, Conv1D) else weight

@@ -1,0 +1,134 @@
+#!/usr/bin/env python
+"""Says what a fine-tuning did to the weights: rank of the update, intruder dimensions, data on trained directions.
+
+    python scripts/analyze.py --adapter runs/clover/adapter --adapter runs/lora/adapter --out runs/analysis
+    python scripts/analyze.py --before HuggingFaceTB/SmolLM2-135M --after runs/full/model --out runs/analysis
+    python scripts/analyze.py --adapter runs/clover/adapter --texts questions.txt --out runs/analysis
+
+Any method of peft that merges will do. With `--texts` (a text a line) the share of what each projection reads that
+lies on the trained directions is measured too. Writes analysis.json and pictures of the paper's figures 2, 4, 5 and 6.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import statistics
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM
+
+import clover_peft  # noqa: F401  registers CLOVER
+from clover_peft import records
+from clover_peft.analysis import Change, adapter_changes, collect_inputs, measure, model_changes, pictures
+from clover_peft.training.models import find_model, load_trained
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = _parser().parse_args(arguments)
+    try:
+        if bool(given.adapter) == bool(given.before and given.after):
+            raise ValueError("expected --adapter, or --before and --after")
+        if (given.out / "analysis.json").exists():
+            raise ValueError(f"{given.out}: expected a new folder, found an analysis in it; choose another")
+        found = {}
+        if given.adapter:
+            labels = given.label or [path.parent.name for path in given.adapter]
+            if len(set(labels)) != len(given.adapter):
+                raise ValueError(f"--label: expected a name of its own for each adapter, found {labels}")
+            for label, path in zip(labels, given.adapter, strict=True):
+                found[label] = _measure_adapter(label, path, given)
+        else:
+            found[(given.label or ["after"])[0]] = _measure_models(given)
+        made = [] if given.no_pictures else pictures.draw(found, given.out)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(_table(found))
+    options = {key: value for key, value in vars(given).items() if value is not None}
+    record = {"options": options, "environment": records.environment(), "modules": found}
+    for path in [*made, records.write(given.out / "analysis.json", record)]:
+        print(path)
+    return 0
+
+
+def _measure_adapter(label: str, path: Path, given: argparse.Namespace) -> list[dict[str, Any]]:
+    base = given.model or peft.PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+    model, tokenizer = load_trained(find_model(base), path, given.dtype)
+    layers = model.base_model.targeted_module_names
+    inputs = _inputs(model, tokenizer, layers, given.texts)
+    return [_measured(change, inputs, given) for change in _shown(adapter_changes(model), label, len(layers))]
+
+
+def _measure_models(given: argparse.Namespace) -> list[dict[str, Any]]:
+    before, tokenizer = load_trained(find_model(given.before), None, given.dtype)
+    after = AutoModelForCausalLM.from_pretrained(find_model(given.after).path, dtype=given.dtype).to(before.device)
+    names = [name for name, module in before.named_modules() if isinstance(module, torch.nn.Linear)]
+    inputs = _inputs(before, tokenizer, names, given.texts)
+    return [_measured(change, inputs, given) for change in _shown(model_changes(before, after), "after", len(names))]
+
+
+def _measured(change: Change, inputs: dict[str, torch.Tensor], given: argparse.Namespace) -> dict[str, Any]:
+    return measure(change, inputs.get(change.name), top=given.top, threshold=given.threshold)
+
+
+def _inputs(model: Any, tokenizer: Any, names: list[str], texts: Path | None) -> dict[str, torch.Tensor]:
+    if texts is None:
+        return {}
+    opener: Any = gzip.open if texts.suffix == ".gz" else open
+    with opener(texts, "rt", encoding="utf-8") as lines:
+        chosen = list(islice((line.strip() for line in lines if line.strip()), 64))
+    if not chosen:
+        raise ValueError(f"{texts}: expected a text a line, found none")
+    batches = [tokenizer(t, return_tensors="pt", truncation=True, max_length=512).to(model.device) for t in chosen]
+    return collect_inputs(model, names, [{"input_ids": batch["input_ids"]} for batch in batches])
+
+
+def _shown(changes: Iterator[Change], label: str, count: int) -> Iterator[Change]:
+    return iter(tqdm(changes, desc=label, total=count, unit="module"))
+
+
+def _table(found: pictures.Found) -> str:
+    header = ["", "modules", "rank", "effective rank", "of", "relative size", "intruders", "share of input", "chance"]
+    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    for label, modules in found.items():
+        updates = [module["update"] for module in modules]
+        shares = [module["share"] for module in modules if "share" in module]
+        rank, effective = (statistics.mean(update[key] for update in updates) for key in ("rank", "effective_rank"))
+        narrowest = statistics.mean(min(module["shape"]) for module in modules)
+        relative = statistics.mean(update["relative"] for update in updates)
+        intruders = sum(module["intruders"]["count"] for module in modules)
+        trained, chance = (
+            f"{statistics.mean(share[key] for share in shares):.1%}" if shares else "-"
+            for key in ("trained", "chance")
+        )
+        figures = [f"{rank:.1f}", f"{effective:.1f}", f"{narrowest:.1f}", f"{relative:.2%}", str(intruders)]
+        lines.append([label, str(len(modules)), *figures, trained, chance])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapter", type=Path, action="append", help="folder of a peft adapter; again for another")
+    parser.add_argument("--label", action="append", help="its name in table and pictures; by default its folder's")
+    parser.add_argument("--model", help="base of the adapters; by default the one they name")
+    parser.add_argument("--before", help="model, folder or hub name")
+    parser.add_argument("--after", help="the same, fine-tuned")
+    parser.add_argument("--texts", type=Path, help="file with a text a line, .gz too; the first 64 are read")
+    parser.add_argument("--top", type=int, default=10, help="leading singular vectors to look for intruders among")
+    parser.add_argument("--threshold", type=float, default=0.5, help="cosine below which one is an intruder")
+    parser.add_argument("--dtype", default="float32", help="of the weights; bfloat16 would round the update")
+    parser.add_argument("--no-pictures", action="store_true")
+    parser.add_argument("--out", type=Path, required=True, help="folder for analysis.json and pictures")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
