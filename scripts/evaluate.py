@@ -28,7 +28,7 @@ import clover_peft  # noqa: F401  registers CLOVER
 from clover_peft import records
 from clover_peft.commonsense import TASKS, evaluation
 from clover_peft.commonsense.protocols import find_protocol
-from clover_peft.training.models import ModelSource, find_model, load_trained
+from clover_peft.training.models import ModelSource, accelerator, find_model, load_trained
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -95,6 +95,7 @@ def _harness(given: argparse.Namespace, source: ModelSource) -> dict[str, Any]:
         model_args=arguments,
         tasks=given.harness,
         batch_size=given.batch_size,
+        device=str(accelerator()),  # its own default is CUDA
         limit=given.rows,
         task_manager=TaskManager(include_path=given.harness_tasks),
         random_seed=given.seed,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import random
 import sys
 from types import SimpleNamespace
 
@@ -302,3 +304,37 @@ def test_the_harness_is_asked_for_where_it_is_missing(given, tmp_path, monkeypat
     options = ["--model", str(given.folder / "model"), "--harness", "arc_easy", "--out", str(tmp_path / "out")]
     assert script.main(options) == 1
     assert "pip install lm-eval" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="needs lm-evaluation-harness: pip install lm-eval"
+)
+def test_the_harness_loads_adapters(given, tmp_path):
+    """A task of our own: the hub's need the hub."""
+    words = ["cat", "dog", "sky", "sun", "red"]
+    drawn = random.Random(0)
+    questions = [
+        {"question": f"{i} {drawn.choice(words)}", "choices": drawn.sample(words, 3), "answer": i % 3}
+        for i in range(60)
+    ]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "tiny.yaml").write_text(
+        f"task: tiny\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / 'questions.jsonl'}}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_target: answer\n"
+        "doc_to_choice: '{{choices}}'\nmetric_list: [{metric: acc}]\n"
+    )
+    merged = AutoModelForCausalLM.from_pretrained(given.folder / "model")
+    merged = PeftModel.from_pretrained(merged, given.folder / "adapter").merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    given.tokenizer.save_pretrained(tmp_path / "merged")
+    found = {}
+    for name, options in {
+        "adapter": ["--model", str(given.folder / "model"), "--adapter", str(given.folder / "adapter")],
+        "merged": ["--model", str(tmp_path / "merged")],
+        "base": ["--model", str(given.folder / "model")],
+    }.items():
+        options += ["--harness", "tiny", "--harness-tasks", str(tmp_path / "tasks"), "--out", str(tmp_path / name)]
+        assert script.main(options) == 0
+        found[name] = json.loads((tmp_path / name / "record.json").read_text())["results"]["tiny"]["acc,none"]
+    assert found["adapter"] == found["merged"] != found["base"]

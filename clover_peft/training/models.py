@@ -110,6 +110,12 @@ def load_model(source: ModelSource, sft: SFTConfig) -> PreTrainedModel:
     return model
 
 
+def accelerator() -> torch.device:
+    """The machine's accelerator, or the CPU."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
 def load_trained(
     source: ModelSource, adapter: str | Path | None, dtype: str = "float32", merge: bool = False
 ) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -125,8 +131,7 @@ def load_trained(
         The model in evaluation mode, on the accelerator where there is one, and the tokenizer.
     """
     model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype)
-    if torch.accelerator.is_available():
-        model = model.to(torch.accelerator.current_accelerator())
+    model = model.to(accelerator())
     if adapter is not None:
         model = peft.PeftModel.from_pretrained(model, str(adapter))
         if merge:
