@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -555,6 +556,27 @@ class Kill(TrainerCallback):
 
 run(parse(sys.argv[1], sys.argv[2:]), callbacks=[Kill()])
 """
+
+
+def test_parts_learn_at_their_own_rates(settings, tmp_path):
+    plain = run(settings(out="plain"))
+    ones = run(settings(out="ones", **{"peft.learning_rate_factors": {"v_proj": 1, "S": 1.0}}))
+    assert [e["loss"] for e in ones["loss"]["log"]] == [e["loss"] for e in plain["loss"]["log"]]
+    run(settings(out="scaled", **{"peft.learning_rate_factors": {"v_proj": 0, "k_proj": 2}, "max_steps": 1}))
+    run(settings(out="one step", max_steps=1))
+    scaled, one = (
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("scaled", "one step")
+    )
+    moved = {name: scaled[name].abs().max() / one[name].abs().max() for name in one if "clover_S." in name}
+    assert {re.search(r"(\w+)\.clover_S", name)[1]: round(float(ratio), 3) for name, ratio in moved.items()} == {
+        "k_proj": 2.0, "v_proj": 0.0, "up_proj": 1.0,
+    }  # fmt: skip
+    with pytest.raises(
+        ValueError, match=r"learning_rate_factors: zzz: 1: expected .* trained parameter's name, as in"
+    ):
+        run(settings(out="none", **{"peft.learning_rate_factors": {"zzz": 1}}))
+    with pytest.raises(ValueError, match="expected a factor by part of a name, found 3"):
+        settings(**{"peft.learning_rate_factors": 3})
 
 
 def test_a_run_killed_for_real_resumes_bit_for_bit(settings, tiny, tmp_path):

@@ -41,12 +41,14 @@ class Settings:
         job: model, data and what to save.
         sft: TRL's configuration.
         peft: the adapter's configuration, or None for full fine-tuning.
+        learning_rate_factors: see `optimizer.scale_learning_rates`.
         values: the settings as given, after overrides: what a record shows and a resumed run must repeat.
     """
 
     job: JobArguments
     sft: SFTConfig
     peft: peft.PeftConfig | None
+    learning_rate_factors: dict[str, float]
     values: dict[str, Any]
 
 
@@ -55,8 +57,9 @@ def parse(config: str | Path | Sequence[str | Path], overrides: Sequence[str] = 
 
     Top-level keys are fields of `JobArguments` or `trl.SFTConfig`. The `peft` block holds `peft_type` and the fields
     of that type's configuration class, or is null for full fine-tuning. It may hold a `learning_rate` too: good rates
-    differ by method, so the rate belongs to the method; a `learning_rate` outside the block overrides it. A file may
-    hold `methods`, a block of `peft` blocks by name; then the key `method` says which of them is used.
+    differ by method, so the rate belongs to the method; a `learning_rate` outside the block overrides it. So do
+    `learning_rate_factors`, such as `{v_proj: 3}`: some parameters learn that much faster. A file may hold `methods`,
+    a block of `peft` blocks by name; then the key `method` says which of them is used.
 
     Args:
         config: a YAML file, or several; the keys of a later one replace those of an earlier one.
@@ -88,7 +91,9 @@ def parse(config: str | Path | Sequence[str | Path], overrides: Sequence[str] = 
     if block is not None and not isinstance(block, dict):
         raise ValueError(f"peft: expected a block with peft_type, or null, found {block!r}")
     block = dict(block or {})
-    rate = block.pop("learning_rate", None)
+    rate, factors = block.pop("learning_rate", None), block.pop("learning_rate_factors", None) or {}
+    if not isinstance(factors, dict) or not all(type(factor) in (int, float) for factor in factors.values()):
+        raise ValueError(f"peft.learning_rate_factors: expected a factor by part of a name, found {factors!r}")
     if rate is not None:
         flat.setdefault("learning_rate", rate)
     flat.setdefault("include_num_input_tokens_seen", "non_padding")  # for tokens per second
@@ -112,7 +117,7 @@ def parse(config: str | Path | Sequence[str | Path], overrides: Sequence[str] = 
         )
     if job.merge and adapter is None:
         raise ValueError("merge=true: full fine-tuning has nothing to merge; its model is saved in output_dir/model")
-    return Settings(job, sft, adapter, values)
+    return Settings(job, sft, adapter, factors, values)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -145,7 +150,7 @@ def _peft_config(block: dict[str, Any]) -> peft.PeftConfig | None:
     known = {str(getattr(name, "value", name)): cls for name, cls in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     kind = str(kind).upper()
     _check_keys([kind], known, "peft.peft_type=")
-    _check_keys(block, [*_names(known[kind]), "learning_rate"], "peft.")
+    _check_keys(block, [*_names(known[kind]), "learning_rate", "learning_rate_factors"], "peft.")
     return peft.get_peft_config({"task_type": "CAUSAL_LM", **block, "peft_type": kind})
 
 

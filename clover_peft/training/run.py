@@ -24,6 +24,7 @@ from clover_peft.training.arguments import Settings
 from clover_peft.training.cards import change, write_card
 from clover_peft.training.data import Row, load_data
 from clover_peft.training.models import find_model, load_model, load_tokenizer
+from clover_peft.training.optimizer import scale_learning_rates
 
 _SETTINGS = "settings.json"
 _BEFORE = "before.json"
@@ -90,6 +91,7 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
             processing_class=tokenizer,
             callbacks=callbacks,
         )
+    trainer.learning_rate_factors = settings.learning_rate_factors
     if job.merge and _is_sharded(trainer):
         raise ValueError(
             "merge=true: expected the whole model in one process, found it sharded; leave merge out, and merge the "
@@ -233,6 +235,15 @@ def first_and_last(losses: list[float]) -> dict[str, float | None]:
 
 
 class _Trainer(SFTTrainer):
+    learning_rate_factors: dict[str, float] = {}  # noqa: RUF012  set on instances, never changed
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if new and self.learning_rate_factors:
+            scale_learning_rates(optimizer, self.model, self.learning_rate_factors)
+        return optimizer
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes none: TRL's card cannot say how to load the adapter; ours is written beside it at the end."""
 
