@@ -15,6 +15,7 @@ Records, one a run, go to <out>/records (or --records); what is recorded there i
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -32,6 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
             return _show(given.table, given.pictures)
         if given.config is None or given.out is None:
             raise ValueError("expected --config and --out, or --table")
+        if given.jobs < 1:
+            raise ValueError(f"--jobs {given.jobs}: expected at least 1")
         records = given.records or given.out / "records"
         grid = ablation.read(given.config, given.overrides)
         if given.step is not None:
@@ -48,23 +51,50 @@ def _run(given: argparse.Namespace, grid: ablation.Ablation, records: Path) -> i
     """Makes record after record, each in a process of its own: memory and random numbers start anew."""
     started = time.monotonic()
     total = sum(len(method.learning_rates) + 2 * len(grid.seeds) - 1 for method in grid.methods) + 1
+    running: dict[str, subprocess.Popen] = {}
     with tqdm(total=total, initial=len(ablation.load(records)), unit="record") as bar:
-        while (step := ablation.next_step(grid, records)) is not None:
-            if given.minutes is not None and time.monotonic() - started > 60 * given.minutes:
-                bar.write(f"stopping after {given.minutes} minutes; next would be {step}")
-                break
-            bar.set_description(step)
-            log = given.out / "runs" / f"{step}.log"
-            log.parent.mkdir(parents=True, exist_ok=True)
-            command = [sys.executable, __file__, "--config", str(given.config), "--out", str(given.out)]
-            command += ["--records", str(records), "--step", step, *given.overrides]
-            with log.open("a", encoding="utf-8") as file:
-                done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT)
-            if done.returncode:
-                tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:])
-                raise ValueError(f"{step}: ended with status {done.returncode}, see {log}:\n{tail}")
-            bar.update()
-    return 0
+        try:
+            while True:
+                ready = [step for step in ablation.ready_steps(grid, records) if step not in running]
+                if ready and given.minutes is not None and time.monotonic() - started > 60 * given.minutes:
+                    if not running:
+                        bar.write(f"stopping after {given.minutes} minutes; next would be {ready[0]}")
+                        return 0
+                    ready = []
+                for step in ready[: given.jobs - len(running)]:
+                    running[step] = _start(given, step, records)
+                if not running:
+                    return 0
+                bar.set_description(", ".join(running))
+                while not (ended := [step for step, process in running.items() if process.poll() is not None]):
+                    time.sleep(0.2)
+                for step in ended:
+                    if status := running.pop(step).returncode:
+                        log = _log(given, step)
+                        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:])
+                        raise ValueError(f"{step}: ended with status {status}, see {log}:\n{tail}")
+                    bar.update()
+        finally:  # those that still run go on from their checkpoints the next time
+            for process in running.values():
+                process.terminate()
+            for process in running.values():
+                process.wait()
+
+
+def _start(given: argparse.Namespace, step: str, records: Path) -> subprocess.Popen:
+    log = _log(given, step)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, __file__, "--config", str(given.config), "--out", str(given.out)]
+    command += ["--records", str(records), "--step", step, *given.overrides]
+    environment = dict(os.environ)
+    if given.jobs > 1:  # processes that share the cores must not each take all of them
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // given.jobs)))
+    with log.open("a", encoding="utf-8") as file:
+        return subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+
+
+def _log(given: argparse.Namespace, step: str) -> Path:
+    return Path(given.out / "runs" / f"{step}.log")
 
 
 def _show(records: Path, pictures: Path | None) -> int:
@@ -86,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="folder for data, adapters, predictions, logs and pictures")
     parser.add_argument("--records", type=Path, help="folder for records; by default <out>/records")
     parser.add_argument("--minutes", type=float, help="start no further run after so many")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time, on one GPU or sharing the cores")
     parser.add_argument("--table", type=Path, metavar="RECORDS", help="only print the table of a folder of records")
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="for pictures and table.csv")
     parser.add_argument("--step", help="make only this record: <method>-lr<rate>-seed<seed>, or the same with .test")

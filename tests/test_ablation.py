@@ -64,9 +64,9 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
 def fill(path: Path, out: Path) -> list[str]:
     """Makes all records that are missing, in this process."""
     grid, made = ablation.read(path), []
-    while (step := ablation.next_step(grid, out / "records")) is not None:
-        ablation.make(grid, step, out, out / "records")
-        made.append(step)
+    while ready := ablation.ready_steps(grid, out / "records"):
+        ablation.make(grid, ready[0], out, out / "records")
+        made.append(ready[0])
     return made
 
 
@@ -156,8 +156,8 @@ def test_no_test_question_is_asked_before_every_rate_is_chosen(tiny, tmp_path):
     grid = ablation.read(tiny.path)
     folder, order = tmp_path / "records", []
     better = {0.001: 0.4, 0.3: 0.5, 0.1: 0.4}
-    while (step := ablation.next_step(grid, folder)) is not None:
-        order.append(step)
+    while ready := ablation.ready_steps(grid, folder):
+        order.append(step := ready[0])
         name = step.removesuffix(".test")
         if name == "base":
             write(folder, step, "x", 0, 0, test=result(0.1))
@@ -227,6 +227,41 @@ def test_a_run_that_fails_is_named_with_its_log(tiny, tmp_path, capsys):
     shown = capsys.readouterr().err
     assert "clover-lr0.001-seed3: ended with status 1, see " in shown
     assert "train.jsonl.gz: expected gzip'd JSON lines" in shown
+
+
+def test_several_processes_at_a_time_keep_the_order_that_matters(tiny, tmp_path, monkeypatch):
+    out, records = tmp_path / "out", tmp_path / "records"
+    grid, at_once, order = ablation.read(tiny.path), [], []
+    running = []
+
+    def start(given, step, records):
+        found = ablation.load(records)
+        order.append((step, set(found)))
+        running[:] = [process for process in running if process.poll() is None]
+        name = step.removesuffix(".test")
+        if name == "base":
+            record = {"trial": None, "test": result(0.1)}
+        else:
+            trial = vars(ablation._trial(grid, name)[1])
+            record = {"trial": trial, "test" if step.endswith(".test") else "validation": result(0.5)}
+        code = "import pathlib, sys, time; time.sleep(0.3); pathlib.Path(sys.argv[1]).write_text(sys.argv[2])"
+        records.mkdir(exist_ok=True)
+        process = subprocess.Popen([sys.executable, "-c", code, str(records / f"{step}.json"), json.dumps(record)])
+        running.append(process)
+        at_once.append(len(running))
+        return process
+
+    monkeypatch.setattr(script, "_start", start)
+    monkeypatch.setattr(script, "_show", lambda *_: 0)
+    command = ["--config", str(tiny.path), "--out", str(out), "--records", str(records), "--jobs", "3"]
+    assert script.main(command) == 0
+    assert max(at_once) == 3
+    assert len(order) == len({step for step, _ in order}) == len(ablation.load(records)) == 11
+    candidates = {step for step, _ in order[:4]}
+    for step, found in order:
+        assert step in candidates or candidates <= found  # no test question before every rate is chosen
+        assert not step.endswith(".test") or step == "base.test" or step.removesuffix(".test") in found
+    assert script.main([*command[:-1], "0"]) == 1
 
 
 def test_the_grids_of_the_repository_are_whole():

@@ -143,8 +143,8 @@ def make_data(grid: Ablation, folder: Path) -> None:
         prepare.write(suite, folder, vars(grid.data))
 
 
-def next_step(grid: Ablation, results: Path) -> str | None:
-    """Name of the next record to be made, "<trial>" or "<trial>.test", by those there are; None: it is full.
+def ready_steps(grid: Ablation, results: Path) -> list[str]:
+    """Names of the records that can be made now, "<trial>" or "<trial>.test", by those there are; empty: it is full.
 
     All rates of all methods come first, then the tests of the first seed, then further seeds: no test question is
     asked before every learning rate has been chosen.
@@ -154,15 +154,16 @@ def next_step(grid: Ablation, results: Path) -> str | None:
         method.name: [Trial(method.name, rate, grid.seeds[0]).name for rate in method.learning_rates]
         for method in grid.methods
     }
-    steps = [name for names in candidates.values() for name in names]
-    if all(step in found for step in steps):
-        steps = [f"{BASE}.test"]
-        for seed in grid.seeds:
-            for name, trials in candidates.items():
-                rate = choose([found[trial] for trial in trials])["trial"]["learning_rate"]
-                trial = Trial(name, rate, seed).name
-                steps += [trial, f"{trial}.test"]
-    return next((step for step in steps if step not in found), None)
+    missing = [name for names in candidates.values() for name in names if name not in found]
+    if missing:
+        return missing
+    ready = [f"{BASE}.test"]
+    for seed in grid.seeds:
+        for name, trials in candidates.items():
+            rate = choose([found[trial] for trial in trials])["trial"]["learning_rate"]
+            trial = Trial(name, rate, seed).name
+            ready.append(f"{trial}.test" if trial in found else trial)
+    return [step for step in ready if step not in found]
 
 
 def make(grid: Ablation, step: str, out: Path, results: Path) -> Path:
@@ -172,7 +173,7 @@ def make(grid: Ablation, step: str, out: Path, results: Path) -> Path:
 
     Args:
         grid: the grid.
-        step: from `next_step`.
+        step: from `ready_steps`.
         out: folder for data, adapters and predictions.
         results: folder for records.
 
