@@ -1,6 +1,6 @@
 """CLOVER (Cross-Layer Orthogonal Vectors, arXiv 2411.17426) as a PEFT method. Importing registers it with peft."""
 
-from .bases import explicit_factors
+from .bases import explicit_factors, initialize_from_activations
 from .config import CloverConfig
 from .layer import CloverLayer
 from .model import CloverModel
@@ -16,6 +16,7 @@ __all__ = [
     "dequantize",
     "explicit_factors",
     "hotswap_adapter",
+    "initialize_from_activations",
     "lora_errors",
     "merge_onto",
 ]

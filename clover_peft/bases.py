@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,8 +17,9 @@ from torch.distributed.tensor import DTensor
 
 from .architectures import Partner, base_of
 from .blocks import BlockSpec
-from .decomposition import Bases, Factors, factors, gram, pair_bases, qr_bases, svd_bases
+from .decomposition import Bases, Factors, describe_dropped, factors, gram, pair_bases, qr_bases, svd_bases
 from .layer import CloverLayer, onloaded
+from .moments import TOKENS_PER_FEATURE, Moments, Probe, collect_moments, shrink
 
 
 def clover_layers(model: nn.Module) -> list[tuple[str, CloverLayer]]:
@@ -78,9 +82,7 @@ def _computed(
                     bases = _bases(model, spec, weight, bias)
                 except ValueError as error:
                     raise ValueError(f"{layer.name}: {error}") from error
-                tensors.update(clover_U=bases.coordinates, clover_S0=bases.singular_values)
-                if bases.back is not None:
-                    tensors["clover_V"] = bases.back
+                tensors |= _stored(bases)
                 if report is not None:
                     report(layer, spec, bases)
             result[spec.name] = tensors
@@ -111,19 +113,161 @@ def _norms(model: nn.Module, spec: BlockSpec, weight: Tensor) -> Tensor:
     return norms * torch.linalg.vector_norm(shared, dim=1).flatten(0, 1).to(norms.device)
 
 
-def _bases(model: nn.Module, spec: BlockSpec, weight: Tensor, bias: Tensor | None) -> Bases:
-    """Bases of one slice: the pair's by the Grams of both sides, otherwise the projection's own."""
+def _stored(bases: Bases) -> dict[str, Tensor]:
+    """The tensors of bases that a layer holds; an identity is not stored."""
+    found = {"clover_U": bases.coordinates, "clover_S0": bases.singular_values, "clover_V": bases.back}
+    return {attribute: tensor for attribute, tensor in found.items() if tensor is not None}
+
+
+def _bases(
+    model: nn.Module,
+    spec: BlockSpec,
+    weight: Tensor,
+    bias: Tensor | None,
+    own: Moments | None = None,
+    partner: Moments | None = None,
+) -> Bases:
+    """Bases of one slice: the pair's by the Grams of both sides, otherwise the projection's own.
+
+    Moments of activations take the place of the Gram of the weights that compute them. Of a value they are those of
+    what the output projection reads; of a key, which softmax does not mind being shifted, they are centred.
+    """
     g_in = gram(spec.heads.blocks(weight, spec.size), None if bias is None else spec.heads.blocks(bias, spec.size))
-    if spec.partner is not None:
-        heads = spec.partner.heads
-        with _partner_weight(model, spec.partner) as (rows, bias):
-            g = gram(heads.blocks(rows, spec.size), None if bias is None else heads.blocks(bias, spec.size))
-        # Query heads that share a key-value head add up.
-        shared = g.unflatten(0, (spec.heads.count, heads.count // spec.heads.count, -1)).sum(1).flatten(0, 1)
-        bases = pair_bases(g_in, shared.to(g_in.device))
-    else:
+    if spec.partner is None:
+        if own is not None:
+            g_in = shrink(own.second.to(g_in.device), g_in, own.tokens)
         bases = qr_bases(g_in) if spec.basis == "qr" else svd_bases(g_in)
+        return bases if spec.r == spec.size else bases.leading(spec.r)
+    heads = spec.partner.heads
+
+    def per_head(g: Tensor) -> Tensor:  # query heads that share a key-value head add up
+        return g.unflatten(0, (spec.heads.count, heads.count // spec.heads.count, -1)).sum(1).flatten(0, 1)
+
+    with _partner_weight(model, spec.partner) as (rows, bias):
+        g = gram(heads.blocks(rows, spec.size), None if bias is None else heads.blocks(bias, spec.size))
+    g = g.to(g_in.device)
+    if partner is not None and spec.partner.reads:
+        g_in = shrink(per_head(partner.second.to(g)), g_in, partner.tokens)
+    elif partner is not None:
+        g = shrink(partner.second.to(g), g, partner.tokens)
+    if own is not None:
+        g_in = shrink(own.covariance.to(g_in), g_in, own.tokens)
+    bases = pair_bases(g_in, per_head(g))
     return bases if spec.r == spec.size else bases.leading(spec.r)
+
+
+def initialize_from_activations(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], adapter_name: str = "default"
+) -> None:
+    """Make the bases of a new adapter from what the model does with data, instead of from the weights alone (ours).
+
+    In the Grams `R^T R` of the decomposition, moments of activations take the place of weights: of an intra-layer
+    target those of its output, of a value those of what the output projection reads, of key and query those of both.
+    The coordinates `C z` are then uncorrelated on the data, and the leading directions those that carry most of it.
+    The function stays that of the base model, bit for bit. Call it before training; costs one pass over the data.
+
+    Args:
+        model: a model with a CLOVER adapter that is not trained yet.
+        batches: keyword arguments for `model`, such as `{"input_ids": ..., "attention_mask": ...}`. Some ten tokens
+            for each feature of a block are needed.
+        adapter_name: the adapter.
+
+    Raises:
+        ValueError: if the adapter is not there, is merged, trained, folded or to be saved without its bases; if the
+            data does not reach a target, with nothing changed.
+    """
+    inner = inner_model(model)
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    layers = [(path, layer) for path, layer in clover_layers(inner) if adapter_name in layer.specs]
+    _check_new(adapter_name, config, layers)
+    probes: dict[str, Probe] = {}
+    for path, layer in layers:
+        for spec in layer.specs[adapter_name]:
+            if spec.partner is None or not spec.partner.reads:
+                probes[f"{path} ({spec.part})"] = Probe(layer.base_layer, False, spec.heads, spec.size)
+            if spec.partner is not None:
+                module, partner = base_of(inner.get_submodule(spec.partner.path)), spec.partner
+                probes[_beside(path, spec)] = Probe(module, partner.reads, partner.heads, spec.size)
+    found = collect_moments(model, probes, batches)
+    few = {name: m.tokens for name, m in found.items() if m.tokens < TOKENS_PER_FEATURE * probes[name].size}
+    if few:
+        name = min(few, key=few.__getitem__)
+        warnings.warn(
+            f"{name}: {few[name]} tokens for blocks of {probes[name].size} features are few; pass at least "
+            f"{TOKENS_PER_FEATURE * probes[name].size}",
+            stacklevel=2,
+        )
+    made, conditions = [], {}
+    for path, layer in layers:
+        with onloaded(layer.get_base_layer()):
+            weight, bias = layer.transposed_weight(), layer.original_bias
+            for spec in layer.specs[adapter_name]:
+                own, beside = (found.get(name) for name in (f"{path} ({spec.part})", _beside(path, spec)))
+                bases = _bases(inner, spec, weight, bias, own, beside)
+                warn_about_dropped(layer, spec, bases)
+                conditions[f"{path} ({spec.part})"] = (float(bases.condition.max()), layer.compute_dtype)
+                made.append((layer, spec, _stored(bases)))
+    for layer, spec, tensors in made:
+        for attribute, tensor in tensors.items():
+            getattr(layer, attribute)[adapter_name].get(spec.name).copy_(tensor)
+    for _, layer in layers:
+        layer.specs[adapter_name] = tuple(replace(s, from_activations=True) for s in layer.specs[adapter_name])
+    if config is not None:
+        config.from_activations = True
+    warn_about_conditions(conditions)
+
+
+def _beside(path: str, spec: BlockSpec) -> str:
+    return f"{path} ({spec.part}), beside it {spec.partner.path if spec.partner else None}"
+
+
+def _check_new(adapter_name: str, config: Any, layers: list[tuple[str, CloverLayer]]) -> None:
+    if not layers:
+        raise ValueError(f"adapter {adapter_name!r}: expected a model with this CLOVER adapter, found none")
+    if config is not None and config.save_bases is False:
+        raise ValueError(
+            f"adapter {adapter_name!r}: expected save_bases=True or 'folded', found False, which computes the bases "
+            "again from the weights"
+        )
+    for path, layer in layers:
+        layer.check_bases(adapter_name, "initialize")
+        if layer.loaded_by_rank_0:
+            raise ValueError(
+                f"{path}: expected weights in every process, found them in the first alone; leave "
+                "fsdp_cpu_ram_efficient_loading out"
+            )
+        trained = any(bool(s.any()) for s in layer.clover_S[adapter_name].parameters())
+        folded = any(spec.basis == "folded" for spec in layer.specs[adapter_name])
+        if trained or folded or layer.merged:
+            raise ValueError(
+                f"{path}: expected a new adapter that is not merged, found one that is "
+                f"{'trained' if trained else 'folded' if folded else 'merged'}; make another with add_adapter"
+            )
+
+
+def warn_about_dropped(layer: CloverLayer, spec: BlockSpec, bases: Bases) -> None:
+    """Name the blocks of degenerate weights and what is left out of them."""
+    if (dropped := describe_dropped(bases)) is not None:
+        warnings.warn(
+            f"{layer.name} ({spec.part}): degenerate weights; directions dropped, which will not be trained, in "
+            f"block(s) {dropped}",
+            stacklevel=3,
+        )
+
+
+def warn_about_conditions(conditions: Mapping[str, tuple[float, torch.dtype]]) -> None:
+    """Name the target in which rounding is amplified most: name -> condition and the dtype that is computed in."""
+    suspect = {
+        name: condition for name, (condition, dtype) in conditions.items() if condition * torch.finfo(dtype).eps > 0.1
+    }
+    if suspect:
+        worst = max(suspect, key=suspect.__getitem__)
+        warnings.warn(
+            f"{len(suspect)} target(s) are so ill-conditioned that rounding in the compute dtype is amplified to "
+            f"over 10 % of the map; worst: {worst}, condition up to {suspect[worst]:.0f}; compute in float32, or "
+            "leave these modules out with exclude_modules",
+            stacklevel=3,
+        )
 
 
 @torch.no_grad()
@@ -162,6 +306,11 @@ def explicit_factors(model: nn.Module, target: str, adapter_name: str = "default
         if tensors.u is None:
             raise ValueError(
                 f"{layer.name}: the adapter was saved folded and has no bases; save it with save_bases=True"
+            )
+        if spec.from_activations:
+            raise ValueError(
+                f"{layer.name}: expected bases of the weights, found some of activations, whose U and V are not "
+                "orthonormal; make the adapter without initialize_from_activations"
             )
         rows = spec.heads.blocks(weight, spec.size).permute(1, 0, 2)
         if bias is not None:

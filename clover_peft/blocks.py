@@ -46,6 +46,7 @@ class BlockSpec:
         form: "full" (S is r x r) or "diagonal".
         basis: "pair", "qr", "svd", or "folded" (no bases; S is the whole map of an adapter saved folded).
         truncate: drop the directions beyond r.
+        from_activations: the bases were made from moments of activations, not from the weights alone.
         partner: the projection a "pair" basis was made with. Not part of what makes two specs equal.
     """
 
@@ -57,6 +58,7 @@ class BlockSpec:
     form: Literal["full", "diagonal"]
     basis: Literal["pair", "qr", "svd", "folded"]
     truncate: bool
+    from_activations: bool = False
     partner: Partner | None = field(default=None, compare=False)
 
     @property
@@ -144,7 +146,7 @@ def block_spec(config: CloverConfig, key: str, target: TargetSlice, rank: int | 
             "cannot share evenly; pass cross_layer=False"
         )
     if config.folded:
-        return BlockSpec(target.name, target.part, heads, size, size, "full", "folded", False, partner)
+        return BlockSpec(target.name, target.part, heads, size, size, "full", "folded", False, partner=partner)
     return BlockSpec(
         target.name,
         target.part,
@@ -154,5 +156,6 @@ def block_spec(config: CloverConfig, key: str, target: TargetSlice, rank: int | 
         config.s_matrix,
         basis,
         config.truncate and r < size,
+        config.from_activations,
         partner,
     )

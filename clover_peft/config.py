@@ -48,6 +48,7 @@ class CloverConfig(PeftConfig):
         head_dim: Output features of a head, for models that the table does not know.
         num_heads: Heads of each target, for models that the table does not know.
         folded: Set in the config of an adapter saved with `save_bases="folded"`; not for new adapters.
+        from_activations: Set by `initialize_from_activations`; not for new adapters.
         base_precision: Set when the adapter is made: the precision of the base weights, such as "bfloat16".
 
     Raises:
@@ -90,7 +91,9 @@ class CloverConfig(PeftConfig):
     head_dim: int | None = field(default=None, metadata={"help": "Features of a head, for unknown models."})
     num_heads: int | None = field(default=None, metadata={"help": "Heads of each target, for unknown models."})
     folded: bool = field(default=False, metadata={"help": "Set by save_bases='folded'; not for new adapters."})
-
+    from_activations: bool = field(
+        default=False, metadata={"help": "Set by initialize_from_activations; not for new adapters."}
+    )
     base_precision: str | None = field(default=None, metadata={"help": "Set when made: precision of the base."})
 
     def __post_init__(self) -> None:
@@ -154,6 +157,11 @@ class CloverConfig(PeftConfig):
                     )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("CloverConfig: layers_pattern needs layers_to_transform; pass both or neither")
+        if self.from_activations and self.save_bases is False:
+            raise ValueError(
+                "CloverConfig: save_bases=False computes the bases again from the weights, but these were made from "
+                "activations; use save_bases=True or 'folded'"
+            )
         if self.folded and not self.inference_mode:
             raise ValueError(
                 "CloverConfig: a folded adapter holds maps for inference and cannot be trained; load it with "
@@ -172,6 +180,7 @@ class CloverConfig(PeftConfig):
             state.update(
                 r=None, rank_pattern={}, s_matrix="full", basis=None, truncate=False, folded=True, inference_mode=True
             )
+            state.update(from_activations=False)
             config = type(self)(**state)
         PeftConfig.save_pretrained(config, save_directory, **kwargs)
         complete_model_card(os.path.join(save_directory, "README.md"), self.base_model_name_or_path, self.task_type)

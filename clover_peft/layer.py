@@ -352,6 +352,11 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         return self.quantization_backend.backend_name
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the projection computes in, as far as its weight tells; quantised ones usually in bfloat16."""
+        return self.weight.dtype if self.weight.is_floating_point() else torch.bfloat16
+
+    @property
     def can_read_weight(self) -> bool:
         """Whether the base weight can be had as a plain tensor (some quantisations are forward only)."""
         return self.quantization_backend is None or self.quantization_backend.supports_merge

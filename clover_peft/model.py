@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from .architectures import FAMILIES, default_targets, family_of, resolve, unknown_family_message
-from .bases import clover_layers, frozen_tensors
+from .bases import clover_layers, frozen_tensors, warn_about_conditions, warn_about_dropped
 from .blocks import BlockSpec, block_spec
 from .checkpoint import (
     MUCH_CHANGED,
@@ -31,7 +31,7 @@ from .checkpoint import (
     take_checkpoint,
 )
 from .config import CloverConfig
-from .decomposition import Bases, describe_dropped
+from .decomposition import Bases
 from .layer import FROZEN, CloverLayer, onloaded
 
 # Rounding of merged weights above this share of the update is worth a warning.
@@ -112,7 +112,7 @@ class CloverModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._warn_about_block_size(adapter_name, config)
-            self._warn_about_conditions()
+            warn_about_conditions(self._conditions)
             self._spare_broadcasts()
         except BaseException:  # Ctrl-C, too
             _take_out(model, adapter_name)
@@ -194,6 +194,11 @@ class CloverModel(BaseTuner):
                 "run; make the adapter on the unquantised model, or on one that bitsandbytes quantised, save it with "
                 "its bases (save_bases=True or 'folded') and load it here"
             )
+        if bases is None and peft_config.source is None and peft_config.from_activations:
+            raise ValueError(
+                "CloverConfig.from_activations is set by initialize_from_activations; leave it out of the config of a "
+                "new adapter, and call clover_peft.initialize_from_activations(model, batches)"
+            )
         if bases is None and not _on_meta():
             bases = frozen_tensors(self.model, layer, specs, self._report)
         layer.update_layer(
@@ -233,29 +238,8 @@ class CloverModel(BaseTuner):
         return tuple(block_spec(config, key, target, rank) for target in slices)
 
     def _report(self, layer: CloverLayer, spec: BlockSpec, bases: Bases) -> None:
-        name = f"{layer.name} ({spec.part})"
-        if (dropped := describe_dropped(bases)) is not None:
-            warnings.warn(
-                f"{name}: degenerate weights; directions dropped, which will not be trained, in block(s) {dropped}",
-                stacklevel=2,
-            )
-        dtype = layer.weight.dtype if layer.weight.is_floating_point() else torch.bfloat16
-        self._conditions[name] = (float(bases.condition.max()), dtype)
-
-    def _warn_about_conditions(self) -> None:
-        suspect = {
-            name: condition
-            for name, (condition, dtype) in self._conditions.items()
-            if condition * torch.finfo(dtype).eps > 0.1
-        }
-        if suspect:
-            worst = max(suspect, key=suspect.__getitem__)
-            warnings.warn(
-                f"{len(suspect)} target(s) are so ill-conditioned that rounding in the compute dtype is amplified to "
-                f"over 10 % of the map; worst: {worst}, condition up to {suspect[worst]:.0f}; compute in float32, or "
-                "leave these modules out with exclude_modules",
-                stacklevel=2,
-            )
+        warn_about_dropped(layer, spec, bases)
+        self._conditions[f"{layer.name} ({spec.part})"] = (float(bases.condition.max()), layer.compute_dtype)
 
     # ------------------------------------------------------------------ merging
 

@@ -24,6 +24,7 @@ _STRUCTURE = (
     "truncate",
     "rank_pattern",
     "folded",
+    "from_activations",
 )
 
 

@@ -118,7 +118,8 @@ def test_a_grid_killed_half_way_resumes_to_the_same_table(tiny, tmp_path, capsys
     narrow = next(row for row in ablation.rows_of_table(found) if row["method"] == "narrow")
     assert narrow["parameters"] == 2 * sum((64 + 64, 64 + 32)) * 2  # of rank 2 in peft's targets, q and v, two layers
     assert (len(narrow["seeds"]), len(narrow["candidates"])) == (2, 2)
-    assert narrow["candidates"][narrow["learning_rate"]] == max(narrow["candidates"].values())
+    losses = {rate: loss for rate, (_, loss) in narrow["candidates"].items()}
+    assert losses[narrow["learning_rate"]] == min(losses.values())
 
 
 def test_an_adapter_that_is_gone_is_trained_again(tiny, tmp_path, one_thread):
@@ -175,6 +176,25 @@ def test_no_test_question_is_asked_before_every_rate_is_chosen(tiny, tmp_path):
     ]  # fmt: skip
 
 
+def test_rates_are_chosen_by_loss_and_else_by_accuracy():
+    def candidate(rate: float, accuracy: float, **loss: float) -> dict:
+        return {"trial": {"learning_rate": rate}, "validation": {"mean": accuracy, **loss}}
+
+    by_loss = [candidate(0.1, 0.6, loss=0.7), candidate(0.2, 0.5, loss=0.6), candidate(0.3, 0.7, loss=0.6)]
+    assert ablation.choose(by_loss)["trial"]["learning_rate"] == 0.2
+    by_accuracy = [candidate(0.3, 0.7), candidate(0.1, 0.6), candidate(0.2, 0.7)]
+    assert ablation.choose(by_accuracy)["trial"]["learning_rate"] == 0.2
+
+
+def test_a_search_asks_no_test_question(tiny, tmp_path):
+    grid = ablation.read(tiny.path, ["evaluation.test=false"])
+    names = ablation.ready_steps(grid, tmp_path)
+    assert len(names) == 4
+    for name in names:
+        write(tmp_path, name, "clover", 0.1, 3, validation=result(0.5))
+    assert ablation.ready_steps(grid, tmp_path) == []
+
+
 def test_the_table_is_arithmetic_on_records(tmp_path):
     folder = tmp_path / "records"
     for seed, accuracy in ((0, 0.5), (1, 0.6), (2, 0.7)):
@@ -182,19 +202,23 @@ def test_the_table_is_arithmetic_on_records(tmp_path):
         write(folder, f"a-lr0.1-seed{seed}.test", "a", 0.1, seed, test=result(accuracy))
         write(folder, f"b-lr0.2-seed{seed}", "b", 0.2, seed, validation=result(0.3))
         write(folder, f"b-lr0.2-seed{seed}.test", "b", 0.2, seed, test=result(0.5))
-    write(folder, "a-lr0.3-seed0", "a", 0.3, 0, validation=result(0.8))  # tried, not chosen
+    write(folder, "a-lr0.3-seed0", "a", 0.3, 0, validation={**result(0.8), "loss": 0.25})  # tried
     rows = {row["method"]: row for row in ablation.rows_of_table(ablation.load(folder))}
     assert rows["a"]["average"] == pytest.approx(0.6)
     assert rows["a"]["sd"] == pytest.approx(0.1)
     assert rows["a"]["interval"] == pytest.approx([0.5, 0.7])
-    assert rows["a"]["candidates"] == {0.1: 0.9, 0.3: 0.8}
+    assert rows["a"]["candidates"] == {0.1: (0.9, None), 0.3: (0.8, 0.25)}
     assert rows["a"]["unparsed"] == 3
     assert ablation.difference(rows["a"], rows["b"]) == pytest.approx((0.1, 0.1 / 3**0.5))
     shown = report.markdown(ablation.load(folder))
     assert "| a | 10 | 60.0 | 60.00 ± 10.00 | 50.0 to 70.0 |" in shown
     assert "- a against b: +10.00 points, standard error 5.77" in shown
-    assert "| a | 0.1 | 0.1: 90.0%, 0.3: 80.0% | 3 | 1.0 | 2 | 1 | 1.0 |" in shown
-    assert report.markdown({}) == "No method has met the test questions yet."
+    assert "| a | 0.1 | 0.1: 90.0%, 0.3: 80.0% (loss 0.250) | 3 | 1.0 | 2 | 1 | 1.0 |" in shown
+    assert report.markdown({}) == "No method has met the test questions."
+    searched = {name: record for name, record in ablation.load(folder).items() if not name.endswith(".test")}
+    lines = report.markdown(searched).splitlines()
+    assert lines[4] == "| a | 10 | 0.3 | 0.2500 | 80.0% | 5 | 2 | `a-lr0.3-seed0.json` |"
+    assert len(lines) == 4 + 7
 
 
 @pytest.mark.parametrize(

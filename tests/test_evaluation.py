@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import random
 import sys
 from types import SimpleNamespace
@@ -222,6 +223,13 @@ def test_accuracies_and_intervals():
     half = 1.959964 * (0.75 * 0.25 / 4) ** 0.5 / 2
     assert summary["interval"] == pytest.approx([0.375 - half, 0.375 + half])
     assert "| mean | | 37.5% |" in evaluation.show(summary)
+    assert "loss" not in summary  # there are no probabilities
+    made = [("boolq", {"true": -1.0, "false": -2.0}), ("boolq", {"true": -9.0, "false": -9.0}), ("piqa", {"a": -3.0})]
+    scored = [{"task": t, "answer": next(iter(p)), "predicted": None, "log_probabilities": p} for t, p in made]
+    boolq = (math.log(1 + math.exp(-1)) + math.log(2)) / 2
+    summary = evaluation.summarise(scored)
+    assert summary["tasks"]["boolq"]["loss"] == pytest.approx(boolq)
+    assert summary["loss"] == pytest.approx(boolq / 2)  # a single option is certain
 
 
 # --- the script -------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from clover_peft.commonsense import PROTOCOLS
 from clover_peft.training import data, downloads
 from clover_peft.training import models as base_models
 from clover_peft.training.arguments import JobArguments, parse
+from clover_peft.training.optimizer import Muon, orthogonalize
 from clover_peft.training.run import first_and_last, run
 from clover_peft.training.verify import main as verify_main
 from clover_peft.training.verify import verify
@@ -577,6 +578,64 @@ def test_parts_learn_at_their_own_rates(settings, tmp_path):
         run(settings(out="none", **{"peft.learning_rate_factors": {"zzz": 1}}))
     with pytest.raises(ValueError, match="expected a factor by part of a name, found 3"):
         settings(**{"peft.learning_rate_factors": 3})
+
+
+def test_muon_is_torchs_for_every_head():
+    torch.manual_seed(0)
+    for shape in ((3, 6, 6), (2, 4, 8), (2, 8, 4)):
+        stack = torch.nn.Parameter(torch.randn(shape))
+        singles = [torch.nn.Parameter(matrix.clone()) for matrix in stack.detach()]
+        ours = Muon([stack], lr=0.1, weight_decay=0.1)
+        theirs = torch.optim.Muon(singles, lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        for _ in range(3):
+            stack.grad = torch.randn(shape)
+            for matrix, gradient in zip(singles, stack.grad, strict=True):
+                matrix.grad = gradient.clone()
+            ours.step()
+            theirs.step()
+        moved = torch.stack([matrix.detach() for matrix in singles])
+        assert float((stack.detach() - moved).norm() / moved.norm()) < 1e-2  # torch iterates in bfloat16
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(5, 16, 16)))
+    assert values.min() > 0.3
+    assert values.max() < 1.3
+    assert not orthogonalize(torch.zeros(2, 3, 3)).any()
+    with pytest.raises(ValueError, match=r"Muon: expected matrices to train, found a parameter of shape \(3,\)"):
+        Muon([torch.nn.Parameter(torch.zeros(3))])
+
+
+@pytest.mark.parametrize("options", [{"peft.optimizer": "muon"}, {"calibration_rows": 20}])
+def test_muon_and_bases_from_activations_train_and_resume(options, settings, tmp_path):
+    options |= {"max_steps": 8, "save_steps": 4, "peft.learning_rate": 0.02, "questions": 1}
+    whole = run(settings(out="whole", **options))
+    assert whole["loss"]["last"] < whole["loss"]["first"]
+    assert whole["adapter"]["config"]["from_activations"] == ("calibration_rows" in options)
+
+    def stop(control):
+        control.should_training_stop = True
+
+    half = TrainerCallback()
+    half.on_step_end = lambda args, state, control, **_: stop(control) if state.global_step == 4 else None
+    run(settings(out="halved", **options), callbacks=[half])
+    (tmp_path / "halved" / "record.json").unlink()
+    resumed = run(settings(out="halved", resume=True, **options))
+    assert resumed["resumed_from_step"] == 4
+    assert [e["loss"] for e in resumed["loss"]["log"]] == [e["loss"] for e in whole["loss"]["log"]]
+    one, other = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "halved"))
+    assert all(torch.equal(one[name], other[name]) for name in one | other)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        ("clover_full", {"peft.optimizer": "sgd"}, "peft.optimizer: expected muon, found 'sgd'"),
+        ("clover_full", {"peft.optimizer": "muon", "optim": "adafactor"}, "expected no optim beside it"),
+        ("lora", {"calibration_rows": 3}, "calibration_rows: expected peft_type: CLOVER"),
+        ("full", {"calibration_rows": 3}, "calibration_rows: expected peft_type: CLOVER"),
+    ],
+)
+def test_ways_to_train_that_do_not_fit_are_refused(settings, config, options, message):
+    with pytest.raises(ValueError, match=message):
+        settings(config, **options)
 
 
 def test_a_run_killed_for_real_resumes_bit_for_bit(settings, tiny, tmp_path):

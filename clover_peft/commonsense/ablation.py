@@ -1,7 +1,8 @@
 """A grid of (method x learning rate x seed) over one base configuration, and the table that its records make.
 
-Every method gets as many learning rates; the one that answers most validation questions, at the first seed, is the
-method's own. Only then come the other seeds, and then each seed meets the test sets, once.
+Every method gets as many learning rates; the one that is best on the validation questions, at the first seed, is the
+method's own: by its loss where options are scored, which tells rates apart with few questions, else by accuracy. Only
+then come the other seeds, and then each seed meets the test sets, once.
 """
 
 from __future__ import annotations
@@ -64,11 +65,13 @@ class Evaluation:
         mode: "score" or "generate".
         rows: test questions a task, drawn with seed 0; None = all.
         batch_size: questions at a time.
+        test: ask test questions at all; False compares on validation questions alone, as a search does.
     """
 
     mode: str = "score"
     rows: int | None = None
     batch_size: int = 32
+    test: bool = True
 
 
 @dataclass
@@ -155,7 +158,7 @@ def ready_steps(grid: Ablation, results: Path) -> list[str]:
         for method in grid.methods
     }
     missing = [name for names in candidates.values() for name in names if name not in found]
-    if missing:
+    if missing or not grid.evaluation.test:
         return missing
     ready = [f"{BASE}.test"]
     for seed in grid.seeds:
@@ -222,8 +225,9 @@ def _evaluate(grid: Ablation, settings: Any, folder: Path, split: str, out: Path
     else:
         beams, tokens = (protocol.beams, protocol.new_tokens) if protocol else (1, 32)
         predict = evaluation.generator(model, tokenizer, protocol, beams, tokens)
-    predictions = evaluation.evaluate(questions, predict, chosen.batch_size, folder / split, vars(chosen))
-    return {**evaluation.summarise(predictions), "evaluation": vars(chosen), "prompt": settings.job.prompt}
+    given = {key: value for key, value in vars(chosen).items() if key != "test"}
+    predictions = evaluation.evaluate(questions, predict, chosen.batch_size, folder / split, given)
+    return {**evaluation.summarise(predictions), "evaluation": given, "prompt": settings.job.prompt}
 
 
 def load(results: Path) -> dict[str, Record]:
@@ -232,8 +236,14 @@ def load(results: Path) -> dict[str, Record]:
 
 
 def choose(candidates: Sequence[Record]) -> Record:
-    """The candidate with the most right validation answers; of equals the one with the lower rate."""
-    return min(candidates, key=lambda record: (-record["validation"]["mean"], record["trial"]["learning_rate"]))
+    """The candidate with the lowest validation loss, or the most right answers where there is no loss; of equals the
+    one with the lower rate."""
+
+    def rank(record: Record) -> tuple[float, float]:
+        validation = record["validation"]
+        return validation.get("loss", -validation["mean"]), record["trial"]["learning_rate"]
+
+    return min(candidates, key=rank)
 
 
 def rows_of_table(found: dict[str, Record]) -> Iterator[Record]:
@@ -242,9 +252,9 @@ def rows_of_table(found: dict[str, Record]) -> Iterator[Record]:
     Yields:
         `method`, `learning_rate`, `seeds`, `parameters`, `tasks` (name -> mean accuracy over the seeds), `average`,
         `sd` (of the seeds' averages, None for one seed), `averages`, `interval` (95 %, of the questions of all seeds),
-        `candidates` (rate -> validation accuracy), means of `init_seconds`, `train_seconds`, `peak_memory_bytes` and
-        `adapter_bytes`, `train_rows`, `questions`, `unparsed`, `losses` (a list of (step, loss) a seed), and the names
-        of its `records`.
+        `candidates` (rate -> (validation accuracy, loss or None)), means of `init_seconds`, `train_seconds`,
+        `peak_memory_bytes` and `adapter_bytes`, `train_rows`, `questions`, `unparsed`, `losses` (a list of
+        (step, loss) a seed), and the names of its `records`.
     """
     tests = {name.removesuffix(".test"): record for name, record in found.items() if name.endswith(".test")}
     groups: dict[tuple[str, float | None], list[str]] = {}
@@ -256,7 +266,7 @@ def rows_of_table(found: dict[str, Record]) -> Iterator[Record]:
         runs = [found[name]["run"] for name in names if name in found]
         averages = [result["mean"] for result in results]
         candidates = {
-            record["trial"]["learning_rate"]: record["validation"]["mean"]
+            record["trial"]["learning_rate"]: (record["validation"]["mean"], record["validation"].get("loss"))
             for name, record in found.items()
             if "validation" in record and record["trial"]["method"] == method
             if record["trial"]["seed"] == min(tests[n]["trial"]["seed"] for n in names)
@@ -286,6 +296,25 @@ def rows_of_table(found: dict[str, Record]) -> Iterator[Record]:
             "losses": [[(entry["step"], entry["loss"]) for entry in run["loss"]["log"]] for run in runs],
             "records": [name for n in names for name in (n, f"{n}.test") if name in found],
         }
+
+
+def trials(found: dict[str, Record]) -> list[Record]:
+    """All that met the validation questions, best first: `name`, `method`, `learning_rate`, `accuracy`, `loss` (or
+    None), `parameters`, `train_rows` and `train_seconds`."""
+    rows = [
+        {
+            "name": name,
+            **{key: record["trial"][key] for key in ("method", "learning_rate")},
+            "accuracy": record["validation"]["mean"],
+            "loss": record["validation"].get("loss"),
+            "parameters": record["run"]["parameters"]["trainable"],
+            "train_rows": record["run"]["data"]["train_rows"],
+            "train_seconds": record["run"]["seconds"]["train"],
+        }
+        for name, record in found.items()
+        if "validation" in record
+    ]
+    return sorted(rows, key=lambda row: (row["loss"] is None, row["loss"] or 0.0, -row["accuracy"]))
 
 
 def difference(one: Record, other: Record) -> tuple[float, float | None]:

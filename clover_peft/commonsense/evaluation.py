@@ -206,6 +206,8 @@ def summarise(predictions: list[Prediction]) -> dict[str, Any]:
     Returns:
         `tasks` (name -> `questions`, `correct`, `unparsed`, `accuracy`, `interval` by Wilson's formula), and over the
         tasks that were asked the unweighted `mean` with its `interval` (normal, from the tasks' binomial variances).
+        Where options were scored also `loss`, of each task and their mean: the negative log-probability of the right
+        option among its question's, in nats, which tells models apart with far fewer questions than accuracy.
     """
     tasks: dict[str, dict[str, Any]] = {}
     for name in TASKS:
@@ -219,10 +221,20 @@ def summarise(predictions: list[Prediction]) -> dict[str, Any]:
                 "accuracy": correct / len(part),
                 "interval": wilson(correct, len(part)),
             }
+            if all("log_probabilities" in prediction for prediction in part):
+                tasks[name]["loss"] = sum(map(_loss, part)) / len(part)
     mean = sum(task["accuracy"] for task in tasks.values()) / len(tasks)
     variance = sum(t["accuracy"] * (1 - t["accuracy"]) / t["questions"] for t in tasks.values()) / len(tasks) ** 2
     half = _NORMAL * math.sqrt(variance)
-    return {"tasks": tasks, "mean": mean, "interval": [max(0.0, mean - half), min(1.0, mean + half)]}
+    summary = {"tasks": tasks, "mean": mean, "interval": [max(0.0, mean - half), min(1.0, mean + half)]}
+    if all("loss" in task for task in tasks.values()):
+        summary["loss"] = sum(task["loss"] for task in tasks.values()) / len(tasks)
+    return summary
+
+
+def _loss(prediction: Prediction) -> float:
+    scores = prediction["log_probabilities"]
+    return float(torch.tensor(list(scores.values()), dtype=torch.float64).logsumexp(0) - scores[prediction["answer"]])
 
 
 def wilson(correct: int, questions: int) -> list[float]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .ablation import BASE, Record, difference, rows_of_table
+from .ablation import BASE, Record, difference, rows_of_table, trials
 from .tasks import TASKS
 
 _SHORT = {
@@ -27,7 +27,7 @@ def markdown(found: dict[str, Record]) -> str:
     """The table in the paper's layout, what each method took, differences to the first, and where numbers are from."""
     rows = list(rows_of_table(found))
     if not rows:
-        return "No method has met the test questions yet."
+        return _trials(found)
     tasks = [name for name in TASKS if name in rows[0]["tasks"]]
     order = sorted(rows, key=lambda row: (row["method"] == BASE, -row["average"]))
     sections = [
@@ -51,7 +51,7 @@ def markdown(found: dict[str, Record]) -> str:
                 [
                     row["method"],
                     f"{row['learning_rate']:g}",
-                    ", ".join(f"{rate:g}: {accuracy:.1%}" for rate, accuracy in row["candidates"].items()),
+                    ", ".join(f"{rate:g}: {_validation(*found)}" for rate, found in row["candidates"].items()),
                     len(row["seeds"]),
                     f"{row['init_seconds']:.1f}",
                     f"{row['train_seconds']:.0f}",
@@ -168,6 +168,33 @@ def _versus(one: Record, other: Record) -> str:
     gap, error = difference(one, other)
     words = f"{one['method']} against {other['method']}: {100 * gap:+.2f} points"
     return f"- {words}" + (f", standard error {100 * error:.2f}" if error is not None else " (one seed)")
+
+
+def _trials(found: dict[str, Record]) -> str:
+    """What a search found on the validation questions, every trial of it."""
+    rows = trials(found)
+    table = _table(
+        ["method", "params", "rate", "validation loss", "accuracy", "rows", "train s", "record"],
+        [
+            [
+                row["method"],
+                f"{row['parameters']:,}",
+                f"{row['learning_rate']:g}",
+                "-" if row["loss"] is None else f"{row['loss']:.4f}",
+                f"{row['accuracy']:.1%}",
+                f"{row['train_rows']:,}",
+                f"{row['train_seconds']:.0f}",
+                f"`{row['name']}.json`",
+            ]
+            for row in rows
+        ],
+    )
+    note = "No method has met the test questions."
+    return f"{note}\n\n{table}" if rows else note
+
+
+def _validation(accuracy: float, loss: float | None) -> str:
+    return f"{accuracy:.1%}" + ("" if loss is None else f" (loss {loss:.3f})")
 
 
 def _numbers(values: Sequence[int]) -> str:

@@ -41,6 +41,7 @@ class Settings:
         job: model, data and what to save.
         sft: TRL's configuration.
         peft: the adapter's configuration, or None for full fine-tuning.
+        optimizer: "muon", or None for the one that `sft.optim` names.
         learning_rate_factors: see `optimizer.scale_learning_rates`.
         values: the settings as given, after overrides: what a record shows and a resumed run must repeat.
     """
@@ -48,6 +49,7 @@ class Settings:
     job: JobArguments
     sft: SFTConfig
     peft: peft.PeftConfig | None
+    optimizer: str | None
     learning_rate_factors: dict[str, float]
     values: dict[str, Any]
 
@@ -58,8 +60,8 @@ def parse(config: str | Path | Sequence[str | Path], overrides: Sequence[str] = 
     Top-level keys are fields of `JobArguments` or `trl.SFTConfig`. The `peft` block holds `peft_type` and the fields
     of that type's configuration class, or is null for full fine-tuning. It may hold a `learning_rate` too: good rates
     differ by method, so the rate belongs to the method; a `learning_rate` outside the block overrides it. So do
-    `learning_rate_factors`, such as `{v_proj: 3}`: some parameters learn that much faster. A file may hold `methods`,
-    a block of `peft` blocks by name; then the key `method` says which of them is used.
+    `learning_rate_factors`, such as `{v_proj: 3}` (some parameters learn that much faster), and `optimizer: muon`. A
+    file may hold `methods`, a block of `peft` blocks by name; then the key `method` says which of them is used.
 
     Args:
         config: a YAML file, or several; the keys of a later one replace those of an earlier one.
@@ -94,6 +96,11 @@ def parse(config: str | Path | Sequence[str | Path], overrides: Sequence[str] = 
     rate, factors = block.pop("learning_rate", None), block.pop("learning_rate_factors", None) or {}
     if not isinstance(factors, dict) or not all(type(factor) in (int, float) for factor in factors.values()):
         raise ValueError(f"peft.learning_rate_factors: expected a factor by part of a name, found {factors!r}")
+    optimizer = block.pop("optimizer", None)
+    if optimizer not in (None, "muon"):
+        raise ValueError(f"peft.optimizer: expected muon, found {optimizer!r}; others are chosen with optim=...")
+    if optimizer and flat.get("optim"):
+        raise ValueError(f"peft.optimizer={optimizer}: expected no optim beside it, found {flat['optim']!r}")
     if rate is not None:
         flat.setdefault("learning_rate", rate)
     flat.setdefault("include_num_input_tokens_seen", "non_padding")  # for tokens per second
@@ -117,7 +124,9 @@ def parse(config: str | Path | Sequence[str | Path], overrides: Sequence[str] = 
         )
     if job.merge and adapter is None:
         raise ValueError("merge=true: full fine-tuning has nothing to merge; its model is saved in output_dir/model")
-    return Settings(job, sft, adapter, factors, values)
+    if job.calibration_rows and (adapter is None or adapter.peft_type != "CLOVER"):
+        raise ValueError("calibration_rows: expected peft_type: CLOVER, whose bases are made from them")
+    return Settings(job, sft, adapter, optimizer, factors, values)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -150,7 +159,7 @@ def _peft_config(block: dict[str, Any]) -> peft.PeftConfig | None:
     known = {str(getattr(name, "value", name)): cls for name, cls in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     kind = str(kind).upper()
     _check_keys([kind], known, "peft.peft_type=")
-    _check_keys(block, [*_names(known[kind]), "learning_rate", "learning_rate_factors"], "peft.")
+    _check_keys(block, [*_names(known[kind]), "learning_rate", "learning_rate_factors", "optimizer"], "peft.")
     return peft.get_peft_config({"task_type": "CAUSAL_LM", **block, "peft_type": kind})
 
 

@@ -19,6 +19,10 @@ class JobArguments:
     )
     rows: int | None = field(default=None, metadata={"help": "Training rows to draw; by default all."})
     held_out_rows: int = field(default=64, metadata={"help": "Rows set aside and evaluated before and after."})
+    calibration_rows: int = field(
+        default=0,
+        metadata={"help": "Training rows to make CLOVER's bases from, by their activations; 0: from weights."},
+    )
     questions: int = field(default=3, metadata={"help": "Held-out questions answered before and after."})
     answer_tokens: int = field(default=16, metadata={"help": "Longest answer to them, in tokens."})
     skip_bad_rows: bool = field(default=False, metadata={"help": "Leave bad rows out instead of stopping."})

@@ -1,12 +1,99 @@
-"""Learning rates by part: a factor for values, another for keys, and LoRA+'s for B."""
+"""How S is trained: learning rates by part (a factor for values, another for keys, LoRA+'s for B), and Muon."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+# Quintic iteration that brings singular values to about 1 (https://kellerjordan.github.io/posts/muon/).
+_QUINTIC = (3.4445, -4.7750, 2.0315)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose steps are orthogonalised: in an S of many heads, each head's on its own.
+
+    `torch.optim.Muon` takes single matrices; a full S is a stack of them. A step is `0.2 sqrt(max(m, n))` times an
+    orthogonal matrix, about the root mean square of AdamW's, so that learning rates carry over (arXiv 2502.16982).
+
+    Args:
+        params: parameters or groups, as for any optimizer; (..., m, n) each.
+        lr: learning rate.
+        momentum: of the gradients, in Nesterov's form.
+        weight_decay: decoupled, as in AdamW.
+        iterations: of the orthogonalisation.
+
+    Raises:
+        ValueError: if a parameter is no matrix, or no stack of them.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        iterations: int = 5,
+    ) -> None:
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, iterations=iterations))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch.
+
+        Raises:
+            ValueError: if a parameter is no matrix, or no stack of them.
+        """
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            if parameter.ndim < 2:
+                raise ValueError(
+                    f"Muon: expected matrices to train, found a parameter of shape {tuple(parameter.shape)}; train "
+                    "biases with AdamW"
+                )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step, as in torch."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+                direction = orthogonalize(parameter.grad.lerp(momentum, group["momentum"]), group["iterations"])
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                scale = 0.2 * max(parameter.shape[-2:]) ** 0.5
+                parameter.add_(direction.to(parameter), alpha=-group["lr"] * scale)
+        return loss
+
+
+def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
+    """About the nearest orthogonal matrix to each of a stack: singular values of about 1, the same vectors.
+
+    Args:
+        matrices: (..., m, n), any floating dtype.
+        iterations: more come closer, up to a spread of about 0.3 around 1, which is the iteration's own.
+
+    Returns:
+        (..., m, n), at least float32; zeros where a matrix is zero.
+    """
+    x = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
+    wide = x if x.shape[-2] <= x.shape[-1] else x.mT
+    wide = wide / torch.linalg.matrix_norm(wide, keepdim=True).clamp(min=torch.finfo(wide.dtype).tiny)
+    a, b, c = _QUINTIC
+    for _ in range(iterations):
+        square = wide @ wide.mT
+        wide = a * wide + (b * square + c * square @ square) @ wide
+    return wide if x.shape[-2] <= x.shape[-1] else wide.mT
 
 
 def scale_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module, factors: Mapping[str, float]) -> None:

@@ -18,13 +18,13 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl import SFTTrainer
 
-from clover_peft import records
+from clover_peft import initialize_from_activations, records
 from clover_peft.commonsense.protocols import find_protocol
 from clover_peft.training.arguments import Settings
 from clover_peft.training.cards import change, write_card
 from clover_peft.training.data import Row, load_data
 from clover_peft.training.models import find_model, load_model, load_tokenizer
-from clover_peft.training.optimizer import scale_learning_rates
+from clover_peft.training.optimizer import Muon, scale_learning_rates
 
 _SETTINGS = "settings.json"
 _BEFORE = "before.json"
@@ -76,8 +76,7 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
         with _refused_by("peft"):
             model = peft.get_peft_model(model, settings.peft)
     init_seconds = time.perf_counter() - started
-    adapter = _adapter(model) if settings.peft is not None else None
-    if adapter:
+    if adapter := _adapter(model) if settings.peft is not None else None:
         say(f"adapted modules: {', '.join(adapter['modules'])}")
     trainable, total = count_parameters(model)
     say(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
@@ -91,7 +90,15 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
             processing_class=tokenizer,
             callbacks=callbacks,
         )
-    trainer.learning_rate_factors = settings.learning_rate_factors
+    trainer.muon, trainer.learning_rate_factors = settings.optimizer == "muon", settings.learning_rate_factors
+    if job.calibration_rows:
+        started = time.perf_counter()
+        rows = trainer.train_dataset.select(range(min(job.calibration_rows, len(trainer.train_dataset))))
+        say(f"making bases from the activations of {len(rows)} training rows")
+        batches = ({"input_ids": torch.tensor([row["input_ids"]])} for row in rows)
+        initialize_from_activations(model, batches)
+        init_seconds += time.perf_counter() - started
+        adapter = _adapter(model)
     if job.merge and _is_sharded(trainer):
         raise ValueError(
             "merge=true: expected the whole model in one process, found it sharded; leave merge out, and merge the "
@@ -235,10 +242,15 @@ def first_and_last(losses: list[float]) -> dict[str, float | None]:
 
 
 class _Trainer(SFTTrainer):
+    optimizer: Any
+    muon: bool = False
     learning_rate_factors: dict[str, float] = {}  # noqa: RUF012  set on instances, never changed
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         new = self.optimizer is None
+        if new and self.muon:
+            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            self.optimizer = Muon(trained, lr=self.args.learning_rate, weight_decay=self.args.weight_decay)
         optimizer = super().create_optimizer(*args, **kwargs)
         if new and self.learning_rate_factors:
             scale_learning_rates(optimizer, self.model, self.learning_rate_factors)

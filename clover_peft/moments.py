@@ -1,0 +1,178 @@
+"""Second moments of activations, head by head: what a model's data says of its heads, in d x d matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .architectures import HeadSlice
+
+# With fewer tokens for each feature of a block a moment is mostly noise.
+TOKENS_PER_FEATURE = 10
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Activations to collect the moments of.
+
+    Attributes:
+        module: the module that computes or reads them.
+        reads: what the module reads, instead of what it computes.
+        heads: the features that count.
+        size: features of a block, d.
+    """
+
+    module: nn.Module
+    reads: bool
+    heads: HeadSlice
+    size: int
+
+
+@dataclass
+class Moments:
+    """Sums over tokens, of H blocks of d features.
+
+    Attributes:
+        squares: (H, d, d) float64, sum of `z z^T`.
+        sums: (H, d) float64, sum of z.
+        tokens: how many.
+    """
+
+    squares: Tensor
+    sums: Tensor
+    tokens: int = 0
+
+    def add(self, blocks: Tensor) -> None:
+        """Count more tokens: (tokens, H, d), any floating dtype. Costs tokens H d^2, in at least float32."""
+        rows = blocks.permute(1, 2, 0)
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        self.squares += torch.bmm(rows, rows.mT).to(self.squares)
+        self.sums += rows.sum(-1).to(self.sums)
+        self.tokens += len(blocks)
+
+    @property
+    def second(self) -> Tensor:
+        """(H, d, d) float64, the mean of `z z^T`."""
+        return self.squares / max(1, self.tokens)
+
+    @property
+    def covariance(self) -> Tensor:
+        """(H, d, d) float64, the same of the centred z."""
+        mean = self.sums / max(1, self.tokens)
+        return self.second - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+
+
+@torch.no_grad()
+def collect_moments(
+    model: nn.Module, probes: Mapping[str, Probe], batches: Iterable[Mapping[str, Any]]
+) -> dict[str, Moments]:
+    """Runs a model over data, once, and adds up the moments of what its modules compute or read.
+
+    Tokens that `attention_mask` (of an encoder-decoder: `decoder_attention_mask` in the decoder) leaves out do not
+    count. Where both sequences are padded to one length, that is said of what a decoder reads of its encoder, too: pad
+    them apart, or not at all. The model runs in evaluation mode and as it is, with its
+    active adapters; hooks and mode are taken back in any case.
+
+    Args:
+        model: the model to call.
+        probes: what to collect, by any name.
+        batches: keyword arguments of the model; tensors are moved to its device.
+
+    Returns:
+        name -> moments, on the device of the activations.
+
+    Raises:
+        ValueError: if there is no batch, or a module did not run, or something is not finite.
+    """
+    found: dict[str, Moments] = {}
+    masks: dict[str, Tensor] = {}
+    device = next(model.parameters()).device
+    encoder: Any = model.get_encoder() if hasattr(model, "get_encoder") else None  # type: ignore[operator]
+    encoding = set(encoder.modules()) if encoder is not None and encoder is not model else set()
+
+    def add(name: str, probe: Probe, x: Tensor) -> None:
+        blocks = probe.heads.blocks(x, probe.size)
+        both = ["decoder_attention_mask", "attention_mask"]
+        for kind in both if encoding and probe.module not in encoding else both[1:]:
+            if kind in masks and masks[kind].shape == blocks.shape[:-2]:
+                blocks = blocks[masks[kind]]
+                break
+        blocks = blocks.reshape(-1, *blocks.shape[-2:])
+        if name not in found:
+            # Where a device has no float64, sums are kept on the CPU.
+            at = torch.device("cpu") if x.device.type == "mps" else x.device
+            shape = blocks.shape[1:]
+            found[name] = Moments(
+                torch.zeros(*shape, shape[-1], dtype=torch.float64, device=at),
+                torch.zeros(shape, dtype=torch.float64, device=at),
+            )
+        found[name].add(blocks)
+
+    with _watching(model, probes, add):
+        for batch in tqdm(batches, desc="CLOVER moments", unit=" batches", delay=3, leave=False):
+            values = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            masks.clear()
+            masks |= {k: v.bool() for k, v in values.items() if k.endswith("attention_mask") and v is not None}
+            decoded = next((values[k] for k in ("decoder_input_ids", "labels") if values.get(k) is not None), None)
+            if encoding and decoded is not None:
+                masks.setdefault("decoder_attention_mask", torch.ones_like(decoded, dtype=torch.bool))
+            model(**values)
+    if missing := [name for name in probes if name not in found or not found[name].tokens]:
+        raise ValueError(f"{missing[0]}: expected activations, found none; pass batches of tokens that reach it")
+    for name, moments in found.items():
+        if not torch.isfinite(moments.squares).all():
+            raise ValueError(f"{name}: expected finite activations, found NaN or infinite ones; check model and data")
+    return found
+
+
+@contextmanager
+def _watching(model: nn.Module, probes: Mapping[str, Probe], add: Any) -> Iterator[None]:
+    """Within it, `add(name, probe, activations)` is called for every probe, and the model is in evaluation mode."""
+
+    def before(name: str, probe: Probe) -> Any:
+        return lambda module, inputs: add(name, probe, inputs[0])
+
+    def after(name: str, probe: Probe) -> Any:
+        return lambda module, inputs, output: add(name, probe, output)
+
+    modes = {module: module.training for module in model.modules()}
+    hooks = []
+    try:
+        model.eval()
+        for name, probe in probes.items():
+            if probe.reads:
+                hooks.append(probe.module.register_forward_pre_hook(before(name, probe)))
+            else:
+                hooks.append(probe.module.register_forward_hook(after(name, probe)))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes.items():
+            module.training = training
+
+
+def shrink(moment: Tensor, weight_gram: Tensor, tokens: int) -> Tensor:
+    """A moment drawn towards what the weights say, the more the fewer tokens it was made of (ours).
+
+    `(1 - a) M + a t G` with `a = d / (d + tokens)`, and t that gives G the trace of M.
+
+    Args:
+        moment: M, (H, d, d) float64.
+        weight_gram: G, (H, d, d) float64, the Gram of the weights that compute the same features.
+        tokens: that M was made of.
+
+    Returns:
+        (H, d, d) float64.
+    """
+    size = moment.shape[-1]
+    share = size / (size + tokens)
+    trace, weight_trace = (g.diagonal(dim1=-2, dim2=-1).sum(-1).view(-1, 1, 1) for g in (moment, weight_gram))
+    relative = weight_gram / weight_trace.clamp(min=torch.finfo(weight_gram.dtype).tiny)
+    return (1 - share) * moment + share * trace * relative
