@@ -134,7 +134,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Ablation:
     )
     for method in methods:  # a typing error shows now, not after hours
         for rate in method.learning_rates:
-            parse(grid.base, _settings(grid, method, Trial(method.name, rate, grid.seeds[0]), Path("runs")))
+            parse(grid.base, settings_of(grid, method, Trial(method.name, rate, grid.seeds[0]), Path("runs")))
     return grid
 
 
@@ -191,7 +191,7 @@ def make(grid: Ablation, step: str, out: Path, results: Path) -> Path:
     record: Record = {"trial": None, "environment": records.environment()}
     if name != BASE:
         method, trial = _trial(grid, name)
-        settings = parse(grid.base, _settings(grid, method, trial, out))
+        settings = parse(grid.base, settings_of(grid, method, trial, out))
         if not (folder / "record.json").is_file():
             settings.job.resume = folder.exists()
             run(settings)
@@ -200,7 +200,7 @@ def make(grid: Ablation, step: str, out: Path, results: Path) -> Path:
     else:
         first = grid.methods[0]
         trial = Trial(first.name, first.learning_rates[0], grid.seeds[0])
-        settings = parse(grid.base, _settings(grid, first, trial, out))
+        settings = parse(grid.base, settings_of(grid, first, trial, out))
     split = "test" if step.endswith(".test") else "validation"
     if split == "test":
         record.pop("run", None)  # the other record of this trial has it
@@ -346,7 +346,7 @@ def _method(name: str, given: Any) -> Method:
     return Method(name, given.get("method", name), tuple(float(rate) for rate in given["learning_rates"]), more)
 
 
-def _settings(grid: Ablation, method: Method, trial: Trial, out: Path) -> list[str]:
+def settings_of(grid: Ablation, method: Method, trial: Trial, out: Path) -> list[str]:
     """A run's settings as overrides of the base configuration."""
     given = {
         **grid.settings,
