@@ -1,6 +1,6 @@
 """CLOVER (Cross-Layer Orthogonal Vectors, arXiv 2411.17426) as a PEFT method. Importing registers it with peft."""
 
-from .bases import explicit_factors, initialize_from_activations
+from .bases import broadcast_bases, explicit_factors, initialize_from_activations
 from .config import CloverConfig
 from .layer import CloverLayer
 from .model import CloverModel
@@ -13,6 +13,7 @@ __all__ = [
     "CloverConfig",
     "CloverLayer",
     "CloverModel",
+    "broadcast_bases",
     "dequantize",
     "explicit_factors",
     "hotswap_adapter",

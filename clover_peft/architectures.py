@@ -7,7 +7,7 @@ key; everything countable (head size, number of heads, rotated dimensions) is re
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -150,6 +150,9 @@ class Family:
         value_dim: attribute that holds the dimensions of a value head.
         key_value_heads: attribute that holds the number of key-value heads.
         heads: attribute that holds the number of query heads.
+        between: "v" or "k" -> what else stands between it and its partner: "norm", "clip", "stream" (of tokens that
+            attend along), "other" (features that the same projection reads) or "nothing". What a user reads before
+            there is a model; `resolve` finds it on the modules themselves.
     """
 
     projections: dict[str, str | If]
@@ -160,6 +163,7 @@ class Family:
     value_dim: str | None = None
     key_value_heads: str = "num_key_value_heads"
     heads: str = "num_attention_heads"
+    between: dict[str, str | If] = field(default_factory=dict)
 
     @property
     def target_modules(self) -> list[str]:
@@ -206,6 +210,8 @@ class _Layout:
         return cls(tuple(layout.split()), "all")
 
 
+_CLIPPED = If("clip_qkv", "clip", "nothing")
+_NORMED = If("qk_layernorm", "norm", "nothing")
 _LLAMA = Family(
     projections={"q_proj": "q", "k_proj": "k", "v_proj": "v"},
     output="o_proj",
@@ -254,19 +260,26 @@ _QWEN_VISION = Family(projections={"attn.qkv": "q k v"}, output="attn.proj", up=
 _TABLE: list[tuple[str, Family]] = [
     # Decoders.
     (
-        "llama mistral ministral3 gemma gemma2 gemma3_text gemma3n_text qwen2 qwen3 granite cohere olmo olmo2 olmo3 "
-        "exaone4 ernie4_5 seed_oss helium arcee bitnet mllama_text_model qwen2_vl_text qwen2_5_vl_text qwen3_vl_text "
-        "qwen2_moe qwen3_moe internlm3",
+        "llama mistral ministral3 gemma gemma2 gemma3_text qwen2 qwen3 granite cohere olmo2 olmo3 exaone4 ernie4_5 "
+        "seed_oss helium arcee mllama_text_model qwen2_vl_text qwen2_5_vl_text qwen3_vl_text qwen2_moe qwen3_moe "
+        "internlm3",
         _LLAMA,
     ),
-    ("mixtral gpt_oss olmoe granitemoe", replace(_LLAMA, up={})),  # experts are stacks of matrices, no modules
+    ("gemma3n_text bitnet", replace(_LLAMA, between={"v": "norm"})),
+    ("olmo", replace(_LLAMA, between={"v": _CLIPPED})),
+    ("mixtral gpt_oss granitemoe", replace(_LLAMA, up={})),  # experts are stacks of matrices, no modules
+    ("olmoe", replace(_LLAMA, up={}, between={"v": _CLIPPED})),
     ("qwen3_next", replace(_LLAMA, projections={**_LLAMA.projections, "q_proj": "q|gate"})),
     ("cohere2", replace(_LLAMA, positions=If("sliding_window", "rotary", "none"))),
-    ("dbrx", Family(projections={"Wqkv": "q k v"}, output="out_proj", up={}, positions="rotary")),
+    (
+        "dbrx",  # whose attention does not run without clip_qkv
+        Family(projections={"Wqkv": "q k v"}, output="out_proj", up={}, positions="rotary", between={"v": "clip"}),
+    ),
     ("smollm3 llama4_text", replace(_LLAMA, positions=If("use_rope", "rotary", "none"))),
     ("starcoder2", replace(_LLAMA, up={"c_fc": "up"})),
-    ("stablelm nemotron", replace(_LLAMA, positions="partial")),
-    ("phi", replace(_LLAMA, output="dense", up={"fc1": "up"}, positions="partial")),
+    ("nemotron", replace(_LLAMA, positions="partial")),
+    ("stablelm", replace(_LLAMA, positions="partial", between={"k": _NORMED})),
+    ("phi", replace(_LLAMA, output="dense", up={"fc1": "up"}, positions="partial", between={"k": _NORMED})),
     ("glm glm4", replace(_LLAMA, up={"gate_up_proj": "gate up"}, positions="partial")),
     ("phi3", replace(_LLAMA, projections={"qkv_proj": "q k v"}, up={"gate_up_proj": "gate up"}, positions="partial")),
     ("gptj", _GPTJ),
@@ -282,7 +295,7 @@ _TABLE: list[tuple[str, Family]] = [
         ),
     ),
     ("gpt_neox", replace(_GPT_NEOX, head_dim="head_size")),
-    ("persimmon", _GPT_NEOX),
+    ("persimmon", replace(_GPT_NEOX, between={"k": _NORMED})),
     ("bloom", replace(_GPT_NEOX, positions="none")),
     (
         "falcon",
@@ -295,7 +308,16 @@ _TABLE: list[tuple[str, Family]] = [
             key_value_heads="num_kv_heads",
         ),
     ),
-    ("mpt", Family(projections={"Wqkv": "q k v"}, output="out_proj", up={"ffn.up_proj": "up"}, positions="none")),
+    (
+        "mpt",
+        Family(
+            projections={"Wqkv": "q k v"},
+            output="out_proj",
+            up={"ffn.up_proj": "up"},
+            positions="none",
+            between={"v": _CLIPPED, "k": _CLIPPED},
+        ),
+    ),
     (
         "deepseek_v2 deepseek_v3",
         Family(
@@ -372,13 +394,24 @@ _TABLE: list[tuple[str, Family]] = [
     ("qwen3_vl_vision", replace(_QWEN_VISION, up={"mlp.linear_fc1": "up"})),
     # Diffusers' models have no model type and go by their class.
     ("Transformer2DModel", _DIFFUSERS),  # of which the UNets of Stable Diffusion and SDXL are made
-    ("SD3Transformer2DModel", replace(_DIFFUSERS, up={"ff.net.0.proj": "up", "ff_context.net.0.proj": "up"})),
+    (
+        "SD3Transformer2DModel",
+        replace(
+            _DIFFUSERS,
+            up={"ff.net.0.proj": "up", "ff_context.net.0.proj": "up"},
+            between={
+                "v": If("added_kv_proj_dim", "stream", "nothing"),
+                "k": If("added_kv_proj_dim", "stream", If("norm_q", "norm", "nothing")),
+            },
+        ),
+    ),
     (
         "FluxTransformer2DModel",
         replace(
             _DIFFUSERS,
             up={"ff.net.0.proj": "up", "ff_context.net.0.proj": "up", "proj_mlp": "up"},
             positions="rotary",
+            between={"v": If("added_kv_proj_dim", "stream", "other")},
         ),
     ),
 ]

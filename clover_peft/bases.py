@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from .architectures import Partner, base_of
 from .blocks import BlockSpec
 from .decomposition import Bases, Factors, describe_dropped, factors, gram, pair_bases, qr_bases, svd_bases
-from .layer import CloverLayer, onloaded
+from .layer import FROZEN, CloverLayer, onloaded
 from .moments import TOKENS_PER_FEATURE, Moments, Probe, collect_moments, shrink
 
 
@@ -59,9 +59,31 @@ def frozen_tensors(
     """
     if not layer.loaded_by_rank_0:
         return _computed(model, layer, specs, report)
-    found = [_computed(model, layer, specs, report) if dist.get_rank() == 0 else None]
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            found = [_computed(model, layer, specs, report)]
+        except ValueError as error:  # the others wait to hear of it
+            found = [error]
     dist.broadcast_object_list(found, src=0)
+    if isinstance(found[0], ValueError):
+        raise found[0]
     return found[0]
+
+
+def broadcast_bases(model: nn.Module) -> None:
+    """Give all processes the bases of the first one, where unlike machines train together under DDP.
+
+    Processes compute equal bases on equal machines; other linear algebra may turn a singular vector around. All
+    processes must call it, with the model on their devices.
+
+    Args:
+        model: a model with CLOVER adapters.
+    """
+    for _, layer in clover_layers(inner_model(model)):
+        for name, buffer in layer.named_buffers():
+            if name.startswith(FROZEN):
+                dist.broadcast(buffer, src=0)
 
 
 def _computed(
@@ -236,7 +258,7 @@ def _check_new(adapter_name: str, config: Any, layers: list[tuple[str, CloverLay
                 f"{path}: expected weights in every process, found them in the first alone; leave "
                 "fsdp_cpu_ram_efficient_loading out"
             )
-        trained = any(bool(s.any()) for s in layer.clover_S[adapter_name].parameters())
+        trained = layer.is_trained(adapter_name)
         folded = any(spec.basis == "folded" for spec in layer.specs[adapter_name])
         if trained or folded or layer.merged:
             raise ValueError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +33,12 @@ class BlockTensors(NamedTuple):
     v: Tensor | None
     s0: Tensor | None
     norm: Tensor | None
+
+    @classmethod
+    def of(cls, found: Mapping[str, Any]) -> BlockTensors:
+        """From the tensors by the names that a layer has for them."""
+        u, v, s0, norm = (found.get(name) for name in ("clover_U", "clover_V", "clover_S0", "clover_norm"))
+        return cls(found["clover_S"], u, v, s0, norm)
 
 
 @dataclass(frozen=True)
@@ -112,6 +120,12 @@ def block_spec(config: CloverConfig, key: str, target: TargetSlice, rank: int | 
     size = config.block_size if is_attention else config.mlp_block_size
     if size is None:
         size = heads.dim if is_attention else max(n for n in range(1, 65) if heads.features % n == 0)
+    if not is_attention and config.mlp_block_size is None and size < min(8, heads.features):
+        warnings.warn(
+            f"{key}: {heads.features} features have no divisor between 8 and 64, blocks are of {size}, which trains "
+            "little; pass mlp_block_size, or leave the module out with exclude_modules",
+            stacklevel=2,
+        )
     if heads.features % size or (heads.dim % size and size % heads.dim):
         option = "block_size" if is_attention else "mlp_block_size"
         raise ValueError(

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from .bases import fingerprint, frozen_tensors, inner_model
 from .blocks import BlockSpec, BlockTensors
-from .layer import FROZEN, CloverLayer, onloaded
+from .layer import FROZEN, TRAINED, WHOLE, CloverLayer, onloaded
 
 if TYPE_CHECKING:
     from .config import CloverConfig
@@ -99,14 +99,14 @@ def select_for_saving(name: str, layer: CloverLayer, adapter_name: str, config: 
     if bias in state and layer.merged and layer.original_bias is not None:
         state[bias] = layer.original_bias.detach()
     for spec in layer.specs[adapter_name]:
-        keys = _keys(name, adapter_name, spec)
+        keys = _keys(name, adapter_name, spec.name)
         if keys["clover_S"] in state:  # where the model's own state dict leaves the bases out (`SliceTensors`)
             for attribute in spec.base_shapes:
                 if keys[attribute] not in state:
                     state[keys[attribute]] = getattr(layer, attribute)[adapter_name].get(spec.name)
         if config.save_bases is True or spec.basis == "folded" or keys["clover_S"] not in state:
             continue
-        tensors = BlockTensors(state[keys["clover_S"]], *(state.get(keys[attribute]) for attribute in FROZEN))
+        tensors = BlockTensors.of({attribute: state.get(key) for attribute, key in keys.items()})
         for attribute in ("clover_U", "clover_V"):
             state.pop(keys[attribute], None)
         if config.save_bases == "folded":
@@ -121,7 +121,7 @@ def name_bases(name: str, layer: CloverLayer, adapter_name: str, state: dict[str
     one layer: peft names what it finds there. In the file they are without the adapter's name, and with the prefix of
     a `PeftModel` also where the model is a bare one."""
     for spec in layer.specs[adapter_name]:
-        for attribute, key in _keys(name, adapter_name, spec).items():
+        for attribute, key in _keys(name, adapter_name, spec.name).items():
             in_file = f"{name}.{attribute}.{spec.name}".removeprefix(".")
             for found in (in_file, f"base_model.model.{in_file}"):
                 if attribute in spec.base_shapes and key not in state and found in state:
@@ -152,13 +152,15 @@ def take_checkpoint(
         ValueError: naming the module, what was expected, what was found and what to do.
     """
     inner, computed = inner_model(model), None
+    if beside := {a: tuple(t[WHOLE].shape) for a, t in layer.trained(adapter_name).items() if a != "clover_S"}:
+        _check_tensors(layer, config, _keys(name, adapter_name, WHOLE), beside, state)
     for spec in layer.specs[adapter_name]:
-        keys = _keys(name, adapter_name, spec)
+        keys = _keys(name, adapter_name, spec.name)
         probe = _take_probe(name, spec, state)
         expected = {"clover_S": spec.s_shape, **spec.base_shapes}
         if probe is not None:
             expected = {a: shape for a, shape in expected.items() if a not in ("clover_U", "clover_V")}
-        _check_tensors(layer, spec, config, keys, expected, state)
+        _check_tensors(layer, config, keys, expected, state, folded=spec.basis == "folded")
         if config.check_base and (here := fingerprint(inner, layer, spec)) is not None:
             check_fingerprint(layer, spec, config, here, state[keys["clover_norm"]].to(here))
         if probe is None:
@@ -209,8 +211,8 @@ def error_from_rounding(layers: dict[str, CloverLayer], adapter_name: str, confi
                 continue
             weight = layer.transposed_weight()
             for spec in layer.specs[adapter_name]:
-                keys = _keys(name, adapter_name, spec)
-                tensors = BlockTensors(state[keys["clover_S"]], *(state.get(keys[attribute]) for attribute in FROZEN))
+                keys = _keys(name, adapter_name, spec.name)
+                tensors = BlockTensors.of({attribute: state.get(key) for attribute, key in keys.items()})
                 if tensors.s.is_meta:
                     continue
                 folded = spec.residual_map(tensors).to(weight.device)
@@ -221,24 +223,31 @@ def error_from_rounding(layers: dict[str, CloverLayer], adapter_name: str, confi
     return (changed / effect) ** 0.5 if effect else 0.0
 
 
-def check_nothing_left(layers: dict[str, CloverLayer], adapter_name: str, state: dict[str, Tensor]) -> None:
-    """Refuse a file that holds more of the adapter than the model has a place for.
+def check_nothing_left(
+    model: nn.Module,
+    layers: dict[str, CloverLayer],
+    adapter_name: str,
+    config: CloverConfig,
+    state: dict[str, Tensor],
+) -> None:
+    """Refuse a file that holds more than the adapter: maps without a place in the model, or weights of the base.
 
     Args:
+        model: the model that is loaded into.
         layers: the adapter's layers by their paths, as in the keys of `state`.
         adapter_name: the adapter.
+        config: its config.
         state: the file's tensors by the model's keys.
 
     Raises:
         ValueError: naming the first tensor that is left over.
     """
-    known = {
-        _keys(name, adapter_name, spec)[attribute]
-        for name, layer in layers.items()
-        for spec in layer.specs[adapter_name]
-        for attribute in ("clover_S", *spec.base_shapes)
-    }
-    attributes = {"clover_S", *FROZEN}
+    known = set()
+    for name, layer in layers.items():
+        parts = [(a, spec.name) for spec in layer.specs[adapter_name] for a in spec.base_shapes]
+        parts += [(a, part) for a, tensors in layer.trained(adapter_name).items() for part in tensors]
+        known |= {_keys(name, adapter_name, part)[attribute] for attribute, part in parts}
+    attributes = {*TRAINED, *FROZEN}
     left = sorted(key for key in state if key not in known and attributes & set(key.split(".")))
     if left:
         module, _, tensor = left[0].removeprefix("base_model.model.").rpartition(".clover_")
@@ -247,6 +256,24 @@ def check_nothing_left(layers: dict[str, CloverLayer], adapter_name: str, state:
             f"{len(left) - 1} more tensors in its file without a place in this model; load it with its own "
             "adapter_config.json (a folded one takes folded files only) onto the base model it was trained on"
         )
+    # Peft saves embeddings that were resized, and biases that are trained, under the base model's own names.
+    embeddings = {m for m in (_embedding(model, "input"), _embedding(model, "output")) if m is not None}
+    for path, module in model.named_modules():
+        for name, _ in module.named_parameters(recurse=False):
+            key = f"{path}.{name}".removeprefix(".")
+            own = adapter_name in key.split(".") or module in embeddings or (name == "bias" and config.bias != "none")
+            if key in state and not own:
+                raise ValueError(
+                    f"{key}: expected no weights of the base model in the adapter's file, found some, which would "
+                    "replace its own; the file was not written by save_pretrained, take a copy that was"
+                )
+
+
+def _embedding(model: nn.Module, side: str) -> nn.Module | None:
+    try:
+        return getattr(model, f"get_{side}_embeddings")()
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def check_source(config: CloverConfig) -> None:
@@ -267,9 +294,7 @@ def check_source(config: CloverConfig) -> None:
 
 def is_untouched(layers: dict[str, CloverLayer], adapter_name: str) -> bool:
     """Whether the adapter is still as it was made: nothing loaded, nothing trained."""
-    return all(
-        s.is_meta or not s.any() for layer in layers.values() for s in layer.clover_S[adapter_name].parameters()
-    )
+    return not any(layer.is_trained(adapter_name) for layer in layers.values())
 
 
 def _take_probe(name: str, spec: BlockSpec, state: dict[str, Tensor]) -> Tensor | None:
@@ -280,11 +305,10 @@ def _take_probe(name: str, spec: BlockSpec, state: dict[str, Tensor]) -> Tensor 
     return found[0] if found else None
 
 
-def _keys(name: str, adapter_name: str, spec: BlockSpec) -> dict[str, str]:
+def _keys(name: str, adapter_name: str, part: str) -> dict[str, str]:
+    """Attribute -> key of what a layer holds by the name of a slice, or `WHOLE`."""
     prefix = f"{name}." if name else ""
-    return {
-        attribute: f"{prefix}{attribute}.{adapter_name}.{spec.name}" for attribute in ("clover_S", *FROZEN, _PROBE)
-    }
+    return {attribute: f"{prefix}{attribute}.{adapter_name}.{part}" for attribute in (*TRAINED, *FROZEN, _PROBE)}
 
 
 def _probe(coordinates: Tensor) -> Tensor:
@@ -295,14 +319,14 @@ def _probe(coordinates: Tensor) -> Tensor:
 
 def _check_tensors(
     layer: CloverLayer,
-    spec: BlockSpec,
     config: CloverConfig,
     keys: dict[str, str],
     expected: dict[str, tuple[int, ...]],
     state: dict[str, Tensor],
+    folded: bool = False,
 ) -> None:
     missing = [attribute for attribute in expected if keys[attribute] not in state]
-    if missing or (spec.basis == "folded" and keys["clover_S0"] in state):
+    if missing or (folded and keys["clover_S0"] in state):
         raise ValueError(
             f"{layer.name}: expected {sorted(expected)} in the adapter's file, found "
             f"{sorted(a for a in keys if keys[a] in state)}; it belongs to another configuration, or was saved folded "

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from huggingface_hub import try_to_load_from_cache
 from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
@@ -33,7 +34,9 @@ class CloverConfig(PeftConfig):
             "svd".
         truncate: Drop the directions beyond the leading r instead of leaving them as they are: the initial function is
             that of the truncated base (the paper's CLOVER-dagger without narrowing). Needs `r` or `rank_pattern`.
-        clover_dropout: Dropout probability on the input of the map.
+        low_rank: Rank of a part `B A x` beside the maps, which can leave the row space of the weight, as a map of the
+            projection's output cannot; B starts at zero. 0 for none.
+        clover_dropout: Dropout probability on the input of the map, and of the low-rank part.
         bias: "none", "all" or "clover_only": which biases of the base are trained too.
         save_bases: True saves the bases with S (self-contained). False saves S alone; the bases are recomputed at load
             and checked. "folded" saves one d x d map per block, for inference.
@@ -70,6 +73,7 @@ class CloverConfig(PeftConfig):
     mlp_block_size: int | None = field(default=None, metadata={"help": "Features per block of other projections."})
     basis: Literal["qr", "svd"] | None = field(default=None, metadata={"help": "Basis of intra-layer targets."})
     truncate: bool = field(default=False, metadata={"help": "Drop the directions beyond r instead of keeping them."})
+    low_rank: int = field(default=0, metadata={"help": "Rank of a part B A x beside the maps; 0 for none."})
     clover_dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the input of the map."})
     bias: Literal["none", "all", "clover_only"] = field(
         default="none", metadata={"help": "Biases of the base to train: 'none', 'all' or 'clover_only'."}
@@ -97,10 +101,12 @@ class CloverConfig(PeftConfig):
     base_precision: str | None = field(default=None, metadata={"help": "Set when made: precision of the base."})
 
     def __post_init__(self) -> None:
+        # No field: the folder of the weights that are loaded next, "" where it is not known, None for an adapter of
+        # one's own. An adapter that is to be loaded keeps the file's facts, and is taken out if the file does not fit.
+        # Only a config that was read from a file has peft's version already.
+        self.source: str | None = None if self.peft_version is None else ""
         super().__post_init__()
         self.peft_type = CLOVER
-        # No field: where the weights that are loaded next come from. An adapter that they do not fit is taken out.
-        self.source: str | None = None
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
@@ -125,6 +131,8 @@ class CloverConfig(PeftConfig):
     def _check_numbers(self) -> None:
         for name in ("r", "block_size", "mlp_block_size", "head_dim", "num_heads"):
             _check_positive(name, getattr(self, name), optional=True)
+        if self.low_rank != 0 or isinstance(self.low_rank, bool):
+            _check_positive("low_rank", self.low_rank)
         if not isinstance(self.rank_pattern, dict):
             raise ValueError(
                 f"CloverConfig.rank_pattern: expected a dict of names to ranks, found {self.rank_pattern!r}"
@@ -144,6 +152,11 @@ class CloverConfig(PeftConfig):
             )
         if self.truncate and self.r is None and not self.rank_pattern:
             raise ValueError("CloverConfig: truncate=True drops the directions beyond r; pass r=... or rank_pattern")
+        if self.truncate and self.clover_dropout:
+            raise ValueError(
+                "CloverConfig: with truncate=True the map replaces a head's output, which clover_dropout would drop; "
+                "use one of the two"
+            )
         if self.truncate and self.basis == "qr":
             raise ValueError(
                 "CloverConfig: truncate=True needs leading directions, which the QR basis has not; use basis='svd'"
@@ -187,13 +200,20 @@ class CloverConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """Load a config; a local adapter's weight file is checked first, so that a broken one changes no model.
+        """Load a config; the weight file beside it, where it is local or in the hub's cache, is checked first, so that
+        a broken one changes no model.
 
         Raises:
             ValueError: if `adapter_model.safetensors` beside the config is truncated, corrupt or of another method.
         """
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
-        check_weight_file(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
+        file = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+        if not os.path.isdir(pretrained_model_name_or_path):
+            name = f"{subfolder}/{SAFETENSORS_WEIGHTS_NAME}" if subfolder else SAFETENSORS_WEIGHTS_NAME
+            known = {key: kwargs[key] for key in ("cache_dir", "revision") if kwargs.get(key)}
+            cached = try_to_load_from_cache(pretrained_model_name_or_path, name, **known)
+            file = cached if isinstance(cached, str) else file
+        check_weight_file(file)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         config.source = folder
         return config

@@ -6,7 +6,8 @@ With `z = W x + b` the frozen projection's output and `z_h` its features in bloc
     y_h = z_h + E_h dS_h C_h z_h            S = S0 + dS
     y_h =       E_h (S0 + dS_h) C_h z_h     with truncate=True
 
-`clover_U` holds C, `clover_V` holds E and `clover_S` the trained dS, zero at the start.
+`clover_U` holds C, `clover_V` holds E and `clover_S` the trained dS, zero at the start. With `low_rank` a part `B A x`
+of the projection's input is added to y: `clover_A`, and `clover_B`, zero at the start.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +32,9 @@ from transformers.pytorch_utils import Conv1D
 from .architectures import in_features, out_features
 from .blocks import BlockSpec, BlockTensors
 
+TRAINED = ("clover_S", "clover_A", "clover_B")
 FROZEN = ("clover_U", "clover_V", "clover_S0", "clover_norm")
+WHOLE = "weight"  # the name of what belongs to all of a target
 
 
 class SliceTensors(nn.Module):
@@ -131,7 +135,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         quantization_kwargs: what peft's quantisation backends need from the model.
     """
 
-    adapter_layer_names: tuple[str, ...] = ("clover_S",)
+    adapter_layer_names: tuple[str, ...] = TRAINED
     other_param_names: tuple[str, ...] = (*FROZEN, "clover_dropout", "specs")
 
     def __init__(
@@ -141,6 +145,8 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.name = name
         self.clover_S = nn.ModuleDict()
+        self.clover_A = nn.ModuleDict()
+        self.clover_B = nn.ModuleDict()
         self.clover_U = nn.ModuleDict()
         self.clover_V = nn.ModuleDict()
         self.clover_S0 = nn.ModuleDict()
@@ -167,6 +173,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         specs: tuple[BlockSpec, ...],
         bases: dict[str, dict[str, Tensor]] | None,
         *,
+        low_rank: int = 0,
         dropout: float = 0.0,
         init_weights: bool = True,
         inference_mode: bool = False,
@@ -181,6 +188,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
                 be loaded.
             empty_device: where tensors are that are left to be loaded; the meta device takes no values, but others in
                 their place.
+            low_rank: rank of the part beside the maps.
             dropout: probability on the input of the map.
             init_weights: True starts at the base model, False visibly elsewhere.
             inference_mode: the adapter is not trained.
@@ -208,18 +216,48 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         flags = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
         persistent = self.quantization_backend is not None or not all(parse_flag_from_env(name) for name in flags)
         self.specs[adapter_name] = specs
-        self.clover_S[adapter_name] = SliceTensors(s, trainable=True, guarded=self.quantization_backend is not None)
+        trained = {"clover_S": s, **self._low_rank_start(low_rank, init_weights, dtype, device)}
+        for attribute, tensors in trained.items():
+            guarded = self.quantization_backend is not None
+            getattr(self, attribute)[adapter_name] = SliceTensors(tensors, trainable=True, guarded=guarded)
         for attribute, tensors in frozen.items():
             getattr(self, attribute)[adapter_name] = SliceTensors(tensors, persistent=persistent)
         self.clover_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self._missing_bases.discard(adapter_name)
         if next(self.clover_S[adapter_name].parameters()).is_meta:  # also under `init_empty_weights`
-            for attribute in frozen:
+            for attribute in (*trained, *frozen):
                 getattr(self, attribute)[adapter_name].to("meta")
             self._missing_bases.add(adapter_name)
         elif bases is None:
             self._missing_bases.add(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _low_rank_start(
+        self, rank: int, init_weights: bool, dtype: torch.dtype, device: torch.device
+    ) -> dict[str, dict[str, Tensor]]:
+        """A (rank, in) and B (out, rank) at their start, as LoRA's; nothing for rank 0."""
+        if not rank:
+            return {}
+        a = torch.empty(rank, self.in_features, dtype=dtype, device=device)
+        b = torch.zeros(self.out_features, rank, dtype=dtype, device=device)
+        nn.init.kaiming_uniform_(a, a=5**0.5)
+        if not init_weights:
+            nn.init.normal_(b, std=0.1)
+        return {"clover_A": {WHOLE: a}, "clover_B": {WHOLE: b}}
+
+    def trained(self, adapter_name: str) -> dict[str, dict[str, Tensor]]:
+        """The trained tensors of an adapter: attribute -> slice name -> tensor."""
+        return {
+            attribute: dict(getattr(self, attribute)[adapter_name].named_parameters())
+            for attribute in TRAINED
+            if adapter_name in getattr(self, attribute)
+        }
+
+    def is_trained(self, adapter_name: str) -> bool:
+        """Whether the adapter is no longer as it started: with numbers in S or B. Without weights it is not."""
+        trained = self.trained(adapter_name)
+        tensors = [t for a in ("clover_S", "clover_B") for t in trained.get(a, {}).values()]
+        return any(not t.is_meta and bool(t.any()) for t in tensors)
 
     def bases_to_share(self, specs: tuple[BlockSpec, ...]) -> dict[str, dict[str, Tensor]] | None:
         """The frozen tensors of an adapter of this layer with the same structure, if there is one.
@@ -248,7 +286,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
 
     def tensors(self, adapter_name: str, spec: BlockSpec) -> BlockTensors:
         """The tensors of one slice of an adapter."""
-        return BlockTensors(*(getattr(self, a)[adapter_name].get(spec.name) for a in ("clover_S", *FROZEN)))
+        return BlockTensors.of({a: getattr(self, a)[adapter_name].get(spec.name) for a in ("clover_S", *FROZEN)})
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, also one whose bases never came."""
@@ -286,7 +324,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         target = device or self.weight.device
         if target.type == "meta":
             return
-        for attribute in ("clover_S", *FROZEN):
+        for attribute in (*TRAINED, *FROZEN):
             tensors = getattr(self, attribute)
             if adapter_name in tensors and not any(
                 t.is_meta for t in (*tensors[adapter_name].parameters(), *tensors[adapter_name].buffers())
@@ -296,11 +334,9 @@ class CloverLayer(nn.Module, BaseTunerLayer):
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         for adapter_name in list(self._missing_bases):
-            needed = [
-                f"{prefix}{attribute}.{adapter_name}.{spec.name}"
-                for spec in self.specs[adapter_name]
-                for attribute in ("clover_S", *spec.base_shapes)
-            ]
+            names = [(a, spec.name) for spec in self.specs[adapter_name] for a in spec.base_shapes]
+            names += [(a, name) for a, tensors in self.trained(adapter_name).items() for name in tensors]
+            needed = [f"{prefix}{attribute}.{adapter_name}.{name}" for attribute, name in names]
             assigned = bool(args and args[0].get("assign_to_params_buffers"))
             on_meta = any(p.is_meta for p in self.clover_S[adapter_name].parameters())
             if all(key in state_dict for key in needed) and (assigned or not on_meta):
@@ -333,7 +369,13 @@ class CloverLayer(nn.Module, BaseTunerLayer):
     def weight(self) -> Tensor:
         """The base weight as it is stored: quantised ones packed, under the quantisation's own name."""
         base = self.get_base_layer()
-        return next(getattr(base, name) for name in ("qweight", "weight", "W_q") if hasattr(base, name))
+        for name in ("qweight", "weight", "W_q"):
+            if hasattr(base, name):
+                return getattr(base, name)
+        raise TypeError(
+            f"{self.name}: expected a linear projection with a weight, plain or quantised, found "
+            f"{type(base).__name__}; leave it out with exclude_modules"
+        )
 
     @property
     def loaded_by_rank_0(self) -> bool:
@@ -455,13 +497,22 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters or self.merged:
             return z
         if adapter_names is None:
-            return self.map_features(z, self.active_adapters)
+            return self.add_low_rank(self.map_features(z, self.active_adapters), x, self.active_adapters)
         result = z.clone()
         for name in dict.fromkeys(adapter_names):
             if name in self.clover_S:
                 rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=z.device)
-                result[rows] = self.map_features(z[rows], [name])
+                result[rows] = self.add_low_rank(self.map_features(z[rows], [name]), x[rows], [name])
         return result
+
+    def add_low_rank(self, y: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
+        """`y + B A x`, (..., out_features), of the adapters that have such a part."""
+        for name in adapter_names:
+            if name in self.clover_A:
+                x_name = self.clover_dropout[name](x).to(y.dtype)
+                low = self.clover_A[name](WHOLE, partial(_linear, x_name))
+                y = y + self.clover_B[name](WHOLE, partial(_linear, low)).to(y.dtype)
+        return y
 
     def _check_mixed_batch(self, x: Tensor, adapter_names: list[str]) -> None:
         if len(x) != len(adapter_names):
@@ -517,12 +568,23 @@ class CloverLayer(nn.Module, BaseTunerLayer):
             return self.map_features(z, adapter_names, dropout=False)
 
     @torch.no_grad()
+    def map_weight(self, weight: Tensor, adapter_names: list[str]) -> Tensor:
+        """What adapters make of a weight, transposed (in_features, out_features), in at least float32."""
+        result = self.map_constant(weight, adapter_names)
+        for name in adapter_names:
+            if name in self.clover_A:
+                a, b = (getattr(self, part)[name].get(WHOLE) for part in ("clover_A", "clover_B"))
+                with torch.autocast(device_type=result.device.type, enabled=False):
+                    result = result + (b.to(result) @ a.to(result)).mT
+        return result
+
+    @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """What the adapter adds to the base weight, in the base weight's layout and at least float32."""
         self.check_bases(adapter_name, "merge")
         with onloaded(self.get_base_layer()):
             weight = self.transposed_weight()
-            delta = self.map_constant(weight, [adapter_name]) - weight
+            delta = self.map_weight(weight, [adapter_name]) - weight
         return delta if self.fan_in_fan_out else delta.mT
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -555,7 +617,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         """
         self.check_merge(adapter_names)
         dtype = self.weight.dtype if self.weight.is_floating_point() else torch.float32
-        weight = self.map_constant(self.transposed_weight(), adapter_names).to(dtype)
+        weight = self.map_weight(self.transposed_weight(), adapter_names).to(dtype)
         bias = self.original_bias
         if bias is not None:
             bias = self.map_constant(bias, adapter_names).to(bias.dtype)
@@ -645,6 +707,10 @@ class CloverLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "clover." + super().__repr__()
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    return nn.functional.linear(x, weight.to(x.dtype))
 
 
 @contextmanager

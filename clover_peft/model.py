@@ -185,7 +185,7 @@ class CloverModel(BaseTuner):
             if isinstance(target, CloverLayer)
             else CloverLayer(target, adapter_name, current_key, get_quantization_kwargs(self.model))
         )
-        if peft_config.source is None:  # an adapter of its own, not one that is loaded
+        if peft_config.source is None or peft_config.base_precision is None:
             peft_config.base_precision = layer.precision
         bases = layer.bases_to_share(specs)
         if bases is None and peft_config.source is None and not layer.can_read_weight:
@@ -205,6 +205,7 @@ class CloverModel(BaseTuner):
             adapter_name,
             specs,
             bases,
+            low_rank=peft_config.low_rank,
             dropout=peft_config.clover_dropout,
             init_weights=peft_config.init_weights,
             inference_mode=peft_config.inference_mode,
@@ -223,8 +224,9 @@ class CloverModel(BaseTuner):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for _, layer in clover_layers(self.model):
             if not autocast_adapter_dtype and adapter_name in layer.specs and layer.weight.is_floating_point():
-                for parameter in layer.clover_S[adapter_name].parameters():
-                    parameter.data = parameter.data.to(layer.weight.dtype)
+                for tensors in layer.trained(adapter_name).values():
+                    for parameter in tensors.values():
+                        parameter.data = parameter.data.to(layer.weight.dtype)
 
     def _specs(self, config: CloverConfig, key: str) -> tuple[BlockSpec, ...]:
         slices = resolve(
@@ -235,7 +237,13 @@ class CloverModel(BaseTuner):
             described=config.mlp_block_size is not None,
         )
         rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key), config.r)
-        return tuple(block_spec(config, key, target, rank) for target in slices)
+        specs = tuple(block_spec(config, key, target, rank) for target in slices)
+        if rank is not None and rank > (widest := max(spec.size for spec in specs)):
+            raise ValueError(
+                f"{key}: r={rank} is larger than any of its blocks, of at most {widest} features; lower r, or give "
+                "this module its own with rank_pattern"
+            )
+        return specs
 
     def _report(self, layer: CloverLayer, spec: BlockSpec, bases: Bases) -> None:
         warn_about_dropped(layer, spec, bases)
@@ -263,7 +271,13 @@ class CloverModel(BaseTuner):
                 if isinstance(module, BaseTunerLayer) and module.merged:
                     module.unmerge()
         with self._measuring_rounding():
-            return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+            result: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        kept = getattr(result, "_ddp_params_and_buffers_to_ignore", [])
+        if others := [name for name in kept if not set(name.split(".")) & set(FROZEN)]:
+            result._ddp_params_and_buffers_to_ignore = others
+        elif kept:
+            del result._ddp_params_and_buffers_to_ignore
+        return result
 
     @contextmanager
     def _measuring_rounding(self) -> Iterator[None]:
@@ -348,6 +362,8 @@ class CloverModel(BaseTuner):
     ) -> None:
         """Add an adapter that is a weighted sum of others: its map is exactly the sum of theirs, `E (sum w_i dS_i) C`.
 
+        Of adapters that truncate the offsets dS are added up, so, and what they drop is dropped once.
+
         Args:
             adapters: the adapters to combine. Where two of them adapt the same module, they must cut it alike and
                 have the same bases (made on the same base model).
@@ -402,6 +418,8 @@ class CloverModel(BaseTuner):
                 f"expected one weight for each of several different adapters, found {len(weights)} for {adapters}"
             )
         for name in adapters:
+            if self.peft_config[name].low_rank:
+                raise ValueError(f"adapter {name!r} has a low-rank part, which cannot be added up; merge it instead")
             if self.peft_config[name].modules_to_save or self.peft_config[name].trainable_token_indices:
                 raise ValueError(
                     f"adapter {name!r} trains whole modules or tokens, which cannot be added up; combine adapters "
@@ -431,6 +449,8 @@ class CloverModel(BaseTuner):
         result = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         for name, layer in clover_layers(model):
             if adapter_name in layer.specs:
+                if config.source:  # made with a file's config, but never loaded
+                    config.base_precision = layer.precision
                 select_for_saving(name, layer, adapter_name, config, result)
         return result
 
@@ -445,10 +465,10 @@ class CloverModel(BaseTuner):
             for name, layer in layers.items():
                 name_bases(name, layer, adapter_name, result)
                 take_checkpoint(model, name, layer, adapter_name, config, result)
-            check_nothing_left(layers, adapter_name, result)
+            check_nothing_left(model, layers, adapter_name, config, result)
         except ValueError:
             fresh = not config.init_weights or is_untouched(layers, adapter_name)
-            if isinstance(tuner, CloverModel) and config.source and fresh:
+            if isinstance(tuner, CloverModel) and config.source is not None and fresh:
                 tuner.discard(adapter_name)
             raise
         if (error := error_from_rounding(layers, adapter_name, config, result)) > MUCH_CHANGED:

@@ -22,9 +22,13 @@ _STRUCTURE = (
     "mlp_block_size",
     "basis",
     "truncate",
+    "low_rank",
     "rank_pattern",
     "folded",
     "from_activations",
+    "bias",
+    "modules_to_save",
+    "trainable_token_indices",
 )
 
 

@@ -172,7 +172,15 @@ def test_a_hotswap_changes_the_numbers_in_place(tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"r": 4}, {"r": 4, "truncate": True}, {"s_matrix": "diagonal"}, {"target_modules": ["v_proj"]}],
+    [
+        {"r": 4},
+        {"r": 4, "truncate": True},
+        {"s_matrix": "diagonal"},
+        {"target_modules": ["v_proj"]},
+        {"bias": "all"},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [1]},
+    ],
     ids=str,
 )
 def test_an_adapter_of_another_structure_is_not_swapped_in(tmp_path, options):

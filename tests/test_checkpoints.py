@@ -307,7 +307,6 @@ def test_config_file_round_trips(tmp_path: Path) -> None:
         target_modules=["k_proj", "v_proj", "up_proj"],
         exclude_modules=["layers.1.mlp.up_proj"],
         basis="svd",
-        truncate=True,
         clover_dropout=0.1,
         bias="clover_only",
         save_bases=False,
@@ -1005,3 +1004,62 @@ def test_the_recipe_in_the_card_names_a_class_that_loads_the_adapter(task_type: 
     name = card.partition("from peft import ")[2].split()[0]
     assert hasattr(peft, name)
     assert (name == "AutoPeftModel") == (task_type is None)
+
+
+# --- configs read from files --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reader", [None, CloverConfig, PeftConfig])
+@pytest.mark.parametrize("saved", [True, "folded"])
+def test_a_load_with_a_config_knows_the_precision_it_was_trained_in(reader, saved, tmp_path: Path) -> None:
+    trained = get_peft_model(build("llama", torch.bfloat16), CloverConfig(save_bases=saved))
+    perturb(trained)
+    trained.save_pretrained(tmp_path / "bf16")
+    config = None if reader is None else reader.from_pretrained(tmp_path / "bf16")
+    # the same function on the float32 weights that those were rounded from
+    loaded = PeftModel.from_pretrained(build("llama"), tmp_path / "bf16", config=config)
+    assert loaded.peft_config["default"].base_precision == "bfloat16"
+    loaded.save_pretrained(tmp_path / "again")
+    assert PeftConfig.from_pretrained(tmp_path / "again").base_precision == "bfloat16"
+
+
+def test_a_new_adapter_of_a_files_config_records_its_own_base(tmp_path: Path) -> None:
+    get_peft_model(build("llama", torch.bfloat16), CloverConfig()).save_pretrained(tmp_path / "bf16")
+    fresh = get_peft_model(build("llama"), CloverConfig.from_pretrained(tmp_path / "bf16"))
+    fresh.save_pretrained(tmp_path / "float32")
+    assert PeftConfig.from_pretrained(tmp_path / "float32").base_precision == "float32"
+
+
+@pytest.mark.parametrize("reader", [None, CloverConfig, PeftConfig])
+def test_a_load_that_is_refused_leaves_no_layers(reader, tmp_path: Path) -> None:
+    _saved(tmp_path)
+    base = build("llama", seed=9)
+    config = None if reader is None else reader.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="expected the weights of the base model"):
+        PeftModel.from_pretrained(base, tmp_path, config=config)
+    assert not any(isinstance(module, CloverLayer) for module in base.modules())
+
+
+def test_a_damaged_file_in_the_hubs_cache_is_found_before_anything_changes(tmp_path: Path, monkeypatch) -> None:
+    _saved(tmp_path / "adapter")
+    (tmp_path / "adapter" / WEIGHTS).write_bytes((tmp_path / "adapter" / WEIGHTS).read_bytes()[:1000])
+    monkeypatch.setattr(
+        "clover_peft.config.try_to_load_from_cache", lambda *_, **__: str(tmp_path / "adapter" / WEIGHTS)
+    )
+    with pytest.raises(ValueError, match="expected a whole safetensors file"):
+        CloverConfig.from_pretrained("someone/adapter")
+
+
+@pytest.mark.parametrize(
+    "key", ["model.layers.0.self_attn.o_proj.weight", "model.layers.0.self_attn.v_proj.base_layer.weight"]
+)
+def test_weights_of_the_base_in_an_adapters_file_are_refused(key: str, tmp_path: Path) -> None:
+    _saved(tmp_path)
+    weight = build("llama").get_parameter(key.replace("base_layer.", ""))
+    tensors = load_file(tmp_path / WEIGHTS) | {f"base_model.model.{key}": torch.zeros_like(weight)}
+    save_file(tensors, tmp_path / WEIGHTS)
+    base = build("llama").eval()
+    before = logits(base, "llama")
+    with pytest.raises(ValueError, match="expected no weights of the base model in the adapter's file"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(logits(base, "llama"), before)

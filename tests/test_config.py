@@ -633,3 +633,19 @@ def test_rank_larger_than_a_part_of_a_fused_projection_trains_that_part_whole() 
     model = get_peft_model(build("gpt_neox"), CloverConfig(r=8, target_modules=["query_key_value"]))
     layer = next(module for module in model.modules() if isinstance(module, CloverLayer))
     assert {spec.part: spec.r for spec in layer.specs["default"]} == {"k_rotary": 4, "k": 8, "v": 8}
+
+
+def test_a_rank_that_no_part_of_a_fused_projection_has_is_refused():
+    with pytest.raises(ValueError, match=r"c_attn: r=500 is larger than any of its blocks, of at most 12 features"):
+        get_peft_model(build("gpt2"), CloverConfig(r=500, target_modules=["c_attn"]))
+
+
+def test_a_width_without_divisors_is_reported():
+    model = nn.Sequential(nn.Linear(16, 97))
+    with pytest.warns(UserWarning, match="97 features have no divisor between 8 and 64, blocks are of 1"):
+        get_peft_model(model, CloverConfig(target_modules=["0"]))
+
+
+def test_dropout_and_truncation_are_refused_together():
+    with pytest.raises(ValueError, match="use one of the two"):
+        CloverConfig(truncate=True, r=4, clover_dropout=0.1)

@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import clover_peft.bases
 import clover_peft.layer
-from clover_peft import CloverConfig, CloverLayer
+from clover_peft import CloverConfig, CloverLayer, broadcast_bases
 from clover_peft.bases import clover_layers
 from tests.tiny import build, inputs, logits, perturb, relative
 
@@ -246,6 +246,22 @@ def test_what_others_keep_from_ddp_stays_kept():
     model._ddp_params_and_buffers_to_ignore = ["model.norm.weight"]
     get_peft_model(model, CloverConfig())
     assert "model.norm.weight" in model._ddp_params_and_buffers_to_ignore
+
+
+def test_nothing_of_ours_is_kept_from_ddp_when_the_adapter_is_gone():
+    for others in ([], ["model.norm.weight"]):
+        model = build("llama")
+        if others:
+            model._ddp_params_and_buffers_to_ignore = list(others)
+        plain = get_peft_model(model, CloverConfig()).unload()
+        assert getattr(plain, "_ddp_params_and_buffers_to_ignore", []) == others
+
+
+def test_all_processes_get_the_bases_of_the_first(process_group, monkeypatch):
+    model, sent = get_peft_model(build("llama"), CloverConfig()), []
+    monkeypatch.setattr(dist, "broadcast", lambda tensor, src: sent.append((id(tensor), src)))
+    broadcast_bases(model)
+    assert sent == [(id(b), 0) for name, b in model.named_buffers() if ".clover_" in name]
 
 
 @pytest.mark.parametrize("sharding", ["tensor parallel", "fsdp2"])
