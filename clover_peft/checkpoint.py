@@ -330,7 +330,8 @@ def _check_tensors(
         raise ValueError(
             f"{layer.name}: expected {sorted(expected)} in the adapter's file, found "
             f"{sorted(a for a in keys if keys[a] in state)}; it belongs to another configuration, or was saved folded "
-            "and can then only be loaded with its own adapter_config.json, for inference"
+            "and can then only be loaded with its own adapter_config.json, for inference (checkpoints to resume "
+            "from are saved with save_bases=True)"
         )
     for attribute, shape in expected.items():
         value = state[keys[attribute]]

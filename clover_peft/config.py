@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -188,6 +190,13 @@ class CloverConfig(PeftConfig):
         """
         config = self
         if self.save_bases == "folded" and not self.folded:
+            if re.search(r"checkpoint-\d+$", os.path.normpath(save_directory)):  # as transformers' trainers name theirs
+                warnings.warn(
+                    f"{save_directory}: save_bases='folded' leaves out of a checkpoint what training needs, it can be "
+                    "neither resumed nor loaded as the best; train with save_bases=True, and set "
+                    "model.peft_config['default'].save_bases = 'folded' before the last save_pretrained",
+                    stacklevel=2,
+                )
             # The file holds whole maps: how they were trained (rank, basis, truncation) no longer matters.
             state = {f.name: getattr(self, f.name) for f in fields(self)}
             state.update(

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tunes SmolLM2-135M with CLOVER on a few hundred real rows, then proves that what was saved is what was trained:
 # the adapter, reloaded in a new process, and the merged model give the same answers and logits.
-# Makes .venv on the first run (about 1 GB); the job itself takes about 7 minutes on 2 cores. Safe to run again.
+# Makes .venv on the first run (about 1.7 GB); the job itself takes about 7 minutes on 2 cores. Safe to run again.
 #   CLOVER_DATA=<folder>          rows from there (its commonsense/ folder, where it has one) instead of hub or PyPI
 #   CLOVER_QUICKSTART_STEPS=<n>   optimizer steps of 4 rows each, 75 unless set
 # Arguments go to scripts/sft.py, for example model=<folder or hub name>.

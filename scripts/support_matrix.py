@@ -22,9 +22,15 @@ POSITIONS = {
     "disentangled": "disentangled",
     "none": "no rotation",
 }
+ALONE = {
+    "norm": "alone (normalised)",
+    "clip": "alone (clipped)",
+    "stream": "alone (joint attention)",
+    "other": "alone (O reads more)",
+}
 KEYS = {
     "rotary": "alone",
-    "partial": "unrotated part with Q",
+    "partial": "any unrotated part with Q",
     "decoupled": "unrotated part with Q",
     "disentangled": "alone",
     "none": "with Q",
@@ -42,6 +48,11 @@ def is_gated(family: Family) -> bool:
     return any("gate" in str(layout) for layout in family.projections.values())
 
 
+def pairing(family: Family, part: str, otherwise: str) -> str:
+    """What a part is paired with: nothing where the table puts something between, else as the last argument says."""
+    return describe(family.between.get(part, "nothing"), {**ALONE, "nothing": otherwise})
+
+
 def matrix() -> str:
     """Markdown, one line for all model types of one family."""
     groups: dict[int, list[str]] = {}
@@ -53,8 +64,8 @@ def matrix() -> str:
         cells = [
             ", ".join(types),
             ", ".join(f"`{name}`" for name in family.target_modules),
-            "alone (gated)" if is_gated(family) else "with O",
-            describe(family.positions, KEYS),
+            pairing(family, "v", "alone (gated)" if is_gated(family) else "with O"),
+            pairing(family, "k", describe(family.positions, KEYS)),
             describe(family.positions, POSITIONS),
         ]
         lines.append("| " + " | ".join(cells) + " |")

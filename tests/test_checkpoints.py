@@ -1063,3 +1063,9 @@ def test_weights_of_the_base_in_an_adapters_file_are_refused(key: str, tmp_path:
     with pytest.raises(ValueError, match="expected no weights of the base model in the adapter's file"):
         PeftModel.from_pretrained(base, tmp_path)
     assert torch.equal(logits(base, "llama"), before)
+
+
+def test_a_folded_checkpoint_is_warned_of(tmp_path: Path) -> None:
+    model = get_peft_model(build("llama"), CloverConfig(save_bases="folded"))
+    with pytest.warns(UserWarning, match="can be neither resumed nor loaded as the best"):
+        model.save_pretrained(tmp_path / "checkpoint-5")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny import FAMILIES, TOLERANCE, build, logits, output, perturb, relative
+from tiny import FAMILIES, TOLERANCE, build, load_script, logits, output, perturb, relative
 
 from clover_peft import CloverConfig, explicit_factors
 from clover_peft import architectures as table
@@ -45,6 +45,7 @@ for family, variant, pairs in [
     ("persimmon", {"qk_layernorm": True}, {"query_key_value": {"v"}}),
     ("cohere", {"use_qk_norm": True}, {}),
     ("olmo", {"clip_qkv": 0.5}, {"v_proj": set()}),
+    ("olmoe", {"clip_qkv": 0.5}, {"v_proj": set()}),
     ("mpt", {"attn_config": {"clip_qkv": 0.5}}, {"Wqkv": set()}),
     ("falcon", {"alibi": True}, {"query_key_value": {"k", "v"}}),
     (
@@ -58,7 +59,7 @@ for family, variant, pairs in [
     ("t5", {"feed_forward_proj": "gated-gelu"}, {}),
     ("deberta", {"relative_attention": False}, {"self.in_proj": {"k", "v"}}),
     ("deberta-v2", {"share_att_key": False}, {"self.key_proj": set()}),
-    ("deberta-v2", {"relative_attention": False}, {}),
+    ("deberta-v2", {"relative_attention": False, "share_att_key": False}, {}),
     ("vit", {"qkv_bias": False}, {}),
     ("dinov2", {"use_swiglu_ffn": True, "mlp_ratio": 1}, {}),
     ("deepseek_v3", {"q_lora_rank": None, "attention_bias": True}, {}),
@@ -312,6 +313,66 @@ def test_stacks_of_experts_are_refused_by_name(family):
 def test_the_readme_has_the_support_matrix():
     script = Path(__file__).parents[1] / "scripts" / "support_matrix.py"
     subprocess.run([sys.executable, str(script), "--check"], check=True)
+
+
+def _rows_of_the_readme() -> dict[str, dict[str, str]]:
+    """Model type -> what the README's table says of its value and its key."""
+    script = load_script("support_matrix")
+    table_text = script.README.read_text(encoding="utf-8").partition(script.BEGIN)[2].partition(script.END)[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table_text.strip().splitlines()[2:]]
+    return {name: {"value": row[2], "key": row[3]} for row in rows for name in row[0].split(", ")}
+
+
+def _alternative(cell: str, attention: table._Attention) -> str:
+    """Of a cell "A if `x`, else B", what holds for this block: "A if `x`" or "B"."""
+    first, _, rest = cell.partition(", else ")
+    if rest and not attention.fact(first.split("`")[1]):
+        return _alternative(rest, attention)
+    return first
+
+
+def _said(alternative: str, attention: table._Attention, path: str) -> str:
+    """The alternative without its condition and its reason."""
+    words = alternative.partition(" if `")[0].partition(" (")[0]
+    if words == "any unrotated part with Q":
+        dim = attention.dim("k", path)
+        return "alone" if attention.rotary_dim(dim) == dim else "unrotated part with Q"
+    return words
+
+
+def _done(model, attention: table._Attention, path: str, part: str) -> str | None:
+    """What `resolve` does with the "value" or the "key" at `path`, in the same words; None if it computes none."""
+    partners = {target.part: target.partner for target in resolve(model, path)}
+    if part[0] not in {name[0] for name in partners}:
+        return None
+    partner = partners.get(part[0])
+    if partner is None:
+        return "alone"
+    if partner.reads:
+        return "with O"
+    return "with Q" if partner.heads.dim == attention.dim("q", path) else "unrotated part with Q"
+
+
+def test_the_readme_says_of_every_family_what_resolve_does():
+    rows = _rows_of_the_readme()
+    tried = {name: {part: set() for part in cells} for name, cells in rows.items()}
+    wrong = {}
+    for family, kwargs in [(family, kwargs) for family, variants in VARIANTS.items() for kwargs, _ in variants]:
+        model = build(family, **kwargs)
+        for path in table.default_targets(model):
+            owner, model_type, config = table._owner_of(model, path)
+            if (name := table._suffix(path, owner.projections)) is None:
+                continue
+            attention = table._Attention(model, path.removesuffix(name), owner, config)
+            for part, cell in rows[model_type].items():
+                if (done := _done(model, attention, path, part)) is not None:
+                    alternative = _alternative(cell, attention)
+                    tried[model_type][part].add(alternative)
+                    if _said(alternative, attention, path) != done:
+                        wrong[model_type, part, alternative] = done
+    assert wrong == {}
+    for name, cells in rows.items():  # no alternative is left untried
+        assert tried[name] == {part: set(cell.split(", else ")) for part, cell in cells.items()}, name
 
 
 def test_shards_of_several_heads_are_one_view():

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import math
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +23,7 @@ import yaml
 
 pytest.importorskip("trl", reason="needs the train extra: pip install clover-peft[train]")
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     TrainerCallback,
@@ -135,6 +137,18 @@ def test_configs_differ_in_the_peft_block_alone():
         ("zzz=8", r"zzz: unknown; expected one of model, data, .*merge, or a field of trl\.SFTConfig"),
         ("peft.zzz=8", r"peft\.zzz: unknown; expected one of .*target_modules"),
         ("peft.peft_type=zzz", "peft_type=ZZZ: unknown; expected one of .*LORA"),
+        ("rows=-5", "rows: expected at least 1, found -5; leave it out to train on all"),
+        ("rows=0", "rows: expected at least 1, found 0"),
+        ("held_out_rows=-1", "held_out_rows: expected at least 0, found -1"),
+        ("calibration_rows=-1", "calibration_rows: expected at least 0, found -1"),
+        ("questions=-1", "questions: expected at least 0, found -1"),
+        ("answer_tokens=0", "answer_tokens: expected at least 1, found 0"),
+        ("peft.learning_rate_factors=3", "learning_rate_factors: expected a factor by part of a name, found 3"),
+        ("peft.learning_rate_factors={'[': 3}", r"learning_rate_factors: '\[': expected a regular expression, found"),
+        ("peft.learning_rate_factors={3: 3}", "learning_rate_factors: 3: expected a regular expression, found"),
+        ("peft.learning_rate_factors={v: .nan}", "factors: v: expected a finite factor of at least 0, found nan"),
+        ("peft.learning_rate_factors={v: .inf}", "factors: v: expected a finite factor of at least 0, found inf"),
+        ("peft.learning_rate_factors={v: -1}", "factors: v: expected a finite factor of at least 0, found -1"),
         ("peft.learning_rate=null", r"learning_rate: expected one .*s_matrix: diagonal.*configs/"),
     ],
 )
@@ -301,6 +315,9 @@ def test_split_is_seeded_and_disjoint(tmp_path):
         load(path, rows=30)
     with pytest.raises(ValueError, match="do not repeat a held-out prompt"):
         load(path, rows=22)
+    for wrong in ({"held_out": -1}, {"rows": 0}, {"rows": -5}):
+        with pytest.raises(ValueError, match=r"held_out_rows=.*: expected none or more held out, and at least one to"):
+            load(path, **wrong)
 
 
 def test_hub_data_sets_go_through_the_same_checks(monkeypatch):
@@ -521,27 +538,65 @@ def test_the_end_token_is_trained_and_prompt_and_padding_are_not(settings, tiny,
 
 
 @pytest.mark.parametrize("method", ["clover_full", "pissa", "full"])
-def test_a_killed_run_resumes_with_the_same_losses(settings, tmp_path, method):
+def test_a_killed_run_resumes_with_the_same_losses(settings, tmp_path, capsys, method):
     options = {"config": method, "max_steps": 8, "save_steps": 2, "peft.learning_rate": 1e-2}
     whole = run(settings(out="whole", **options))
     with pytest.raises(KeyboardInterrupt):
         run(settings(out="killed", **options), callbacks=[Kill(5)])
     # checkpoints that the kill cut short are passed over
-    for step, state in ((6, None), (8, '{"epoch": 1.0, "best_')):
-        (tmp_path / "killed" / f"checkpoint-{step}").mkdir()
-        if state is not None:
-            (tmp_path / "killed" / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    out = tmp_path / "killed"
+    weights = "model.safetensors" if method == "full" else "adapter_model.safetensors"
+    cut = [weights, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+    for step, name in enumerate(cut, start=6):
+        shutil.copytree(out / "checkpoint-4", out / f"checkpoint-{step}")
+        file = out / f"checkpoint-{step}" / name
+        file.write_bytes(file.read_bytes()[:-40])
+    (out / "checkpoint-11").mkdir()
+    shutil.copytree(out / "checkpoint-4", out / "checkpoint-old")
     with pytest.raises(ValueError, match="resume=true"):
         run(settings(out="killed", **options))
     with pytest.raises(ValueError, match="max_steps: expected 8 as in the run to resume, found 9"):
         run(settings(out="killed", **{**options, "max_steps": 9, "resume": True}))
+    given = (out / "settings.json").read_text()
+    (out / "settings.json").write_text(given[:40])
+    with pytest.raises(ValueError, match=r"settings\.json: .* cut short .*; delete it"):
+        run(settings(out="killed", resume=True, **options))
+    (out / "settings.json").write_text(given)
     resumed = run(settings(out="killed", resume=True, **options))
+    said = capsys.readouterr().out
+    for step, name in enumerate([*cut, "trainer_state.json"], start=6):
+        assert f"checkpoint-{step} is passed over: {name} is missing or was cut short" in said
+    assert (out / "settings.json").read_text() == given
     assert resumed["resumed_from_step"] == 4
     assert whole["resumed_from_step"] is None
+    tokens = [record["tokens_per_second"] * record["seconds"]["train"] for record in (whole, resumed)]
+    assert tokens[0] == pytest.approx(tokens[1], rel=1e-3)
     assert [entry["loss"] for entry in resumed["loss"]["log"]] == [entry["loss"] for entry in whole["loss"]["log"]]
     assert resumed["answers"] == whole["answers"]
     with pytest.raises(ValueError, match="found a finished one"):
         run(settings(out="killed", resume=True, **options))
+
+
+class Slow(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        time.sleep(0.3)
+
+
+@pytest.mark.parametrize("earlier", ["counted", "logged only"])
+def test_training_time_is_that_of_all_legs(settings, tmp_path, earlier):
+    options = {"max_steps": 6, "save_steps": 2, "questions": 0, "held_out_rows": 0}
+    began = time.perf_counter()
+    for kill, resume in ((3, False), (5, True)):
+        with pytest.raises(KeyboardInterrupt):
+            run(settings(resume=resume, **options), callbacks=[Slow(), Kill(kill)])
+        if earlier == "logged only" and not resume:  # a checkpoint of a version that did not count
+            file = tmp_path / "run" / "checkpoint-2" / "trainer_state.json"
+            state = json.loads(file.read_text())
+            state["log_history"] = [entry for entry in state["log_history"] if "loss" in entry]
+            file.write_text(json.dumps(state))
+    record = run(settings(resume=True, **options), callbacks=[Slow()])
+    assert record["resumed_from_step"] == 4
+    assert 6 * 0.3 <= record["seconds"]["train"] < time.perf_counter() - began
 
 
 KILLED = """
@@ -576,8 +631,6 @@ def test_parts_learn_at_their_own_rates(settings, tmp_path):
         ValueError, match=r"learning_rate_factors: zzz: 1: expected .* trained parameter's name, as in"
     ):
         run(settings(out="none", **{"peft.learning_rate_factors": {"zzz": 1}}))
-    with pytest.raises(ValueError, match="expected a factor by part of a name, found 3"):
-        settings(**{"peft.learning_rate_factors": 3})
 
 
 def test_muon_is_torchs_for_every_head():
@@ -603,12 +656,24 @@ def test_muon_is_torchs_for_every_head():
         Muon([torch.nn.Parameter(torch.zeros(3))])
 
 
-@pytest.mark.parametrize("options", [{"peft.optimizer": "muon"}, {"calibration_rows": 20}])
-def test_muon_and_bases_from_activations_train_and_resume(options, settings, tmp_path):
+BEST = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 4}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"peft.optimizer": "muon"}, {"calibration_rows": 20}, {"peft.save_bases": "folded", **BEST}],
+    ids=["muon", "bases from activations", "saved folded"],
+)
+def test_other_ways_to_train_resume(options, settings, tmp_path):
     options |= {"max_steps": 8, "save_steps": 4, "peft.learning_rate": 0.02, "questions": 1}
     whole = run(settings(out="whole", **options))
     assert whole["loss"]["last"] < whole["loss"]["first"]
     assert whole["adapter"]["config"]["from_activations"] == ("calibration_rows" in options)
+    folded = [
+        json.loads((tmp_path / "whole" / folder / "adapter_config.json").read_text())["folded"]
+        for folder in ("adapter", "checkpoint-4", "checkpoint-8")
+    ]
+    assert folded == ["peft.save_bases" in options, False, False]
 
     def stop(control):
         control.should_training_stop = True
@@ -756,6 +821,22 @@ def test_half_precision_is_verified_by_its_own_measure(settings, tmp_path, dtype
     assert any("merged, question 0: expected logits" in problem for problem in verify(out)["problems"])
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("form", ["merged", "adapter"])
+def test_a_small_update_that_was_lost_is_found_out(settings, tiny, tmp_path, dtype, form):
+    """The base in place of the trained model, whose logits are nearer to it than a few roundings of the largest."""
+    slow = {"peft.learning_rate": 5e-4 if dtype == "bfloat16" else 5e-5}
+    run(settings(merge=True, max_steps=2, **slow, **{"model_init_kwargs.dtype": dtype}))
+    out = tmp_path / "run"
+    assert verify(out)["problems"] == []
+    if form == "merged":
+        AutoModelForCausalLM.from_pretrained(tiny.model, dtype=dtype).save_pretrained(out / "merged")
+    else:
+        file = out / "adapter" / "adapter_model.safetensors"
+        save_file({k: v.zero_() if "clover_S." in k else v for k, v in load_file(file).items()}, file)
+    assert any(f"{form}, question " in problem for problem in verify(out)["problems"])
+
+
 def test_a_run_too_short_to_log_a_loss_says_so(settings, tmp_path, capsys):
     record = run(settings(max_steps=2, logging_steps=5, merge=True))
     assert record["loss"]["first"] is None
@@ -765,6 +846,15 @@ def test_a_run_too_short_to_log_a_loss_says_so(settings, tmp_path, capsys):
     assert "| training loss | not logged in 2 steps |" in (out / "adapter" / "README.md").read_text()
     assert verify_main([str(out)]) == 0
     assert verify_main([str(out), "--loss-fell"]) == 1
+
+
+def test_a_run_that_diverges_is_no_success(settings, tmp_path, capsys):
+    record = run(settings(max_steps=4, **{"peft.learning_rate": 1e37}))
+    assert "WARNING: training failed: from step 2 on the logged loss is no finite number" in capsys.readouterr().out
+    assert [math.isfinite(entry["loss"]) for entry in record["loss"]["log"]] == [True, False, False, False]
+    written = json.loads((tmp_path / "run" / "record.json").read_text(), parse_constant=pytest.fail)
+    assert written["loss"]["last"] == written["loss"]["held_out_after"] == "NaN"
+    assert "-> nan in 4 steps" in (tmp_path / "run" / "adapter" / "README.md").read_text()
 
 
 def test_what_peft_and_trl_refuse_is_one_sentence(settings, monkeypatch):

@@ -19,6 +19,7 @@ from transformers import HfArgumentParser
 from trl import SFTConfig
 
 from clover_peft.training.job import JobArguments
+from clover_peft.training.optimizer import check_factors
 
 # Fields of SFTConfig that this job has another way to say; accepting them would be ignoring them.
 _SAID_ELSEWHERE = {
@@ -68,8 +69,8 @@ def parse(config: str | Path | Sequence[str | Path], overrides: Sequence[str] = 
         overrides: `key=value`, values in YAML; dots reach into a block (`peft.r=8`).
 
     Raises:
-        ValueError: a key is unknown (the nearest known one is named), a value has the wrong type, or there is no
-            learning rate.
+        ValueError: a key is unknown (the nearest known one is named), a value has the wrong type or makes no sense, or
+            there is no learning rate.
     """
     paths = [Path(config)] if isinstance(config, (str, Path)) else [Path(path) for path in config]
     values: dict[str, Any] = {}
@@ -94,8 +95,7 @@ def parse(config: str | Path | Sequence[str | Path], overrides: Sequence[str] = 
         raise ValueError(f"peft: expected a block with peft_type, or null, found {block!r}")
     block = dict(block or {})
     rate, factors = block.pop("learning_rate", None), block.pop("learning_rate_factors", None) or {}
-    if not isinstance(factors, dict) or not all(type(factor) in (int, float) for factor in factors.values()):
-        raise ValueError(f"peft.learning_rate_factors: expected a factor by part of a name, found {factors!r}")
+    check_factors(factors)
     optimizer = block.pop("optimizer", None)
     if optimizer not in (None, "muon"):
         raise ValueError(f"peft.optimizer: expected muon, found {optimizer!r}; others are chosen with optim=...")
@@ -104,6 +104,7 @@ def parse(config: str | Path | Sequence[str | Path], overrides: Sequence[str] = 
     if rate is not None:
         flat.setdefault("learning_rate", rate)
     flat.setdefault("include_num_input_tokens_seen", "non_padding")  # for tokens per second
+    flat.setdefault("logging_nan_inf_filter", False)  # it would show a loss that is NaN as 0
     accelerated = torch.accelerator.is_available()
     flat.setdefault("dataloader_pin_memory", accelerated)
     if "bf16" not in flat and "fp16" not in flat:

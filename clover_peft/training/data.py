@@ -72,6 +72,11 @@ def load_data(
     Raises:
         ValueError: the data cannot be found, a row is bad, or there are not enough rows.
     """
+    if held_out < 0 or (rows is not None and rows < 1):
+        raise ValueError(
+            f"held_out_rows={held_out}, rows={rows}: expected none or more held out, and at least one to train on; "
+            "rows=null takes all"
+        )
     source, located_rows = _find(data)
     good: list[Row] = []
     bad: list[str] = []

@@ -28,3 +28,11 @@ class JobArguments:
     skip_bad_rows: bool = field(default=False, metadata={"help": "Leave bad rows out instead of stopping."})
     resume: bool = field(default=False, metadata={"help": "Continue from the last checkpoint in output_dir."})
     merge: bool = field(default=False, metadata={"help": "Also save the merged model in output_dir/merged."})
+
+    def __post_init__(self) -> None:
+        least = {"rows": 1, "held_out_rows": 0, "calibration_rows": 0, "questions": 0, "answer_tokens": 1}
+        for name, number in least.items():
+            value = getattr(self, name)
+            if value is not None and value < number:
+                hint = "; leave it out to train on all" if name == "rows" else ""
+                raise ValueError(f"{name}: expected at least {number}, found {value}{hint}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -96,6 +97,28 @@ def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
     return wide if x.shape[-2] <= x.shape[-1] else wide.mT
 
 
+def check_factors(factors: Any) -> None:
+    """Checks what can be checked of `scale_learning_rates`' factors without a model.
+
+    Raises:
+        ValueError: it is no mapping, an expression is none, or a factor is negative or not finite.
+    """
+    if not isinstance(factors, Mapping):
+        raise ValueError(f"learning_rate_factors: expected a factor by part of a name, found {factors!r}")
+    for pattern, factor in factors.items():
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                f"learning_rate_factors: {pattern!r}: expected a regular expression, found {error}; a part of a name, "
+                "such as v_proj, is one"
+            ) from error
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
+            raise ValueError(
+                f"learning_rate_factors: {pattern}: expected a finite factor of at least 0, found {factor!r}"
+            )
+
+
 def scale_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module, factors: Mapping[str, float]) -> None:
     """Splits an optimizer's groups, so that some parameters learn at another rate.
 
@@ -111,14 +134,16 @@ def scale_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module, fac
             first that is found counts. `{"lora_B": 16}` is LoRA+ (arXiv 2402.12354).
 
     Raises:
-        ValueError: an expression is found in no trained parameter's name, or a factor is negative.
+        ValueError: an expression is none, or is found in no trained parameter's name, or a factor is negative or not
+            finite.
     """
+    check_factors(factors)
     names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for pattern, factor in factors.items():
-        if factor < 0 or not any(re.search(pattern, name) for name in names.values()):
+        if not any(re.search(pattern, name) for name in names.values()):
             raise ValueError(
-                f"learning_rate_factors: {pattern}: {factor}: expected a factor of at least 0 and a part of a trained "
-                f"parameter's name, as in {next(iter(names.values()), 'none')}"
+                f"learning_rate_factors: {pattern}: {factor}: expected a part of a trained parameter's name, as in "
+                f"{next(iter(names.values()), 'none')}"
             )
     groups = list(optimizer.param_groups)
     optimizer.param_groups.clear()

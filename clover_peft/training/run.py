@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import os
 import textwrap
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +16,13 @@ from typing import Any
 import peft
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl import SFTTrainer
 
-from clover_peft import initialize_from_activations, records
+from clover_peft import broadcast_bases, initialize_from_activations, records
 from clover_peft.commonsense.protocols import find_protocol
 from clover_peft.training.arguments import Settings
 from clover_peft.training.cards import change, write_card
@@ -29,6 +33,7 @@ from clover_peft.training.optimizer import Muon, scale_learning_rates
 _SETTINGS = "settings.json"
 _BEFORE = "before.json"
 _INITIAL = "initial_adapter"
+_SPENT = "seconds_so_far"  # in the log
 # What the record repeats of TRL's configuration after its defaults.
 _RESOLVED = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm"),
@@ -99,6 +104,8 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
         initialize_from_activations(model, batches)
         init_seconds += time.perf_counter() - started
         adapter = _adapter(model)
+    if trainer.accelerator.num_processes > 1 and not _is_sharded(trainer):
+        broadcast_bases(model)
     if job.merge and _is_sharded(trainer):
         raise ValueError(
             "merge=true: expected the whole model in one process, found it sharded; leave merge out, and merge the "
@@ -116,16 +123,19 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
         ids = [greedy_ids(trainer.model, tokenizer, prompt, job.answer_tokens) for prompt in prompts]
         return {"answers": [_decode(tokenizer, answer) for answer in ids], "loss": _held_out_loss(trainer)}
 
+    trainer.add_callback(clock := _Clock())
     trainer.add_callback(start := _Before(out / _BEFORE, measure, resuming=checkpoint is not None))
     trainer.accelerator.wait_for_everyone()  # no process looks for another run's files any more
     if trainer.is_world_process_zero():
         out.mkdir(parents=True, exist_ok=True)
-        (out / _SETTINGS).write_text(json.dumps(_repeatable(settings), indent=2) + "\n", encoding="utf-8")
+        _write_json(out / _SETTINGS, _repeatable(settings))
         if _needs_conversion(settings.peft):
             model.save_pretrained(out / _INITIAL)
     if checkpoint:
         say(f"resuming from {checkpoint}")
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    with _bases_saved(model):
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    seconds, tokens = clock.earlier + result.metrics["train_runtime"], trainer.state.num_input_tokens_seen
 
     before, loss_after = start.measured, _held_out_loss(trainer)
     # Autocast, where used, is undone: what is probed and saved is the model as others will load it.
@@ -160,8 +170,8 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
             "held_out_after": loss_after,
             "log": [{key: entry.get(key) for key in ("step", "loss", "learning_rate", "grad_norm")} for entry in log],
         },
-        "seconds": {"init": init_seconds, "train": result.metrics["train_runtime"]},
-        "tokens_per_second": log[-1].get("train_tokens_per_second") if log else None,
+        "seconds": {"init": init_seconds, "train": seconds},
+        "tokens_per_second": round(tokens / seconds, 3) if tokens and seconds else None,
         "answers": [
             {
                 "question": _text(row["prompt"]),
@@ -260,6 +270,25 @@ class _Trainer(SFTTrainer):
         """Writes none: TRL's card cannot say how to load the adapter; ours is written beside it at the end."""
 
 
+class _Clock(TrainerCallback):
+    """Adds up the seconds of training over a run that is resumed, in an entry of the log: each checkpoint holds that.
+
+    Attributes:
+        earlier: seconds up to the checkpoint that was resumed from.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        entry = next((entry for entry in state.log_history if _SPENT in entry), None)
+        if entry is None:
+            # a checkpoint from before there was such an entry: the last time that was logged
+            logged = [entry["train_runtime"] for entry in state.log_history if "train_runtime" in entry]
+            state.log_history.append(entry := {_SPENT: logged[-1] if logged else 0.0})
+        self.entry, self.earlier, self.started = entry, entry[_SPENT], time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.entry[_SPENT] = self.earlier + time.perf_counter() - self.started
+
+
 class _Before(TrainerCallback):
     """Measures the model at the start, and writes that down for a run that is resumed.
 
@@ -269,14 +298,28 @@ class _Before(TrainerCallback):
 
     def __init__(self, path: Path, measure: Callable[[], dict[str, Any]], resuming: bool) -> None:
         self.path, self.measure = path, measure
-        self.measured: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if resuming else {}
+        self.measured: dict[str, Any] = _read_json(path, "start again") if resuming else {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.measured:
             return
         self.measured = self.measure()  # in all processes: a sharded model runs in all of them or in none
         if state.is_world_process_zero:
-            self.path.write_text(json.dumps(self.measured) + "\n", encoding="utf-8")
+            _write_json(self.path, self.measured)
+
+
+@contextlib.contextmanager
+def _bases_saved(model: Any) -> Iterator[None]:
+    """Checkpoints are saved with their bases: a folded adapter, which the run may have to leave, cannot be trained."""
+    config: Any = getattr(model, "active_peft_config", None)
+    folded = getattr(config, "save_bases", None) == "folded"
+    if folded:
+        config.save_bases = True
+    try:
+        yield
+    finally:
+        if folded:
+            config.save_bases = "folded"
 
 
 @contextlib.contextmanager
@@ -332,27 +375,57 @@ def _find_checkpoint(out: Path, settings: Settings) -> str | None:
         raise ValueError(f"output_dir={out}: expected an unfinished run to resume, found a finished one")
     saved_file = out / _SETTINGS
     if saved_file.is_file():
-        saved, now = json.loads(saved_file.read_text()), _repeatable(settings)
+        saved = _read_json(saved_file, "delete it, to resume with the settings given now without comparing")
+        now = _repeatable(settings)
         for key in sorted(saved.keys() | now.keys()):
             if saved.get(key) != now.get(key):
                 raise ValueError(
                     f"{key}: expected {saved.get(key)!r} as in the run to resume, found {now.get(key)!r}; repeat its "
                     "settings, or choose another output_dir=..."
                 )
-    done = [folder for folder in out.glob("checkpoint-*") if _is_complete(folder)]
-    if not done:
-        print(f"no checkpoint in {out} yet, starting from the beginning")
-        return None
-    return str(max(done, key=lambda folder: int(folder.name.rsplit("-", 1)[-1])))
+    say = settings.sft.distributed_state.print
+    found = {int(folder.name[11:]): folder for folder in out.glob("checkpoint-*") if folder.name[11:].isdecimal()}
+    for _, folder in sorted(found.items(), reverse=True):
+        damaged = _damaged(folder)
+        if damaged is None:
+            return str(folder)
+        say(f"{folder} is passed over: {damaged} is missing or was cut short")
+    say(f"no whole checkpoint in {out}, starting from the beginning")
+    return None
 
 
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether all of it was written: trainer_state.json comes last, and a kill may have left it out or cut short."""
+def _damaged(checkpoint: Path) -> str | None:
+    """Which file of a checkpoint a kill, or a full disk, left out or cut short; None where all were written."""
+    last = checkpoint / "trainer_state.json"
+    for file in (last, *sorted(path for path in checkpoint.rglob("*") if path.is_file())):
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_text(encoding="utf-8"))
+            elif file.suffix == ".safetensors":
+                with safe_open(file, framework="pt"):
+                    pass
+            elif file.suffix in {".pt", ".pth", ".bin"} and not zipfile.is_zipfile(file):  # a pickle is not read
+                return file.name
+        except (OSError, ValueError, SafetensorError):
+            return file.name
+    return None
+
+
+def _read_json(path: Path, remedy: str) -> dict[str, Any]:
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return True
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path}: expected the JSON that the run to resume wrote, found it missing or cut short ({error}); "
+            f"{remedy}, or choose another output_dir=..."
+        ) from error
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    """Complete or not at all: what was there stays until all is written."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
 
 
 def _repeatable(settings: Settings) -> dict[str, Any]:
@@ -427,6 +500,10 @@ def _print_summary(record: dict[str, Any]) -> None:
     print(f"\nloss {change(loss['first'], loss['last'], 'not logged')} over {record['steps']} steps", end="")
     print(f", held-out {held_out}", end="")
     print(f"; {record['seconds']['train']:.0f} s, {speed:,.0f} tokens/s" if speed else "")
+    lost = [entry["step"] for entry in loss["log"] if not math.isfinite(entry["loss"])]
+    if lost or not math.isfinite(loss["held_out_after"] or 0.0):
+        since = f"from step {lost[0]} on the logged loss" if lost else "the held-out loss"
+        print(f"WARNING: training failed: {since} is no finite number; start again with a lower learning_rate")
     for item in record["answers"]:
         print(f"\n  question: {textwrap.shorten(item['question'], 200)}\n  expected: {item['expected']}")
         print(f"  before:   {item['before']}\n  after:    {item['after']}")
