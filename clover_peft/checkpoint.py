@@ -257,7 +257,8 @@ def check_nothing_left(
             "adapter_config.json (a folded one takes folded files only) onto the base model it was trained on"
         )
     # Peft saves embeddings that were resized, and biases that are trained, under the base model's own names.
-    embeddings = {m for m in (_embedding(model, "input"), _embedding(model, "output")) if m is not None}
+    found = (_embedding(model, side) for side in ("input", "output"))
+    embeddings = {inner for embedding in found if embedding is not None for inner in embedding.modules()}
     for path, module in model.named_modules():
         for name, _ in module.named_parameters(recurse=False):
             key = f"{path}.{name}".removeprefix(".")

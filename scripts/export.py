@@ -4,24 +4,27 @@
     scripts/export.py <adapter> <out> [--base <model>] [--dtype bfloat16] [--lora-rank 16 64 256]
 
 The folder holds the model in the base's dtype (or --dtype), its generation configuration, tokenizer and chat template.
-It is read back without the adapter and compared with the adapter's logits before the script ends. With --lora-rank,
-LoRAs that stand in for the adapter are written to <out>-lora-r<rank>, and what each of them loses is printed.
+It is checked before the script ends, in float32: the merge has the adapter's logits; what is read back without the
+adapter is that merge, rounded once, to the bit; and how much of the adapter's effect the rounding costs is printed.
+With --lora-rank, LoRAs that stand in for the adapter are written to <out>-lora-r<rank>, with what each of them loses.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from peft import PeftConfig, PeftModel, save_as_lora
+from peft import PeftConfig, PeftModel, convert_to_lora, get_peft_model_state_dict
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from clover_peft import lora_errors
+from clover_peft import CloverConfig, lora_errors
 from clover_peft.bases import clover_layers
 
 _KINDS = {
@@ -32,8 +35,8 @@ _KINDS = {
     "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
 }
 _FEATURES = transformers.AutoModel
-# Largest difference of a logit between adapter and export, relative to the largest logit, in units of the dtype's eps.
-_ROUNDING = 64
+# What rounding may do to float32 logits: their relative distance.
+_ALLOWED = 64 * torch.finfo(torch.float32).eps
 _TOKENS = 32
 
 
@@ -50,15 +53,18 @@ def export(
         adapter: folder or hub name of a CLOVER adapter (or of another that peft can merge).
         out: folder to write, new or empty.
         base: base model; None: the one that the adapter names.
-        dtype: of the export; None: the base's own. The merge itself is computed in float32.
+        dtype: of the export; None: the base's own. All else is computed in float32, which must fit into memory.
         lora_ranks: ranks of the LoRAs to write.
 
     Returns:
-        `difference` of the largest logit on random tokens and what rounding allows (`allowed`), both relative; `lora`:
-        rank -> `weights` and `logits`, the relative error of the update and of its effect.
+        `difference`: relative distance of the merge's float32 logits on random tokens from the adapter's, or of the
+        folder's from those of the rounded merge, the larger one; `changed`: tensors of the folder that are not the
+        merge, rounded once; `rounding`: what rounding does to the logits, as a share of what the adapter does;
+        `dtype`; `lora`: rank -> `weights` and `logits`, the relative error of the update and of its effect.
 
     Raises:
-        ValueError: `out` is in use, the base is not known, or something of the adapter would be lost.
+        ValueError: `out` is in use, the base is not known, something of the adapter would be lost, or no LoRA can be
+            made of it.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: expected a new or empty folder, found files; choose another")
@@ -67,28 +73,55 @@ def export(
     if not base:
         raise ValueError(f"{adapter}: expected the name of its base model, found none; pass --base")
     extra = [name for name in ("modules_to_save", "trainable_token_indices") if getattr(config, name, None)]
+    extra += ["bias"] if getattr(config, "bias", "none") != "none" else []
     if lora_ranks and extra:
         raise ValueError(f"{adapter}: {extra[0]} cannot be part of a LoRA made of it; leave --lora-rank out")
+    if lora_ranks and not isinstance(config, CloverConfig):
+        raise ValueError(f"{adapter}: expected a CLOVER adapter, found {config.peft_type}; leave --lora-rank out")
     tokenizer = _tokenizer(adapter, base)
     kind = _class_of(config)
-    model = kind.from_pretrained(base, dtype=torch.float32 if dtype else "auto")
+    model = kind.from_pretrained(base, dtype="auto")
     if getattr(model, "is_quantized", False):
         raise ValueError(f"{base}: expected weights that are not quantised, found some; merge into the original model")
-    _grow(model, adapter, tokenizer)
-    own = model.dtype if dtype is None else dtype
+    own, wide = dtype or model.dtype, torch.promote_types(model.dtype, torch.float32)
+    del model  # loaded again, not cast: what a model computes while it loads, as Gemma its scale, has its dtype
+    model = kind.from_pretrained(base, dtype=wide)
+    grown = _grow(model, adapter, tokenizer)
     plain = _probe(model)
     model = PeftModel.from_pretrained(model, adapter).eval()
+    if lora_ranks:
+        _check_loras(model, lora_ranks)
     expected = _probe(model)
-    loras = _loras(model, out, lora_ranks or [], kind, base, plain, expected)
-    merged = model.merge_and_unload(safe_merge=True).to(own)
-    _settle_ties(merged)
+    loras = {}
+    if lora_ranks:
+        errors = lora_errors(model, lora_ranks)["all"]
+        for rank in lora_ranks:
+            folder = out.with_name(f"{out.name}-lora-r{rank}")
+            _write_lora(model, folder, rank, tokenizer if grown else None, embeddings=grown)
+            lora = kind.from_pretrained(base, dtype=wide)
+            _grow(lora, adapter, tokenizer)
+            found = _probe(PeftModel.from_pretrained(lora, folder))
+            loras[rank] = {"weights": errors[rank], "logits": _distance(found, expected, expected - plain)}
+            del lora
+    merged = model.merge_and_unload(safe_merge=True)
+    exact = _probe(merged)
+    digests = _digests(merged, own)
+    _settle_ties(_cast(merged, own))
     merged.save_pretrained(out)
     if tokenizer is not None:
         tokenizer.save_pretrained(out)
+    rounded = _probe(_cast(merged, wide))
     del model, merged
-    found = _probe(kind.from_pretrained(out, dtype="auto"))
-    difference = float((found - expected).abs().max() / expected.abs().max())
-    return {"difference": difference, "allowed": _ROUNDING * torch.finfo(own).eps, "dtype": str(own), "lora": loras}
+    read = kind.from_pretrained(out, dtype=wide)
+    there, found = _digests(read, own), _probe(read)
+    differences = torch.tensor([_distance(exact, expected, expected), _distance(found, rounded, rounded)])
+    return {
+        "difference": float(differences.max()),  # NaN if any is
+        "changed": [name for name in digests if there.get(name) != digests[name]],
+        "rounding": _distance(found, exact, expected - plain),
+        "dtype": str(own),
+        "lora": loras,
+    }
 
 
 def _class_of(config: PeftConfig) -> Any:
@@ -109,19 +142,40 @@ def _tokenizer(adapter: str, base: str) -> Any:
     return None
 
 
-def _grow(model: Any, adapter: str, tokenizer: Any) -> None:
-    """Give the embeddings the rows that they had in training: as many as were saved, else as the tokenizer needs."""
+def _cast(model: Any, dtype: torch.dtype) -> Any:
+    """The model with what it saves in `dtype`, in place; what it computes when it is loaded stays as it is."""
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return model
+
+
+def _digests(model: Any, dtype: torch.dtype) -> dict[str, bytes]:
+    """A digest of every tensor that the model saves, rounded to `dtype`: two models need not be in memory at once."""
+    result = {}
+    for name, tensor in model.state_dict().items():
+        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        result[name] = hashlib.blake2b(tensor.contiguous().flatten().view(torch.uint8).numpy()).digest()
+    return result
+
+
+def _grow(model: Any, adapter: str, tokenizer: Any) -> bool:
+    """Give the embeddings the rows that they had in training: as many as were saved, else as the tokenizer needs.
+
+    Returns whether the adapter brings embeddings of its own.
+    """
     embedding = model.get_input_embeddings()
     path = next(name for name, module in model.named_modules() if module is embedding)
-    rows = None
+    there = embedding.weight.shape[0]
+    saved = None
     if (file := Path(adapter, "adapter_model.safetensors")).is_file():
-        with safe_open(file, framework="pt") as saved:
-            if (key := f"base_model.model.{path}.weight") in set(saved.keys()):
-                rows = saved.get_slice(key).get_shape()[0]
-    if rows is None:
-        rows = max(len(tokenizer) if tokenizer is not None else 0, embedding.weight.shape[0])
-    if rows != embedding.weight.shape[0]:
+        with safe_open(file, framework="pt") as tensors:
+            if (key := f"base_model.model.{path}.weight") in set(tensors.keys()):
+                saved = tensors.get_slice(key).get_shape()[0]
+    rows = saved or max(len(tokenizer) if tokenizer is not None else 0, there)
+    if rows != there:
         model.resize_token_embeddings(rows, mean_resizing=False)
+    return saved is not None or rows != there
 
 
 def _settle_ties(model: Any) -> None:
@@ -137,27 +191,42 @@ def _settle_ties(model: Any) -> None:
         each.tie_word_embeddings = False
 
 
-def _loras(
-    model: PeftModel, out: Path, ranks: list[int], kind: Any, base: str, plain: Tensor, expected: Tensor
-) -> dict[int, dict[str, float]]:
-    """Writes a LoRA of each rank and measures what it loses."""
-    if not ranks:
-        return {}
-    weights = lora_errors(model, ranks)["all"]
-    smallest = min(min(layer.weight.shape) for _, layer in clover_layers(model))
-    result = {}
-    for rank in ranks:
-        if rank > smallest:
+def _check_loras(model: PeftModel, ranks: list[int]) -> None:
+    """Refuse ranks that no LoRA of these modules has, and modules whose bias a LoRA would leave out."""
+    layers = clover_layers(model)
+    for _, layer in layers:
+        if not layer.supports_lora_conversion():
             raise ValueError(
-                f"--lora-rank {rank}: expected at most {smallest}, the narrowest of the adapted projections"
+                f"{layer.name}: expected a module without bias, found one whose bias the adapter changes too, which a "
+                "LoRA cannot; leave --lora-rank out and serve the merged model, or leave modules with biases out of "
+                "target_modules in training"
             )
-        folder = out.with_name(f"{out.name}-lora-r{rank}")
-        save_as_lora(folder, model, rank=rank)
-        lora = PeftModel.from_pretrained(kind.from_pretrained(base, dtype=model.dtype), folder).eval()
-        effect = torch.linalg.vector_norm(expected - plain)
-        lost = torch.linalg.vector_norm(_probe(lora) - expected)
-        result[rank] = {"weights": weights[rank], "logits": float(lost / effect) if effect else 0.0}
-    return result
+    narrowest = min(min(layer.in_features, layer.out_features) for _, layer in layers)
+    for rank in ranks:
+        if not 1 <= rank <= narrowest:
+            raise ValueError(
+                f"--lora-rank {rank}: expected 1 to {narrowest}, the narrowest of the adapted projections; choose "
+                "another"
+            )
+
+
+def _write_lora(model: PeftModel, folder: Path, rank: int, tokenizer: Any, embeddings: bool) -> None:
+    """Save the best LoRA of a rank, and with it embeddings that have more rows than the base's."""
+    config, state = convert_to_lora(model, rank=rank)
+    if embeddings:
+        own = get_peft_model_state_dict(model, save_embedding_layers=True)
+        state |= {name: tensor.clone() for name, tensor in own.items() if "clover_" not in name}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / "adapter_model.safetensors")
+    config.save_pretrained(str(folder))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _distance(this: Tensor, that: Tensor, unit: Tensor) -> float:
+    """The distance of two tensors of logits, in lengths of `unit`; 0 where they are equal."""
+    distance = torch.linalg.vector_norm(this - that)
+    return float(distance / torch.linalg.vector_norm(unit)) if distance != 0 else 0.0
 
 
 @torch.no_grad()
@@ -186,12 +255,19 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     for rank, lost in report["lora"].items():
         print(f"LoRA r={rank}: {lost['weights']:.1%} of the update lost, {lost['logits']:.1%} of its effect on logits")
-    difference, allowed = report["difference"], report["allowed"]
-    print(f"{given.out}: {report['dtype']}, logits off by {difference:.1e} from the adapter (rounding {allowed:.1e})")
-    if not difference <= allowed:
-        print("FAILED: the export is not the adapted model", file=sys.stderr)
-        return 1
-    return 0
+    difference, changed = report["difference"], report["changed"]
+    print(
+        f"{given.out}: {report['dtype']}, logits off by {difference:.1e} from the adapter before rounding; rounding "
+        f"moves them by {report['rounding']:.1%} of what the adapter does"
+    )
+    if changed:
+        problem = f"{changed[0]}: expected the merged tensor in the folder, found another ({len(changed)} such)"
+    elif not difference <= _ALLOWED:
+        problem = f"the export is not the adapted model: expected logits within {_ALLOWED:.1e}"
+    else:
+        return 0
+    print(f"FAILED: {problem}; do not use {given.out}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

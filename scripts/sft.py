@@ -45,7 +45,7 @@ def main() -> int:
         from clover_peft.training.run import run
 
         run(settings.parse(arguments.config, overrides))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         # what a user can put right is said in one sentence; anything else keeps its traceback
         print(f"error: {error}", file=sys.stderr)
         return 1

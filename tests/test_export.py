@@ -9,10 +9,11 @@ import sys
 import tarfile
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -23,7 +24,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from clover_peft import CloverConfig
+from clover_peft import CloverConfig, CloverLayer
 from tests.tiny import build, load_script, logits, perturb, relative
 
 pytest.importorskip("trl", reason="borrows the tokenizer of the trainers' tests: pip install clover-peft[train]")
@@ -35,7 +36,7 @@ IDS = torch.arange(3, 40).unsqueeze(0)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def save_base(folder: Path, tied: bool, dtype: torch.dtype = torch.float32) -> None:
+def save_base(folder: Path, tied: bool, dtype: torch.dtype = torch.float32, **choices: Any) -> None:
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -51,6 +52,7 @@ def save_base(folder: Path, tied: bool, dtype: torch.dtype = torch.float32) -> N
             eos_token_id=tokenizer.eos_token_id,
             tie_word_embeddings=tied,
             initializer_range=0.2,
+            **choices,
         )
     ).to(dtype)
     model.generation_config = GenerationConfig(do_sample=True, temperature=0.7, eos_token_id=tokenizer.eos_token_id)
@@ -58,7 +60,7 @@ def save_base(folder: Path, tied: bool, dtype: torch.dtype = torch.float32) -> N
     tokenizer.save_pretrained(folder)
 
 
-def train(base: Path, out: Path, config: CloverConfig, added: int = 0) -> torch.Tensor:
+def train(base: Path, out: Path, config: CloverConfig, added: int = 0, scale: float = 0.05) -> torch.Tensor:
     """An adapter with random S, and embeddings changed where they are trained; its logits."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base)
@@ -68,7 +70,7 @@ def train(base: Path, out: Path, config: CloverConfig, added: int = 0) -> torch.
         with torch.no_grad():
             model.get_input_embeddings().weight[-added:] = 0.3
     model = get_peft_model(model, config)
-    perturb(model)
+    perturb(model, scale)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -98,6 +100,8 @@ def test_embeddings_and_ties_survive(tmp_path, tied, choices, added, stays_tied)
     expected = train(tmp_path / "base", tmp_path / "adapter", CloverConfig(task_type="CAUSAL_LM", **choices), added)
     report = script.export(str(tmp_path / "adapter"), tmp_path / "out")
     assert report["difference"] < 1e-5
+    assert report["changed"] == []
+    assert report["rounding"] == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         assert relative(model(input_ids=IDS).logits, expected) < 1e-5
@@ -193,6 +197,99 @@ def test_loras_stand_in_for_the_adapter_at_a_known_loss(tmp_path, capsys):
     assert errors[0] > errors[1] > errors[2]
 
 
+def test_a_lora_after_added_tokens_has_their_rows(tmp_path):
+    save_base(tmp_path / "base", tied=True)
+    expected = train(tmp_path / "base", tmp_path / "adapter", CloverConfig(task_type="CAUSAL_LM"), added=9)
+    report = script.export(str(tmp_path / "adapter"), tmp_path / "out", lora_ranks=[4, 32])
+    assert report["lora"][32]["logits"] < report["lora"][4]["logits"]
+    folder = tmp_path / "out-lora-r32"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert len(tokenizer) == len(AutoTokenizer.from_pretrained(tmp_path / "base")) + 9
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    lora = PeftModel.from_pretrained(model, folder)
+    assert torch.all(lora.get_input_embeddings().weight[-9:] == 0.3)
+    with torch.no_grad():
+        assert relative(lora(input_ids=IDS).logits, expected) < report["lora"][4]["logits"]
+
+
+@pytest.mark.parametrize("rank", ["0", "33"])
+def test_ranks_are_refused_before_anything_is_computed(tmp_path, monkeypatch, capsys, rank):
+    save_base(tmp_path / "base", tied=True)
+    train(tmp_path / "base", tmp_path / "adapter", CloverConfig(task_type="CAUSAL_LM"))
+    monkeypatch.setattr(script, "lora_errors", lambda *_: pytest.fail("computed"))
+    assert script.main([str(tmp_path / "adapter"), str(tmp_path / "out"), "--lora-rank", "4", rank]) == 2
+    assert f"--lora-rank {rank}: expected 1 to 32" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+
+
+def test_a_bias_is_named_where_a_lora_is_asked_for(tmp_path, capsys):
+    save_base(tmp_path / "base", tied=True, attention_bias=True)
+    train(tmp_path / "base", tmp_path / "adapter", CloverConfig(task_type="CAUSAL_LM"))
+    arguments = [str(tmp_path / "adapter"), str(tmp_path / "out")]
+    assert script.main([*arguments, "--lora-rank", "4"]) == 2
+    message = capsys.readouterr().err
+    assert "error: model.layers.0.self_attn." in message
+    assert "whose bias the adapter changes too" in message
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+    assert script.main(arguments) == 0
+    config = CloverConfig(task_type="CAUSAL_LM", bias="all")
+    train(tmp_path / "base", tmp_path / "trained biases", config)
+    arguments = [str(tmp_path / "trained biases"), str(tmp_path / "other")]
+    assert script.main([*arguments, "--lora-rank", "4"]) == 2
+    assert "bias cannot be part of a LoRA made of it" in capsys.readouterr().err
+    assert script.main(arguments) == 0
+
+
+def test_only_clover_becomes_a_lora(tmp_path, capsys):
+    save_base(tmp_path / "base", tied=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, target_modules=["v_proj"])
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    arguments = [str(tmp_path / "adapter"), str(tmp_path / "out")]
+    assert script.main([*arguments, "--lora-rank", "4"]) == 2
+    assert "expected a CLOVER adapter, found PeftType.LORA" in capsys.readouterr().err
+    assert script.main(arguments) == 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_merge_that_is_lost_is_found_out(tmp_path, monkeypatch, capsys, dtype):
+    """Also in bfloat16, and where the adapter does less than rounding all weights."""
+    save_base(tmp_path / "base", tied=True)
+    train(tmp_path / "base", tmp_path / "adapter", CloverConfig(task_type="CAUSAL_LM"), scale=1e-3)
+    adapter, arguments = str(tmp_path / "adapter"), ["--dtype", dtype]
+    assert script.main([adapter, str(tmp_path / "good"), *arguments]) == 0
+    monkeypatch.setattr(CloverLayer, "merge", lambda *args, **kwargs: None)
+    assert script.main([adapter, str(tmp_path / "lost"), *arguments]) == 1
+    assert "FAILED: the export is not the adapted model: expected logits within" in capsys.readouterr().err
+
+
+def test_a_tensor_that_is_saved_wrong_is_found_out(tmp_path, monkeypatch, capsys):
+    save_base(tmp_path / "base", tied=False)
+    train(tmp_path / "base", tmp_path / "adapter", CloverConfig(task_type="CAUSAL_LM"))
+    monkeypatch.setattr(script, "_settle_ties", lambda model: model.lm_head.weight.data[7].mul_(1.01))
+    assert script.main([str(tmp_path / "adapter"), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 1
+    assert "FAILED: lm_head.weight: expected the merged tensor in the folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("own", "dtype"), [("bfloat16", None), ("float16", None), ("float32", "bfloat16")])
+def test_a_narrow_folder_is_the_float32_merge_rounded_once(tmp_path, own, dtype):
+    save_base(tmp_path / "base", tied=True, dtype=getattr(torch, own))
+    train(tmp_path / "base", tmp_path / "adapter", CloverConfig(task_type="CAUSAL_LM"))
+    chosen = getattr(torch, dtype or own)
+    report = script.export(str(tmp_path / "adapter"), tmp_path / "out", dtype=dtype and chosen)
+    assert report["changed"] == []
+    assert report["difference"] < 1e-5
+    assert 0 < report["rounding"] < 0.1
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    merged = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().state_dict()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert found.keys() == merged.keys()
+    for name, tensor in found.items():
+        assert tensor.dtype == chosen
+        assert torch.equal(tensor, merged[name].to(chosen))
+
+
 def test_other_kinds_of_models_are_exported(tmp_path):
     build("bert").save_pretrained(tmp_path / "base")
     model = get_peft_model(build("bert"), CloverConfig())
@@ -202,6 +299,18 @@ def test_other_kinds_of_models_are_exported(tmp_path):
     report = script.export(str(tmp_path / "adapter"), tmp_path / "out")
     assert report["difference"] < 1e-5
     assert logits(model, "bert").isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_what_a_model_computes_in_its_dtype_while_it_loads_is_no_difference(tmp_path, dtype):
+    """Gemma's scale of the embeddings is rounded to the dtype that it is loaded in, and not saved."""
+    build("gemma", dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    config = CloverConfig(task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    perturb(model)
+    model.save_pretrained(tmp_path / "adapter")
+    chosen = ["--dtype", dtype] if dtype else []
+    assert script.main([str(tmp_path / "adapter"), str(tmp_path / "out"), *chosen]) == 0
 
 
 @pytest.mark.parametrize(

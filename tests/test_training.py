@@ -23,6 +23,7 @@ import yaml
 
 pytest.importorskip("trl", reason="needs the train extra: pip install clover-peft[train]")
 
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -450,6 +451,20 @@ def test_models_that_cannot_be_found(monkeypatch, tmp_path):
         base_models.find_model(str(tmp_path))
     with pytest.raises(ValueError, match=r"model=some/model: expected a folder or a model on the hub"):
         base_models.find_model("some/model")
+
+
+def test_a_folder_without_an_adapter_says_where_one_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(base_models, "hub_reachable", lambda: False)
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"expected a folder with an adapter_config.json, found none in it$"):
+        base_models.find_adapter(tmp_path / "run")
+    LoraConfig(base_model_name_or_path="some/base").save_pretrained(tmp_path / "run" / "adapter")
+    with pytest.raises(ValueError, match=r"did you mean .*run/adapter\?"):
+        base_models.find_adapter(tmp_path / "run")
+    assert base_models.find_adapter(tmp_path / "run" / "adapter").base_model_name_or_path == "some/base"
+    for name in ("nope", "no/such/adapter", "some/adapter"):
+        with pytest.raises(ValueError, match="expected the folder of an adapter, found none"):
+            base_models.find_adapter(name)
 
 
 def test_the_default_model_without_the_hub_is_the_wheel(monkeypatch, tmp_path):

