@@ -7,7 +7,8 @@
 
 Every method tries as many learning rates, at the first seed, and keeps the one that answers most validation questions.
 Then come the other seeds, and each seed meets the test questions once. Each run is a process of its own; its output is
-in <out>/runs/<run>.log. Stop it at any time: the same command goes on where it was, in the middle of a run too.
+in <out>/runs/<run>.log. Stop it at any time: the same command goes on where it was, in the middle of a run too. With
+other data options or settings it refuses to; methods, rates and seeds may be added.
 
 Records, one a run, go to <out>/records (or --records); what is recorded there is not done again.
 """
@@ -37,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"--jobs {given.jobs}: expected at least 1")
         records = given.records or given.out / "records"
         grid = ablation.read(given.config, given.overrides)
+        ablation.check_records(grid, records)
         if given.step is not None:
             print(ablation.make(grid, given.step, given.out, records))
             return 0

@@ -36,6 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if bool(given.adapter) == bool(given.before and given.after):
             raise ValueError("expected --adapter, or --before and --after")
+        if given.top < 1:
+            raise ValueError(f"--top: expected at least 1, found {given.top}")
         if (given.out / "analysis.json").exists():
             raise ValueError(f"{given.out}: expected a new folder, found an analysis in it; choose another")
         found = {}
@@ -72,7 +74,10 @@ def _measure_models(given: argparse.Namespace) -> list[dict[str, Any]]:
     after = AutoModelForCausalLM.from_pretrained(find_model(given.after).path, dtype=given.dtype).to(before.device)
     names = [name for name, module in before.named_modules() if isinstance(module, torch.nn.Linear)]
     inputs = _inputs(before, tokenizer, names, given.texts)
-    return [_measured(change, inputs, given) for change in _shown(model_changes(before, after), "after", len(names))]
+    found = [_measured(change, inputs, given) for change in _shown(model_changes(before, after), "after", len(names))]
+    if not found:
+        raise ValueError(f"--after {given.after}: expected another model than --before, found the same weights")
+    return found
 
 
 def _measured(change: Change, inputs: dict[str, torch.Tensor], given: argparse.Namespace) -> dict[str, Any]:
@@ -124,7 +129,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--texts", type=Path, help="file with a text a line, .gz too; the first 64 are read")
     parser.add_argument("--top", type=int, default=10, help="leading singular vectors to look for intruders among")
     parser.add_argument("--threshold", type=float, default=0.5, help="cosine below which one is an intruder")
-    parser.add_argument("--dtype", default="float32", help="of the weights; bfloat16 would round the update")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the weights; the last two round the update",
+    )
     parser.add_argument("--no-pictures", action="store_true")
     parser.add_argument("--out", type=Path, required=True, help="folder for analysis.json and pictures")
     return parser

@@ -17,6 +17,7 @@ An evaluation that was cut off goes on with the same command. Writes predictions
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 import time
 from pathlib import Path
@@ -36,6 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if (given.out / "record.json").exists():
             raise ValueError(f"{given.out}: expected an unfinished evaluation or a new folder, found a finished one")
+        for key in ("rows", "batch_size", "beams", "new_tokens"):
+            if (value := getattr(given, key)) is not None and value < 1:
+                raise ValueError(f"--{key.replace('_', '-')}: expected at least 1, found {value}")
         source = find_model(given.model or _base(given.adapter))
         result = _harness(given, source) if given.harness else _suite(given, source)
     except (ValueError, OSError) as error:
@@ -71,6 +75,9 @@ def _suite(given: argparse.Namespace, source: ModelSource) -> dict[str, Any]:
         key: getattr(given, key)
         for key in ("adapter", "data", "split", "tasks", "seed", "mode", "prompt", "dtype", "merge", "vllm")
     }
+    if given.adapter:  # another may have been trained into the same folder
+        weights = b"".join(path.read_bytes() for path in sorted(given.adapter.glob("adapter_*")))
+        asked["adapter_sha256"] = hashlib.sha256(weights).hexdigest()
     if given.mode == "generate":
         asked |= {"beams": beams, "new_tokens": new_tokens}
     started = time.perf_counter()
@@ -132,7 +139,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--beams", type=int, help="of the search; by default the protocol's")
     parser.add_argument("--new-tokens", type=int, help="longest answer; by default the protocol's 32")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--dtype", default="float32", help="of the weights: float32, bfloat16, float16")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights"
+    )
     parser.add_argument("--vllm", action="store_true", help="generate with vLLM, for a merged model")
     parser.add_argument("--harness", nargs="+", metavar="task", help="lm-evaluation-harness's tasks, instead")
     parser.add_argument("--harness-tasks", metavar="FOLDER", help="further tasks of the harness, as YAML files")

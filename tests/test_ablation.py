@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import gzip
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +17,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 pytest.importorskip("trl", reason="needs the train extra: pip install clover-peft[train]")
 
 from clover_peft.commonsense import TASKS, Example, ablation, prepare, render, report
+from clover_peft.training.arguments import parse
 from tests.tiny import load_script
 from tests.tiny_chat import save_chat_model
 
@@ -163,7 +169,7 @@ def test_no_test_question_is_asked_before_every_rate_is_chosen(tiny, tmp_path):
         if name == "base":
             write(folder, step, "x", 0, 0, test=result(0.1))
             continue
-        _, trial = ablation._trial(grid, name)
+        _, trial = ablation._trials(grid)[name]
         part = "test" if step.endswith(".test") else "validation"
         write(
             folder, step, trial.method, trial.learning_rate, trial.seed, **{part: result(better[trial.learning_rate])}
@@ -177,13 +183,130 @@ def test_no_test_question_is_asked_before_every_rate_is_chosen(tiny, tmp_path):
 
 
 def test_rates_are_chosen_by_loss_and_else_by_accuracy():
-    def candidate(rate: float, accuracy: float, **loss: float) -> dict:
+    def candidate(rate: float, accuracy: float, **loss: float | str) -> dict:
         return {"trial": {"learning_rate": rate}, "validation": {"mean": accuracy, **loss}}
 
     by_loss = [candidate(0.1, 0.6, loss=0.7), candidate(0.2, 0.5, loss=0.6), candidate(0.3, 0.7, loss=0.6)]
     assert ablation.choose(by_loss)["trial"]["learning_rate"] == 0.2
     by_accuracy = [candidate(0.3, 0.7), candidate(0.1, 0.6), candidate(0.2, 0.7)]
     assert ablation.choose(by_accuracy)["trial"]["learning_rate"] == 0.2
+    diverged = [candidate(0.1, 0.9), candidate(0.2, 0.9, loss="NaN"), candidate(0.3, 0.1, loss=9.0)]
+    assert ablation.choose(diverged)["trial"]["learning_rate"] == 0.3
+    assert ablation.choose(diverged[:2])["trial"]["learning_rate"] == 0.1
+
+
+def test_a_run_that_diverged_loses_and_stops_nothing(tiny, tmp_path, monkeypatch):
+    def train(settings):
+        folder = Path(settings.sft.output_dir)
+        (folder / "adapter").mkdir(parents=True)
+        save_file({"clover_S": torch.tensor([1.0, float("nan")])}, folder / "adapter" / "adapter_model.safetensors")
+        (folder / "record.json").write_text("{}")
+
+    monkeypatch.setattr("clover_peft.training.run.run", train)
+    grid = ablation.read(tiny.path)
+    path = ablation.make(grid, "clover-lr0.3-seed3", tmp_path, tmp_path / "records")
+    record = json.loads(path.read_text())
+    assert record["validation"]["mean"] == 0
+    assert {task["unparsed"] for task in record["validation"]["tasks"].values()} == {2}
+    assert "loss" not in record["validation"]
+    good = {"trial": {"learning_rate": 0.5}, "validation": {"mean": 0.1, "loss": 3.0}}
+    assert ablation.choose([record, good]) is good
+
+
+def test_all_questions_meet_the_model_in_the_dtype_of_training(tiny, tmp_path, monkeypatch):
+    def train(settings):
+        folder = Path(settings.sft.output_dir)
+        folder.mkdir(parents=True)
+        (folder / "record.json").write_text("{}")
+        settings.sft.model_init_kwargs = None  # as the real one does
+
+    def load(source, adapter, dtype):
+        loaded.append(dtype)
+        raise KeyboardInterrupt
+
+    loaded: list[str] = []
+    monkeypatch.setattr("clover_peft.training.run.run", train)
+    monkeypatch.setattr(ablation, "load_trained", load)
+    grid = ablation.read(tiny.path, ["settings.model_init_kwargs={dtype: bfloat16}"])
+    for step in ("clover-lr0.3-seed3", "clover-lr0.3-seed3.test", "base.test"):
+        with pytest.raises(KeyboardInterrupt):
+            ablation.make(grid, step, tmp_path, tmp_path / "records")
+    assert loaded == ["bfloat16"] * 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            "data.rows=3",
+            "data.rows: expected None as in .*data.json, found 3; set it as before, or choose another --out",
+        ),
+        ("data.decontaminate=true", "data.decontaminate: expected False"),
+        ("settings.max_steps=6", "max_steps: expected 5 as in .*narrow-lr0.1-seed3.json, found 6"),
+        ("methods.narrow={method: lora, learning_rates: [0.001, 0.1], peft.r: 3}", "peft.r: expected 2"),
+        ("evaluation.rows=2", "evaluation.rows: expected 3 as in .*test.json, found 2"),
+        ("evaluation.mode=generate", "evaluation.mode: expected 'score'"),
+        ("seeds=[3, 4, 5]", None),
+        ("methods.third={method: lora, learning_rates: [1, 2]}", None),
+        ("settings.save_total_limit=null", None),
+        ("evaluation.test=false", None),
+    ],
+)
+def test_a_grid_goes_on_with_its_own_data_and_settings_only(tiny, tmp_path, change, message):
+    grid, records, name = ablation.read(tiny.path), tmp_path / "records", "narrow-lr0.1-seed3"
+    ablation.make_data(grid, tmp_path / "data")
+    _, trial = ablation._trials(grid)[name]
+    values = parse(grid.base, ablation.settings_of(grid, grid.methods[1], trial, Path("/elsewhere"))).values
+    asked = {"mode": "score", "rows": 3, "batch_size": 8}
+    records.mkdir()
+    for step, parts in {
+        name: {"trial": vars(trial), "run": {"settings": values}, "validation": {"evaluation": asked}},
+        f"{name}.test": {"trial": vars(trial), "test": {"evaluation": asked}},
+        "base.test": {"trial": None, "test": {"evaluation": asked}},
+        "gone-lr0.1-seed3": {"trial": {"method": "gone"}, "run": {"settings": {"max_steps": 1}}},
+    }.items():
+        (records / f"{step}.json").write_text(json.dumps(parts))
+    changed = ablation.read(tiny.path, [change])
+    with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+        ablation.make_data(changed, tmp_path / "data")
+        ablation.check_records(changed, records)
+    if change == "evaluation.rows=2":  # all validation rows are asked
+        for path in records.glob("*.test.json"):
+            path.unlink()
+        ablation.check_records(changed, records)
+
+
+def test_a_grid_killed_while_it_writes_data_starts_again(tiny, tmp_path, monkeypatch):
+    def killed(path, rows):
+        written.append(path)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        return write_rows(path, rows)
+
+    written: list[Path] = []
+    grid, write_rows = ablation.read(tiny.path), prepare._write
+    monkeypatch.setattr(prepare, "_write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ablation.make_data(grid, tmp_path / "data")
+    ablation.make_data(grid, tmp_path / "data")
+    assert len(list((tmp_path / "data").rglob("*.gz"))) == 2 + len(TASKS)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match=r"other: expected no folder or one with data.json, found none in it; delete"):
+        ablation.make_data(grid, tmp_path / "other")
+
+
+def test_a_task_without_questions_shows_before_anything_is_trained(tiny, tmp_path):
+    source = tmp_path / "suite"
+    shutil.copytree(tiny.folder / "suite", source)
+    (source / "test" / "piqa.jsonl.gz").write_bytes(gzip.compress(b""))
+    with pytest.raises(ValueError, match="expected tasks with rows to train on and to test, found none of piqa"):
+        ablation.make_data(ablation.read(tiny.path, [f"data.source=folder:{source}"]), tmp_path / "data")
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    (tmp_path / "a.json").write_text("")
+    with pytest.raises(ValueError, match=r"a.json: expected a block in JSON, found .*; delete it"):
+        ablation.load(tmp_path)
 
 
 def test_a_search_asks_no_test_question(tiny, tmp_path):
@@ -214,6 +337,12 @@ def test_the_table_is_arithmetic_on_records(tmp_path):
     assert "| a | 10 | 60.0 | 60.00 ± 10.00 | 50.0 to 70.0 |" in shown
     assert "- a against b: +10.00 points, standard error 5.77" in shown
     assert "| a | 0.1 | 0.1: 90.0%, 0.3: 80.0% (loss 0.250) | 3 | 1.0 | 2 | 1 | 1.0 |" in shown
+    for seed in (2, 5):  # falling: rates were tried at the first, 5
+        write(tmp_path / "falling", f"a-lr0.1-seed{seed}", "a", 0.1, seed, validation=result(seed / 10))
+        write(tmp_path / "falling", f"a-lr0.1-seed{seed}.test", "a", 0.1, seed, test=result(0.5))
+    write(tmp_path / "falling", "a-lr0.3-seed5", "a", 0.3, 5, validation={**result(0.1), "loss": "NaN"})
+    [row] = ablation.rows_of_table(ablation.load(tmp_path / "falling"))
+    assert row["candidates"] == {0.1: (0.5, None), 0.3: (0.1, None)}
     assert report.markdown({}) == "No method has met the test questions."
     searched = {name: record for name, record in ablation.load(folder).items() if not name.endswith(".test")}
     lines = report.markdown(searched).splitlines()
@@ -232,7 +361,28 @@ def test_the_table_is_arithmetic_on_records(tmp_path):
         ("data.zzz=1", "data: expected some of source, tasks"),
         ("data={rows: 3}", "data.validation: expected a number of rows"),
         ("evaluation.zzz=1", "evaluation: expected some of mode, rows"),
+        ("evaluation.mode=scored", "evaluation.mode: expected score or generate, found 'scored'"),
+        ("evaluation.rows=0", "evaluation.rows: expected a whole number from 1 on, or null for all, found 0"),
+        ("evaluation.batch_size=0", "evaluation.batch_size: expected a whole number from 1 on, found 0"),
+        ("evaluation.test=no", "evaluation.test: expected true or false, found 'no'"),
+        ("evaluation=null", "evaluation: expected some of mode, rows, batch_size, test, found None"),
+        ("data.validation=0", "data.validation: expected a number of rows"),
+        ("data.validation=null", "data.validation: expected a whole number from 0 on, found None"),
+        ("data.validation=-1", "data.validation: expected a whole number from 0 on, found -1"),
+        ("data.rows=0", "data.rows: expected a whole number from 1 on, or none for all, found 0"),
+        ("data.tasks=boolq", "data.tasks: expected some of boolq, piqa"),
+        ("data.deduplicate=no", "data.deduplicate: expected true or false, found 'no'"),
+        ("data=null", "data: expected some of source, tasks"),
+        ("settings=3", "settings: expected a block of settings, found 3"),
+        ("base=x", "base: expected a list of files, found 'x'"),
+        ("methods=3", "methods: expected a block of learning rates by name, found 3"),
+        ("methods.clover=[x, 1]", "methods.clover.learning_rates: expected a list of positive numbers"),
+        ("methods.clover=[0.00123456, 0.001234561]", "that differ in six digits, found [0.00123456, 0.001234561]"),
+        ("methods.clover={learning_rates: 0.1}", "methods.clover.learning_rates: expected a list of positive numbers"),
+        ("methods={a/b: [1]}", "methods: expected names that can be those of files, found 'a/b'"),
         ("seeds=3", "seeds: expected a list"),
+        ("seeds=[3, 3]", "seeds: expected a list of different whole numbers from 0 on, found [3, 3]"),
+        ("seeds=[1.5]", "seeds: expected a list"),
         ("zzz=3", "expected the keys base, settings, data"),
     ],
 )
@@ -266,7 +416,7 @@ def test_several_processes_at_a_time_keep_the_order_that_matters(tiny, tmp_path,
         if name == "base":
             record = {"trial": None, "test": result(0.1)}
         else:
-            trial = vars(ablation._trial(grid, name)[1])
+            trial = vars(ablation._trials(grid)[name][1])
             record = {"trial": trial, "test" if step.endswith(".test") else "validation": result(0.5)}
         code = "import pathlib, sys, time; time.sleep(0.3); pathlib.Path(sys.argv[1]).write_text(sys.argv[2])"
         records.mkdir(exist_ok=True)

@@ -15,7 +15,6 @@ from clover_peft.analysis import (
     adapter_changes,
     collect_inputs,
     effective_rank,
-    intruders,
     measure,
     model_changes,
     projected_share,
@@ -43,6 +42,10 @@ def test_effective_rank_of_known_spectra():
     assert effective_rank(torch.tensor([1.0, 0.0, 0.0])) == pytest.approx(1)
     assert effective_rank(torch.zeros(3)) == 0
     assert effective_rank(torch.tensor([0.75, 0.25])) == pytest.approx(1.7547654)  # 4 / 3**0.75
+
+
+def intruders(before: torch.Tensor, after: torch.Tensor, **options: float) -> int:
+    return measure(Change("m", before, after), **options)["intruders"]["count"]
 
 
 def test_intruders_are_new_directions_only():
@@ -181,6 +184,11 @@ def test_the_script_compares_adapters_and_models(tmp_path, capsys):
         assert module["update"]["effective_rank"] == pytest.approx(expected["effective_rank"], rel=1e-3)
     assert script.main([*adapters, *common, "--out", str(tmp_path / "out")]) == 1
     assert "found an analysis in it" in capsys.readouterr().err
+    same = ["--before", str(tmp_path / "model"), "--after", str(tmp_path / "model"), "--out", str(tmp_path / "none")]
+    assert script.main(same) == 1
+    assert "expected another model than --before, found the same weights" in capsys.readouterr().err
+    assert script.main([*adapters, "--top", "0", "--out", str(tmp_path / "none")]) == 1
+    assert "--top: expected at least 1, found 0" in capsys.readouterr().err
     assert script.main(["--out", str(tmp_path / "none")]) == 1
     assert "expected --adapter, or --before and --after" in capsys.readouterr().err
     assert script.main([*adapters, "--label", "a", "--label", "a", "--out", str(tmp_path / "none")]) == 1

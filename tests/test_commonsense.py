@@ -262,6 +262,13 @@ def test_the_script_prepares_cleans_draws_and_records(tmp_path, capsys):
     assert "expected a new or empty folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["rows", "validation"])
+def test_the_script_refuses_numbers_of_rows_that_are_none(option, tmp_path, capsys):
+    assert script.main([str(tmp_path / "out"), f"--{option}", "-1"]) == 1
+    assert f"error: {option}: expected a whole number from " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_script_says_how_rows_differ(tmp_path, capsys):
     suite = small()
     source = write_folder(tmp_path / "source", suite)

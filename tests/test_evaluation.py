@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import gzip
 import importlib.util
 import json
 import math
 import random
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -15,6 +18,7 @@ import torch
 pytest.importorskip("trl", reason="needs the train extra: pip install clover-peft[train]")
 
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from clover_peft import CloverConfig
@@ -24,6 +28,7 @@ from tests.tiny_chat import save_chat_model
 
 script = load_script("evaluate")
 NAMES = list(TASKS)
+SAVED = "adapter_model.safetensors"
 
 
 def suite(rows: int = 5) -> prepare.Suite:
@@ -76,6 +81,7 @@ def test_questions_are_drawn_the_same_for_the_same_seed(given):
     assert [row["id"] for row in read(given, per_task=99)] == [row["id"] for row in everything]
     chosen = evaluation.read_rows(given.data, "validation", ["piqa"], None, 0)
     assert [row["id"].rsplit("/", 1)[0] for row in chosen] == ["piqa/train", "piqa/train"]
+    assert len(evaluation.read_rows(given.data, "test", ["piqa", "piqa"], None, 0)) == 5
 
 
 def test_rows_without_names_are_numbered_and_missing_files_named(given, tmp_path):
@@ -87,6 +93,12 @@ def test_rows_without_names_are_numbered_and_missing_files_named(given, tmp_path
         evaluation.read_rows(tmp_path, "test", NAMES, None, 0)
     with pytest.raises(ValueError, match=r"expected validation rows, found none; prepare_data.py --validation"):
         evaluation.read_rows(tmp_path, "validation", NAMES, None, 0)
+    (tmp_path / "test" / "boolq.jsonl").touch()
+    with pytest.raises(ValueError, match="expected test questions of boolq, found none; leave the task out"):
+        evaluation.read_rows(tmp_path, "test", ["piqa", "boolq"], None, 0)
+    (tmp_path / "validation.jsonl.gz").write_bytes(gzip.compress(json.dumps({**row, "task": "piqa"}).encode()))
+    with pytest.raises(ValueError, match="expected validation questions of boolq, found none"):
+        evaluation.read_rows(tmp_path, "validation", ["boolq"], None, 0)
 
 
 # --- the two modes ----------------------------------------------------------------------------------
@@ -128,6 +140,19 @@ def test_a_model_that_keeps_all_logits_scores_the_same(given, exact, monkeypatch
     plain = evaluation.scorer(exact.model, exact.tokenizer, None)(rows)
     for a, b in zip(found, plain, strict=True):
         assert a["log_probabilities"] == pytest.approx(b["log_probabilities"], abs=1e-9)
+
+
+def test_a_model_without_finite_probabilities_answers_nothing(given):
+    model = copy.deepcopy(given.model)
+    for parameter in model.parameters():
+        parameter.data.fill_(float("nan"))
+    found = evaluation.scorer(model, given.tokenizer, None)(read(given, per_task=1))
+    assert {prediction["predicted"] for prediction in found} == {None}
+    summary = evaluation.summarise(found)
+    assert summary["mean"] == 0
+    assert {task["unparsed"] for task in summary["tasks"].values()} == {1}
+    assert "loss" not in summary
+    json.dumps([found, summary], allow_nan=False)
 
 
 @pytest.mark.parametrize("beams", [1, 4])
@@ -195,7 +220,7 @@ def test_an_evaluation_that_was_cut_off_goes_on(given, tmp_path, cut):
         evaluation.evaluate(rows, predict, 7, tmp_path / "out", {"mode": "score"})
     kept = tmp_path / "out" / "predictions.jsonl"
     kept.write_text(kept.read_text() + cut)
-    with pytest.raises(ValueError, match="expected a new folder or the same evaluation, found another mode"):
+    with pytest.raises(ValueError, match="or the same evaluation, found one that differs in mode; choose another"):
         evaluation.evaluate(rows, predict, 7, tmp_path / "out", {"mode": "generate"})
     asked.append("resumed")
     found = evaluation.evaluate(rows, predict, 7, tmp_path / "out", {"mode": "score"})
@@ -208,6 +233,34 @@ def test_an_evaluation_that_was_cut_off_goes_on(given, tmp_path, cut):
     (tmp_path / "other" / "thesis.txt").touch()
     with pytest.raises(ValueError, match="expected a new or empty folder, found files"):
         evaluation.evaluate(rows, predict, 7, tmp_path / "other", {})
+
+
+def test_an_evaluation_goes_on_with_the_same_questions_only(given, tmp_path):
+    def predict(batch):
+        return [{"id": r["id"], "task": r["task"], "answer": r["answer"], "predicted": None} for r in batch]
+
+    rows, out = read(given, per_task=1), tmp_path / "out"
+    evaluation.evaluate(rows, predict, 4, out, {"mode": "score"})
+    settings, kept = out / "settings.json", out / "predictions.jsonl"
+    whole = kept.read_text()
+    for key in ("id", "instruction", "answer"):
+        other = [{**rows[0], key: rows[0][key] + "x"}, *rows[1:]]
+        with pytest.raises(ValueError, match="found one that differs in questions; choose another"):
+            evaluation.evaluate(other, predict, 4, out, {"mode": "score"})
+    written = json.loads(settings.read_text())
+    settings.write_text(json.dumps({key: value for key, value in written.items() if key != "questions"}))
+    evaluation.evaluate(rows, predict, 4, out, {"mode": "score"})  # as an earlier version wrote them
+    with pytest.raises(ValueError, match=r"predictions.jsonl: expected answers to these questions, found others"):
+        evaluation.evaluate([{**rows[0], "id": "boolq/test/new"}, *rows[1:]], predict, 4, out, {"mode": "score"})
+    for garbage in ("\0\0\n", "3\n", "{}\n"):
+        kept.write_text(whole + garbage)
+        with pytest.raises(
+            ValueError, match=r"predictions.jsonl: expected a prediction in line 9, found .*; delete it"
+        ):
+            evaluation.evaluate(rows, predict, 4, out, {"mode": "score"})
+    settings.write_text("")
+    with pytest.raises(ValueError, match=r"settings.json: expected a block in JSON, found .*; delete .*out and"):
+        evaluation.evaluate(rows, predict, 4, out, {"mode": "score"})
 
 
 def test_accuracies_and_intervals():
@@ -265,6 +318,31 @@ def test_the_script_in_both_modes(given, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
     assert script.main([*common[:2], "--out", str(tmp_path / "new")]) == 1
     assert "--data: expected a folder" in capsys.readouterr().err
+
+
+def test_the_script_goes_on_with_the_same_adapter_only(given, tmp_path, capsys):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(given.folder / "adapter", adapter)
+    command = ["--model", str(given.folder / "model"), "--data", str(given.data), "--adapter", str(adapter)]
+    command += ["--mode", "score", "--tasks", "boolq", "--out", str(tmp_path / "out")]
+    assert script.main(command) == 0
+    (tmp_path / "out" / "record.json").unlink()
+    weights = load_file(adapter / SAVED)
+    save_file({name: 1.01 * t if "clover_S" in name else t for name, t in weights.items()}, adapter / SAVED)
+    assert script.main(command) == 1
+    assert "found one that differs in adapter_sha256" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--rows", "--batch-size", "--beams", "--new-tokens"])
+def test_the_script_refuses_numbers_below_one(option, tmp_path, capsys):
+    assert script.main([option, "0", "--out", str(tmp_path / "out")]) == 1
+    assert f"error: {option}: expected at least 1, found 0" in capsys.readouterr().err
+
+
+def test_the_script_refuses_a_dtype_that_is_none(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        script.main(["--dtype", "foo", "--out", str(tmp_path / "out")])
+    assert "argument --dtype: invalid choice: 'foo'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("beams", [1, 4])

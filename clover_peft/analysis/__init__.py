@@ -1,14 +1,13 @@
 """What a fine-tuning did to the weights: the paper's evidence, for any adapter of peft or any pair of models."""
 
 from .changes import Change, adapter_changes, collect_inputs, model_changes
-from .measures import effective_rank, intruders, measure, projected_share
+from .measures import effective_rank, measure, projected_share
 
 __all__ = [
     "Change",
     "adapter_changes",
     "collect_inputs",
     "effective_rank",
-    "intruders",
     "measure",
     "model_changes",
     "projected_share",

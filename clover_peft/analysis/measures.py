@@ -19,8 +19,9 @@ def measure(change: Change, inputs: Tensor | None = None, top: int = 10, thresho
     Args:
         change: the weight before and after.
         inputs: what the projection reads, (rows, in features), from `collect_inputs`.
-        top: leading singular vectors of the changed weight to look for intruders among.
-        threshold: see `intruders`.
+        top: leading left singular vectors of the changed weight to look for intruder dimensions among (Shuttleworth et
+            al., arXiv 2410.21228).
+        threshold: below this cosine with every left singular vector of `before`, one is an intruder.
 
     Returns:
         `name`, `shape`; `update`: `norm`, `relative` (to the weight's), `rank`, `effective_rank`, `stable_rank`,
@@ -67,22 +68,6 @@ def effective_rank(singular_values: Tensor) -> float:
         return 0.0
     shares = singular_values.double() / total
     return float(torch.exp(-torch.special.xlogy(shares, shares).sum()))
-
-
-def intruders(before: Tensor, after: Tensor, top: int = 10, threshold: float = 0.5) -> int:
-    """Intruder dimensions (Shuttleworth et al., arXiv 2410.21228).
-
-    Args:
-        before: weight, (out, in).
-        after: the same, fine-tuned.
-        top: how many leading left singular vectors of `after` are looked at.
-        threshold: below this cosine with every left singular vector of `before`, a vector is an intruder.
-
-    Returns:
-        How many of the leading vectors are intruders.
-    """
-    one, two = (torch.linalg.svd(weight, full_matrices=False) for weight in (before, after))
-    return int((_similarities(one, two, top)[0] < threshold).sum())
 
 
 def projected_share(inputs: Tensor, directions: Tensor) -> float:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 Found = dict[str, list[dict[str, Any]]]  # label -> measures, module by module
 
 
-def draw(found: Found, folder: Path) -> list[Path]:
-    """Draws `update.png` (figure 5), `intruders.png` and `similarities.png` (figure 6), `share.png` (figure 4, where
-    inputs were measured) and `singular_values.png` (figure 2).
+def canvas(folder: Path) -> tuple[Any, Callable[[str, Any], None], list[Path]]:
+    """What pictures are drawn with, without a screen.
+
+    Returns:
+        matplotlib's `pyplot`, a function that saves a figure under a name in the folder, and the list of those saved.
 
     Raises:
         ValueError: if matplotlib is not installed.
@@ -25,13 +28,24 @@ def draw(found: Found, folder: Path) -> list[Path]:
     from matplotlib import pyplot
 
     folder.mkdir(parents=True, exist_ok=True)
-    made = []
+    made: list[Path] = []
 
     def save(name: str, figure: Any) -> None:
         figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
         pyplot.close(figure)
         made.append(folder / f"{name}.png")
 
+    return pyplot, save, made
+
+
+def draw(found: Found, folder: Path) -> list[Path]:
+    """Draws `update.png` (figure 5), `intruders.png` and `similarities.png` (figure 6), `share.png` (figure 4, where
+    inputs were measured) and `singular_values.png` (figure 2).
+
+    Raises:
+        ValueError: if matplotlib is not installed.
+    """
+    pyplot, save, made = canvas(folder)
     kinds = sorted({_kind(module) for modules in found.values() for module in modules})
     figure, grid = pyplot.subplots(1, len(kinds), figsize=(4 * len(kinds), 3.5), squeeze=False)
     for axes, kind in zip(grid[0], kinds, strict=True):

@@ -15,8 +15,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+
 from clover_peft import records
 from clover_peft.training.arguments import apply_override, load_yaml, parse
+from clover_peft.training.downloads import build_once
 from clover_peft.training.models import find_model, load_trained
 
 from . import evaluation, prepare
@@ -24,6 +27,7 @@ from .protocols import find_protocol
 from .tasks import TASKS
 
 BASE = "base"  # the model that is not fine-tuned
+_MODES = ("score", "generate")
 Record = dict[str, Any]
 
 
@@ -57,7 +61,7 @@ class Trial:
         return f"{self.method}-lr{self.learning_rate:g}-seed{self.seed}"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Evaluation:
     """How runs are evaluated.
 
@@ -74,7 +78,7 @@ class Evaluation:
     test: bool = True
 
 
-@dataclass
+@dataclass(frozen=True)
 class Ablation:
     """A grid, as its file describes it.
 
@@ -108,29 +112,38 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Ablation:
     if not path.is_file():
         raise ValueError(f"--config {path}: expected a YAML file, found none; see configs/ablations/")
     values = load_yaml(path.read_text(encoding="utf-8"), str(path))
-    for change in overrides:
-        apply_override(values, change)
     keys = [part.name for part in fields(Ablation)]
+    if isinstance(values, dict):
+        for change in overrides:
+            apply_override(values, change)
     if not isinstance(values, dict) or set(values) != set(keys):
-        raise ValueError(f"{path}: expected the keys {', '.join(keys)}, found {', '.join(map(str, values))}")
-    methods = [_method(str(name), given) for name, given in values["methods"].items()]
+        found = ", ".join(map(str, values)) if isinstance(values, dict) else repr(values)
+        raise ValueError(f"{path}: expected the keys {', '.join(keys)}, found {found}")
+    base, given, seeds = values["base"], values["methods"], values["seeds"]
+    _expect(isinstance(base, list) and all(isinstance(name, str) for name in base), "base", "a list of files", base)
+    _expect(isinstance(values["settings"] or {}, dict), "settings", "a block of settings", values["settings"])
+    _expect(isinstance(given, dict), "methods", "a block of learning rates by name", given)
+    methods = [_method(str(name), block) for name, block in given.items()]
     counts = {len(method.learning_rates) for method in methods}
-    if len(counts) != 1 or BASE in values["methods"]:
+    if len(counts) != 1 or BASE in given:
         raise ValueError(
             f"{path}: methods: expected as many learning rates for every method, and none called {BASE}, found "
             + ", ".join(f"{method.name} {len(method.learning_rates)}" for method in methods)
         )
-    if not isinstance(values["seeds"], list) or not values["seeds"]:
-        raise ValueError(f"{path}: seeds: expected a list of numbers, found {values['seeds']!r}")
-    if "validation" not in values["data"]:
-        raise ValueError(f"{path}: data.validation: expected a number of rows a task to choose rates on, found none")
+    numbers = isinstance(seeds, list) and all(prepare.is_count(seed, 0) for seed in seeds)
+    _expect(
+        numbers and 0 < len(seeds) == len(set(seeds)), "seeds", "a list of different whole numbers from 0 on", seeds
+    )
+    data = _fill(prepare.Options, values["data"], "data")
+    prepare.check(data, "data.")
+    _expect(data.validation > 0, "data.validation", "a number of rows a task to choose rates on", data.validation)
     grid = Ablation(
-        base=[path.resolve().parents[1] / name for name in values["base"]],
+        base=[path.resolve().parents[1] / name for name in base],
         settings=values["settings"] or {},
-        data=_fill(prepare.Options, values["data"], "data"),
+        data=data,
         methods=methods,
-        seeds=values["seeds"],
-        evaluation=_fill(Evaluation, values["evaluation"], "evaluation"),
+        seeds=seeds,
+        evaluation=_evaluation(values["evaluation"]),
     )
     for method in methods:  # a typing error shows now, not after hours
         for rate in method.learning_rates:
@@ -139,11 +152,44 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Ablation:
 
 
 def make_data(grid: Ablation, folder: Path) -> None:
-    """Writes training, validation and test rows, unless they are there."""
-    if not (folder / prepare.RECORD).is_file():
-        suite = prepare.read(grid.data)
-        prepare.clean(suite, grid.data)
-        prepare.write(suite, folder, vars(grid.data))
+    """Writes training, validation and test rows, all or none, unless they are there.
+
+    Raises:
+        ValueError: naming the option that differs from those of the rows that are there, or a task without questions.
+    """
+    if (folder / prepare.RECORD).is_file():
+        made = evaluation.read_json(folder / prepare.RECORD, "delete the folder to write its rows again")
+        _same(made["options"], vars(grid.data), folder / prepare.RECORD, "data.")
+        return
+    if folder.exists():
+        raise ValueError(f"{folder}: expected no folder or one with {prepare.RECORD}, found none in it; delete it")
+    suite = prepare.read(grid.data)
+    prepare.clean(suite, grid.data)
+    if empty := [name for name, rows in suite.test.items() if not rows or not suite.validation.get(name)]:
+        raise ValueError(f"data.tasks: expected tasks with rows to train on and to test, found none of {empty[0]}")
+
+    def write(partial: Path) -> None:
+        prepare.write(suite, partial, vars(grid.data))
+
+    build_once(folder, write)
+
+
+def check_records(grid: Ablation, results: Path) -> None:
+    """Refuses to go on with records that were made with other settings; further methods, rates and seeds may come.
+
+    Raises:
+        ValueError: naming the record and the setting.
+    """
+    known = _trials(grid)
+    for name, record in load(results).items():
+        file = results / f"{name}.json"
+        if test := record.get("test", {}).get("evaluation"):
+            _same(test, _asked(grid), file, "evaluation.")
+        if validation := record.get("validation", {}).get("evaluation"):  # which is asked all its rows
+            _same(validation, {**_asked(grid), "rows": validation.get("rows")}, file, "evaluation.")
+        if name in known and (settings := record.get("run", {}).get("settings")):
+            now = parse(grid.base, settings_of(grid, *known[name], Path("runs"))).values
+            _same(_shared(settings), _shared(now), file)
 
 
 def ready_steps(grid: Ablation, results: Path) -> list[str]:
@@ -187,63 +233,87 @@ def make(grid: Ablation, step: str, out: Path, results: Path) -> Path:
 
     name = step.removesuffix(".test")
     folder = out / "runs" / name
+    known = _trials(grid)
+    if name != BASE and name not in known:
+        raise ValueError(f"{name}: expected a run of the grid, <method>-lr<rate>-seed<seed>")
     make_data(grid, out / "data")
     record: Record = {"trial": None, "environment": records.environment()}
+    method, trial = known[name] if name != BASE else next(iter(known.values()))
+    given = settings_of(grid, method, trial, out)
     if name != BASE:
-        method, trial = _trial(grid, name)
-        settings = parse(grid.base, settings_of(grid, method, trial, out))
         if not (folder / "record.json").is_file():
+            settings = parse(grid.base, given)
             settings.job.resume = folder.exists()
             run(settings)
         trained = json.loads((folder / "record.json").read_text())
         record |= {"trial": vars(trial), "run": trained}
-    else:
-        first = grid.methods[0]
-        trial = Trial(first.name, first.learning_rates[0], grid.seeds[0])
-        settings = parse(grid.base, settings_of(grid, first, trial, out))
     split = "test" if step.endswith(".test") else "validation"
     if split == "test":
         record.pop("run", None)  # the other record of this trial has it
-    record[split] = _evaluate(grid, settings, folder, split, out)
+    record[split] = _evaluate(grid, parse(grid.base, given), folder, split, out)  # parsed anew: training changes them
     return records.write(results / f"{step}.json", record)
 
 
 def _evaluate(grid: Ablation, settings: Any, folder: Path, split: str, out: Path) -> Record:
-    chosen = grid.evaluation
     if (folder / "model").is_dir():
         source, adapter = find_model(str(folder / "model")), None
     else:
         source = find_model(settings.job.model)
         adapter = folder / "adapter" if (folder / "adapter").is_dir() else None
-    dtype = (settings.sft.model_init_kwargs or {}).get("dtype", "float32")  # as in training
-    model, tokenizer = load_trained(source, adapter, dtype)
-    protocol = find_protocol(settings.job.prompt, tokenizer)
-    rows = chosen.rows if split == "test" else None
-    questions = evaluation.read_rows(out / "data", split, grid.data.tasks or list(TASKS), rows, seed=0)
-    if chosen.mode == "score":
-        predict = evaluation.scorer(model, tokenizer, protocol)
+    if adapter is not None and not _is_finite(adapter):
+        predict: evaluation.Predict = (
+            evaluation.unanswered
+        )  # its training diverged, and not every method would load it
     else:
-        beams, tokens = (protocol.beams, protocol.new_tokens) if protocol else (1, 32)
-        predict = evaluation.generator(model, tokenizer, protocol, beams, tokens)
-    given = {key: value for key, value in vars(chosen).items() if key != "test"}
-    predictions = evaluation.evaluate(questions, predict, chosen.batch_size, folder / split, given)
-    return {**evaluation.summarise(predictions), "evaluation": given, "prompt": settings.job.prompt}
+        dtype = (settings.sft.model_init_kwargs or {}).get("dtype", "float32")  # as in training
+        model, tokenizer = load_trained(source, adapter, dtype)
+        protocol = find_protocol(settings.job.prompt, tokenizer)
+        if grid.evaluation.mode == "score":
+            predict = evaluation.scorer(model, tokenizer, protocol)
+        else:
+            beams, tokens = (protocol.beams, protocol.new_tokens) if protocol else (1, 32)
+            predict = evaluation.generator(model, tokenizer, protocol, beams, tokens)
+    rows = grid.evaluation.rows if split == "test" else None
+    questions = evaluation.read_rows(out / "data", split, grid.data.tasks or list(TASKS), rows, seed=0)
+    asked = _asked(grid)
+    predictions = evaluation.evaluate(questions, predict, grid.evaluation.batch_size, folder / split, asked)
+    return {**evaluation.summarise(predictions), "evaluation": asked, "prompt": settings.job.prompt}
+
+
+def _asked(grid: Ablation) -> Record:
+    """How questions are asked, for their records."""
+    return {key: value for key, value in vars(grid.evaluation).items() if key != "test"}
+
+
+def _is_finite(adapter: Path) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in load_file(adapter / "adapter_model.safetensors").values())
 
 
 def load(results: Path) -> dict[str, Record]:
-    """Name -> record, of a folder of records."""
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))}
+    """Name -> record, of a folder of records.
+
+    Raises:
+        ValueError: naming the file that is damaged.
+    """
+    remedy = "delete it, and the next run makes it again"
+    return {path.stem: evaluation.read_json(path, remedy) for path in sorted(results.glob("*.json"))}
 
 
 def choose(candidates: Sequence[Record]) -> Record:
-    """The candidate with the lowest validation loss, or the most right answers where there is no loss; of equals the
-    one with the lower rate."""
+    """The candidate with the lowest validation loss, or the most right answers where none has a loss; of equals the
+    one with the lower rate. One without a loss among others diverged."""
 
-    def rank(record: Record) -> tuple[float, float]:
-        validation = record["validation"]
-        return validation.get("loss", -validation["mean"]), record["trial"]["learning_rate"]
+    def rank(record: Record) -> tuple[float, float, float]:
+        loss, rate = _loss(record), record["trial"]["learning_rate"]
+        return (loss, 0.0, rate) if loss is not None else (math.inf, -record["validation"]["mean"], rate)
 
     return min(candidates, key=rank)
+
+
+def _loss(record: Record) -> float | None:
+    """Of the validation questions, if it is a number; a record has text for NaN."""
+    loss = record["validation"].get("loss")
+    return loss if isinstance(loss, (int, float)) and math.isfinite(loss) else None
 
 
 def rows_of_table(found: dict[str, Record]) -> Iterator[Record]:
@@ -265,11 +335,12 @@ def rows_of_table(found: dict[str, Record]) -> Iterator[Record]:
         results = [tests[name]["test"] for name in names]
         runs = [found[name]["run"] for name in names if name in found]
         averages = [result["mean"] for result in results]
+        validated = [r for r in found.values() if "validation" in r and r["trial"]["method"] == method]
+        seeds = sorted(record["trial"]["seed"] for record in validated)
         candidates = {
-            record["trial"]["learning_rate"]: (record["validation"]["mean"], record["validation"].get("loss"))
-            for name, record in found.items()
-            if "validation" in record and record["trial"]["method"] == method
-            if record["trial"]["seed"] == min(tests[n]["trial"]["seed"] for n in names)
+            record["trial"]["learning_rate"]: (record["validation"]["mean"], _loss(record))
+            for record in validated
+            if record["trial"]["seed"] == statistics.mode(seeds)  # at which several rates were tried
         }
         questions = sum(task["questions"] for task in results[0]["tasks"].values())
         yield {
@@ -293,7 +364,7 @@ def rows_of_table(found: dict[str, Record]) -> Iterator[Record]:
             "train_rows": runs[0]["data"]["train_rows"] if runs else 0,
             "questions": questions,
             "unparsed": sum(task["unparsed"] for result in results for task in result["tasks"].values()),
-            "losses": [[(entry["step"], entry["loss"]) for entry in run["loss"]["log"]] for run in runs],
+            "losses": [[(entry["step"], float(entry["loss"])) for entry in run["loss"]["log"]] for run in runs],
             "records": [name for n in names for name in (n, f"{n}.test") if name in found],
         }
 
@@ -306,7 +377,7 @@ def trials(found: dict[str, Record]) -> list[Record]:
             "name": name,
             **{key: record["trial"][key] for key in ("method", "learning_rate")},
             "accuracy": record["validation"]["mean"],
-            "loss": record["validation"].get("loss"),
+            "loss": _loss(record),
             "parameters": record["run"]["parameters"]["trainable"],
             "train_rows": record["run"]["data"]["train_rows"],
             "train_seconds": record["run"]["seconds"]["train"],
@@ -342,8 +413,13 @@ def _method(name: str, given: Any) -> Method:
         given = {"learning_rates": given}
     if not isinstance(given, dict) or not given.get("learning_rates"):
         raise ValueError(f"methods.{name}: expected learning rates, or a block with learning_rates, found {given!r}")
+    rates = given["learning_rates"]
+    numbers = isinstance(rates, list) and all(type(rate) in (int, float) and 0 < rate < math.inf for rate in rates)
+    different = numbers and len({f"{rate:g}" for rate in rates}) == len(rates)  # as records are named
+    _expect(different, f"methods.{name}.learning_rates", "a list of positive numbers that differ in six digits", rates)
+    _expect(Path(name).name == name, "methods", "names that can be those of files", name)
     more = {key: value for key, value in given.items() if key not in ("learning_rates", "method")}
-    return Method(name, given.get("method", name), tuple(float(rate) for rate in given["learning_rates"]), more)
+    return Method(name, given.get("method", name), tuple(float(rate) for rate in rates), more)
 
 
 def settings_of(grid: Ablation, method: Method, trial: Trial, out: Path) -> list[str]:
@@ -363,13 +439,51 @@ def settings_of(grid: Ablation, method: Method, trial: Trial, out: Path) -> list
     return [f"{key}={json.dumps(value)}" for key, value in given.items()]
 
 
-def _trial(grid: Ablation, name: str) -> tuple[Method, Trial]:
-    for method in grid.methods:
-        for rate in method.learning_rates:
-            for seed in grid.seeds:
-                if (trial := Trial(method.name, rate, seed)).name == name:
-                    return method, trial
-    raise ValueError(f"{name}: expected a run of the grid, <method>-lr<rate>-seed<seed>")
+def _evaluation(given: Any) -> Evaluation:
+    found: Evaluation = _fill(Evaluation, given, "evaluation")
+    every = found.rows is None or prepare.is_count(found.rows, 1)
+    _expect(found.mode in _MODES, "evaluation.mode", " or ".join(_MODES), found.mode)
+    _expect(every, "evaluation.rows", "a whole number from 1 on, or null for all", found.rows)
+    _expect(
+        prepare.is_count(found.batch_size, 1), "evaluation.batch_size", "a whole number from 1 on", found.batch_size
+    )
+    _expect(isinstance(found.test, bool), "evaluation.test", "true or false", found.test)
+    return found
+
+
+def _trials(grid: Ablation) -> dict[str, tuple[Method, Trial]]:
+    """Every run that the grid may come to, by its name."""
+    return {
+        (trial := Trial(method.name, rate, seed)).name: (method, trial)
+        for method in grid.methods
+        for rate in method.learning_rates
+        for seed in grid.seeds
+    }
+
+
+def _shared(settings: Record) -> Record:
+    """A run's settings, less where it lies and what is done with it."""
+    local = ("data", "output_dir", "resume", "merge")
+    return {key: value for key, value in settings.items() if key not in local and not key.endswith("hub_token")}
+
+
+def _same(before: Record, now: Record, file: Path, prefix: str = "") -> None:
+    """Refuses values other than those of a file that was made before, naming the key."""
+    now = json.loads(json.dumps(now))
+    for key in sorted(before.keys() | now.keys()):
+        one, other = before.get(key), now.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            _same(one, other, file, f"{prefix}{key}.")
+        elif one != other:
+            raise ValueError(
+                f"{prefix}{key}: expected {one!r} as in {file}, found {other!r}; set it as before, or choose another "
+                "--out"
+            )
+
+
+def _expect(good: bool, key: str, expected: str, found: Any) -> None:
+    if not good:
+        raise ValueError(f"{key}: expected {expected}, found {found!r}")
 
 
 def _fill(kind: Any, given: Any, where: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import inspect
 import json
 import math
@@ -32,13 +33,14 @@ def read_rows(folder: Path, split: str, tasks: list[str], per_task: int | None, 
     Args:
         folder: as `scripts/prepare_data.py` writes it, or with `test/<task>.jsonl[.gz]` alone.
         split: "test", or "validation".
-        tasks: names of tasks.
+        tasks: names of tasks; one that is named twice is asked once.
         per_task: rows drawn of each task, the same for the same seed; None = all.
         seed: of the draw.
 
     Raises:
-        ValueError: if a file is missing.
+        ValueError: if a file is missing or has no rows of a task.
     """
+    tasks = list(dict.fromkeys(tasks))
     if split == "test":
         found = sources.from_folder(folder, "test", tasks)
         rows = found if all("id" in row for part in found.values() for row in part) else prepare.number(found, "test")
@@ -52,7 +54,8 @@ def read_rows(folder: Path, split: str, tasks: list[str], per_task: int | None, 
             rows = sources.by_task([json.loads(line) for line in lines])
     chosen = []
     for name in tasks:
-        part = rows[name]
+        if not (part := rows[name]):
+            raise ValueError(f"{folder}: expected {split} questions of {name}, found none; leave the task out")
         if per_task is not None and per_task < len(part):
             drawn = random.Random(f"{seed} evaluated {name}").sample(range(len(part)), per_task)
             part = [part[i] for i in sorted(drawn)]
@@ -71,11 +74,12 @@ def ask(row: Row, protocol: Protocol | None, tokenizer: Any) -> str:
 def scorer(model: Any, tokenizer: Any, protocol: Protocol | None) -> Predict:
     """Chooses the option of which the model says "the correct answer is <option>" with the highest probability.
 
-    Nothing has to be parsed. What the options of a question share is computed once; where they differ in their last
-    token alone, that is one sequence a question.
+    Nothing has to be parsed; where probabilities are not finite, none is chosen. What the options of a question share
+    is computed once; where they differ in their last token alone, that is one sequence a question.
 
     Returns:
-        A function from rows to predictions: `id`, `task`, `answer`, `predicted`, and `log_probabilities` by option.
+        A function from rows to predictions: `id`, `task`, `answer`, `predicted`, and `log_probabilities` by option, or
+        None and no `log_probabilities`.
     """
 
     def predict(rows: list[Row]) -> list[Prediction]:
@@ -91,11 +95,19 @@ def scorer(model: Any, tokenizer: Any, protocol: Protocol | None) -> Predict:
             for word, ids in choices.items():
                 of_sequence = found[index[tuple(ids[:-1])]]
                 scores[word] = sum(float(of_sequence[at - first, ids[at + 1]]) for at in range(start, len(ids) - 1))
-            best = max(scores, key=scores.__getitem__)
-            predictions.append(_prediction(row, best, {"log_probabilities": scores}))
+            if all(map(math.isfinite, scores.values())):
+                best = max(scores, key=scores.__getitem__)
+                predictions.append(_prediction(row, best, {"log_probabilities": scores}))
+            else:
+                predictions += unanswered([row])
         return predictions
 
     return predict
+
+
+def unanswered(rows: list[Row]) -> list[Prediction]:
+    """The predictions of a model that cannot answer, as its weights are not finite."""
+    return [_prediction(row, None, {}) for row in rows]
 
 
 def generator(model: Any, tokenizer: Any, protocol: Protocol | None, beams: int, new_tokens: int) -> Predict:
@@ -171,23 +183,32 @@ def evaluate(
         predict: from `scorer` or `generator`.
         batch_size: rows at a time.
         out: folder; holds nothing, or the same evaluation unfinished.
-        settings: what determines the predictions; a folder of another evaluation is refused.
+        settings: what determines the predictions, beside the rows; a folder of another evaluation is refused.
 
     Raises:
-        ValueError: if `out` is another evaluation's.
+        ValueError: if `out` is another evaluation's, or damaged.
     """
     rows = sorted(rows, key=lambda row: (-len(row["instruction"]), row["id"]))
-    settings = json.loads(json.dumps({**settings, "batch_size": batch_size, "rows": len(rows)}, default=str))
+    text = json.dumps([[row[key] for key in ("id", "instruction", "answer")] for row in rows])
+    more = {"batch_size": batch_size, "rows": len(rows), "questions": hashlib.sha256(text.encode()).hexdigest()}
+    settings = json.loads(json.dumps({**settings, **more}, default=str))
     out.mkdir(parents=True, exist_ok=True)
     kept, asked = out / "predictions.jsonl", out / "settings.json"
     if asked.is_file():
-        if (found := json.loads(asked.read_text())) != settings:
-            different = sorted(key for key in found | settings if found.get(key) != settings.get(key))
-            raise ValueError(f"{out}: expected a new folder or the same evaluation, found another {different[0]}")
+        found = read_json(asked, f"delete {out} and evaluate again")
+        # those that it has: an earlier version wrote fewer
+        if different := sorted(key for key in found if found[key] != settings.get(key)):
+            raise ValueError(
+                f"{out}: expected a new folder or the same evaluation, found one that differs in {different[0]}; "
+                "choose another folder"
+            )
     elif any(out.iterdir()):
         raise ValueError(f"{out}: expected a new or empty folder, found files; choose another")
-    asked.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    else:
+        asked.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     done = list(_complete(kept)) if kept.is_file() else []
+    if [prediction["id"] for prediction in done] != [row["id"] for row in rows[: len(done)]]:
+        raise ValueError(f"{kept}: expected answers to these questions, found others; delete it to ask all again")
     done = done[: len(done) if len(done) == len(rows) else len(done) // batch_size * batch_size]
     kept.write_text("".join(json.dumps(prediction) + "\n" for prediction in done), encoding="utf-8")
     with kept.open("a", encoding="utf-8") as file, tqdm(total=len(rows), initial=len(done), unit="question") as bar:
@@ -235,6 +256,18 @@ def summarise(predictions: list[Prediction]) -> dict[str, Any]:
 def _loss(prediction: Prediction) -> float:
     scores = prediction["log_probabilities"]
     return float(torch.tensor(list(scores.values()), dtype=torch.float64).logsumexp(0) - scores[prediction["answer"]])
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """A JSON file with one block.
+
+    Raises:
+        ValueError: with the remedy, if it is damaged.
+    """
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: expected a block in JSON, found {error}; {remedy}") from error
 
 
 def wilson(correct: int, questions: int) -> list[float]:
@@ -298,7 +331,14 @@ def _parsed(row: Row, text: str) -> Prediction:
 
 def _complete(path: Path) -> Iterator[Prediction]:
     """The lines of a file that may have been cut off."""
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
         if not line.endswith("\n"):
             return
-        yield json.loads(line)
+        try:
+            prediction = json.loads(line)
+            prediction["id"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{path}: expected a prediction in line {number}, found {line[:40]!r}; delete it to ask all again"
+            ) from error
+        yield prediction

