@@ -190,7 +190,9 @@ class CloverConfig(PeftConfig):
         """
         config = self
         if self.save_bases == "folded" and not self.folded:
-            if re.search(r"checkpoint-\d+$", os.path.normpath(save_directory)):  # as transformers' trainers name theirs
+            if re.search(
+                r"checkpoint-\d+$", os.path.normpath(save_directory)
+            ):  # as transformers' trainers name theirs
                 warnings.warn(
                     f"{save_directory}: save_bases='folded' leaves out of a checkpoint what training needs, it can be "
                     "neither resumed nor loaded as the best; train with save_bases=True, and set "

@@ -43,7 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(ablation.make(grid, given.step, given.out, records))
             return 0
         ablation.make_data(grid, given.out / "data")
-        return _run(given, grid, records) or _show(records, given.pictures or given.out / "pictures")
+        if (status := _run(given, grid, records)) or not ablation.load(records):
+            return status
+        return _show(records, given.pictures or given.out / "pictures")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

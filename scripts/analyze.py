@@ -2,7 +2,7 @@
 """Says what a fine-tuning did to the weights: rank of the update, intruder dimensions, data on trained directions.
 
     python scripts/analyze.py --adapter runs/clover/adapter --adapter runs/lora/adapter --out runs/analysis
-    python scripts/analyze.py --before HuggingFaceTB/SmolLM2-135M --after runs/full/model --out runs/analysis
+    python scripts/analyze.py --before HuggingFaceTB/SmolLM2-135M-Instruct --after runs/full/model --out runs/analysis
     python scripts/analyze.py --adapter runs/clover/adapter --texts questions.txt --out runs/analysis
 
 Any method of peft that merges will do. With `--texts` (a text a line) the share of what each projection reads that
@@ -20,7 +20,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
@@ -28,7 +27,7 @@ from transformers import AutoModelForCausalLM
 import clover_peft  # noqa: F401  registers CLOVER
 from clover_peft import records
 from clover_peft.analysis import Change, adapter_changes, collect_inputs, measure, model_changes, pictures
-from clover_peft.training.models import find_model, load_trained
+from clover_peft.training.models import find_adapter, find_model, load_trained
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _measure_adapter(label: str, path: Path, given: argparse.Namespace) -> list[dict[str, Any]]:
-    base = given.model or peft.PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+    base = given.model or find_adapter(path).base_model_name_or_path
     model, tokenizer = load_trained(find_model(base), path, given.dtype)
     layers = model.base_model.targeted_module_names
     inputs = _inputs(model, tokenizer, layers, given.texts)

@@ -29,7 +29,7 @@ import clover_peft  # noqa: F401  registers CLOVER
 from clover_peft import records
 from clover_peft.commonsense import TASKS, evaluation
 from clover_peft.commonsense.protocols import find_protocol
-from clover_peft.training.models import ModelSource, accelerator, find_model, load_trained
+from clover_peft.training.models import ModelSource, accelerator, find_adapter, find_model, load_trained
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,7 +62,8 @@ def _suite(given: argparse.Namespace, source: ModelSource) -> dict[str, Any]:
         tokenizer = AutoTokenizer.from_pretrained(source.path)
     else:
         model, tokenizer = load_trained(source, given.adapter, given.dtype, given.merge)
-    protocol = find_protocol(given.prompt, tokenizer)
+    prompt = given.prompt or _trained_prompt(given.adapter or Path(source.path))
+    protocol = find_protocol(prompt, tokenizer)
     beams = given.beams or (protocol.beams if protocol else 1)
     new_tokens = given.new_tokens or (protocol.new_tokens if protocol else 32)
     if given.mode == "score":
@@ -75,6 +76,7 @@ def _suite(given: argparse.Namespace, source: ModelSource) -> dict[str, Any]:
         key: getattr(given, key)
         for key in ("adapter", "data", "split", "tasks", "seed", "mode", "prompt", "dtype", "merge", "vllm")
     }
+    asked["prompt"] = prompt
     if given.adapter:  # another may have been trained into the same folder
         weights = b"".join(path.read_bytes() for path in sorted(given.adapter.glob("adapter_*")))
         asked["adapter_sha256"] = hashlib.sha256(weights).hexdigest()
@@ -111,13 +113,22 @@ def _harness(given: argparse.Namespace, source: ModelSource) -> dict[str, Any]:
     return {key: found[key] for key in ("results", "versions", "n-samples", "higher_is_better") if key in found}
 
 
+def _trained_prompt(folder: Path) -> str | None:
+    """The prompt that a run of scripts/sft.py was trained with, by the record beside its adapter or model."""
+    record = folder.resolve().parent / "record.json"
+    if not record.is_file():
+        return None
+    prompt = evaluation.read_json(record, "pass --prompt").get("settings", {}).get("prompt")
+    if prompt is not None:
+        print(f"prompt: {prompt}, as in training")
+    return prompt
+
+
 def _base(adapter: Path | None) -> str | None:
     """The base that an adapter names, if it can be found; else the default model."""
     if adapter is None:
         return None
-    import peft
-
-    name = peft.PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    name = find_adapter(adapter).base_model_name_or_path
     return str(name) if name else None
 
 
@@ -134,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=int, metavar="N", help="questions a task, drawn; by default all")
     parser.add_argument("--mode", choices=("generate", "score"), default="generate")
     parser.add_argument(
-        "--prompt", help="clover, llm_adapters or chat, as in training; by default chat where there is a template"
+        "--prompt", help="clover, llm_adapters or chat; by default as in training, else chat where there is a template"
     )
     parser.add_argument("--beams", type=int, help="of the search; by default the protocol's")
     parser.add_argument("--new-tokens", type=int, help="longest answer; by default the protocol's 32")

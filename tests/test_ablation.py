@@ -309,6 +309,11 @@ def test_a_damaged_record_is_named(tmp_path):
         ablation.load(tmp_path)
 
 
+def test_a_stop_before_the_first_record_is_no_error(tiny, tmp_path, capsys):
+    assert script.main(["--config", str(tiny.path), "--out", str(tmp_path / "out"), "--minutes", "-1"]) == 0
+    assert "next would be clover-lr0.001-seed3" in "".join(capsys.readouterr())
+
+
 def test_a_search_asks_no_test_question(tiny, tmp_path):
     grid = ablation.read(tiny.path, ["evaluation.test=false"])
     names = ablation.ready_steps(grid, tmp_path)

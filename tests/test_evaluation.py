@@ -273,8 +273,9 @@ def test_accuracies_and_intervals():
     assert summary["tasks"]["boolq"]["accuracy"] == 0.75
     assert summary["tasks"]["piqa"]["unparsed"] == 2
     assert summary["mean"] == 0.375  # of the tasks, however many questions they have
-    half = 1.959964 * (0.75 * 0.25 / 4) ** 0.5 / 2
-    assert summary["interval"] == pytest.approx([0.375 - half, 0.375 + half])
+    (low, high), (_, most) = (summary["tasks"][name]["interval"] for name in ("boolq", "piqa"))
+    below, above = 0.75 - low, ((high - 0.75) ** 2 + most**2) ** 0.5
+    assert summary["interval"] == pytest.approx([0.375 - below / 2, 0.375 + above / 2])
     assert "| mean | | 37.5% |" in evaluation.show(summary)
     assert "loss" not in summary  # there are no probabilities
     made = [("boolq", {"true": -1.0, "false": -2.0}), ("boolq", {"true": -9.0, "false": -9.0}), ("piqa", {"a": -3.0})]
@@ -318,6 +319,26 @@ def test_the_script_in_both_modes(given, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
     assert script.main([*common[:2], "--out", str(tmp_path / "new")]) == 1
     assert "--data: expected a folder" in capsys.readouterr().err
+
+
+def test_the_prompt_is_that_of_training(given, tmp_path, capsys):
+    shutil.copytree(given.folder / "adapter", tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "record.json").write_text(json.dumps({"settings": {"prompt": "llm_adapters"}}))
+    command = [
+        "--model",
+        str(given.folder / "model"),
+        "--data",
+        str(given.data),
+        "--mode",
+        "score",
+        "--tasks",
+        "boolq",
+    ]
+    command += ["--adapter", str(tmp_path / "run" / "adapter")]
+    for out, more, expected in (("as trained", [], "llm_adapters"), ("chosen", ["--prompt", "clover"], "clover")):
+        assert script.main([*command, *more, "--out", str(tmp_path / out)]) == 0
+        assert ("prompt: llm_adapters, as in training" in capsys.readouterr().out) == (out == "as trained")
+        assert json.loads((tmp_path / out / "record.json").read_text())["asked"]["prompt"] == expected
 
 
 def test_the_script_goes_on_with_the_same_adapter_only(given, tmp_path, capsys):

@@ -226,7 +226,8 @@ def summarise(predictions: list[Prediction]) -> dict[str, Any]:
 
     Returns:
         `tasks` (name -> `questions`, `correct`, `unparsed`, `accuracy`, `interval` by Wilson's formula), and over the
-        tasks that were asked the unweighted `mean` with its `interval` (normal, from the tasks' binomial variances).
+        tasks that were asked the unweighted `mean` with its `interval` (from the tasks' own, by the method of variance
+        estimates recovery: Zou and Donner, 2008).
         Where options were scored also `loss`, of each task and their mean: the negative log-probability of the right
         option among its question's, in nats, which tells models apart with far fewer questions than accuracy.
     """
@@ -245,9 +246,11 @@ def summarise(predictions: list[Prediction]) -> dict[str, Any]:
             if all("log_probabilities" in prediction for prediction in part):
                 tasks[name]["loss"] = sum(map(_loss, part)) / len(part)
     mean = sum(task["accuracy"] for task in tasks.values()) / len(tasks)
-    variance = sum(t["accuracy"] * (1 - t["accuracy"]) / t["questions"] for t in tasks.values()) / len(tasks) ** 2
-    half = _NORMAL * math.sqrt(variance)
-    summary = {"tasks": tasks, "mean": mean, "interval": [max(0.0, mean - half), min(1.0, mean + half)]}
+    below, above = (
+        math.sqrt(sum((t["accuracy"] - t["interval"][side]) ** 2 for t in tasks.values())) / len(tasks)
+        for side in (0, 1)
+    )
+    summary = {"tasks": tasks, "mean": mean, "interval": [mean - below, mean + above]}
     if all("loss" in task for task in tasks.values()):
         summary["loss"] = sum(task["loss"] for task in tasks.values()) / len(tasks)
     return summary
