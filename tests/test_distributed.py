@@ -23,7 +23,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import clover_peft.bases
 import clover_peft.layer
@@ -36,7 +35,8 @@ pytest.importorskip("trl", reason="needs the train extra: pip install clover-pef
 from clover_peft.training.arguments import parse
 from clover_peft.training.run import run
 from clover_peft.training.verify import verify
-from tests.test_training import make_tokenizer, rows, write_jsonl
+from tests.test_training import rows, write_jsonl
+from tests.tiny_chat import save_chat_model
 
 ROOT = Path(__file__).parents[1]
 LOSS = 1e-4  # largest difference of a loss from one process at the same global batch
@@ -71,25 +71,7 @@ def sft_options(tiny: SimpleNamespace, out: Path, batch: int, **more: object) ->
 def tiny(tmp_path_factory) -> SimpleNamespace:
     """A tiny chat model, a file of rows, and what one process makes of them: `record` and the saved run in `alone`."""
     folder = tmp_path_factory.mktemp("distributed")
-    tokenizer = make_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=256,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    save_chat_model(folder / "model")
     made = SimpleNamespace(model=folder / "model", data=write_jsonl(folder / "train.jsonl", rows(60)))
     made.alone = folder / "alone"
     made.record = run(
