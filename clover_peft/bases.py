@@ -129,7 +129,7 @@ def _norms(model: nn.Module, spec: BlockSpec, weight: Tensor) -> Tensor:
     if spec.partner is None:
         return norms
     heads = spec.partner.heads
-    with _partner_weight(model, spec.partner) as (rows, _):
+    with partner_weight(model, spec.partner) as (rows, _):
         partner = torch.linalg.vector_norm(heads.blocks(rows, spec.size), dim=0, dtype=dtype)
     shared = partner.unflatten(0, (spec.heads.count, heads.count // spec.heads.count, -1))
     return norms * torch.linalg.vector_norm(shared, dim=1).flatten(0, 1).to(norms.device)
@@ -165,7 +165,7 @@ def _bases(
     def per_head(g: Tensor) -> Tensor:  # query heads that share a key-value head add up
         return g.unflatten(0, (spec.heads.count, heads.count // spec.heads.count, -1)).sum(1).flatten(0, 1)
 
-    with _partner_weight(model, spec.partner) as (rows, bias):
+    with partner_weight(model, spec.partner) as (rows, bias):
         g = gram(heads.blocks(rows, spec.size), None if bias is None else heads.blocks(bias, spec.size))
     g = g.to(g_in.device)
     if partner is not None and spec.partner.reads:
@@ -343,7 +343,7 @@ def explicit_factors(model: nn.Module, target: str, adapter_name: str = "default
 
 
 @contextmanager
-def _partner_weight(model: nn.Module, partner: Partner) -> Iterator[tuple[Tensor, Tensor | None]]:
+def partner_weight(model: nn.Module, partner: Partner) -> Iterator[tuple[Tensor, Tensor | None]]:
     """The partner's weight with the heads in its last dimension, (D, features), and the bias that belongs to them.
 
     They are whole within the context only.
@@ -364,7 +364,7 @@ def _partner_weight(model: nn.Module, partner: Partner) -> Iterator[tuple[Tensor
 def _partner_columns(model: nn.Module, spec: BlockSpec, partner: Partner) -> Tensor:
     """(H, D, d) float64: the partner's side of every block, the query heads of a group one below the other."""
     heads = partner.heads
-    with _partner_weight(model, partner) as (weight, bias):
+    with partner_weight(model, partner) as (weight, bias):
         if bias is not None:
             weight = torch.cat([weight, bias.to(weight).unsqueeze(0)])
         blocks = heads.blocks(weight.double(), spec.size)  # (D, groups * H, d)

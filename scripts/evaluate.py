@@ -8,7 +8,7 @@
 
 Modes: `generate` writes an answer and looks for the first answer word in it, as published (`--prompt clover`: greedy;
 `--prompt llm_adapters`: four beams); `score` takes the option with the highest probability, which needs no parsing
-and is many times faster. `--harness` measures what fine-tuning made the model forget, zero-shot, with
+and gives a loss. `--harness` measures what fine-tuning made the model forget, zero-shot, with
 lm-evaluation-harness (pip install lm-eval) instead.
 
 An evaluation that was cut off goes on with the same command. Writes predictions.jsonl and record.json.

@@ -1,0 +1,86 @@
+"""How many directions every head keeps: rules from singular values to ranks, pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+Spectra = Mapping[str, Tensor]  # name of a pair -> (H, d) singular values, descending
+Ranks = dict[str, Tensor]  # name of a pair -> (H,) int64
+
+
+def uniform(spectra: Spectra, ratio: float) -> Ranks:
+    """The same share of directions removed from every head.
+
+    Args:
+        spectra: singular values of every pair.
+        ratio: share to remove; 0 removes none.
+
+    Raises:
+        ValueError: if `ratio` is no share, 0 <= ratio < 1.
+    """
+    _check_share("ratio", ratio)
+    return {
+        name: torch.full((len(values),), values.shape[1] - round(ratio * values.shape[1]))
+        for name, values in spectra.items()
+    }
+
+
+def global_ratio(spectra: Spectra, ratio: float) -> Ranks:
+    """One threshold over all heads of all layers, such that this share of all directions is removed.
+
+    Args:
+        spectra: singular values of every pair.
+        ratio: share to remove; 0 removes none.
+
+    Raises:
+        ValueError: if `ratio` is no share, 0 <= ratio < 1.
+    """
+    _check_share("ratio", ratio)
+    values = torch.cat([part.flatten().cpu() for part in spectra.values()])
+    kept = torch.ones_like(values, dtype=torch.bool)
+    kept[values.argsort(stable=True)[: round(ratio * len(values))]] = False
+    parts = kept.split([part.numel() for part in spectra.values()])
+    return {name: part.view(spectra[name].shape).sum(1) for name, part in zip(spectra, parts, strict=True)}
+
+
+def threshold(spectra: Spectra, smallest: float) -> Ranks:
+    """The directions whose singular value is at least `smallest` (the paper's rule for Whisper)."""
+    return {name: (values >= smallest).sum(1).cpu() for name, values in spectra.items()}
+
+
+def energy(spectra: Spectra, share: float) -> Ranks:
+    """As many leading directions of each head as hold this share of its sum of squares.
+
+    Raises:
+        ValueError: if `share` is no share, 0 <= share <= 1.
+    """
+    _check_share("share", share, whole=True)
+    result = {}
+    for name, values in spectra.items():
+        squares = values.double().square()
+        total = squares.sum(1, keepdim=True)
+        before = squares.cumsum(1) - squares  # held by those before each direction
+        result[name] = (before < share * total * (1 - 1e-12)).sum(1).cpu()
+    return result
+
+
+def rounded(ranks: Ranks, spectra: Spectra, multiple: int) -> Ranks:
+    """To the nearest multiple, at most the width of a head.
+
+    Raises:
+        ValueError: if `multiple` is no positive number.
+    """
+    if multiple < 1:
+        raise ValueError(f"multiple: expected a positive number, found {multiple}")
+    return {
+        name: ((kept + multiple // 2) // multiple * multiple).clamp(max=spectra[name].shape[1])
+        for name, kept in ranks.items()
+    }
+
+
+def _check_share(name: str, share: float, whole: bool = False) -> None:
+    if not (0 <= share < 1 or (whole and share == 1)):
+        raise ValueError(f"{name}: expected a share from 0 to {'' if whole else 'below '}1, found {share}")

@@ -1,0 +1,193 @@
+"""Directions of heads and rank rules: exact at full rank, best at every other, for every family with pairs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from clover_peft.pruning import decompose, energy, find_pairs, global_ratio, mask, rounded, threshold, uniform
+from tests.tiny import FAMILIES, VOCAB, build, logits, relative
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PAIRED = sorted(name for name, tiny in FAMILIES.items() if any(tiny.pairs.values()))
+
+
+def text(count: int = 6, length: int = 40) -> list[dict]:
+    generator = torch.Generator().manual_seed(5)
+    return [{"input_ids": torch.randint(3, VOCAB, (2, length), generator=generator)} for _ in range(count)]
+
+
+def whole(found: dict) -> dict[str, Tensor]:
+    return {name: torch.full((len(d.values),), d.values.shape[1]) for name, (_, d) in found.items()}
+
+
+def kinds(model) -> list[str]:
+    return sorted({pair.kind for pair in find_pairs(model)})
+
+
+# ---------------------------------------------------------------------- directions
+
+
+@pytest.mark.parametrize("method", ["clover", "vanilla"])
+@pytest.mark.parametrize("family", PAIRED)
+def test_full_rank_changes_nothing(family, method):
+    model = build(family).double().eval() if FAMILIES[family].kind == "lm" else build(family).eval()
+    before = logits(model, family)
+    found = decompose(model, kinds(model), method)
+    assert {pair.name for pair in find_pairs(model)} == set(found)
+    mask(model, found, whole(found))
+    assert relative(logits(model, family), before) < 1e-4
+    for _, directions in found.values():
+        assert bool((directions.values.diff(dim=1) <= 0).all())
+
+
+@pytest.mark.parametrize("family", PAIRED)
+def test_fewer_directions_change_the_function(family):
+    model = build(family).eval()
+    before = logits(model, family)
+    found = decompose(model, kinds(model))
+    mask(model, found, {name: kept // 2 for name, kept in whole(found).items()})
+    assert relative(logits(model, family), before) > 1e-4
+    assert logits(model, family).isfinite().all()
+
+
+def products(model, block: str, heads: int, size: int) -> tuple[Tensor, Tensor]:
+    """W_o^h W_v^h and W_q^hT W_k^h of an OPT block, (H, D, D)."""
+    attention = model.get_submodule(block)
+    v, k, q = (getattr(attention, f"{n}_proj").weight.detach().unflatten(0, (heads, size)) for n in "vkq")
+    o = attention.out_proj.weight.detach().unflatten(1, (heads, size)).transpose(0, 1)
+    return o @ v, q.mT @ k
+
+
+def test_what_is_left_is_the_best_of_its_rank():
+    """Eckart and Young: the product of each head is its truncated singular value decomposition, for V-O and Q-K."""
+    model = build("opt", torch.float64).eval()
+    for layer in model.model.decoder.layers:  # a query's bias belongs to the pair, a key's to nothing
+        layer.self_attn.q_proj.bias.data.zero_()
+    block, size = "model.decoder.layers.1.self_attn", model.config.hidden_size // model.config.num_attention_heads
+    before = products(model, block, model.config.num_attention_heads, size)
+    found = decompose(model)
+    mask(model, found, {name: torch.full_like(kept, size - 3) for name, kept in whole(found).items()})
+    for dense, now in zip(before, products(model, block, model.config.num_attention_heads, size), strict=True):
+        u, s, vt = torch.linalg.svd(dense)
+        r = size - 3
+        assert relative(now, u[:, :, :r] * s[:, None, :r] @ vt[:, :r]) < 1e-8
+        assert relative(now, dense) > 1e-3
+
+
+def test_vanilla_leaves_out_coordinates():
+    model = build("opt", torch.float64).eval()
+    found = decompose(model, ["vo"], "vanilla")
+    name = next(name for name in found if "layers.1" in name)
+    size, heads = found[name][1].values.shape[1], found[name][1].values.shape[0]
+    attention = model.model.decoder.layers[1].self_attn
+    v = attention.v_proj.weight.detach().unflatten(0, (heads, size)).norm(dim=2)
+    o = attention.out_proj.weight.detach().unflatten(1, (heads, size)).norm(dim=0)
+    weakest = (v * o).argmin(dim=1)
+    mask(model, found, {name: kept - 1 for name, kept in whole(found).items()})
+    left = attention.out_proj.weight.detach().unflatten(1, (heads, size)).norm(dim=0) == 0
+    assert torch.equal(left.long().argmax(dim=1), weakest)
+    assert left.sum() == heads
+
+
+def read_by_output(model, block: str, batches: list[dict]) -> Tensor:
+    rows: list[Tensor] = []
+    hook = model.get_submodule(block).register_forward_pre_hook(lambda module, inputs: rows.append(inputs[0]))
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    hook.remove()
+    return torch.cat([r.flatten(0, -2) for r in rows])
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_data_make_a_better_cut_of_what_is_read(family):
+    """The output projection's result, on the data, is nearer with the data's directions; grouped heads included."""
+    batches, errors = text(), {}
+    block = {"opt": "model.decoder.layers.0.self_attn.out_proj", "llama": "model.layers.0.self_attn.o_proj"}[family]
+    plain = build(family, torch.float64).eval()
+    seen = read_by_output(plain, block, batches)
+    expected = seen @ plain.get_submodule(block).weight.mT
+    for label, calibration in (("weights", None), ("data", batches)):
+        model = build(family, torch.float64).eval()
+        found = decompose(model, ["vo"], calibration=calibration)
+        mask(model, found, {name: kept // 2 for name, kept in whole(found).items()})
+        errors[label] = relative(seen @ model.get_submodule(block).weight.mT, expected)
+    assert errors["data"] < errors["weights"]
+
+
+def test_every_query_head_of_a_group_fits_its_own_way_back():
+    batches = text()
+    model = build("llama", torch.float64).eval()
+    block = "model.layers.0.self_attn.o_proj"
+    found = decompose(model, ["vo"], calibration=batches)
+    name = next(name for name in found if "layers.0" in name)
+    pair, directions = found[name]
+    groups = pair.partner.heads.count // pair.heads.count
+    assert groups > 1
+    ranks = torch.full((pair.heads.count,), pair.heads.dim // 2)
+    fitted = directions.maps(ranks, groups)
+    joint = type(directions)(directions.values, directions.down, directions.back).maps(ranks, groups)
+    z = read_by_output(model, block, batches).unflatten(-1, (pair.partner.heads.count, -1))
+    lost = [float((z - torch.einsum("nge,gde->ngd", z, p)).square().sum()) for p in (fitted, joint)]
+    assert lost[0] < lost[1]
+
+
+def test_what_cannot_be_cut_is_said():
+    with pytest.raises(
+        ValueError, match="qk: expected pairs to decompose, found none in LlamaForCausalLM; its queries"
+    ):
+        decompose(build("llama"))
+    model = build("opt")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    found = decompose(model)
+    ranks = whole(found)
+    last = list(ranks)[-1]
+    for wrong in (None, ranks[last] + 1, ranks[last] * 0 - 1, ranks[last][:-1]):
+        with pytest.raises(ValueError, match="ranks from 0 to 12, found"):
+            mask(model, found, {**ranks, last: wrong})
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+# ---------------------------------------------------------------------- ranks
+
+SPECTRA = st.lists(
+    st.lists(st.lists(st.floats(0, 10), min_size=4, max_size=4), min_size=1, max_size=3), min_size=1, max_size=3
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(SPECTRA, st.floats(0, 0.99))
+def test_a_ratio_is_the_share_of_directions_removed(lists, ratio):
+    spectra = {str(i): torch.tensor(rows).sort(dim=1, descending=True).values for i, rows in enumerate(lists)}
+    total = sum(values.numel() for values in spectra.values())
+    ranks = global_ratio(spectra, ratio)
+    assert sum(int(kept.sum()) for kept in ranks.values()) == total - round(ratio * total)
+    kept = [spectra[n][h, : int(r)] for n, part in ranks.items() for h, r in enumerate(part)]
+    cut = [spectra[n][h, int(r) :] for n, part in ranks.items() for h, r in enumerate(part)]
+    if (kept := torch.cat(kept)).numel() and (cut := torch.cat(cut)).numel():
+        assert kept.min() >= cut.max()
+    assert all(set(part.tolist()) == {4 - round(4 * ratio)} for part in uniform(spectra, ratio).values())
+
+
+def test_rules():
+    spectra = {"a": torch.tensor([[3.0, 2.0, 1.0, 0.0], [4.0, 0.0, 0.0, 0.0]])}
+    assert threshold(spectra, 1.5)["a"].tolist() == [2, 1]
+    assert energy(spectra, 0.9)["a"].tolist() == [2, 1]  # 9 + 4 of 14
+    assert energy(spectra, 0.93)["a"].tolist() == [3, 1]
+    assert energy(spectra, 1)["a"].tolist() == [3, 1]
+    assert energy(spectra, 0)["a"].tolist() == [0, 0]
+    assert energy({"a": torch.zeros(1, 4)}, 0.9)["a"].tolist() == [0]
+    wide = {"a": torch.zeros(3, 12)}
+    assert rounded({"a": torch.tensor([3, 4, 11])}, wide, 8)["a"].tolist() == [0, 8, 8]
+    assert rounded({"a": torch.tensor([12, 5, 1])}, wide, 8)["a"].tolist() == [12, 8, 0]
+    for rule in (uniform, global_ratio):
+        with pytest.raises(ValueError, match="ratio: expected a share from 0 to below 1, found 1"):
+            rule(spectra, 1.0)
+    with pytest.raises(ValueError, match=r"share: expected a share from 0 to 1, found 1\.5"):
+        energy(spectra, 1.5)
+    with pytest.raises(ValueError, match="multiple: expected a positive number"):
+        rounded({"a": torch.tensor([1])}, wide, 0)
