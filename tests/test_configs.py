@@ -118,6 +118,8 @@ def test_a_method_is_chosen_and_changed():
         parse(model)
     with pytest.raises(ValueError, match="methods: expected a block of peft blocks by name, found None"):
         parse(CONFIGS / "lora.yaml", ["method=lora"])
+    with pytest.raises(ValueError, match=r"methods\.lora\.r\.x=5: expected a block r, found 18"):
+        parse(model, ["method=lora", "methods.lora.r.x=5"])
     with pytest.raises(ValueError, match="methods: expected a block"):
         parse(model, ["methods.lora=3", "method=lora"])
 

@@ -200,6 +200,8 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         raise ValueError(f"{override}: expected key=value, as in max_steps=100 or peft.r=8")
     *blocks, last = key.lstrip("-").split(".")
     for name in blocks:
+        if not isinstance(values.get(name) or {}, dict):
+            raise ValueError(f"{override}: expected a block {name}, found {values[name]!r}")
         values[name] = dict(values.get(name) or {})
         values = values[name]
     values[last] = load_yaml(text, override)
