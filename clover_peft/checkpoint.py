@@ -227,7 +227,6 @@ def check_nothing_left(
     model: nn.Module,
     layers: dict[str, CloverLayer],
     adapter_name: str,
-    config: CloverConfig,
     state: dict[str, Tensor],
 ) -> None:
     """Refuse a file that holds more than the adapter: maps without a place in the model, or weights of the base.
@@ -236,7 +235,6 @@ def check_nothing_left(
         model: the model that is loaded into.
         layers: the adapter's layers by their paths, as in the keys of `state`.
         adapter_name: the adapter.
-        config: its config.
         state: the file's tensors by the model's keys.
 
     Raises:
@@ -256,14 +254,13 @@ def check_nothing_left(
             f"{len(left) - 1} more tensors in its file without a place in this model; load it with its own "
             "adapter_config.json (a folded one takes folded files only) onto the base model it was trained on"
         )
-    # Peft saves embeddings that were resized, and biases that are trained, under the base model's own names.
+    # Peft saves embeddings that were resized, and biases, under the base model's own names.
     found = (_embedding(model, side) for side in ("input", "output"))
     embeddings = {inner for embedding in found if embedding is not None for inner in embedding.modules()}
     for path, module in model.named_modules():
         for name, _ in module.named_parameters(recurse=False):
             key = f"{path}.{name}".removeprefix(".")
-            own = adapter_name in key.split(".") or module in embeddings or (name == "bias" and config.bias != "none")
-            if key in state and not own:
+            if key in state and not (adapter_name in key.split(".") or module in embeddings or name == "bias"):
                 raise ValueError(
                     f"{key}: expected no weights of the base model in the adapter's file, found some, which would "
                     "replace its own; the file was not written by save_pretrained, take a copy that was"

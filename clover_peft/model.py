@@ -465,7 +465,7 @@ class CloverModel(BaseTuner):
             for name, layer in layers.items():
                 name_bases(name, layer, adapter_name, result)
                 take_checkpoint(model, name, layer, adapter_name, config, result)
-            check_nothing_left(model, layers, adapter_name, config, result)
+            check_nothing_left(model, layers, adapter_name, result)
         except ValueError:
             fresh = not config.init_weights or is_untouched(layers, adapter_name)
             if isinstance(tuner, CloverModel) and config.source is not None and fresh:
