@@ -55,8 +55,9 @@ def draw(found: Found, folder: Path) -> list[Path]:
                 places = [j / max(1, len(values) - 1) for j in range(len(values))]
                 relative = [max(value / values[0], 1e-6) for value in values]
                 axes.plot(places, relative, color=f"C{i}", alpha=0.3, label=label if k == 0 else None)
-        axes.set(title=kind, xlabel="place among the singular values", ylabel="size, of the largest", yscale="log")
+        axes.set(title=kind, xlabel="place among the singular values", yscale="log")
         axes.legend()
+    grid[0][0].set_ylabel("size, of the largest")
     save("update", figure)
 
     figure, axes = pyplot.subplots()
