@@ -17,9 +17,19 @@ from torch.distributed.tensor import DTensor
 
 from .architectures import Partner, base_of
 from .blocks import BlockSpec
-from .decomposition import Bases, Factors, describe_dropped, factors, gram, pair_bases, qr_bases, svd_bases
+from .decomposition import (
+    Bases,
+    Factors,
+    describe_dropped,
+    factors,
+    gram,
+    pair_bases,
+    per_key_value_head,
+    qr_bases,
+    svd_bases,
+)
 from .layer import FROZEN, CloverLayer, onloaded
-from .moments import TOKENS_PER_FEATURE, Moments, Probe, collect_moments, shrink
+from .moments import Moments, Probe, collect_moments, shrink
 
 
 def clover_layers(model: nn.Module) -> list[tuple[str, CloverLayer]]:
@@ -160,21 +170,18 @@ def _bases(
             g_in = shrink(own.second.to(g_in.device), g_in, own.tokens)
         bases = qr_bases(g_in) if spec.basis == "qr" else svd_bases(g_in)
         return bases if spec.r == spec.size else bases.leading(spec.r)
-    heads = spec.partner.heads
-
-    def per_head(g: Tensor) -> Tensor:  # query heads that share a key-value head add up
-        return g.unflatten(0, (spec.heads.count, heads.count // spec.heads.count, -1)).sum(1).flatten(0, 1)
-
+    heads, count = spec.partner.heads, spec.heads.count
+    groups = heads.count // count
     with partner_weight(model, spec.partner) as (rows, bias):
         g = gram(heads.blocks(rows, spec.size), None if bias is None else heads.blocks(bias, spec.size))
     g = g.to(g_in.device)
     if partner is not None and spec.partner.reads:
-        g_in = shrink(per_head(partner.second.to(g)), g_in, partner.tokens)
+        g_in = shrink(per_key_value_head(partner.second.to(g), count, groups), g_in, partner.tokens)
     elif partner is not None:
         g = shrink(partner.second.to(g), g, partner.tokens)
     if own is not None:
         g_in = shrink(own.covariance.to(g_in), g_in, own.tokens)
-    bases = pair_bases(g_in, per_head(g))
+    bases = pair_bases(g_in, per_key_value_head(g, count, groups))
     return bases if spec.r == spec.size else bases.leading(spec.r)
 
 
@@ -211,14 +218,6 @@ def initialize_from_activations(
                 module, partner = base_of(inner.get_submodule(spec.partner.path)), spec.partner
                 probes[_beside(path, spec)] = Probe(module, partner.reads, partner.heads, spec.size)
     found = collect_moments(model, probes, batches)
-    few = {name: m.tokens for name, m in found.items() if m.tokens < TOKENS_PER_FEATURE * probes[name].size}
-    if few:
-        name = min(few, key=few.__getitem__)
-        warnings.warn(
-            f"{name}: {few[name]} tokens for blocks of {probes[name].size} features are few; pass at least "
-            f"{TOKENS_PER_FEATURE * probes[name].size}",
-            stacklevel=2,
-        )
     made, conditions = [], {}
     for path, layer in layers:
         with onloaded(layer.get_base_layer()):

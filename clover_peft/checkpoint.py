@@ -152,7 +152,7 @@ def take_checkpoint(
         ValueError: naming the module, what was expected, what was found and what to do.
     """
     inner, computed = inner_model(model), None
-    if beside := {a: tuple(t[WHOLE].shape) for a, t in layer.trained(adapter_name).items() if a != "clover_S"}:
+    if beside := {a: tuple(t[WHOLE].shape) for a, t in layer.trained_tensors(adapter_name).items() if a != "clover_S"}:
         _check_tensors(layer, config, _keys(name, adapter_name, WHOLE), beside, state)
     for spec in layer.specs[adapter_name]:
         keys = _keys(name, adapter_name, spec.name)
@@ -243,7 +243,7 @@ def check_nothing_left(
     known = set()
     for name, layer in layers.items():
         parts = [(a, spec.name) for spec in layer.specs[adapter_name] for a in spec.base_shapes]
-        parts += [(a, part) for a, tensors in layer.trained(adapter_name).items() for part in tensors]
+        parts += [(a, part) for a, tensors in layer.trained_tensors(adapter_name).items() for part in tensors]
         known |= {_keys(name, adapter_name, part)[attribute] for attribute, part in parts}
     attributes = {*TRAINED, *FROZEN}
     left = sorted(key for key in state if key not in known and attributes & set(key.split(".")))
@@ -268,9 +268,10 @@ def check_nothing_left(
 
 
 def _embedding(model: nn.Module, side: str) -> nn.Module | None:
+    get = getattr(model, f"get_{side}_embeddings", None)  # not every model is transformers'
     try:
-        return getattr(model, f"get_{side}_embeddings")()
-    except (AttributeError, NotImplementedError):
+        return None if get is None else get()
+    except NotImplementedError:  # of transformers' models not every one has embeddings
         return None
 
 

@@ -80,6 +80,12 @@ def gram(blocks: Tensor, bias: Tensor | None = None) -> Tensor:
     return result
 
 
+def per_key_value_head(g: Tensor, heads: int, groups: int) -> Tensor:
+    """Sums over the query heads that share a key-value head: (heads * groups * b, d, d) to (heads * b, d, d), with b
+    blocks a head."""
+    return g.unflatten(0, (heads, groups, -1)).sum(1).flatten(0, 1)
+
+
 def _factor(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Factors `G = R^T R`: Cholesky where it can be trusted, otherwise that block alone by `eigh`.
 

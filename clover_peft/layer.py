@@ -245,7 +245,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
             nn.init.normal_(b, std=0.1)
         return {"clover_A": {WHOLE: a}, "clover_B": {WHOLE: b}}
 
-    def trained(self, adapter_name: str) -> dict[str, dict[str, Tensor]]:
+    def trained_tensors(self, adapter_name: str) -> dict[str, dict[str, Tensor]]:
         """The trained tensors of an adapter: attribute -> slice name -> tensor."""
         return {
             attribute: dict(getattr(self, attribute)[adapter_name].named_parameters())
@@ -255,7 +255,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
 
     def is_trained(self, adapter_name: str) -> bool:
         """Whether the adapter is no longer as it started: with numbers in S or B. Without weights it is not."""
-        trained = self.trained(adapter_name)
+        trained = self.trained_tensors(adapter_name)
         tensors = [t for a in ("clover_S", "clover_B") for t in trained.get(a, {}).values()]
         return any(not t.is_meta and bool(t.any()) for t in tensors)
 
@@ -335,7 +335,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         for adapter_name in list(self._missing_bases):
             names = [(a, spec.name) for spec in self.specs[adapter_name] for a in spec.base_shapes]
-            names += [(a, name) for a, tensors in self.trained(adapter_name).items() for name in tensors]
+            names += [(a, name) for a, tensors in self.trained_tensors(adapter_name).items() for name in tensors]
             needed = [f"{prefix}{attribute}.{adapter_name}.{name}" for attribute, name in names]
             assigned = bool(args and args[0].get("assign_to_params_buffers"))
             on_meta = any(p.is_meta for p in self.clover_S[adapter_name].parameters())
@@ -497,7 +497,8 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters or self.merged:
             return z
         if adapter_names is None:
-            return self.add_low_rank(self.map_features(z, self.active_adapters), x, self.active_adapters)
+            active = self.active_adapters
+            return self.add_low_rank(self.map_features(z, active), x, active)
         result = z.clone()
         for name in dict.fromkeys(adapter_names):
             if name in self.clover_S:

@@ -224,7 +224,7 @@ class CloverModel(BaseTuner):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for _, layer in clover_layers(self.model):
             if not autocast_adapter_dtype and adapter_name in layer.specs and layer.weight.is_floating_point():
-                for tensors in layer.trained(adapter_name).values():
+                for tensors in layer.trained_tensors(adapter_name).values():
                     for parameter in tensors.values():
                         parameter.data = parameter.data.to(layer.weight.dtype)
 

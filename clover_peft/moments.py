@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -128,6 +129,14 @@ def collect_moments(
     for name, moments in found.items():
         if not torch.isfinite(moments.squares).all():
             raise ValueError(f"{name}: expected finite activations, found NaN or infinite ones; check model and data")
+    few = {name: m.tokens for name, m in found.items() if m.tokens < TOKENS_PER_FEATURE * probes[name].size}
+    if few:
+        name = min(few, key=few.__getitem__)
+        wanted = TOKENS_PER_FEATURE * probes[name].size
+        warnings.warn(
+            f"{name}: {few[name]} tokens for blocks of {probes[name].size} features are few; pass at least {wanted}",
+            stacklevel=3,
+        )
     return found
 
 

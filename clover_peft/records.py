@@ -67,6 +67,20 @@ def write(path: str | os.PathLike[str], record: dict[str, Any]) -> Path:
     return target
 
 
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """A JSON file with one block.
+
+    Raises:
+        ValueError: with the remedy, if it is missing or damaged.
+    """
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path}: expected a block in JSON, found it missing or cut short ({error}); {remedy}"
+        ) from error
+
+
 def peak_memory_bytes() -> int:
     """Return the most memory this process has held: resident set, plus what torch allocated on CUDA where it did."""
     cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0

@@ -118,7 +118,7 @@ def _trained_prompt(folder: Path) -> str | None:
     record = folder.resolve().parent / "record.json"
     if not record.is_file():
         return None
-    prompt = evaluation.read_json(record, "pass --prompt").get("settings", {}).get("prompt")
+    prompt = records.read_json(record, "pass --prompt").get("settings", {}).get("prompt")
     if prompt is not None:
         print(f"prompt: {prompt}, as in training")
     return prompt

@@ -64,7 +64,7 @@ def plan(config: transformers.PretrainedConfig, adapter: CloverConfig) -> dict[s
             bases += sum(map(_numel, spec.base_shapes.values()))
             alone += _numel(spec.s_shape) + 2 * spec.blocks * spec.r + norms  # with S0 and the probe of the bases
             folded += norms * spec.size + norms
-        low_rank = (part for name, part in layer.trained("default").items() if name != "clover_S")
+        low_rank = (part for name, part in layer.trained_tensors("default").items() if name != "clover_S")
         beside = sum(tensor.numel() for part in low_rank for tensor in part.values())
         s, alone, folded = s + beside, alone + beside, folded + beside
         layers.setdefault(_layer_of(path), {})[path] = {

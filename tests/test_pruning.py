@@ -119,6 +119,11 @@ def test_data_make_a_better_cut_of_what_is_read(family):
     assert errors["data"] < errors["weights"]
 
 
+def test_too_few_tokens_are_warned_of():
+    with pytest.warns(UserWarning, match="6 tokens for blocks of 12 features are few; pass at least 120"):
+        decompose(build("llama"), ["vo"], calibration=[{"input_ids": torch.arange(3, 9).unsqueeze(0)}])
+
+
 def test_every_query_head_of_a_group_fits_its_own_way_back():
     batches = text()
     model = build("llama", torch.float64).eval()

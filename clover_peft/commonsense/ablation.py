@@ -158,7 +158,7 @@ def make_data(grid: Ablation, folder: Path) -> None:
         ValueError: naming the option that differs from those of the rows that are there, or a task without questions.
     """
     if (folder / prepare.RECORD).is_file():
-        made = evaluation.read_json(folder / prepare.RECORD, "delete the folder to write its rows again")
+        made = records.read_json(folder / prepare.RECORD, "delete the folder to write its rows again")
         _same(made["options"], vars(grid.data), folder / prepare.RECORD, "data.")
         return
     if folder.exists():
@@ -296,7 +296,7 @@ def load(results: Path) -> dict[str, Record]:
         ValueError: naming the file that is damaged.
     """
     remedy = "delete it, and the next run makes it again"
-    return {path.stem: evaluation.read_json(path, remedy) for path in sorted(results.glob("*.json"))}
+    return {path.stem: records.read_json(path, remedy) for path in sorted(results.glob("*.json"))}
 
 
 def choose(candidates: Sequence[Record]) -> Record:

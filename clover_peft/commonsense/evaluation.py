@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from clover_peft import records
+
 from . import prepare, sources
 from .protocols import Protocol
 from .sources import Row
@@ -195,7 +197,7 @@ def evaluate(
     out.mkdir(parents=True, exist_ok=True)
     kept, asked = out / "predictions.jsonl", out / "settings.json"
     if asked.is_file():
-        found = read_json(asked, f"delete {out} and evaluate again")
+        found = records.read_json(asked, f"delete {out} and evaluate again")
         # those that it has: an earlier version wrote fewer
         if different := sorted(key for key in found if found[key] != settings.get(key)):
             raise ValueError(
@@ -259,18 +261,6 @@ def summarise(predictions: list[Prediction]) -> dict[str, Any]:
 def _loss(prediction: Prediction) -> float:
     scores = prediction["log_probabilities"]
     return float(torch.tensor(list(scores.values()), dtype=torch.float64).logsumexp(0) - scores[prediction["answer"]])
-
-
-def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """A JSON file with one block.
-
-    Raises:
-        ValueError: with the remedy, if it is damaged.
-    """
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: expected a block in JSON, found {error}; {remedy}") from error
 
 
 def wilson(correct: int, questions: int) -> list[float]:

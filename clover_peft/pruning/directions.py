@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..architectures import HeadSlice, Partner, base_of, default_targets, resolve
 from ..bases import partner_weight
-from ..decomposition import gram, pair_bases
+from ..decomposition import gram, pair_bases, per_key_value_head
 from ..layer import CloverLayer, onloaded
 from ..moments import Moments, Probe, collect_moments, shrink
 
@@ -151,16 +151,16 @@ def _decompose(model: nn.Module, pair: Pair, method: Method, moments: Mapping[st
     with partner_weight(model, pair.partner) as (rows, bias):
         heads = pair.partner.heads
         g_out = gram(heads.blocks(rows, size), None if bias is None else heads.blocks(bias, size)).to(g_in.device)
-    groups, seen = len(g_out) // len(g_in), None
+    count, groups, seen = len(g_in), len(g_out) // len(g_in), None
     beside, own = moments.get(f"{pair.name} beside"), moments.get(pair.name)
     if pair.kind == "vo" and beside is not None:
         weight = g_in.repeat_interleave(groups, dim=0)
         seen = shrink(beside.second.to(g_in), weight, beside.tokens)
-        g_in = _per_head(seen, groups)
+        g_in = per_key_value_head(seen, count, groups)
     elif beside is not None and own is not None:
         g_in = shrink(own.covariance.to(g_in), g_in, own.tokens)
         g_out = shrink(beside.second.to(g_in), g_out, beside.tokens)
-    g_out = _per_head(g_out, groups)
+    g_out = per_key_value_head(g_out, count, groups)
     if method == "vanilla":
         return _coordinates(g_in, g_out)
     bases = pair_bases(g_in, g_out)
@@ -176,11 +176,6 @@ def _coordinates(g_in: Tensor, g_out: Tensor) -> Directions:
     values, order = norms.sort(dim=-1, descending=True)
     down = nn.functional.one_hot(order, norms.shape[-1]).to(g_in)
     return Directions(values, down, down.mT)
-
-
-def _per_head(g: Tensor, groups: int) -> Tensor:
-    """(H, d, d) from (H * groups, d, d): query heads that share a head add up."""
-    return g.unflatten(0, (-1, groups)).sum(1)
 
 
 @torch.no_grad()

@@ -298,7 +298,9 @@ class _Before(TrainerCallback):
 
     def __init__(self, path: Path, measure: Callable[[], dict[str, Any]], resuming: bool) -> None:
         self.path, self.measure = path, measure
-        self.measured: dict[str, Any] = _read_json(path, "start again") if resuming else {}
+        self.measured: dict[str, Any] = (
+            records.read_json(path, f"choose another output_dir than {path.parent}") if resuming else {}
+        )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.measured:
@@ -375,7 +377,8 @@ def _find_checkpoint(out: Path, settings: Settings) -> str | None:
         raise ValueError(f"output_dir={out}: expected an unfinished run to resume, found a finished one")
     saved_file = out / _SETTINGS
     if saved_file.is_file():
-        saved = _read_json(saved_file, "delete it, to resume with the settings given now without comparing")
+        remedy = "delete it, to resume with the settings given now without comparing, or choose another output_dir=..."
+        saved = records.read_json(saved_file, remedy)
         now = _repeatable(settings)
         for key in sorted(saved.keys() | now.keys()):
             if saved.get(key) != now.get(key):
@@ -409,16 +412,6 @@ def _damaged(checkpoint: Path) -> str | None:
         except (OSError, ValueError, SafetensorError):
             return file.name
     return None
-
-
-def _read_json(path: Path, remedy: str) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"{path}: expected the JSON that the run to resume wrote, found it missing or cut short ({error}); "
-            f"{remedy}, or choose another output_dir=..."
-        ) from error
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
