@@ -1,9 +1,12 @@
-"""CLOVER (Cross-Layer Orthogonal Vectors, arXiv 2411.17426) as a PEFT method. Importing registers it with peft."""
+"""CLOVER (Cross-Layer Orthogonal Vectors, arXiv 2411.17426) as a PEFT method. Importing registers it with peft,
+and lets transformers and diffusers load models that `prune` made narrower."""
 
 from .bases import broadcast_bases, explicit_factors, initialize_from_activations
 from .config import CloverConfig
 from .layer import CloverLayer
 from .model import CloverModel
+from .pruning import PruningReport, prune
+from .pruning.narrow import install
 from .registration import register
 from .serving import hotswap_adapter, lora_errors
 from .transfer import dequantize, merge_onto
@@ -13,6 +16,7 @@ __all__ = [
     "CloverConfig",
     "CloverLayer",
     "CloverModel",
+    "PruningReport",
     "broadcast_bases",
     "dequantize",
     "explicit_factors",
@@ -20,6 +24,8 @@ __all__ = [
     "initialize_from_activations",
     "lora_errors",
     "merge_onto",
+    "prune",
 ]
 
 register(CloverConfig, CloverModel)
+install()

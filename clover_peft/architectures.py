@@ -480,7 +480,7 @@ def resolve(
     if (name := _suffix(path, family.projections)) is None:
         return (TargetSlice("weight", "linear", HeadSlice.plain(1, features)),)
 
-    attention = _Attention(model, path.removesuffix(name), family, config, head_dim)
+    attention = AttentionBlock(model, path.removesuffix(name), family, config, head_dim)
     layout = attention.layout(path, name)
     slices: list[TargetSlice] = []
     adapted = [part for part in layout if part in ("k", "v")] or ["q"]
@@ -491,7 +491,29 @@ def resolve(
     return tuple(slices)
 
 
-class _Attention:
+# The attribute of an attention block whose heads were made narrower: dimensions of a key head and of a value head.
+WIDTHS = "clover_widths"
+
+
+def attention_block(model: nn.Module, path: str) -> AttentionBlock | None:
+    """The attention block that the projection at `path` belongs to; None if the table does not know it as one."""
+    family, _, config = _owner_of(model, path)
+    name = None if family is None else _suffix(path, family.projections)
+    if family is None or name is None:
+        return None
+    return AttentionBlock(model, path.removesuffix(name), family, config)
+
+
+def attention_blocks(model: nn.Module) -> dict[str, AttentionBlock]:
+    """All attention blocks of a model by the paths of their modules, those that layers share once."""
+    blocks: dict[int, AttentionBlock] = {}
+    for path in default_targets(model):
+        if (block := attention_block(model, path)) is not None:
+            blocks.setdefault(id(block.modules[0]), block)
+    return {block.path: block for block in blocks.values()}
+
+
+class AttentionBlock:
     """One attention block: the modules of a family under one path prefix."""
 
     def __init__(
@@ -499,12 +521,16 @@ class _Attention:
     ) -> None:
         self.model, self.prefix, self.family, self.config, self.head_dim = model, prefix, family, config, head_dim
         # The block itself, and where it is another, the module right above the projections (BERT's `attention.self`).
-        paths = dict.fromkeys([(prefix + self.present()[0]).rpartition(".")[0], prefix.rstrip(".")])
-        self.modules = [model.get_submodule(path) for path in paths]
+        self.path = (prefix + self.present()[0]).rpartition(".")[0]
+        self.modules = [model.get_submodule(path) for path in dict.fromkeys([self.path, prefix.rstrip(".")])]
 
     def present(self) -> list[str]:
         """The family's projections that this block has (DeepSeek has either `q_proj` or `q_b_proj`)."""
         return [name for name in self.family.projections if _has(self.model, self.prefix + name)]
+
+    def module_of(self, name: str) -> Any:
+        """The projection of this name in the table."""
+        return base_of(self.model.get_submodule(self.prefix + name))
 
     def fact(self, name: str) -> Any:
         """An attribute of the block, else of its config; None if neither has it."""
@@ -581,6 +607,8 @@ class _Attention:
 
     def dim(self, part: str, path: str) -> int:
         """Coordinates of one head of `part`."""
+        if (widths := self.fact(WIDTHS)) is not None:
+            return widths[part == "v"]
         if part == "v" and self.family.value_dim is not None:
             return self.read(self.family.value_dim, path)
         if self.fact(self.family.head_dim) is None and isinstance(self.fact(self.family.heads), int):
@@ -611,6 +639,14 @@ class _Attention:
         if len(parts) == 1:
             return _divide(path, features, dims[part], f"head_dim {dims[part]}")
         return self.heads(path) if part == "q" else self.key_value_heads(path)
+
+    def cached_features(self, path: str) -> int:
+        """Numbers that a cache keeps of a token: keys and values of all heads, or of Multi-head Latent Attention what
+        they are computed from."""
+        if self.family.positions == "decoupled":
+            return self.read("kv_lora_rank", path) + self.read("qk_rope_head_dim", path)
+        slices = [s for name in self.present() for s in self.layout(self.prefix + name, name).items()]
+        return sum(heads.features for part, heads in slices if part in ("k", "v"))
 
     def slices(self, part: str, heads: HeadSlice) -> Iterator[TargetSlice]:
         """The slices of one part, with their partners by the true positions."""

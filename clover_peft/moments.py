@@ -57,6 +57,11 @@ class Moments:
         self.sums += rows.sum(-1).to(self.sums)
         self.tokens += len(blocks)
 
+    def check_finite(self, name: str) -> None:
+        """Raises ValueError if they are not."""
+        if not torch.isfinite(self.squares).all():
+            raise ValueError(f"{name}: expected finite activations, found NaN or infinite ones; check model and data")
+
     @property
     def second(self) -> Tensor:
         """(H, d, d) float64, the mean of `z z^T`."""
@@ -65,8 +70,45 @@ class Moments:
     @property
     def covariance(self) -> Tensor:
         """(H, d, d) float64, the same of the centred z."""
-        mean = self.sums / max(1, self.tokens)
-        return self.second - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+        return self.second - self.mean.unsqueeze(-1) * self.mean.unsqueeze(-2)
+
+    @property
+    def mean(self) -> Tensor:
+        """(H, d) float64."""
+        return self.sums / max(1, self.tokens)
+
+
+class TokenReader:
+    """Takes the blocks of real tokens out of a model's activations.
+
+    Tokens that `attention_mask` (of an encoder-decoder: `decoder_attention_mask` in the decoder) leaves out do not
+    count. Where both sequences are padded to one length, that is said of what a decoder reads of its encoder, too: pad
+    them apart, or not at all.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.device = next(model.parameters()).device
+        encoder: Any = model.get_encoder() if hasattr(model, "get_encoder") else None  # type: ignore[operator]
+        self.encoding = set(encoder.modules()) if encoder is not None and encoder is not model else set()
+
+    def start(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """A batch on the model's device, and its masks by name."""
+        values = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        masks = {k: v.bool() for k, v in values.items() if k.endswith("attention_mask") and v is not None}
+        decoded = next((values[k] for k in ("decoder_input_ids", "labels") if values.get(k) is not None), None)
+        if self.encoding and decoded is not None:
+            masks.setdefault("decoder_attention_mask", torch.ones_like(decoded, dtype=torch.bool))
+        return values, masks
+
+    def blocks(self, probe: Probe, x: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
+        """(tokens, H, d) of the activations (..., features) that a probe asks for."""
+        blocks = probe.heads.blocks(x, probe.size)
+        both = ["decoder_attention_mask", "attention_mask"]
+        for kind in both if self.encoding and probe.module not in self.encoding else both[1:]:
+            if kind in masks and masks[kind].shape == blocks.shape[:-2]:
+                blocks = blocks[masks[kind]]
+                break
+        return blocks.reshape(-1, *blocks.shape[-2:])
 
 
 @torch.no_grad()
@@ -75,10 +117,8 @@ def collect_moments(
 ) -> dict[str, Moments]:
     """Runs a model over data, once, and adds up the moments of what its modules compute or read.
 
-    Tokens that `attention_mask` (of an encoder-decoder: `decoder_attention_mask` in the decoder) leaves out do not
-    count. Where both sequences are padded to one length, that is said of what a decoder reads of its encoder, too: pad
-    them apart, or not at all. The model runs in evaluation mode and as it is, with its
-    active adapters; hooks and mode are taken back in any case.
+    Real tokens count (`TokenReader`). The model runs in evaluation mode and as it is, with its active adapters; hooks
+    and mode are taken back in any case.
 
     Args:
         model: the model to call.
@@ -93,42 +133,29 @@ def collect_moments(
     """
     found: dict[str, Moments] = {}
     masks: dict[str, Tensor] = {}
-    device = next(model.parameters()).device
-    encoder: Any = model.get_encoder() if hasattr(model, "get_encoder") else None  # type: ignore[operator]
-    encoding = set(encoder.modules()) if encoder is not None and encoder is not model else set()
+    reader = TokenReader(model)
 
-    def add(name: str, probe: Probe, x: Tensor) -> None:
-        blocks = probe.heads.blocks(x, probe.size)
-        both = ["decoder_attention_mask", "attention_mask"]
-        for kind in both if encoding and probe.module not in encoding else both[1:]:
-            if kind in masks and masks[kind].shape == blocks.shape[:-2]:
-                blocks = blocks[masks[kind]]
-                break
-        blocks = blocks.reshape(-1, *blocks.shape[-2:])
-        if name not in found:
-            # Where a device has no float64, sums are kept on the CPU.
-            at = torch.device("cpu") if x.device.type == "mps" else x.device
-            shape = blocks.shape[1:]
-            found[name] = Moments(
-                torch.zeros(*shape, shape[-1], dtype=torch.float64, device=at),
-                torch.zeros(shape, dtype=torch.float64, device=at),
-            )
-        found[name].add(blocks)
+    def before(name: str, probe: Probe) -> Any:
+        return lambda module, inputs: add_blocks(found, name, reader.blocks(probe, inputs[0], masks))
 
-    with _watching(model, probes, add):
+    def after(name: str, probe: Probe) -> Any:
+        return lambda module, inputs, output: add_blocks(found, name, reader.blocks(probe, output, masks))
+
+    with evaluating(model), hooks() as hooked:
+        for name, probe in probes.items():
+            if probe.reads:
+                hooked.append(probe.module.register_forward_pre_hook(before(name, probe)))
+            else:
+                hooked.append(probe.module.register_forward_hook(after(name, probe)))
         for batch in tqdm(batches, desc="CLOVER moments", unit=" batches", delay=3, leave=False):
-            values = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            values, of_batch = reader.start(batch)
             masks.clear()
-            masks |= {k: v.bool() for k, v in values.items() if k.endswith("attention_mask") and v is not None}
-            decoded = next((values[k] for k in ("decoder_input_ids", "labels") if values.get(k) is not None), None)
-            if encoding and decoded is not None:
-                masks.setdefault("decoder_attention_mask", torch.ones_like(decoded, dtype=torch.bool))
+            masks |= of_batch
             model(**values)
     if missing := [name for name in probes if name not in found or not found[name].tokens]:
         raise ValueError(f"{missing[0]}: expected activations, found none; pass batches of tokens that reach it")
     for name, moments in found.items():
-        if not torch.isfinite(moments.squares).all():
-            raise ValueError(f"{name}: expected finite activations, found NaN or infinite ones; check model and data")
+        moments.check_finite(name)
     few = {name: m.tokens for name, m in found.items() if m.tokens < TOKENS_PER_FEATURE * probes[name].size}
     if few:
         name = min(few, key=few.__getitem__)
@@ -140,31 +167,40 @@ def collect_moments(
     return found
 
 
+def add_blocks(found: dict[str, Moments], name: str, blocks: Tensor) -> None:
+    """Count tokens (tokens, H, d) in the moments of this name, which are made if there are none."""
+    if name not in found:
+        # Where a device has no float64, sums are kept on the CPU.
+        at = torch.device("cpu") if blocks.device.type == "mps" else blocks.device
+        shape = blocks.shape[1:]
+        found[name] = Moments(
+            torch.zeros(*shape, shape[-1], dtype=torch.float64, device=at),
+            torch.zeros(shape, dtype=torch.float64, device=at),
+        )
+    found[name].add(blocks)
+
+
 @contextmanager
-def _watching(model: nn.Module, probes: Mapping[str, Probe], add: Any) -> Iterator[None]:
-    """Within it, `add(name, probe, activations)` is called for every probe, and the model is in evaluation mode."""
-
-    def before(name: str, probe: Probe) -> Any:
-        return lambda module, inputs: add(name, probe, inputs[0])
-
-    def after(name: str, probe: Probe) -> Any:
-        return lambda module, inputs, output: add(name, probe, output)
-
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it the model is in evaluation mode."""
     modes = {module: module.training for module in model.modules()}
-    hooks = []
     try:
         model.eval()
-        for name, probe in probes.items():
-            if probe.reads:
-                hooks.append(probe.module.register_forward_pre_hook(before(name, probe)))
-            else:
-                hooks.append(probe.module.register_forward_hook(after(name, probe)))
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def hooks() -> Iterator[list[Any]]:
+    """A list of hooks, which are removed at the end."""
+    handles: list[Any] = []
+    try:
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def shrink(moment: Tensor, weight_gram: Tensor, tokens: int) -> Tensor:

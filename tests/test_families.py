@@ -323,7 +323,7 @@ def _rows_of_the_readme() -> dict[str, dict[str, str]]:
     return {name: {"value": row[2], "key": row[3]} for row in rows for name in row[0].split(", ")}
 
 
-def _alternative(cell: str, attention: table._Attention) -> str:
+def _alternative(cell: str, attention: table.AttentionBlock) -> str:
     """Of a cell "A if `x`, else B", what holds for this block: "A if `x`" or "B"."""
     first, _, rest = cell.partition(", else ")
     if rest and not attention.fact(first.split("`")[1]):
@@ -331,7 +331,7 @@ def _alternative(cell: str, attention: table._Attention) -> str:
     return first
 
 
-def _said(alternative: str, attention: table._Attention, path: str) -> str:
+def _said(alternative: str, attention: table.AttentionBlock, path: str) -> str:
     """The alternative without its condition and its reason."""
     words = alternative.partition(" if `")[0].partition(" (")[0]
     if words == "any unrotated part with Q":
@@ -340,7 +340,7 @@ def _said(alternative: str, attention: table._Attention, path: str) -> str:
     return words
 
 
-def _done(model, attention: table._Attention, path: str, part: str) -> str | None:
+def _done(model, attention: table.AttentionBlock, path: str, part: str) -> str | None:
     """What `resolve` does with the "value" or the "key" at `path`, in the same words; None if it computes none."""
     partners = {target.part: target.partner for target in resolve(model, path)}
     if part[0] not in {name[0] for name in partners}:
@@ -363,7 +363,7 @@ def test_the_readme_says_of_every_family_what_resolve_does():
             owner, model_type, config = table._owner_of(model, path)
             if (name := table._suffix(path, owner.projections)) is None:
                 continue
-            attention = table._Attention(model, path.removesuffix(name), owner, config)
+            attention = table.AttentionBlock(model, path.removesuffix(name), owner, config)
             for part, cell in rows[model_type].items():
                 if (done := _done(model, attention, path, part)) is not None:
                     alternative = _alternative(cell, attention)

@@ -1,16 +1,21 @@
 """Pruning of attention heads along their own directions (arXiv 2411.17426), not along their coordinates."""
 
 from .directions import Directions, Pair, decompose, find_pairs, mask
-from .ranks import energy, global_ratio, rounded, threshold, uniform
+from .prune import PrunedPair, PruningReport, prune
+from .ranks import by_layer, energy, global_ratio, rounded, threshold, uniform
 
 __all__ = [
     "Directions",
     "Pair",
+    "PrunedPair",
+    "PruningReport",
+    "by_layer",
     "decompose",
     "energy",
     "find_pairs",
     "global_ratio",
     "mask",
+    "prune",
     "rounded",
     "threshold",
     "uniform",

@@ -7,14 +7,15 @@ head (ours) cutting it to r directions is the map `P = E_r C_r` of its own featu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..architectures import HeadSlice, Partner, base_of, default_targets, resolve
+from ..architectures import HeadSlice, Partner, attention_block, base_of, default_targets, resolve
 from ..bases import partner_weight
 from ..decomposition import gram, pair_bases, per_key_value_head
 from ..layer import CloverLayer, onloaded
@@ -67,15 +68,18 @@ class Directions:
         down: (H, d, d) float64, C: coordinates of a head's features in its directions.
         back: (H, d, d) float64, E: back from them; `back @ down = I`.
         seen: (G, d, d) float64, second moments of what every query head reads, if its own way back is to be fitted.
+        mean: (G, d) float64, what the output projection reads of every query head on average; directions that are cut
+            take no part of it with them, it goes into the output's bias. None where that is not so.
     """
 
     values: Tensor
     down: Tensor
     back: Tensor
     seen: Tensor | None = None
+    mean: Tensor | None = None
 
-    def maps(self, ranks: Tensor, groups: int) -> Tensor:
-        """What is left of the heads' features with the leading directions alone, `P = E_r C_r`.
+    def factors(self, ranks: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+        """The ways into the leading directions and back.
 
         Under grouped-query attention C is one for all query heads of a group. Where it is known what each of them
         reads (moment A), each has its own `E = A C^T (C A C^T)^-1`, the best for it in the mean.
@@ -85,16 +89,70 @@ class Directions:
             groups: query heads that share a head.
 
         Returns:
-            (H * groups, d, d) float64.
+            C (H, d, d), of which the rows beyond a head's rank are zero, and E (H * groups, d, d), of which the
+            columns are; float64.
         """
         size = self.values.shape[1]
-        kept = (torch.arange(size, device=ranks.device) < ranks.unsqueeze(1)).to(self.down)  # (H, d)
+        kept = (torch.arange(size, device=self.down.device) < ranks.to(self.down.device).unsqueeze(1)).to(self.down)
         down = kept.unsqueeze(-1) * self.down
         if self.seen is None:
-            return ((self.back * kept.unsqueeze(1)) @ down).repeat_interleave(groups, dim=0)
-        down = down.repeat_interleave(groups, dim=0)
-        read = self.seen @ down.mT
-        return read @ torch.linalg.pinv(down @ read, hermitian=True) @ down
+            return down, (self.back * kept.unsqueeze(1)).repeat_interleave(groups, dim=0)
+        each = down.repeat_interleave(groups, dim=0)
+        read = self.seen @ each.mT
+        back = read @ torch.linalg.pinv(each @ read, hermitian=True)
+        return down, back * kept.repeat_interleave(groups, dim=0).unsqueeze(1)
+
+    def constant(self, down: Tensor, back: Tensor) -> Tensor | None:
+        """(G, d), the part of the mean that is cut, `(I - E C) mean`; None without a mean."""
+        if self.mean is None:
+            return None
+        each = down.repeat_interleave(len(self.mean) // len(down), dim=0)
+        return self.mean - (back @ (each @ self.mean.unsqueeze(-1))).squeeze(-1)
+
+    def energy(self, ranks: Tensor) -> Tensor:
+        """(H,), the share of the sum of squared values that the leading directions hold; 1 where all are zero."""
+        squares = self.values.square()
+        kept = torch.arange(squares.shape[1], device=squares.device) < ranks.to(squares.device).unsqueeze(1)
+        total = squares.sum(1)
+        return torch.where(total > 0, (squares * kept).sum(1) / total.clamp(min=1e-300), torch.ones_like(total))
+
+
+def select_pairs(
+    model: nn.Module, kinds: Iterable[Kind], target_modules: str | Sequence[str] | None = None
+) -> list[Pair]:
+    """The pairs of these kinds.
+
+    Args:
+        model: a model of a known family, without adapters.
+        kinds: "qk", "vo" or both.
+        target_modules: which pairs, by the path of the key or value projection: a regular expression that matches all
+            of it, or ends of paths; None for all.
+
+    Raises:
+        ValueError: if there is none of some kind (queries and keys that are rotated are none).
+    """
+    wanted = set(kinds)
+    pairs = [pair for pair in find_pairs(model) if pair.kind in wanted]
+    for kind in sorted(wanted):
+        if not any(pair.kind == kind for pair in pairs):
+            raise ValueError(
+                f"{kind}: expected pairs to decompose, found none in {type(model).__name__}"
+                + ("; its queries and keys are rotated by their position" if kind == "qk" else "")
+            )
+    if target_modules is None:
+        return pairs
+    if isinstance(target_modules, str):
+        chosen = [pair for pair in pairs if re.fullmatch(target_modules, pair.path)]
+    else:
+        chosen = [p for p in pairs if any(p.path == end or p.path.endswith("." + end) for end in target_modules)]
+    for kind in sorted(wanted):
+        if not any(pair.kind == kind for pair in chosen):
+            raise ValueError(
+                f"target_modules={target_modules!r}: expected it to name a pair ({kind}), found none; they are "
+                + ", ".join(pair.path for pair in pairs[:4] if pair.kind == kind)
+                + ", ..."
+            )
+    return chosen
 
 
 @torch.no_grad()
@@ -103,6 +161,7 @@ def decompose(
     kinds: Iterable[Kind] = ("qk", "vo"),
     method: Method = "clover",
     calibration: Iterable[Mapping[str, Any]] | None = None,
+    target_modules: str | Sequence[str] | None = None,
 ) -> dict[str, tuple[Pair, Directions]]:
     """The directions of all pairs of a model.
 
@@ -113,6 +172,7 @@ def decompose(
             norms on both sides.
         calibration: batches, keyword arguments of the model. With them moments of activations take the place of the
             weights that compute them: of a value those of what the output projection reads, of a key the centred ones.
+        target_modules: which of them, see `select_pairs`.
 
     Returns:
         Name -> the pair and its directions.
@@ -120,54 +180,70 @@ def decompose(
     Raises:
         ValueError: if there is no such pair (queries and keys that are rotated are none).
     """
-    wanted = set(kinds)
-    pairs = [pair for pair in find_pairs(model) if pair.kind in wanted]
-    for kind in wanted:
-        if not any(pair.kind == kind for pair in pairs):
-            raise ValueError(
-                f"{kind}: expected pairs to decompose, found none in {type(model).__name__}"
-                + ("; its queries and keys are rotated by their position" if kind == "qk" else "")
-            )
-    moments = {} if calibration is None else collect_moments(model, _probes(model, pairs), calibration)
-    return {pair.name: (pair, _decompose(model, pair, method, moments)) for pair in pairs}
+    pairs = select_pairs(model, kinds, target_modules)
+    moments = {} if calibration is None else collect_moments(model, probes(model, pairs), calibration)
+    return {pair.name: (pair, decompose_pair(model, pair, method, moments)) for pair in pairs}
 
 
-def _probes(model: nn.Module, pairs: list[Pair]) -> dict[str, Probe]:
-    probes = {}
+def beside_name(pair: Pair) -> str:
+    """The name of a pair's partner among its probes."""
+    return f"{pair.name} beside"
+
+
+def probes(model: nn.Module, pairs: Iterable[Pair]) -> dict[str, Probe]:
+    """What data can say of pairs: of each what its partner reads or computes, of a key what it computes itself."""
+    found = {}
     for pair in pairs:
         partner = base_of(model.get_submodule(pair.partner.path))
-        probes[f"{pair.name} beside"] = Probe(partner, pair.partner.reads, pair.partner.heads, pair.heads.dim)
+        found[beside_name(pair)] = Probe(partner, pair.partner.reads, pair.partner.heads, pair.heads.dim)
         if pair.kind == "qk":
             own = base_of(model.get_submodule(pair.path))
-            probes[pair.name] = Probe(own, False, pair.heads, pair.heads.dim)
-    return probes
+            found[pair.name] = Probe(own, False, pair.heads, pair.heads.dim)
+    return found
 
 
-def _decompose(model: nn.Module, pair: Pair, method: Method, moments: Mapping[str, Moments]) -> Directions:
+def decompose_pair(model: nn.Module, pair: Pair, method: Method, moments: Mapping[str, Moments]) -> Directions:
+    """Directions of one pair; `moments` by the names of `probes`."""
     module, size = base_of(model.get_submodule(pair.path)), pair.heads.dim
     reader = CloverLayer(module, "", pair.path)
     with onloaded(module):  # a key's bias drops out of softmax, a value's adds a constant
-        g_in = gram(pair.heads.blocks(reader.transposed_weight(), size))
+        g_in, own_bias = gram(pair.heads.blocks(reader.transposed_weight(), size)), reader.original_bias
+        if own_bias is not None:
+            own_bias = pair.heads.blocks(own_bias, size).to(g_in)
     with partner_weight(model, pair.partner) as (rows, bias):
         heads = pair.partner.heads
         g_out = gram(heads.blocks(rows, size), None if bias is None else heads.blocks(bias, size)).to(g_in.device)
-    count, groups, seen = len(g_in), len(g_out) // len(g_in), None
-    beside, own = moments.get(f"{pair.name} beside"), moments.get(pair.name)
+    count, groups = len(g_in), len(g_out) // len(g_in)
+    beside, own = moments.get(beside_name(pair)), moments.get(pair.name)
+    seen, mean, sums_to_one = None, None, _takes_bias(model, pair)
     if pair.kind == "vo" and beside is not None:
+        # What the weights say of the mean is as good as a constant: its part of the moment is taken out.
         weight = g_in.repeat_interleave(groups, dim=0)
-        seen = shrink(beside.second.to(g_in), weight, beside.tokens)
+        seen = shrink((beside.covariance if sums_to_one else beside.second).to(g_in), weight, beside.tokens)
+        mean = beside.mean.to(g_in) if sums_to_one else None
         g_in = per_key_value_head(seen, count, groups)
+    elif pair.kind == "vo" and own_bias is not None and sums_to_one:
+        mean = own_bias.repeat_interleave(groups, dim=0)
     elif beside is not None and own is not None:
         g_in = shrink(own.covariance.to(g_in), g_in, own.tokens)
         g_out = shrink(beside.second.to(g_in), g_out, beside.tokens)
     g_out = per_key_value_head(g_out, count, groups)
     if method == "vanilla":
-        return _coordinates(g_in, g_out)
+        return replace(_coordinates(g_in, g_out), mean=mean)
     bases = pair_bases(g_in, g_out)
     assert bases.back is not None  # a pair's never is the identity
     root = bases.singular_values.sqrt()
     down, back = root.unsqueeze(-1) * bases.coordinates, bases.back * root.unsqueeze(-2)
-    return Directions(bases.singular_values, down, back, seen if groups > 1 else None)
+    return Directions(bases.singular_values, down, back, seen if groups > 1 else None, mean)
+
+
+def _takes_bias(model: nn.Module, pair: Pair) -> bool:
+    """Whether a constant in the values can go into the output's bias: attention adds up to one (with sinks it does
+    not), and there is a bias or may be one (Multi-head Latent Attention stays what its class says)."""
+    block = attention_block(model, pair.path)
+    assert block is not None
+    output: Any = base_of(model.get_submodule(pair.partner.path))
+    return block.fact("sinks") is None and (block.family.positions != "decoupled" or output.bias is not None)
 
 
 def _coordinates(g_in: Tensor, g_out: Tensor) -> Directions:
@@ -178,12 +254,34 @@ def _coordinates(g_in: Tensor, g_out: Tensor) -> Directions:
     return Directions(values, down, down.mT)
 
 
+Factors = dict[str, tuple[Tensor, Tensor]]  # name of a pair -> C (H, d, d), E (G, d, d)
+
+
+def cut(found: Mapping[str, tuple[Pair, Directions]], ranks: Mapping[str, Tensor]) -> Factors:
+    """The factors of all pairs at these ranks, before any weight is changed.
+
+    Args:
+        found: from `decompose`.
+        ranks: name -> (H,), directions that every head keeps.
+
+    Raises:
+        ValueError: if ranks are missing, or more than there are directions.
+    """
+    factors = {}
+    for name, (pair, directions) in found.items():
+        kept, (count, size) = ranks.get(name), directions.values.shape
+        if kept is None or kept.shape != (count,) or bool((kept < 0).any()) or bool((kept > size).any()):
+            raise ValueError(f"{name}: expected {count} ranks from 0 to {size}, found {kept}")
+        factors[name] = directions.factors(kept, pair.partner.heads.count // count)
+    return factors
+
+
 @torch.no_grad()
 def mask(model: nn.Module, found: Mapping[str, tuple[Pair, Directions]], ranks: Mapping[str, Tensor]) -> None:
     """Leave out all but the leading directions, in place, with every shape as it was: for analysis.
 
-    Output projections read, and query projections write, what `Directions.maps` leaves of a head. All maps are made
-    before any weight is changed.
+    Output projections read, and query projections write, what `P = E C` leaves of a head. An output projection gets
+    a bias where a constant is left over. All maps are made before any weight is changed.
 
     Args:
         model: the model that was decomposed.
@@ -193,20 +291,26 @@ def mask(model: nn.Module, found: Mapping[str, tuple[Pair, Directions]], ranks: 
     Raises:
         ValueError: if ranks are missing, or more than there are directions.
     """
-    maps = {}
-    for name, (pair, directions) in found.items():
-        kept, (count, size) = ranks.get(name), directions.values.shape
-        if kept is None or kept.shape != (count,) or bool((kept < 0).any()) or bool((kept > size).any()):
-            raise ValueError(f"{name}: expected {count} ranks from 0 to {size}, found {kept}")
-        maps[name] = directions.maps(kept.to(directions.values.device), pair.partner.heads.count // count)
-    for name, (pair, _) in found.items():
+    for name, (down, back) in cut(found, ranks).items():
+        pair, directions = found[name]
         module: Any = base_of(model.get_submodule(pair.partner.path))
-        reader = CloverLayer(module, "", pair.partner.path)
-        rows = reader.transposed_weight()  # (in, out), a view
-        p = maps[name]
-        sides = [rows.mT] if pair.partner.reads else [rows, *([module.bias] if module.bias is not None else [])]
-        for side in sides:
-            heads = pair.partner.heads.heads(side)
-            flat = heads.reshape(*side.shape[:-1], pair.partner.heads.count, pair.heads.dim)
-            changed = torch.einsum("...gd,gde->...ge", flat.to(p), p)
-            heads.copy_(changed.reshape(heads.shape))
+        rows = CloverLayer(module, "", pair.partner.path).transposed_weight()  # (in, out), a view
+        heads = pair.partner.heads
+        p = back @ down.repeat_interleave(len(back) // len(down), dim=0)
+        constant = directions.constant(down, back)
+        if constant is not None:
+            lost = torch.einsum("ogd,gd->o", heads.blocks(rows.mT, pair.heads.dim).to(p), constant)
+            add_bias(module, lost)
+        for side in [rows.mT] if pair.partner.reads else [rows, *([module.bias] if module.bias is not None else [])]:
+            changed = torch.einsum("...gd,gde->...ge", heads.blocks(side, pair.heads.dim).to(p), p)
+            place = heads.heads(side)
+            place.copy_(changed.reshape(place.shape))
+
+
+def add_bias(module: Any, values: Tensor) -> None:
+    """Add to the bias of a projection, which gets one if it has none and the values are not all zero."""
+    if module.bias is None:
+        if not bool(values.any()):
+            return
+        module.bias = nn.Parameter(torch.zeros_like(values, dtype=module.weight.dtype), module.weight.requires_grad)
+    module.bias.add_(values.to(module.bias))

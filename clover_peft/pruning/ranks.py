@@ -46,6 +46,29 @@ def global_ratio(spectra: Spectra, ratio: float) -> Ranks:
     return {name: part.view(spectra[name].shape).sum(1) for name, part in zip(spectra, parts, strict=True)}
 
 
+def by_layer(spectra: Spectra, ratio: float) -> Ranks:
+    """One threshold over all layers, with one rank for all heads of a layer, so that no head is padded.
+
+    The k-th directions of a layer's heads go together, by the sum of their squares.
+
+    Args:
+        spectra: singular values of every pair.
+        ratio: share to remove, of all directions; kept to within one layer's heads.
+
+    Raises:
+        ValueError: if `ratio` is no share, 0 <= ratio < 1.
+    """
+    _check_share("ratio", ratio)
+    squares = {name: values.double().square().mean(0, keepdim=True).cpu() for name, values in spectra.items()}
+    values = torch.cat([part.flatten() for part in squares.values()])
+    heads = torch.cat([torch.full((part.numel(),), len(spectra[name])) for name, part in squares.items()])
+    order = values.argsort(stable=True)
+    removed = torch.zeros_like(values, dtype=torch.bool)
+    removed[order] = heads[order].cumsum(0) <= ratio * int(heads.sum()) + heads[order] / 2
+    parts = (~removed).split([part.numel() for part in squares.values()])
+    return {name: part.sum().repeat(len(spectra[name])) for name, part in zip(spectra, parts, strict=True)}
+
+
 def threshold(spectra: Spectra, smallest: float) -> Ranks:
     """The directions whose singular value is at least `smallest` (the paper's rule for Whisper)."""
     return {name: (values >= smallest).sum(1).cpu() for name, values in spectra.items()}

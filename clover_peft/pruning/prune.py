@@ -1,0 +1,464 @@
+"""`prune`: from a model to the same model with narrower heads, and the report of what was done."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import threading
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from ..architectures import AttentionBlock, HeadSlice, attention_block, attention_blocks
+from . import ranks as rules
+from .directions import Directions, Factors, Kind, Method, Pair, cut, decompose, find_pairs, mask
+from .narrow import (
+    become_stock,
+    check_supported,
+    narrow,
+    padded_width,
+    read_record,
+    relative_prefix,
+    widths,
+    write_record,
+)
+from .sequential import refit
+
+Rule = Literal["global", "layer", "uniform"]
+_RULES: dict[str, Callable[[rules.Spectra, Any], rules.Ranks]] = {
+    "global": rules.global_ratio,
+    "layer": rules.by_layer,
+    "uniform": rules.uniform,
+    "threshold": rules.threshold,
+    "energy": rules.energy,
+}
+Found = dict[str, tuple[Pair, Directions]]
+
+
+@dataclass(frozen=True)
+class PrunedPair:
+    """What was done to one pair of projections.
+
+    Attributes:
+        kind: "qk" or "vo".
+        size: directions of a head before.
+        kept: directions that every key-value head keeps.
+        width: of all its heads, after those with fewer directions were padded.
+        energy: share of the sum of squared singular values that each head keeps.
+    """
+
+    kind: Kind
+    size: int
+    kept: list[int]
+    width: int
+    energy: list[float]
+
+
+@dataclass(frozen=True)
+class PruningReport:
+    """What `prune` did.
+
+    Attributes:
+        method: "clover" or "vanilla".
+        rule: how ranks were chosen, and its figure for each kind of pair.
+        calibrated: whether moments of activations were used.
+        sequential: whether each layer was fitted to what the pruned ones before it pass on.
+        masked: whether directions were zeroed, with all shapes as they were.
+        pairs: name of a pair -> what was done to it.
+        skipped: kind of pair -> why nothing was done to it.
+        parameters: of the model, before and after.
+        cache_bytes: of keys and values, for a token, in the dtype of the weights, before and after.
+        seconds: that it took, calibration included.
+    """
+
+    method: Method
+    rule: dict[str, Any]
+    calibrated: bool
+    sequential: bool
+    masked: bool
+    pairs: dict[str, PrunedPair]
+    skipped: dict[Kind, str]
+    parameters: tuple[int, int]
+    cache_bytes: tuple[int, int]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return asdict(self)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write it as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    def plot(self, path: str | PathLike[str]) -> None:
+        """Draw the ranks of all heads (needs matplotlib)."""
+        from .pictures import plot_report
+
+        plot_report(self, path)
+
+    def removed(self, kind: Kind) -> float:
+        """The share of directions of this kind that was removed."""
+        pairs = [pair for pair in self.pairs.values() if pair.kind == kind]
+        return 1 - sum(sum(p.kept) for p in pairs) / sum(p.size * len(p.kept) for p in pairs)
+
+
+@torch.no_grad()
+def prune(
+    model: nn.Module,
+    ratio: float | Mapping[Kind, float] | None = None,
+    *,
+    method: Method = "clover",
+    calibration: Iterable[Mapping[str, Any]] | None = None,
+    ranks: Rule | Mapping[str, Sequence[int]] = "global",
+    threshold: float | Mapping[Kind, float] | None = None,
+    energy: float | Mapping[Kind, float] | None = None,
+    multiple: int = 1,
+    sequential: bool = False,
+    masked: bool = False,
+    target_modules: str | Sequence[str] | None = None,
+) -> PruningReport:
+    """Make the heads of a model physically narrower, in place, along their singular directions (arXiv 2411.17426).
+
+    The product of the two projections that meet in a head, `V S U^T`, keeps its leading directions:
+    `k' = S^1/2 U^T`, `q' = V S^1/2`. The softmax scale stays 1/sqrt(original head_dim). The model is then one that
+    `save_pretrained` saves and, after `import clover_peft`, `from_pretrained` loads.
+
+    Everything is computed before any weight is changed; then layers are rewritten one by one, which an interrupt
+    waits for. Costs D d^2 for a head, beside one pass over the calibration data (two if `sequential`).
+
+    Args:
+        model: a model of a known family, without adapters and not quantised.
+        ratio: share of directions to remove, for each kind of pair; one number is for all that the model has. 0.5 if
+            no other rule is given; 0 removes none.
+        method: "clover", or the baseline "vanilla", which drops coordinates by the norms on both sides.
+        calibration: batches, keyword arguments of the model. With them moments of activations take the place of the
+            weights that compute them, which is far better; some ten tokens for each dimension of a head are needed.
+        ranks: how `ratio` is spread: "global", one threshold over all heads; "layer", the same with one rank for all
+            heads of a layer, so that none is padded; "uniform". Or ranks by name of a pair (as in the report), for
+            every key-value head.
+        threshold: instead of `ratio`, the smallest singular value to keep (the paper's rule for Whisper).
+        energy: instead of `ratio`, the share of each head's sum of squared singular values to keep.
+        multiple: round every rank to the nearest multiple of this; kernels like 8.
+        sequential: fit every layer to what the pruned layers before it pass on. Needs `calibration`, as a sequence
+            of batches, which are then all under way at once.
+        masked: zero directions and keep all shapes, for analysis.
+        target_modules: which pairs, by the path of the key or value projection: a regular expression that matches all
+            of it, or ends of paths; None for all.
+
+    Returns:
+        `PruningReport`.
+
+    Raises:
+        ValueError: for a model, data or figures that do not fit, with the model as it was.
+    """
+    started = time.perf_counter()
+    _check_plain(model)
+    if sequential:
+        if calibration is None:
+            raise ValueError("sequential=True: expected data to fit the layers to, found none; pass calibration")
+        calibration = list(calibration)
+    rule = _choose_rule(ratio, ranks, threshold, energy)
+    kinds, skipped = _kinds(model, rule.kinds)
+    found = decompose(model, kinds, method, calibration, target_modules)
+    kept = _ranks(found, rule, multiple)
+    if sequential:
+        found = refit(model, found, kept, method, cast("list[Mapping[str, Any]]", calibration))
+    _check_untied(model, found)
+    before = _sizes(model)
+    if masked:
+        wide = {name: directions.values.shape[1] for name, (_, directions) in found.items()}
+        mask(model, found, kept)
+    else:
+        blocks = _blocks(model, found)
+        wide = {n: padded_width(block, int(kept[n].max())) for block, names in blocks.values() for n in names}
+        factors = cut(found, kept)
+        with _uninterrupted():
+            _rewrite_all(blocks, found, factors, wide)
+    after = _sizes(model)
+    report = PruningReport(
+        method=method,
+        rule=rule.to_dict() | ({"multiple": multiple} if multiple > 1 else {}),
+        calibrated=calibration is not None,
+        sequential=sequential,
+        masked=masked,
+        pairs={name: _summary(*found[name], kept[name], width) for name, width in wide.items()},
+        skipped=skipped,
+        parameters=(before[0], after[0]),
+        cache_bytes=(before[1], after[1]),
+        seconds=time.perf_counter() - started,
+    )
+    if not masked:
+        _record(model, blocks, report)
+    return report
+
+
+# ---------------------------------------------------------------------- what is asked for
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """A rule for ranks: "global", "layer", "uniform", "threshold" or "energy" with a figure for each kind of pair (or
+    one for all), or "given" with ranks by name."""
+
+    name: str
+    figures: float | Mapping[Kind, float] | None = None
+    given: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+    @property
+    def kinds(self) -> list[Kind] | None:
+        """The kinds of pairs that it speaks of; None for all."""
+        if self.name == "given":
+            return sorted({cast(Kind, name.rpartition("(")[2].rstrip(")")) for name in self.given})
+        return sorted(self.figures) if isinstance(self.figures, Mapping) else None
+
+    def ranks(self, kind: Kind, spectra: rules.Spectra) -> rules.Ranks:
+        """Ranks of all heads of one kind of pair."""
+        if self.name == "given":
+            full = {name: torch.full((len(values),), values.shape[1]) for name, values in spectra.items()}
+            return full | {name: torch.tensor(list(self.given[name])) for name in spectra if name in self.given}
+        figure = self.figures[kind] if isinstance(self.figures, Mapping) else self.figures
+        return _RULES[self.name](spectra, figure)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the report."""
+        if self.name == "given":
+            return {"ranks": "given"}
+        return {
+            "ranks": self.name,
+            "figure": dict(self.figures) if isinstance(self.figures, Mapping) else self.figures,
+        }
+
+
+def _choose_rule(
+    ratio: float | Mapping[Kind, float] | None,
+    ranks: Rule | Mapping[str, Sequence[int]],
+    threshold: float | Mapping[Kind, float] | None,
+    energy: float | Mapping[Kind, float] | None,
+) -> _Rule:
+    figures = {"ratio": ratio, "threshold": threshold, "energy": energy}
+    given = [name for name, figure in figures.items() if figure is not None]
+    if not isinstance(ranks, str):
+        given.append("ranks by name")
+    if len(given) > 1:
+        raise ValueError(f"expected one rule for ranks, found {' and '.join(given)}; pass one of them")
+    for name, figure in figures.items():
+        if isinstance(figure, Mapping) and (not figure or set(figure) - {"qk", "vo"}):
+            raise ValueError(f"{name}: expected figures for 'qk' and 'vo', found {dict(figure)}")
+    if not isinstance(ranks, str):
+        return _Rule("given", given=ranks)
+    if ranks not in ("global", "layer", "uniform"):
+        raise ValueError(f"ranks: expected 'global', 'layer', 'uniform' or ranks by name, found {ranks!r}")
+    if threshold is not None:
+        return _Rule("threshold", threshold)
+    if energy is not None:
+        return _Rule("energy", energy)
+    return _Rule(ranks, 0.5 if ratio is None else ratio)
+
+
+def _kinds(model: nn.Module, wanted: list[Kind] | None) -> tuple[list[Kind], dict[Kind, str]]:
+    """The kinds of pairs to prune, and of those that the model does not have, why."""
+    present = {pair.kind for pair in find_pairs(model)}
+    reasons: dict[Kind, str] = {
+        "qk": "queries and keys are rotated by their position, or normed",
+        "vo": "something stands between value and output",
+    }
+    kinds: list[Kind] = [kind for kind in reasons if kind in (wanted or reasons) and kind in present]
+    skipped = {kind: reason for kind, reason in reasons.items() if kind in (wanted or reasons) and kind not in present}
+    if not kinds:
+        said = "; ".join(f"{kind}: {reason}" for kind, reason in skipped.items())
+        raise ValueError(f"{type(model).__name__}: expected pairs of projections to prune, found none ({said})")
+    for kind, reason in skipped.items():
+        warnings.warn(f"{kind}: not pruned, {reason}; pruning {', '.join(kinds)} alone", stacklevel=3)
+    return kinds, skipped
+
+
+def _ranks(found: Found, rule: _Rule, multiple: int) -> rules.Ranks:
+    if unknown := set(rule.given) - set(found):
+        raise ValueError(f"ranks: expected names of pairs such as {next(iter(found))!r}, found {sorted(unknown)[0]!r}")
+    kept: rules.Ranks = {}
+    for kind in sorted({pair.kind for pair, _ in found.values()}):
+        spectra = {name: directions.values for name, (pair, directions) in found.items() if pair.kind == kind}
+        kept |= rules.rounded(rule.ranks(kind, spectra), spectra, multiple)
+    return {name: kept[name] for name in found}
+
+
+# ---------------------------------------------------------------------- what a model must be
+
+
+def _check_plain(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            raise ValueError(
+                f"{path}: expected a model without adapters, found {type(module).__name__}; call merge_and_unload() "
+                "or unload() first"
+            )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__}: expected all weights in memory, found some offloaded or on the meta device; "
+            "load it without offloading"
+        )
+
+
+def _check_untied(model: nn.Module, found: Found) -> None:
+    names = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    for path in (path for pair, _ in found.values() for path in (pair.path, pair.partner.path)):
+        for parameter in model.get_submodule(path).parameters(recurse=False):
+            if others := [name for name in names[id(parameter)] if not name.startswith(f"{path}.")]:
+                raise ValueError(
+                    f"{path}: expected weights of its own, found them tied to {others[0]}; give every layer its own "
+                    "copy, or leave it out with target_modules"
+                )
+
+
+def _blocks(model: nn.Module, found: Found) -> dict[str, tuple[AttentionBlock, list[str]]]:
+    """Path of an attention block -> the block and the names of its pairs."""
+    blocks: dict[str, tuple[AttentionBlock, list[str]]] = {}
+    for name, (pair, _) in found.items():
+        block = attention_block(model, pair.path)
+        assert block is not None  # the pair was found in it
+        check_supported(block)
+        blocks.setdefault(block.path, (block, []))[1].append(name)
+    return blocks
+
+
+def _sizes(model: nn.Module) -> tuple[int, int]:
+    """Parameters, and bytes of the keys and values of one token."""
+    parameters, total = sum(parameter.numel() for parameter in model.parameters()), 0
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):  # an encoder keeps nothing
+        encoder: Any = model.get_encoder()  # type: ignore[operator]
+        uncached = {id(module) for module in encoder.modules()}
+    else:
+        uncached = set()
+    for block in attention_blocks(model).values():
+        if id(block.modules[0]) not in uncached:
+            total += block.cached_features(block.path) * next(block.modules[0].parameters()).element_size()
+    return parameters, total
+
+
+# ---------------------------------------------------------------------- the weights
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Within it an interrupt is kept for the end, so that no model is left half rewritten."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting = []
+    before = signal.signal(signal.SIGINT, lambda *arguments: waiting.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if waiting:
+            raise KeyboardInterrupt
+
+
+def _rewrite_all(
+    blocks: Mapping[str, tuple[AttentionBlock, list[str]]],
+    found: Found,
+    factors: Factors,
+    wide: Mapping[str, int],
+) -> None:
+    for block, names in tqdm(blocks.values(), desc="CLOVER pruning", unit=" layers", delay=3, leave=False):
+        _rewrite(block, [(*found[name], *factors[name], wide[name]) for name in names])
+
+
+def _rewrite(block: AttentionBlock, pairs: list[tuple[Pair, Directions, Tensor, Tensor, int]]) -> None:
+    """Put narrower projections in place of a block's. Only one layer's weights are held twice."""
+    output = block.module_of(block.family.output)
+    parts: dict[str, Tensor] = {}  # rows of a head's features, the bias as the last row: (D + 1, heads, d)
+    slices: dict[str, HeadSlice] = {}
+    for name in block.present():
+        projection = block.module_of(name)
+        rows = _rows(projection).double()
+        if projection.bias is not None:
+            rows = torch.cat([rows, projection.bias.double().unsqueeze(0)])
+        for part, heads in block.layout(block.prefix + name, name).items():
+            parts[part], slices[part] = heads.blocks(rows, heads.dim), heads
+    columns, bias = _rows(output).mT.double(), output.bias
+    read = HeadSlice.plain(columns.shape[1] // slices["v"].dim, slices["v"].dim).blocks(columns, slices["v"].dim)
+    bias = None if bias is None else bias.double()
+    for pair, directions, down, back, width in pairs:
+        down, back = down[:, :width], back[..., :width]
+        if pair.kind == "qk":
+            for part, heads, factor in (("k", pair.heads, down.mT), ("q", pair.partner.heads, back)):
+                start = heads.offset - slices[part].offset
+                first, middle, last = parts[part].split(
+                    [start, heads.dim, parts[part].shape[-1] - start - heads.dim], dim=-1
+                )
+                parts[part] = torch.cat([first, torch.einsum("nhd,hdw->nhw", middle, factor), last], dim=-1)
+            continue
+        if (constant := directions.constant(down, back)) is not None:
+            lost = torch.einsum("ogd,gd->o", read, constant)
+            bias = lost if bias is None else bias + lost
+        parts["v"] = torch.einsum("nhd,hwd->nhw", parts["v"], down)
+        read = torch.einsum("ogd,gdw->ogw", read, back)
+    if output.bias is None and bias is not None and not bool(bias.any()):
+        bias = None
+    narrow(block, parts["k"].shape[-1], parts["v"].shape[-1], bias is not None)
+    for name in block.present():
+        projection = block.module_of(name)
+        rows = _rows(projection)
+        for part, heads in block.layout(block.prefix + name, name).items():
+            place = heads.heads(rows)
+            place.copy_(parts[part][: len(rows)].reshape(place.shape))
+            if projection.bias is not None:
+                place = heads.heads(projection.bias)
+                place.copy_(parts[part][-1].reshape(place.shape))
+    output = block.module_of(block.family.output)
+    _rows(output).copy_(read.flatten(1).mT)
+    if bias is not None:
+        output.bias.copy_(bias)
+
+
+def _rows(projection: Any) -> Tensor:
+    """The weight as (in, out), a view."""
+    return projection.weight if isinstance(projection, Conv1D) else projection.weight.mT
+
+
+# ---------------------------------------------------------------------- the record
+
+
+def _summary(pair: Pair, directions: Directions, kept: Tensor, width: int) -> PrunedPair:
+    return PrunedPair(
+        pair.kind,
+        pair.heads.dim,
+        kept.tolist(),
+        int(kept.max()),
+        [round(e, 6) for e in directions.energy(kept).tolist()],
+    )
+
+
+def _record(model: nn.Module, blocks: Mapping[str, tuple[AttentionBlock, list[str]]], report: PruningReport) -> None:
+    """Enter in the config what a model needs to be loaded, and how it was made."""
+    record = read_record(model) or {"version": 1, "blocks": {}, "steps": []}
+    prefix = relative_prefix(model)
+    made = {
+        path.removeprefix(prefix): [*widths(block), block.module_of(block.family.output).bias is not None]
+        for path, (block, _) in blocks.items()
+    }
+    known = {} if become_stock(model, attention_blocks(model)) else record["blocks"] | made
+    step = {
+        "method": report.method,
+        **report.rule,
+        "calibrated": report.calibrated,
+        "sequential": report.sequential,
+        "removed": {kind: round(report.removed(kind), 6) for kind in sorted({p.kind for p in report.pairs.values()})},
+    }
+    write_record(model, {**record, "blocks": known, "steps": [*record["steps"], step]})
