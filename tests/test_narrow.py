@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import copy
+import json
+import signal
+import subprocess
+import sys
+import threading
 import warnings
+from pathlib import Path
 
+import peft
 import pytest
 import torch
 
 import clover_peft
 from clover_peft.architectures import attention_block, default_targets
-from clover_peft.pruning import find_pairs
+from clover_peft.pruning import decompose, find_pairs, mask
 from clover_peft.pruning.narrow import narrow, read_record, widths
-from tests.tiny import FAMILIES, VOCAB, build, inputs, logits, relative
+from tests.tiny import FAMILIES, TOLERANCE, VOCAB, build, inputs, logits, output, perturb, relative
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -138,3 +145,329 @@ def test_generates_as_without_a_cache(family, tmp_path):
         loaded.generate(**given, **options, num_beams=3),
         model.generate(**given, **options, num_beams=3, use_cache=False),
     )
+
+
+# ---------------------------------------------------------------------- shapes
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_grouped_heads_biases_and_dtypes(heads, bias, dtype):
+    model = build("llama", dtype, num_key_value_heads=heads, attention_bias=bias)
+    before = logits(model, "llama")
+    twin = copy.deepcopy(model)
+    report = prune(model, {"vo": 0.5}, calibration=batches("llama"))
+    prune(twin, {"vo": 0.5}, calibration=batches("llama"), masked=True)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert len(next(iter(report.pairs.values())).kept) == heads
+    assert relative(logits(model, "llama"), logits(twin, "llama")) < 10 * TOLERANCE[dtype]
+    assert relative(logits(model, "llama"), before) > TOLERANCE[dtype]
+
+
+def test_softmax_keeps_its_scale():
+    """Half of Q-K removed, in a model whose removed half is zero: the same attention."""
+    model = build("opt", torch.float64)
+    for layer in model.model.decoder.layers:
+        rows = layer.self_attn.k_proj
+        rows.weight.view(4, 12, -1)[:, 6:] = 0
+        rows.bias.view(4, 12)[:, 6:] = 0
+    before = logits(model, "opt")
+    prune(model, {"qk": 0.5}, ranks="uniform")
+    assert model.model.decoder.layers[0].self_attn.k_proj.out_features == 24
+    assert relative(logits(model, "opt"), before) < 1e-9
+
+
+@pytest.mark.parametrize("rule", ["threshold", "energy", "given", "multiple", "layer", "one kind"])
+def test_rules(rule):
+    model = build("opt")
+    if rule == "given":
+        names = [pair.name for pair in find_pairs(model)]
+        report = prune(model, ranks={names[0]: [3, 4, 5, 6]})
+        assert list(report.pairs) == [n for n in names if n.endswith(names[0][-4:])]
+        assert report.pairs[names[0]].kept == [3, 4, 5, 6]
+        assert report.pairs[names[0]].width == 6
+        return
+    options = {
+        "threshold": {"threshold": {"vo": 0.7}},
+        "energy": {"energy": {"vo": 0.9}},
+        "multiple": {"ratio": {"vo": 0.5}, "multiple": 4},
+        "layer": {"ratio": {"vo": 0.5}, "ranks": "layer"},
+        "one kind": {"ratio": {"vo": 0.5}, "target_modules": ["layers.1.self_attn.v_proj"]},
+    }
+    report = prune(model, **options[rule])
+    kept = [pair.kept for pair in report.pairs.values()]
+    assert {pair.kind for pair in report.pairs.values()} == {"vo"}
+    if rule == "multiple":
+        assert all(k % 4 == 0 for heads in kept for k in heads)
+    elif rule == "layer":
+        assert all(len(set(heads)) == 1 for heads in kept)
+        assert sum(map(sum, kept)) / (2 * 4 * 12) == pytest.approx(0.5, abs=4 / 96)
+    elif rule == "one kind":
+        assert len(kept) == 1
+        assert model.model.decoder.layers[0].self_attn.v_proj.out_features == 48
+    elif rule == "energy":
+        assert all(e >= 0.9 for pair in report.pairs.values() for e in pair.energy)
+    assert min(map(min, kept)) < 12
+
+
+def test_ragged_ranks_cost_what_the_report_says():
+    model = build("gpt2")
+    report = prune(model, 0.5)
+    cache = model(**inputs("gpt2")).past_key_values
+    tokens = inputs("gpt2")["input_ids"].numel()
+    measured = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    assert measured == report.cache_bytes[1] * tokens
+    assert report.parameters[1] == sum(p.numel() for p in model.parameters())
+    uniform = build("gpt2")
+    report = prune(uniform, 0.5, ranks="uniform")
+    assert report.cache_bytes[1] * 2 == report.cache_bytes[0]
+
+
+def test_heads_that_keep_nothing():
+    """All directions but one layer's removed: the others pass on the constant alone."""
+    model, data = build("opt", torch.float64), batches("opt")
+    names = [pair.name for pair in find_pairs(model)]
+    prune(model, ranks={name: [0] * 4 for name in names}, calibration=data)
+    assert logits(model, "opt").isfinite().all()
+
+
+# ---------------------------------------------------------------------- sequential calibration
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "gpt_neox", "bart", "bert"])
+def test_sequential_fits_what_pruned_layers_pass_on(family):
+    """The first layer's directions are the same; later ones are those of the model whose first layers are pruned."""
+    data = batches(family, 4)
+    model, twin = build(family, torch.float64), build(family, torch.float64)
+    if FAMILIES[family].kind == "seq2seq":
+        model, twin = model.double(), twin.double()
+    report = prune(model, ratio(model, 0.4), calibration=data, sequential=True)
+    assert report.sequential
+    # By hand, with one pass for each pair.
+    found = decompose(twin, kinds(twin), calibration=data)
+    kept = {name: torch.tensor(report.pairs[name].kept) for name in found}
+    for name in order_of_use(twin, found, data):
+        fresh = decompose(twin, [found[name][0].kind], calibration=data)
+        mask(twin, {name: fresh[name]}, kept)
+    assert relative(logits(model, family), logits(twin, family)) < 1e-6
+    assert not threading_left()
+
+
+def order_of_use(model, found, data) -> list[str]:
+    seen: dict[str, None] = {}
+    handles = []
+    for name, (pair, _) in found.items():
+        module = model.get_submodule(pair.partner.path if pair.kind == "vo" else pair.path)
+        handles.append(module.register_forward_hook(lambda *_, name=name: seen.setdefault(name)))
+    with torch.no_grad():
+        model(**data[0])
+    for handle in handles:
+        handle.remove()
+    return sorted(seen, key=list(seen).index)
+
+
+def threading_left() -> list:
+    return [t for t in threading.enumerate() if t is not threading.main_thread() and not t.daemon]
+
+
+def test_sequential_stops_for_good_on_an_error():
+    model = build("opt")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    data = [*batches("opt", 3), {"input_ids": torch.tensor([[VOCAB + 5]])}]
+    with pytest.raises(IndexError):
+        prune(model, 0.5, calibration=data, sequential=True)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+# ---------------------------------------------------------------------- as any model
+
+
+def test_another_process_loads_it(tmp_path):
+    """By AutoModel, pipeline and as part of another head, with `import clover_peft` alone."""
+    model = build("llama")
+    prune(model, {"vo": 0.5}, calibration=batches("llama"))
+    model.save_pretrained(tmp_path)
+    expected = model.generate(**inputs("llama"), max_new_tokens=5, do_sample=False).tolist()
+    code = f"""
+import json, sys, torch, transformers, clover_peft
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from tests.tiny import inputs
+model = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})
+trunk = transformers.AutoModel.from_pretrained({str(tmp_path)!r})
+head = transformers.AutoModelForSequenceClassification.from_pretrained({str(tmp_path)!r}, num_labels=3)
+widths = [m.layers[1].self_attn.v_proj.out_features for m in (model.model, trunk, head.model)]
+assert len(set(widths)) == 1, widths
+same = torch.equal(trunk(**inputs("llama")).last_hidden_state, model.model(**inputs("llama")).last_hidden_state)
+assert same
+print(json.dumps(model.generate(**inputs("llama"), max_new_tokens=5, do_sample=False).tolist()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.strip().splitlines()[-1]) == expected
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox"])
+def test_attention_implementations_agree(family, implementation):
+    model = build(family)
+    prune(model, ratio(model, 0.4))
+    model.set_attn_implementation("eager")
+    expected = logits(model, family)
+    try:
+        model.set_attn_implementation(implementation)
+    except ValueError as error:  # the family's own limit
+        pytest.skip(str(error))
+    mask = inputs(family)["attention_mask"].bool()
+    assert relative(logits(model, family)[mask], expected[mask]) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "whisper"])
+def test_trains_with_gradient_checkpointing(family):
+    model = build(family)
+    prune(model, ratio(model, 0.4))
+    model.requires_grad_(True)
+    grads = []
+    for checkpointing in (False, True):
+        model.zero_grad()
+        model.eval()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            model.train()
+            for module in model.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+                for name in ("dropout", "activation_dropout", "attention_dropout", "dropout_rate"):
+                    if isinstance(getattr(module, name, None), float):
+                        setattr(module, name, 0.0)
+        output(model, family).square().sum().backward()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert set(grads[0]) == set(grads[1])
+    assert all(relative(grads[1][n], grads[0][n]) < 1e-4 for n in grads[0] if grads[0][n].norm() > 1e-6)
+
+
+def test_compiles():
+    model = build("llama")
+    prune(model, {"vo": 0.5})
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(**inputs("llama")).logits, logits(model, "llama"))
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "deepseek_v3", "bert"])
+def test_adapters_and_a_second_pruning(family, tmp_path):
+    model = build(family)
+    prune(model, ratio(model, 0.25), ranks="uniform")
+    before = logits(model, family)
+    adapted = peft.get_peft_model(copy.deepcopy(model), clover_peft.CloverConfig())
+    assert torch.equal(logits(adapted, family), before)
+    perturb(adapted)
+    changed = logits(adapted, family)
+    assert relative(changed, before) > 1e-3
+    merged = adapted.merge_and_unload()
+    assert relative(logits(merged, family), changed) < 1e-4
+    assert relative(logits(reload(merged, tmp_path / "merged"), family), changed) < 1e-4
+    lora = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules="all-linear"))
+    assert torch.equal(logits(lora, family), before)
+    prune(model, ratio(model, 0.3))
+    assert len(read_record(model)["steps"]) == 2
+    assert relative(logits(reload(model, tmp_path / "twice"), family), logits(model, family)) < 1e-6
+
+
+# ---------------------------------------------------------------------- bad input
+
+
+def unchanged(model, before) -> bool:
+    hooks = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    names = dict(model.named_parameters())
+    return not hooks and set(names) == set(before) and all(torch.equal(names[n], p) for n, p in before.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ratio": 1.0}, "ratio: expected a share"),
+        ({"ratio": -0.1}, "ratio: expected a share"),
+        ({"ratio": {"kv": 0.5}}, "expected figures for 'qk' and 'vo'"),
+        ({"ratio": {}}, "expected figures for 'qk' and 'vo'"),
+        ({"ratio": 0.5, "energy": 0.9}, "expected one rule"),
+        ({"energy": 1.5}, "share: expected a share"),
+        ({"ranks": "local"}, "ranks: expected 'global'"),
+        ({"ranks": {"nothing (vo)": [1]}}, "expected names of pairs such as"),
+        ({"ratio": 0.5, "method": "magic"}, "method: expected 'clover' or 'vanilla'"),
+        ({"ratio": 0.5, "calibration": []}, "expected activations, found none"),
+        ({"ratio": 0.5, "sequential": True}, "sequential=True: expected data"),
+        ({"ratio": 0.5, "sequential": True, "calibration": []}, "expected activations, found none"),
+        ({"ratio": 0.5, "multiple": 0}, "multiple: expected a positive number"),
+        ({"ratio": 0.5, "target_modules": "nothing"}, "expected it to name a pair"),
+    ],
+)
+def test_bad_options_change_nothing(options, message):
+    model = build("opt")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=message):
+        prune(model, **options)
+    assert unchanged(model, before)
+
+
+def test_wrong_ranks_by_name():
+    model = build("opt")
+    name = find_pairs(model)[0].name
+    for wrong in ([1, 2, 3], [1, 2, 3, 13], [1, 2, 3, -1]):
+        with pytest.raises(ValueError, match="expected 4 ranks from 0 to 12"):
+            prune(model, ranks={name: wrong})
+
+
+def test_models_that_cannot_be_pruned():
+    adapted = peft.get_peft_model(build("opt"), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="expected a model without adapters"):
+        prune(adapted, 0.5)
+    with pytest.raises(ValueError, match=r"expected attention that can be made narrow, found AlbertAttention.*masked"):
+        prune(build("albert"), 0.5)
+    with pytest.raises(ValueError, match="expected pairs of projections to prune, found none"):
+        prune(torch.nn.Sequential(torch.nn.Linear(4, 4)), 0.5)
+    tied = build("opt")
+    layers = tied.model.decoder.layers
+    layers[1].self_attn.v_proj.weight = layers[0].self_attn.v_proj.weight
+    with pytest.raises(ValueError, match="found them tied to"):
+        prune(tied, 0.5)
+    with torch.device("meta"):
+        empty = FAMILIES["opt"].build()
+    with pytest.raises(ValueError, match="expected all weights in memory"):
+        prune(empty, 0.5)
+    with pytest.warns(UserWarning, match="qk: not pruned, queries and keys are rotated"):
+        report = prune(build("llama"), 0.5)
+    assert report.skipped == {"qk": "queries and keys are rotated by their position, or normed"}
+
+
+def test_an_interrupt_while_calibrating_changes_nothing():
+    model = build("opt")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+
+    def data():
+        yield batches("opt", 1)[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune(model, 0.5, calibration=data())
+    assert unchanged(model, before)
+
+
+def test_an_interrupt_while_rewriting_waits_for_the_last_layer(monkeypatch):
+    from clover_peft.pruning import pruner as module
+
+    model = build("opt")
+    rewrite = module._rewrite
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        rewrite(*arguments)
+
+    monkeypatch.setattr(module, "_rewrite", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prune(model, 0.5, ranks="uniform")
+    widths = {layer.self_attn.v_proj.out_features for layer in model.model.decoder.layers}
+    assert widths == {24}
+    assert logits(model, "opt").isfinite().all()

@@ -269,11 +269,21 @@ def cut(found: Mapping[str, tuple[Pair, Directions]], ranks: Mapping[str, Tensor
     """
     factors = {}
     for name, (pair, directions) in found.items():
-        kept, (count, size) = ranks.get(name), directions.values.shape
-        if kept is None or kept.shape != (count,) or bool((kept < 0).any()) or bool((kept > size).any()):
-            raise ValueError(f"{name}: expected {count} ranks from 0 to {size}, found {kept}")
-        factors[name] = directions.factors(kept, pair.partner.heads.count // count)
+        kept = check_ranks(name, ranks.get(name), directions.values)
+        factors[name] = directions.factors(kept, pair.partner.heads.count // len(kept))
     return factors
+
+
+def check_ranks(name: str, ranks: Tensor | None, values: Tensor) -> Tensor:
+    """Returns the ranks (H,) if they fit singular values (H, d).
+
+    Raises:
+        ValueError: if they do not.
+    """
+    count, size = values.shape
+    if ranks is None or ranks.shape != (count,) or bool((ranks < 0).any()) or bool((ranks > size).any()):
+        raise ValueError(f"{name}: expected {count} ranks from 0 to {size}, found {ranks}")
+    return ranks
 
 
 @torch.no_grad()

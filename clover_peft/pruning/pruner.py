@@ -1,18 +1,15 @@
-"""`prune`: from a model to the same model with narrower heads, and the report of what was done."""
+"""`prune`: from a model to the same model with narrower heads."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import threading
 import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from os import PathLike
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
@@ -24,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..architectures import AttentionBlock, HeadSlice, attention_block, attention_blocks
 from . import ranks as rules
-from .directions import Directions, Factors, Kind, Method, Pair, cut, decompose, find_pairs, mask
+from .directions import Directions, Factors, Kind, Method, Pair, check_ranks, cut, decompose, find_pairs, mask
 from .narrow import (
     become_stock,
     check_supported,
@@ -35,6 +32,7 @@ from .narrow import (
     widths,
     write_record,
 )
+from .report import PrunedPair, PruningReport
 from .sequential import refit
 
 Rule = Literal["global", "layer", "uniform"]
@@ -46,73 +44,6 @@ _RULES: dict[str, Callable[[rules.Spectra, Any], rules.Ranks]] = {
     "energy": rules.energy,
 }
 Found = dict[str, tuple[Pair, Directions]]
-
-
-@dataclass(frozen=True)
-class PrunedPair:
-    """What was done to one pair of projections.
-
-    Attributes:
-        kind: "qk" or "vo".
-        size: directions of a head before.
-        kept: directions that every key-value head keeps.
-        width: of all its heads, after those with fewer directions were padded.
-        energy: share of the sum of squared singular values that each head keeps.
-    """
-
-    kind: Kind
-    size: int
-    kept: list[int]
-    width: int
-    energy: list[float]
-
-
-@dataclass(frozen=True)
-class PruningReport:
-    """What `prune` did.
-
-    Attributes:
-        method: "clover" or "vanilla".
-        rule: how ranks were chosen, and its figure for each kind of pair.
-        calibrated: whether moments of activations were used.
-        sequential: whether each layer was fitted to what the pruned ones before it pass on.
-        masked: whether directions were zeroed, with all shapes as they were.
-        pairs: name of a pair -> what was done to it.
-        skipped: kind of pair -> why nothing was done to it.
-        parameters: of the model, before and after.
-        cache_bytes: of keys and values, for a token, in the dtype of the weights, before and after.
-        seconds: that it took, calibration included.
-    """
-
-    method: Method
-    rule: dict[str, Any]
-    calibrated: bool
-    sequential: bool
-    masked: bool
-    pairs: dict[str, PrunedPair]
-    skipped: dict[Kind, str]
-    parameters: tuple[int, int]
-    cache_bytes: tuple[int, int]
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
-        return asdict(self)
-
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write it as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-
-    def plot(self, path: str | PathLike[str]) -> None:
-        """Draw the ranks of all heads (needs matplotlib)."""
-        from .pictures import plot_report
-
-        plot_report(self, path)
-
-    def removed(self, kind: Kind) -> float:
-        """The share of directions of this kind that was removed."""
-        pairs = [pair for pair in self.pairs.values() if pair.kind == kind]
-        return 1 - sum(sum(p.kept) for p in pairs) / sum(p.size * len(p.kept) for p in pairs)
 
 
 @torch.no_grad()
@@ -166,6 +97,8 @@ def prune(
     """
     started = time.perf_counter()
     _check_plain(model)
+    if method not in ("clover", "vanilla"):
+        raise ValueError(f"method: expected 'clover' or 'vanilla', found {method!r}")
     if sequential:
         if calibration is None:
             raise ValueError("sequential=True: expected data to fit the layers to, found none; pass calibration")
@@ -228,7 +161,10 @@ class _Rule:
         """Ranks of all heads of one kind of pair."""
         if self.name == "given":
             full = {name: torch.full((len(values),), values.shape[1]) for name, values in spectra.items()}
-            return full | {name: torch.tensor(list(self.given[name])) for name in spectra if name in self.given}
+            found = full | {name: torch.tensor(list(self.given[name])) for name in spectra if name in self.given}
+            for name, values in spectra.items():
+                check_ranks(name, found[name], values)
+            return found
         figure = self.figures[kind] if isinstance(self.figures, Mapping) else self.figures
         return _RULES[self.name](spectra, figure)
 

@@ -1,0 +1,78 @@
+"""What `prune` did, for people and for JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from .directions import Kind, Method
+
+
+@dataclass(frozen=True)
+class PrunedPair:
+    """What was done to one pair of projections.
+
+    Attributes:
+        kind: "qk" or "vo".
+        size: directions of a head before.
+        kept: directions that every key-value head keeps.
+        width: of all its heads, after those with fewer directions were padded.
+        energy: share of the sum of squared singular values that each head keeps.
+    """
+
+    kind: Kind
+    size: int
+    kept: list[int]
+    width: int
+    energy: list[float]
+
+
+@dataclass(frozen=True)
+class PruningReport:
+    """What `prune` did.
+
+    Attributes:
+        method: "clover" or "vanilla".
+        rule: how ranks were chosen, and its figure for each kind of pair.
+        calibrated: whether moments of activations were used.
+        sequential: whether each layer was fitted to what the pruned ones before it pass on.
+        masked: whether directions were zeroed, with all shapes as they were.
+        pairs: name of a pair -> what was done to it.
+        skipped: kind of pair -> why nothing was done to it.
+        parameters: of the model, before and after.
+        cache_bytes: of keys and values, for a token, in the dtype of the weights, before and after.
+        seconds: that it took, calibration included.
+    """
+
+    method: Method
+    rule: dict[str, Any]
+    calibrated: bool
+    sequential: bool
+    masked: bool
+    pairs: dict[str, PrunedPair]
+    skipped: dict[Kind, str]
+    parameters: tuple[int, int]
+    cache_bytes: tuple[int, int]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return asdict(self)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write it as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    def plot(self, path: str | PathLike[str]) -> None:
+        """Draw the ranks of all heads (needs matplotlib)."""
+        from .pictures import plot_report
+
+        plot_report(self, path)
+
+    def removed(self, kind: Kind) -> float:
+        """The share of directions of this kind that was removed."""
+        pairs = [pair for pair in self.pairs.values() if pair.kind == kind]
+        return 1 - sum(sum(p.kept) for p in pairs) / sum(p.size * len(p.kept) for p in pairs)
