@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/_env.sh
-clover_env train quant plots dev
+clover_env train quant plots bench dev
 
 say "ruff check" && "$VENV_PYTHON" -m ruff check .
 say "ruff format --check" && "$VENV_PYTHON" -m ruff format --check .

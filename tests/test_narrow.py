@@ -224,11 +224,22 @@ def test_ragged_ranks_cost_what_the_report_says():
     assert report.cache_bytes[1] * 2 == report.cache_bytes[0]
 
 
+def test_a_bias_is_loaded_where_no_width_changed(tmp_path):
+    """One head of each layer keeps all directions, the other does not: the widths stay, the constant needs a bias."""
+    model = build("llama")
+    names = [pair.name for pair in find_pairs(model)]
+    report = prune(model, ranks={name: [12, 6] for name in names}, calibration=batches("llama"))
+    assert model.model.layers[0].self_attn.o_proj.bias is not None
+    assert {pair.width for pair in report.pairs.values()} == {12}
+    assert torch.equal(logits(reload(model, tmp_path), "llama"), logits(model, "llama"))
+
+
 def test_heads_that_keep_nothing():
     """All directions but one layer's removed: the others pass on the constant alone."""
     model, data = build("opt", torch.float64), batches("opt")
     names = [pair.name for pair in find_pairs(model)]
-    prune(model, ranks={name: [0] * 4 for name in names}, calibration=data)
+    report = prune(model, ranks={name: [0] * 4 for name in names}, calibration=data)
+    assert {pair.width for pair in report.pairs.values()} == {1}
     assert logits(model, "opt").isfinite().all()
 
 
@@ -393,7 +404,7 @@ def unchanged(model, before) -> bool:
         ({"ratio": {"kv": 0.5}}, "expected figures for 'qk' and 'vo'"),
         ({"ratio": {}}, "expected figures for 'qk' and 'vo'"),
         ({"ratio": 0.5, "energy": 0.9}, "expected one rule"),
-        ({"energy": 1.5}, "share: expected a share"),
+        ({"energy": 1.5}, "energy: expected a share"),
         ({"ranks": "local"}, "ranks: expected 'global'"),
         ({"ranks": {"nothing (vo)": [1]}}, "expected names of pairs such as"),
         ({"ratio": 0.5, "method": "magic"}, "method: expected 'clover' or 'vanilla'"),
@@ -440,6 +451,26 @@ def test_models_that_cannot_be_pruned():
     with pytest.warns(UserWarning, match="qk: not pruned, queries and keys are rotated"):
         report = prune(build("llama"), 0.5)
     assert report.skipped == {"qk": "queries and keys are rotated by their position, or normed"}
+
+
+def test_what_cannot_work_is_said_before_the_data_are_read():
+    def data():
+        raise AssertionError("calibrated")
+        yield
+
+    tied = build("opt")
+    layers = tied.model.decoder.layers
+    layers[1].self_attn.v_proj.weight = layers[0].self_attn.v_proj.weight
+    for model, options in (
+        (tied, {}),
+        (build("albert"), {}),
+        (build("opt"), {"ratio": 2}),
+        (build("opt"), {"energy": 2}),
+        (build("opt"), {"multiple": 0}),
+        (build("opt"), {"method": "magic"}),
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            prune(model, calibration=data(), **options)
 
 
 def test_an_interrupt_while_calibrating_changes_nothing():

@@ -11,11 +11,8 @@ from typing import Any
 Found = dict[str, list[dict[str, Any]]]  # label -> measures, module by module
 
 
-def canvas(folder: Path) -> tuple[Any, Callable[[str, Any], None], list[Path]]:
-    """What pictures are drawn with, without a screen.
-
-    Returns:
-        matplotlib's `pyplot`, a function that saves a figure under a name in the folder, and the list of those saved.
+def find_pyplot() -> Any:
+    """matplotlib's `pyplot`, without a screen.
 
     Raises:
         ValueError: if matplotlib is not installed.
@@ -27,6 +24,19 @@ def canvas(folder: Path) -> tuple[Any, Callable[[str, Any], None], list[Path]]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def canvas(folder: Path) -> tuple[Any, Callable[[str, Any], None], list[Path]]:
+    """What pictures are drawn with, without a screen.
+
+    Returns:
+        matplotlib's `pyplot`, a function that saves a figure under a name in the folder, and the list of those saved.
+
+    Raises:
+        ValueError: if matplotlib is not installed.
+    """
+    pyplot = find_pyplot()
     folder.mkdir(parents=True, exist_ok=True)
     made: list[Path] = []
 

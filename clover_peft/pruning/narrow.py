@@ -451,7 +451,10 @@ def apply_record(model: nn.Module) -> None:
     for path, (key_width, value_width, output_bias) in (record or {}).get("blocks", {}).items():
         place = next((p for p in (path, prefix + path) if _has(model, p)), None)
         block = None if place is None else _block_at(model, place)
-        if block is None or widths(block) == (key_width, value_width):
+        if block is None:
+            continue
+        there = (*widths(block), block.module_of(block.family.output).bias is not None)
+        if there == (key_width, value_width, output_bias):
             continue
         check_supported(block)
         narrow(block, key_width, value_width, output_bias)

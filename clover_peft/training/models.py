@@ -11,6 +11,7 @@ from typing import Any
 
 import peft
 import torch
+import transformers
 from huggingface_hub import ModelCard, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -158,6 +159,32 @@ def load_trained(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
+
+
+def load_as_saved(source: ModelSource) -> tuple[Any, Any]:
+    """Loads a whole model in the class and the dtype that it was saved with, and what prepares its inputs.
+
+    Returns:
+        The model in evaluation mode, on the accelerator where there is one, and its tokenizer or processor, None if
+        none can be loaded (which is printed).
+
+    Raises:
+        ValueError: the model's configuration does not name a class of transformers.
+    """
+    names = transformers.AutoConfig.from_pretrained(source.path).architectures or ["no class"]
+    kind = getattr(transformers, names[0], None)
+    if kind is None:  # an Auto class would leave out the head without a word
+        raise ValueError(
+            f"{source.name}: expected a config.json whose `architectures` names a class of transformers, found "
+            f"{names[0]}; enter the class that the weights were saved with"
+        )
+    model = kind.from_pretrained(source.path, dtype="auto").to(accelerator()).eval()
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(source.path)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"{source.name}: no tokenizer or processor could be loaded: {str(error).strip().splitlines()[0]}")
+        processor = None
+    return model, processor
 
 
 def _in_cache(name: str, file: str) -> bool:

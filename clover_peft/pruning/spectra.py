@@ -1,0 +1,142 @@
+"""What heads would lose: their singular values beside the norms of their coordinates, and ratios that keep a share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..analysis.measures import effective_rank
+from ..moments import collect_moments
+from .directions import Directions, Kind, Method, Pair, decompose_pair, probes, select_pairs
+
+SHARES = (0.99, 0.95, 0.9)  # of the energy, that ratios are suggested for
+METHODS: tuple[Method, ...] = ("clover", "vanilla")
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The directions of a pair's heads, in the order in which they are kept.
+
+    Attributes:
+        values: (H, d) float64, singular values ("clover") or products of the norms of coordinates ("vanilla"),
+            descending.
+        energy: (H, d) float64, what each adds to the sum of squares of the head's product that is kept, when those
+            before it are. For singular values these are their squares. Coordinates are not orthogonal, so that what
+            one adds depends on the others, and may be negative. Both add up to the same.
+    """
+
+    values: Tensor
+    energy: Tensor
+
+    def needed(self, share: float) -> Tensor:
+        """(H,), the directions of each head that have to be kept for this share of its energy."""
+        kept, total = self.energy.cumsum(1), self.energy.sum(1, keepdim=True)
+        too_few = kept < share * total * (1 - 1e-12)
+        places = torch.arange(1, kept.shape[1] + 1, device=kept.device)
+        last = (too_few * places).amax(1)
+        return torch.where(total.squeeze(1) > 0, last + 1, 0).clamp(max=kept.shape[1])
+
+
+@dataclass(frozen=True)
+class PairSpectra:
+    """A pair's heads by both methods."""
+
+    pair: Pair
+    clover: Spectrum
+    vanilla: Spectrum
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON: `kind`, `path`, `heads`, `size`, and for each method the singular `values` of all heads,
+        `effective_rank` and `directions` (share of energy -> how many hold it) of each."""
+        heads, size = self.clover.values.shape
+        found: dict[str, Any] = {"kind": self.pair.kind, "path": self.pair.path, "heads": heads, "size": size}
+        for method in METHODS:
+            spectrum = getattr(self, method)
+            found[method] = {
+                "values": [[float(f"{value:.6g}") for value in row] for row in spectrum.values.tolist()],
+                "effective_rank": [effective_rank(row) for row in spectrum.values],
+                "directions": {str(share): spectrum.needed(share).tolist() for share in SHARES},
+            }
+        return found
+
+
+@torch.no_grad()
+def measure_spectra(
+    model: nn.Module,
+    kinds: Iterable[Kind],
+    calibration: Iterable[Mapping[str, Any]] | None = None,
+    target_modules: str | Sequence[str] | None = None,
+) -> dict[str, PairSpectra]:
+    """The spectra of pairs by both methods, in one pass over the data.
+
+    Args:
+        model: a model of a known family, without adapters.
+        kinds: which pairs.
+        calibration: as for `decompose`.
+        target_modules: as for `decompose`.
+
+    Returns:
+        Name of a pair -> its spectra.
+
+    Raises:
+        ValueError: if there is no such pair.
+    """
+    pairs = select_pairs(model, kinds, target_modules)
+    moments = {} if calibration is None else collect_moments(model, probes(model, pairs), calibration)
+    found = {}
+    for pair in pairs:
+        clover, vanilla = (decompose_pair(model, pair, method, moments) for method in METHODS)
+        by_value = Spectrum(clover.values, clover.values.square())
+        found[pair.name] = PairSpectra(pair, by_value, _coordinates(clover, vanilla))
+    return found
+
+
+def _coordinates(clover: Directions, vanilla: Directions) -> Spectrum:
+    """The spectrum of coordinates, measured by the product that the singular directions take apart.
+
+    Without the coordinates D a head's product lacks `sum_{i in D} o_i v_i^T`, whose square is the sum over D x D of
+    `G_out * G_in`, element by element.
+    """
+    values = clover.values.unsqueeze(-1)
+    g_in = (clover.back.mT * values).mT @ clover.back.mT  # E S E^T
+    g_out = (clover.down * values).mT @ clover.down  # C^T S C
+    both = vanilla.down @ (g_in * g_out) @ vanilla.down.mT  # in the order in which coordinates are kept
+    rest = both.flip(1, 2).cumsum(1).cumsum(2).diagonal(dim1=1, dim2=2).flip(1)  # lost from each coordinate on
+    return Spectrum(vanilla.values, rest - torch.nn.functional.pad(rest[:, 1:], (0, 1)))
+
+
+def suggest(spectra: Iterable[Spectrum], share: float) -> dict[str, float]:
+    """The largest share of all directions that one threshold over all heads may remove.
+
+    Args:
+        spectra: of all pairs of one kind.
+        share: of the energy of all of them, that is to be kept.
+
+    Returns:
+        `ratio`, to remove, and `threshold`, the smallest value that is kept then.
+    """
+    # Backwards: of equal values a head's later one goes first.
+    pairs = [
+        (spectrum.values.flip(1).flatten().cpu(), spectrum.energy.flip(1).flatten().cpu()) for spectrum in spectra
+    ]
+    values, energy = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    order = values.argsort(stable=True)
+    kept = 1 - energy[order].cumsum(0) / energy.sum().clamp(min=1e-300)
+    count = int((kept >= share).long().cumprod(0).sum())
+    count = min(count, len(values) - 1)  # prune removes less than all
+    return {"ratio": count / len(values), "threshold": float(values[order[count]])}
+
+
+def labels(paths: Sequence[str]) -> list[str]:
+    """Short names of the layers that projections are in: their number, or what is not common to all paths."""
+    blocks = [path.rpartition(".")[0] for path in paths]
+    if len({re.sub(r"\d+", "*", block) for block in blocks}) == 1 and re.search(r"\d", blocks[0]):
+        return [".".join(re.findall(r"\d+", block)) for block in blocks]
+    parts = [block.split(".") for block in blocks]
+    common = next((i for i, names in enumerate(zip(*parts, strict=False)) if len(set(names)) > 1), 0)
+    return [".".join(part[common:]) for part in parts]
