@@ -109,8 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     rule.add_argument("--energy", help="share of each head's energy to keep, in the same form")
     parser.add_argument(
         "--ranks",
-        choices=["global", "layer", "uniform"],
-        help="how --ratio is spread: one threshold over all heads (the default), the same with one rank for all heads "
+        choices=["global", "gradient", "layer", "uniform"],
+        help="how --ratio is spread: one threshold over all heads (the default), the same with each layer weighed by "
+        "the gradient of the loss behind it (best for language models; needs --calibration), one rank for all heads "
         "of a layer, which pads none, or the same ratio everywhere",
     )
     parser.add_argument("--method", choices=["clover", "vanilla"], default="clover", help="vanilla drops coordinates")

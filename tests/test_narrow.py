@@ -17,8 +17,9 @@ import torch
 
 import clover_peft
 from clover_peft.architectures import attention_block, default_targets
-from clover_peft.pruning import decompose, find_pairs, mask
+from clover_peft.pruning import decompose, find_pairs, global_ratio, mask
 from clover_peft.pruning.narrow import narrow, read_record, widths
+from clover_peft.pruning.sensitivity import sensitivities
 from tests.tiny import FAMILIES, TOLERANCE, VOCAB, build, inputs, logits, output, perturb, relative
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -243,6 +244,49 @@ def test_heads_that_keep_nothing():
     assert logits(model, "opt").isfinite().all()
 
 
+@pytest.mark.parametrize("family", ["llama", "bart", "bert", "vit"])
+def test_gradient_weighs_layers_by_what_the_loss_minds(family):
+    """Against autograd with all weights trained, on the same draws."""
+    model, data = build(family), batches(family, 2)
+    model.requires_grad_(True)
+    before = {name: (p.clone(), p.requires_grad) for name, p in model.named_parameters()}
+    pairs = [pair for pair in find_pairs(model) if pair.kind == "vo"]
+    found = sensitivities(model, pairs, data)
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(p, before[n][0]) and p.requires_grad == before[n][1] for n, p in model.named_parameters())
+    generator, outputs = torch.Generator().manual_seed(0), {pair.name: [] for pair in pairs}
+    for batch in data:
+        handles = []
+        for pair in pairs:
+            module = model.get_submodule(pair.partner.path)
+            handles.append(module.register_forward_hook(lambda m, i, o, n=pair.name: outputs[n].append(o)))
+        logs = model(**batch).logits.log_softmax(-1)
+        drawn = torch.multinomial(logs.detach().exp().flatten(0, -2), 1, generator=generator)
+        losses = -logs.flatten(0, -2).gather(-1, drawn).view(logs.shape[:-1])
+        mask = batch.get("attention_mask", torch.ones(1)) if family in ("llama", "bert") else torch.ones(1)
+        for outs in outputs.values():
+            outs[-1].retain_grad()
+        (losses * mask).sum().backward()
+        for handle in handles:
+            handle.remove()
+    for pair in pairs:
+        total = sum(float(o.grad.double().square().sum()) for o in outputs[pair.name]) ** 0.5
+        assert found[pair.name] == pytest.approx(total, rel=1e-4)
+
+
+def test_gradient_spreads_by_weighed_values():
+    model, data = build("llama"), batches("llama")
+    pairs = find_pairs(model)
+    weights = sensitivities(model, pairs, data)
+    spectra = {
+        name: d.values * weights[name] for name, (_, d) in decompose(model, calibration=data, kinds=["vo"]).items()
+    }
+    report = prune(model, {"vo": 0.4}, ranks="gradient", calibration=data)
+    assert {n: p.kept for n, p in report.pairs.items()} == {
+        n: k.tolist() for n, k in global_ratio(spectra, 0.4).items()
+    }
+
+
 # ---------------------------------------------------------------------- sequential calibration
 
 
@@ -410,6 +454,8 @@ def unchanged(model, before) -> bool:
         ({"ratio": 0.5, "method": "magic"}, "method: expected 'clover' or 'vanilla'"),
         ({"ratio": 0.5, "calibration": []}, "expected activations, found none"),
         ({"ratio": 0.5, "sequential": True}, "sequential=True: expected data"),
+        ({"ratio": 0.5, "ranks": "gradient"}, "ranks='gradient': expected data"),
+        ({"energy": 0.5, "ranks": "uniform"}, "ranks='uniform': expected a ratio to spread, found energy"),
         ({"ratio": 0.5, "sequential": True, "calibration": []}, "expected activations, found none"),
         ({"ratio": 0.5, "multiple": 0}, "multiple: expected a positive number"),
         ({"ratio": 0.5, "target_modules": "nothing"}, "expected it to name a pair"),

@@ -45,11 +45,13 @@ from .narrow import (
     write_record,
 )
 from .report import PrunedPair, PruningReport
+from .sensitivity import sensitivities
 from .sequential import refit
 
-Rule = Literal["global", "layer", "uniform"]
+Rule = Literal["global", "gradient", "layer", "uniform"]
 _RULES: dict[str, Callable[[rules.Spectra, Any], rules.Ranks]] = {
     "global": rules.global_ratio,
+    "gradient": rules.global_ratio,  # of values that are weighed
     "layer": rules.by_layer,
     "uniform": rules.uniform,
     "threshold": rules.threshold,
@@ -89,9 +91,11 @@ def prune(
         method: "clover", or the baseline "vanilla", which drops coordinates by the norms on both sides.
         calibration: batches, keyword arguments of the model. With them moments of activations take the place of the
             weights that compute them, which is far better; some ten tokens for each dimension of a head are needed.
-        ranks: how `ratio` is spread: "global", one threshold over all heads; "layer", the same with one rank for all
-            heads of a layer, so that none is padded; "uniform". Or ranks by name of a pair (as in the report), for
-            every key-value head.
+        ranks: how `ratio` is spread: "global", one threshold over all heads; "gradient", the same with the values of
+            every value-output pair weighed by the gradient of the model's loss behind it, which language models with
+            residual streams that grow want (needs `calibration`, and a backward pass over it); "layer", one rank for
+            all heads of a layer, so that none is padded, by values relative to the layer's; "uniform". Or ranks by
+            name of a pair (as in the report), for every key-value head.
         threshold: instead of `ratio`, the smallest singular value to keep (the paper's rule for Whisper).
         energy: instead of `ratio`, the share of each head's sum of squared singular values to keep.
         multiple: round every rank to the nearest multiple of this; kernels like 8.
@@ -113,17 +117,22 @@ def prune(
         raise ValueError(f"method: expected 'clover' or 'vanilla', found {method!r}")
     if multiple < 1:
         raise ValueError(f"multiple: expected a positive number, found {multiple}")
-    if sequential:
-        if calibration is None:
-            raise ValueError("sequential=True: expected data to fit the layers to, found none; pass calibration")
-        calibration = list(calibration)
+    for option, wanted in {"sequential=True": sequential, "ranks='gradient'": ranks == "gradient"}.items():
+        if wanted and calibration is None:
+            raise ValueError(f"{option}: expected data to run the model on, found none; pass calibration")
+        if wanted:
+            calibration = list(cast("Iterable[Mapping[str, Any]]", calibration))
     rule = _choose_rule(ratio, ranks, threshold, energy)
     kinds, skipped = _kinds(model, rule.kinds)
     pairs = select_pairs(model, kinds, target_modules)
     _check_untied(model, pairs)
     blocks = {} if masked else _blocks(model, pairs)
     found = decompose(model, kinds, method, calibration, target_modules)
-    kept = _ranks(found, rule, multiple)
+    weights = {}
+    if rule.name == "gradient":
+        behind = [pair for pair in pairs if pair.kind == "vo"]
+        weights = sensitivities(model, behind, cast("Iterable[Mapping[str, Any]]", calibration))
+    kept = _ranks(found, rule, multiple, weights)
     if sequential:
         found = refit(model, found, kept, method, cast("list[Mapping[str, Any]]", calibration))
     before = _sizes(model)
@@ -214,8 +223,10 @@ def _choose_rule(
                 rules.check_share(name, share, whole=name == "energy")
     if not isinstance(ranks, str):
         return _Rule("given", given=ranks)
-    if ranks not in ("global", "layer", "uniform"):
-        raise ValueError(f"ranks: expected 'global', 'layer', 'uniform' or ranks by name, found {ranks!r}")
+    if ranks not in ("global", "gradient", "layer", "uniform"):
+        raise ValueError(f"ranks: expected 'global', 'gradient', 'layer', 'uniform' or ranks by name, found {ranks!r}")
+    if ranks != "global" and (threshold is not None or energy is not None):
+        raise ValueError(f"ranks={ranks!r}: expected a ratio to spread, found {given[0]}")
     if threshold is not None:
         return _Rule("threshold", threshold)
     if energy is not None:
@@ -240,12 +251,16 @@ def _kinds(model: nn.Module, wanted: list[Kind] | None) -> tuple[list[Kind], dic
     return kinds, skipped
 
 
-def _ranks(found: Found, rule: _Rule, multiple: int) -> rules.Ranks:
+def _ranks(found: Found, rule: _Rule, multiple: int, weights: Mapping[str, float]) -> rules.Ranks:
     if unknown := set(rule.given) - set(found):
         raise ValueError(f"ranks: expected names of pairs such as {next(iter(found))!r}, found {sorted(unknown)[0]!r}")
     kept: rules.Ranks = {}
     for kind in sorted({pair.kind for pair, _ in found.values()}):
-        spectra = {name: directions.values for name, (pair, directions) in found.items() if pair.kind == kind}
+        spectra = {
+            name: directions.values * weights.get(name, 1.0)
+            for name, (pair, directions) in found.items()
+            if pair.kind == kind
+        }
         kept |= rules.rounded(rule.ranks(kind, spectra), spectra, multiple)
     return {name: kept[name] for name in found}
 

@@ -49,7 +49,7 @@ def global_ratio(spectra: Spectra, ratio: float) -> Ranks:
 def by_layer(spectra: Spectra, ratio: float) -> Ranks:
     """One threshold over all layers, with one rank for all heads of a layer, so that no head is padded.
 
-    The k-th directions of a layer's heads go together, by the sum of their squares.
+    The k-th directions of a layer's heads go together, by their share of the layer's sum of squares.
 
     Args:
         spectra: singular values of every pair.
@@ -59,7 +59,12 @@ def by_layer(spectra: Spectra, ratio: float) -> Ranks:
         ValueError: if `ratio` is no share, 0 <= ratio < 1.
     """
     check_share("ratio", ratio)
-    squares = {name: values.double().square().mean(0, keepdim=True).cpu() for name, values in spectra.items()}
+    squares = {name: values.double().square().sum(0, keepdim=True).cpu() for name, values in spectra.items()}
+    # For every head of the layer, so that layers of many heads do not weigh more.
+    squares = {
+        name: part / part.sum().clamp(min=torch.finfo(part.dtype).tiny) / len(spectra[name])
+        for name, part in squares.items()
+    }
     values = torch.cat([part.flatten() for part in squares.values()])
     heads = torch.cat([torch.full((part.numel(),), len(spectra[name])) for name, part in squares.items()])
     order = values.argsort(stable=True)

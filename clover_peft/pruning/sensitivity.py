@@ -1,0 +1,93 @@
+"""How much a model's loss minds an error in what its attention blocks pass on, from gradients (ours)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..architectures import base_of
+from ..moments import TokenReader, evaluating, hooks
+from .directions import Pair
+
+
+def sensitivities(model: nn.Module, pairs: Iterable[Pair], batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The root of the sum of squares, over tokens, of the loss's gradient behind every output projection.
+
+    To second order, and with errors and gradients taken as independent, cutting a direction of singular value s raises
+    the loss by s^2 times the square of this (the Fisher information, in one number for each block). The loss is that
+    of the model's own predictions: an answer drawn from its logits; of a model without logits, its hidden states drawn
+    out at random. Costs a forward and a backward pass over the data, whose activations are held a batch at a time.
+
+    Args:
+        model: the model; it is run in evaluation mode, and no weight gets a gradient.
+        pairs: those of value and output.
+        batches: keyword arguments of the model.
+
+    Returns:
+        Name of a pair -> its sensitivity.
+
+    Raises:
+        ValueError: if the model has neither logits nor hidden states, or a pair is not reached.
+    """
+    named = {pair.name: base_of(model.get_submodule(pair.partner.path)) for pair in pairs}
+    squares = dict.fromkeys(named, 0.0)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    reader = TokenReader(model)
+    generator = torch.Generator(reader.device).manual_seed(0)
+
+    def behind(name: str) -> Any:
+        def add(gradient: Tensor) -> None:
+            squares[name] += float(gradient.double().square().sum())
+
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            if not output.requires_grad:  # the first block that runs: here the graph begins
+                output = output.detach().requires_grad_()
+            output.register_hook(add)
+            return output
+
+        return hook
+
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        with torch.enable_grad(), evaluating(model), hooks() as hooked:
+            hooked.extend(module.register_forward_hook(behind(name)) for name, module in named.items())
+            for batch in tqdm(batches, desc="CLOVER gradients", unit=" batches", delay=3, leave=False):
+                values, masks = reader.start(batch)
+                for name in ("labels", "logits_to_keep"):  # all predictions count
+                    values.pop(name, None)
+                _loss(model, model(**values), masks, generator).backward()
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+    if missing := [name for name, square in squares.items() if not 0 < square < float("inf")]:
+        raise ValueError(
+            f"{missing[0]}: expected gradients of the model's output, found none or infinite ones; pass batches that "
+            "reach it, or another rule with ranks=..."
+        )
+    return {name: square**0.5 for name, square in squares.items()}
+
+
+def _loss(model: nn.Module, output: Any, masks: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
+    mask = masks.get("decoder_attention_mask", masks.get("attention_mask"))
+    logits, hidden = (getattr(output, key, None) for key in ("logits", "last_hidden_state"))
+    if isinstance(logits, Tensor):
+        logs = logits.float().log_softmax(-1)
+        flat = logs.detach().exp().flatten(0, -2)
+        drawn = torch.multinomial(flat, 1, generator=generator).view(*logs.shape[:-1], 1)
+        losses = -logs.gather(-1, drawn).squeeze(-1)
+    elif isinstance(hidden, Tensor):
+        noise = torch.randn(hidden.shape, generator=generator, device=hidden.device)
+        losses = (hidden.float() * noise).sum(-1)
+    else:
+        raise ValueError(
+            f"{type(model).__name__}: expected an output with logits or last_hidden_state to take gradients of, "
+            "found neither; pass another rule with ranks=..."
+        )
+    if mask is not None and mask.shape == losses.shape:
+        losses = losses * mask
+    return losses.sum()
