@@ -176,8 +176,10 @@ def test_pruning_of_embeddings(pruning, tmp_path):
 def test_pruning_of_a_language_model(pruning, tmp_path):
     options = ["--model", "smollm2", "--sweep", "--method", "clover", "--calibration", "with", "--ranks", "uniform"]
     record = run(pruning, tmp_path / "record.json", *options, "--sequential", "--multiple", "2")
-    rows = {(r["setting"]["method"], r["setting"]["vo"]): r for r in record["pruned"]}
-    assert len(rows) == len(record["pruned"]) == 7  # six shares, three of which are targets' too, and the baseline
+    even = [r for r in record["pruned"] if r["setting"]["ranks"] == "uniform"]
+    assert len(record["pruned"]) - len(even) == 3  # the targets', weighed by gradients
+    rows = {(r["setting"]["method"], r["setting"]["vo"]): r for r in even}
+    assert len(rows) == len(even) == 7  # six shares and the baseline
     for (method, share), row in rows.items():
         figures = row["figures"]
         assert figures["kv_bytes"] == figures["kv_bytes_reported"]
@@ -187,6 +189,17 @@ def test_pruning_of_a_language_model(pruning, tmp_path):
         assert len(kept) == 1
         assert kept.pop() == pytest.approx(12 * (1 - share), abs=1)
     assert rows["clover", 0.5]["figures"]["kv_bytes"] == record["unpruned"]["kv_bytes"] * 3 // 4
+
+
+def test_decoding_with_narrower_heads(benchmark, tmp_path, capsys):
+    record = run(benchmark("pruned_decode"), tmp_path / "record.json")
+    size = {(r["model"], r["batch"]): r["cache_bytes"] for r in record["results"]}
+    for batch in (1, 2):
+        assert size["50% of both removed", batch] * 2 == size["unpruned", batch]
+        assert size["25% of both removed", batch] * 4 == size["unpruned", batch] * 3
+    assert all(r["v_unpruned"] == 1.0 for r in record["results"] if r["model"] == "unpruned")
+    assert record["targets"].keys() == {"batch 1", "large"}
+    assert "tokens/s" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("wrong", ["qk", "qk=a", "kq=0.5", "qk=0.5;vo=0.5"])

@@ -228,7 +228,7 @@ def test_every_option_counts(options, tmp_path, text):
         ("--energy 2", "energy: expected a share"),
         ("--energy 0.9 --ranks layer", "--ranks layer: expected --ratio with it"),
         ("--ratio 0.5 --multiple 0", "multiple: expected a positive number"),
-        ("--ratio 0.5 --sequential", "expected data to fit the layers to, found none"),
+        ("--ratio 0.5 --sequential", "expected data to run the model on, found none"),
         ("--ratio 0.5 --rows 3", "--rows: expected --calibration with it, found none"),
         ("--ratio 0.5 --max-length 3", "--max-length: expected --calibration with it, found none"),
         ("--ratio 0.5 --target-modules nothing", "expected it to name a pair"),
