@@ -491,7 +491,7 @@ class SmolLM2(Subject):
         if self.fast:
             train, self.windows = torch.randint(3, 64, (2, 4, 64), generator=generator)
         else:
-            train, self.windows = _windows("train"), _windows(arguments.split)  # (windows, 1024)
+            train, self.windows = windows_of("train"), windows_of(arguments.split)  # (windows, 1024)
             train = train[torch.randperm(len(train), generator=generator)[: arguments.calibration_windows]]
             self.windows = self.windows[: arguments.windows or None]
         self.calibration = [{"input_ids": window.unsqueeze(0)} for window in train]
@@ -518,7 +518,7 @@ class SmolLM2(Subject):
         }
 
 
-def _windows(split: str, size: int = 1024) -> Tensor:
+def windows_of(split: str, size: int = 1024) -> Tensor:
     """(windows, size) int64: the tokens of a split, its last incomplete window left out."""
     _, tokenizer = smollm2()
     ids = tokenizer("\n\n".join(wikitext2(split)), return_tensors="pt", verbose=False).input_ids[0]

@@ -191,6 +191,18 @@ def test_pruning_of_a_language_model(pruning, tmp_path):
     assert rows["clover", 0.5]["figures"]["kv_bytes"] == record["unpruned"]["kv_bytes"] * 3 // 4
 
 
+def test_recovery(benchmark, tmp_path, capsys):
+    benchmark("pruning")  # from which it takes the model and its measure
+    record = run(benchmark("recovery"), tmp_path / "record.json")
+    rows = {row["model"]: row for row in record["results"]}
+    assert list(rows)[3:] == ["clover, recovered", "lora, recovered", "attention, recovered"]
+    assert rows["37.5% removed"]["perplexity"] > 0
+    assert rows["lora, recovered"]["trainable"] == pytest.approx(rows["clover, recovered"]["trainable"], rel=0.15)
+    assert all(rows[name]["losses"] for name in list(rows)[3:])
+    assert [target["met"] for target in record["targets"].values()] == [None]
+    assert "recovered" in capsys.readouterr().out
+
+
 def test_decoding_with_narrower_heads(benchmark, tmp_path, capsys):
     record = run(benchmark("pruned_decode"), tmp_path / "record.json")
     size = {(r["model"], r["batch"]): r["cache_bytes"] for r in record["results"]}
