@@ -238,6 +238,7 @@ def _settings(arguments: argparse.Namespace) -> list[Setting]:
     found += [
         Setting(method, data == "with", ratio.get("qk"), ratio.get("vo"), ranks, target_modules=pattern)
         for method, data, ranks, ratio in chosen
+        if data == "with" or ranks != "gradient"  # which needs data
     ]
     return list(
         dict.fromkeys(

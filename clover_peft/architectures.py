@@ -526,7 +526,7 @@ class AttentionBlock:
 
     def present(self) -> list[str]:
         """The family's projections that this block has (DeepSeek has either `q_proj` or `q_b_proj`)."""
-        return [name for name in self.family.projections if _has(self.model, self.prefix + name)]
+        return [name for name in self.family.projections if has_module(self.model, self.prefix + name)]
 
     def module_of(self, name: str) -> Any:
         """The projection of this name in the table."""
@@ -682,7 +682,7 @@ class AttentionBlock:
         path = self.prefix + self.family.output
         if self.has_any((*_VALUE_NORMS, *_SECOND_STREAM)) or self.fact(_CLAMP) is not None or self.is_gated():
             return None
-        if not _has(self.model, path):  # the block above reads the heads, together with other features
+        if not has_module(self.model, path):  # the block above reads the heads, together with other features
             return None
         features = in_features(base_of(self.model.get_submodule(path)), path)
         count = _divide(path, features, heads.dim, f"the {heads.dim} dimensions of a value head")
@@ -796,7 +796,8 @@ def _suffix(path: str, names: Iterable[str]) -> str | None:
     return next((name for name in names if path == name or path.endswith("." + name)), None)
 
 
-def _has(model: nn.Module, path: str) -> bool:
+def has_module(model: nn.Module, path: str) -> bool:
+    """Whether there is a module at this path."""
     try:
         return isinstance(model.get_submodule(path), nn.Module)
     except AttributeError:

@@ -93,8 +93,20 @@ class TokenReader:
 
     def start(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """A batch on the model's device, and its masks by name."""
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                "expected batches of a model's keyword arguments, such as {'input_ids': <tensor>}, found "
+                f"{type(batch).__name__}"
+            )
         values = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        masks = {k: v.bool() for k, v in values.items() if k.endswith("attention_mask") and v is not None}
+        ids = values.get("input_ids")
+        if "input_ids" in values and not (isinstance(ids, Tensor) and ids.ndim == 2):
+            found = f"shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+            raise TypeError(
+                f"input_ids: expected a tensor of (rows, tokens), found {found}; with a tokenizer, pass "
+                "return_tensors='pt'"
+            )
+        masks = {k: v.bool() for k, v in values.items() if k.endswith("attention_mask") and isinstance(v, Tensor)}
         decoded = next((values[k] for k in ("decoder_input_ids", "labels") if values.get(k) is not None), None)
         if self.encoding and decoded is not None:
             masks.setdefault("decoder_attention_mask", torch.ones_like(decoded, dtype=torch.bool))
@@ -147,11 +159,15 @@ def collect_moments(
                 hooked.append(probe.module.register_forward_pre_hook(before(name, probe)))
             else:
                 hooked.append(probe.module.register_forward_hook(after(name, probe)))
+        count = 0
         for batch in tqdm(batches, desc="CLOVER moments", unit=" batches", delay=3, leave=False):
             values, of_batch = reader.start(batch)
             masks.clear()
             masks |= of_batch
             model(**values)
+            count += 1
+    if not count:
+        raise ValueError("expected batches to run the model on, found none (a generator that was used up?)")
     if missing := [name for name in probes if name not in found or not found[name].tokens]:
         raise ValueError(f"{missing[0]}: expected activations, found none; pass batches of tokens that reach it")
     for name, moments in found.items():

@@ -81,7 +81,7 @@ def test_hooks_come_off_when_the_model_fails():
         collect_moments(model, probes, [{"x": torch.randn(2, 3, 5)}])
     assert not model.one._forward_hooks
     assert model.training
-    with pytest.raises(ValueError, match="out: expected activations, found none"):
+    with pytest.raises(ValueError, match="expected batches to run the model on, found none"):
         collect_moments(model, probes, [])
     with pytest.raises(ValueError, match="out: expected finite activations"):
         collect_moments(model, probes, [{"x": torch.full((1, 2, 6), float("nan"))}])
@@ -224,7 +224,7 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(one_thread):
     with pytest.raises(ValueError, match="adapter 'other': expected a model with this CLOVER adapter"):
         initialize_from_activations(model, data, "other")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    with pytest.raises(ValueError, match="expected activations, found none"):
+    with pytest.raises(ValueError, match="expected batches to run the model on, found none"):
         initialize_from_activations(adapted("llama"), [])
     model = adapted("llama")
     perturb(model)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
+import pickle
 import signal
 import subprocess
 import sys
@@ -14,11 +16,12 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers
 
 import clover_peft
 from clover_peft.architectures import attention_block, default_targets
-from clover_peft.pruning import decompose, find_pairs, global_ratio, mask
-from clover_peft.pruning.narrow import narrow, read_record, widths
+from clover_peft.pruning import by_layer, decompose, find_pairs, mask
+from clover_peft.pruning.narrow import _heads, install, narrow, read_record, widths
 from clover_peft.pruning.sensitivity import sensitivities
 from tests.tiny import FAMILIES, TOLERANCE, VOCAB, build, inputs, logits, output, perturb, relative
 
@@ -58,7 +61,7 @@ def batches(family: str, count: int = 12) -> list[dict]:
 
 def prune(model, *args, **kwargs):
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*tokens for blocks of.*are few")
+        warnings.filterwarnings("ignore", message=".*tokens for blocks of.*are few|directions are chosen by weights")
         return clover_peft.prune(model, *args, **kwargs)
 
 
@@ -80,13 +83,9 @@ def test_nothing_removed_changes_nothing(family):
     model = build(family)
     before = logits(model, family)
     report = prune(model, ratio(model, 0.0))
-    assert relative(logits(model, family), before) < 1e-4
-    assert report.parameters[0] >= report.parameters[1] - model_bias_size(model)
+    assert relative(logits(model, family), before) < 1e-5
+    assert report.parameters[0] == report.parameters[1]
     assert all(report.removed(kind) == 0 for kind in kinds(model))
-
-
-def model_bias_size(model) -> int:
-    return sum(p.numel() for name, p in model.named_parameters() if name.endswith("bias"))
 
 
 @pytest.mark.parametrize("ranks", ["global", "uniform", "layer"])
@@ -98,7 +97,10 @@ def test_sliced_is_masked(family, ranks):
     prune(twin, ratio(twin, 0.4), ranks=ranks, masked=True)
     assert relative(logits(model, family), logits(twin, family)) < 1e-5
     assert report.parameters[1] < report.parameters[0]
-    assert report.cache_bytes[1] < report.cache_bytes[0] or "deepseek" in family
+    if "bert" in family or family in ("camembert", "electra", "vit", "clip", "siglip", "unet"):
+        assert report.cache_bytes == (0, 0)
+    else:
+        assert report.cache_bytes[1] < report.cache_bytes[0] or "deepseek" in family
 
 
 @pytest.mark.parametrize("family", NARROW)
@@ -227,12 +229,12 @@ def test_ragged_ranks_cost_what_the_report_says():
 
 def test_a_bias_is_loaded_where_no_width_changed(tmp_path):
     """One head of each layer keeps all directions, the other does not: the widths stay, the constant needs a bias."""
-    model = build("llama")
+    model = build("qwen2")
     names = [pair.name for pair in find_pairs(model)]
-    report = prune(model, ranks={name: [12, 6] for name in names}, calibration=batches("llama"))
+    report = prune(model, ranks={name: [12, 6] for name in names})
     assert model.model.layers[0].self_attn.o_proj.bias is not None
     assert {pair.width for pair in report.pairs.values()} == {12}
-    assert torch.equal(logits(reload(model, tmp_path), "llama"), logits(model, "llama"))
+    assert torch.equal(logits(reload(model, tmp_path), "qwen2"), logits(model, "qwen2"))
 
 
 def test_heads_that_keep_nothing():
@@ -282,9 +284,7 @@ def test_gradient_spreads_by_weighed_values():
         name: d.values * weights[name] for name, (_, d) in decompose(model, calibration=data, kinds=["vo"]).items()
     }
     report = prune(model, {"vo": 0.4}, ranks="gradient", calibration=data)
-    assert {n: p.kept for n, p in report.pairs.items()} == {
-        n: k.tolist() for n, k in global_ratio(spectra, 0.4).items()
-    }
+    assert {n: p.kept for n, p in report.pairs.items()} == {n: k.tolist() for n, k in by_layer(spectra, 0.4).items()}
 
 
 # ---------------------------------------------------------------------- sequential calibration
@@ -297,7 +297,9 @@ def test_sequential_fits_what_pruned_layers_pass_on(family):
     model, twin = build(family, torch.float64), build(family, torch.float64)
     if FAMILIES[family].kind == "seq2seq":
         model, twin = model.double(), twin.double()
+    threads = threading.active_count()
     report = prune(model, ratio(model, 0.4), calibration=data, sequential=True)
+    assert threading.active_count() == threads
     assert report.sequential
     # By hand, with one pass for each pair.
     found = decompose(twin, kinds(twin), calibration=data)
@@ -306,7 +308,6 @@ def test_sequential_fits_what_pruned_layers_pass_on(family):
         fresh = decompose(twin, [found[name][0].kind], calibration=data)
         mask(twin, {name: fresh[name]}, kept)
     assert relative(logits(model, family), logits(twin, family)) < 1e-6
-    assert not threading_left()
 
 
 def order_of_use(model, found, data) -> list[str]:
@@ -322,8 +323,20 @@ def order_of_use(model, found, data) -> list[str]:
     return sorted(seen, key=list(seen).index)
 
 
-def threading_left() -> list:
-    return [t for t in threading.enumerate() if t is not threading.main_thread() and not t.daemon]
+@pytest.mark.parametrize("target", [".*vision.*v_proj", ".*v_proj"])
+def test_sequential_says_so_where_batches_go_different_ways(target):
+    model = build("llava")
+    both = inputs("llava")
+    logits(model, "llava")  # after which the model has hooks of its own
+
+    def hooks() -> int:
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+    count = hooks()
+    text = {"input_ids": both["input_ids"].clamp(min=9), "attention_mask": both["attention_mask"]}
+    with pytest.raises(ValueError, match="expected every batch to reach it in turn"):
+        prune(model, {"vo": 0.4}, calibration=[both, text], sequential=True, masked=True, target_modules=target)
+    assert hooks() == count
 
 
 def test_sequential_stops_for_good_on_an_error():
@@ -431,6 +444,117 @@ def test_adapters_and_a_second_pruning(family, tmp_path):
     assert relative(logits(reload(model, tmp_path / "twice"), family), logits(model, family)) < 1e-6
 
 
+@pytest.mark.parametrize("family", ["opt", "bert", "gpt2"])
+def test_copies_and_pickles(family):
+    model = build(family)
+    prune(model, ratio(model, 0.4))
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(twin, family), logits(model, family))
+
+
+def test_a_part_is_sharded_by_its_heads():
+    """Tensor parallelism leaves some heads of every projection of one part to a process."""
+    model = build("opt")
+    prune(model, ratio(model, 0.5), ranks="uniform")
+    attention = model.model.decoder.layers[0].self_attn
+    x = torch.randn(1, 3, 48)
+    whole = attention.v_proj(x).unflatten(-1, (4, -1)).transpose(1, 2)
+    attention.v_proj.weight.data = attention.v_proj.weight.data[:12]
+    attention.v_proj.bias.data = attention.v_proj.bias.data[:12]
+    assert torch.equal(_heads(attention, x, None, True)["v"], whole[:, :2])
+
+
+def test_what_is_not_touched_stays():
+    model = build("llama")
+    query = model.model.layers[0].self_attn.q_proj
+    state = torch.get_rng_state()
+    prune(model, {"vo": 0.5})
+    assert model.model.layers[0].self_attn.q_proj is query
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_tower_of_a_shared_config(tmp_path):
+    model = build("whisper")
+    prune(model.get_encoder(), {"vo": 0.5})
+    assert torch.equal(logits(reload(model, tmp_path), "whisper"), logits(model, "whisper"))
+
+
+def test_a_pruned_encoder_alone(tmp_path):
+    model = build("t5")
+    prune(model, 0.5)
+    model.save_pretrained(tmp_path)
+    alone = transformers.T5EncoderModel.from_pretrained(tmp_path).eval()
+    ids = inputs("t5")["input_ids"]
+    assert relative(alone(input_ids=ids).last_hidden_state, model.encoder(input_ids=ids).last_hidden_state) < 1e-6
+
+
+def test_the_name_of_the_base_is_taken_back(tmp_path):
+    """Or an adapter would be loaded onto the base as it was before."""
+    build("opt").save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    prune(model, 0.5)
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["fc1"])).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(Exception, match="pruned: save it"):
+        peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("wrapped", ["first", "ours"])
+def test_loading_is_installed_once_and_for_all(wrapped, monkeypatch):
+    post_init = transformers.PreTrainedModel.post_init
+    if wrapped == "first":
+
+        @functools.wraps(lambda self: None)
+        def theirs(self):
+            post_init.__wrapped__(self)
+
+        monkeypatch.setattr(transformers.PreTrainedModel, "post_init", theirs)
+    else:
+        monkeypatch.setattr(transformers.PreTrainedModel, "post_init", post_init)
+    before = transformers.PreTrainedModel.post_init
+    install()
+    assert transformers.PreTrainedModel.post_init.clover
+    assert (transformers.PreTrainedModel.post_init is before) == (wrapped == "ours")
+
+
+def test_records_of_other_versions_are_refused(tmp_path):
+    model = build("opt")
+    prune(model, 0.5)
+    model.config.clover_pruning["version"] = 99
+    with pytest.raises(ValueError, match="clover_pruning in the config: expected version 1, found 99"):
+        reload(model, tmp_path)
+
+
+def test_a_failure_half_way_can_still_be_saved(monkeypatch, tmp_path):
+    from clover_peft.pruning import pruner as module
+
+    model = build("opt")
+    rewrite, calls = module._rewrite, []
+
+    def failing(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("out of memory")
+        rewrite(*arguments)
+
+    monkeypatch.setattr(module, "_rewrite", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        prune(model, 0.5, ranks="uniform")
+    assert [layer.self_attn.v_proj.out_features for layer in model.model.decoder.layers] == [24, 48]
+    assert torch.equal(logits(reload(model, tmp_path), "opt"), logits(model, "opt"))
+
+
+def test_gradients_with_labels_and_without_values():
+    data = [{"input_ids": inputs("t5")["input_ids"], "labels": inputs("t5")["input_ids"]}] * 2
+    assert prune(build("t5"), 0.5, calibration=data, ranks="gradient").removed("vo") > 0.3
+    report = prune(build("opt"), {"qk": 0.5}, calibration=batches("opt"), ranks="gradient")
+    assert report.removed("vo") == 0
+    assert report.removed("qk") == pytest.approx(0.5, abs=0.05)
+    data, model = batches("opt"), build("opt")
+    with torch.inference_mode():
+        prune(model, 0.5, calibration=data, ranks="gradient")
+    assert not any(p.is_inference() for p in model.parameters())
+
+
 # ---------------------------------------------------------------------- bad input
 
 
@@ -452,11 +576,15 @@ def unchanged(model, before) -> bool:
         ({"ranks": "local"}, "ranks: expected 'global'"),
         ({"ranks": {"nothing (vo)": [1]}}, "expected names of pairs such as"),
         ({"ratio": 0.5, "method": "magic"}, "method: expected 'clover' or 'vanilla'"),
-        ({"ratio": 0.5, "calibration": []}, "expected activations, found none"),
+        ({"ratio": 0.5, "calibration": []}, "expected batches to run the model on, found none"),
+        ({"ratio": 0.5, "multiple": 16}, "multiple: expected at most the 12 directions"),
+        ({"threshold": 1e9}, "expected a rule that keeps some direction"),
+        ({"threshold": float("nan")}, "threshold: expected a singular value"),
+        ({"energy": 0.0}, "expected a rule that keeps some direction"),
         ({"ratio": 0.5, "sequential": True}, "sequential=True: expected data"),
         ({"ratio": 0.5, "ranks": "gradient"}, "ranks='gradient': expected data"),
         ({"energy": 0.5, "ranks": "uniform"}, "ranks='uniform': expected a ratio to spread, found energy"),
-        ({"ratio": 0.5, "sequential": True, "calibration": []}, "expected activations, found none"),
+        ({"ratio": 0.5, "sequential": True, "calibration": []}, "expected batches to run the model on, found none"),
         ({"ratio": 0.5, "multiple": 0}, "multiple: expected a positive number"),
         ({"ratio": 0.5, "target_modules": "nothing"}, "expected it to name a pair"),
     ],
@@ -481,7 +609,7 @@ def test_models_that_cannot_be_pruned():
     adapted = peft.get_peft_model(build("opt"), peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="expected a model without adapters"):
         prune(adapted, 0.5)
-    with pytest.raises(ValueError, match=r"expected attention that can be made narrow, found AlbertAttention.*masked"):
+    with pytest.raises(ValueError, match=r"can be made narrow, found AlbertAttention of.*masked"):
         prune(build("albert"), 0.5)
     with pytest.raises(ValueError, match="expected pairs of projections to prune, found none"):
         prune(torch.nn.Sequential(torch.nn.Linear(4, 4)), 0.5)
@@ -519,6 +647,35 @@ def test_what_cannot_work_is_said_before_the_data_are_read():
             prune(model, calibration=data(), **options)
 
 
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (["text"], "expected batches of a model's keyword arguments.*found str"),
+        ({"input_ids": torch.ones(1, 4, dtype=torch.long)}, "expected batches.*found str"),
+        ([torch.ones(1, 4)], "expected batches.*found Tensor"),
+        ([{"input_ids": [1, 2]}], "input_ids: expected a tensor of .rows, tokens., found list"),
+        ([{"input_ids": torch.arange(4)}], "found shape"),
+    ],
+)
+def test_what_is_no_batch(data, message):
+    with pytest.raises(TypeError, match=message):
+        prune(build("opt"), 0.5, calibration=data)
+
+
+def test_attention_of_another_code_is_refused():
+    """A class of the same name in a model's own code may do anything."""
+    model = build("llama")
+    attention = model.model.layers[0].self_attn
+    foreign = type("LlamaAttention", (type(attention),), {"__module__": "transformers_modules.theirs"})
+    attention.__class__ = foreign
+    with pytest.raises(ValueError, match=r"found LlamaAttention of transformers_modules\.theirs"):
+        prune(model, {"vo": 0.5})
+    hooked = build("llama")
+    hooked.model.layers[0].self_attn.forward = lambda *args: None
+    with pytest.raises(ValueError, match="remove_hook_from_submodules"):
+        prune(hooked, {"vo": 0.5})
+
+
 def test_an_interrupt_while_calibrating_changes_nothing():
     model = build("opt")
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -532,7 +689,7 @@ def test_an_interrupt_while_calibrating_changes_nothing():
     assert unchanged(model, before)
 
 
-def test_an_interrupt_while_rewriting_waits_for_the_last_layer(monkeypatch):
+def test_an_interrupt_while_rewriting_waits_for_the_last_layer(monkeypatch, tmp_path):
     from clover_peft.pruning import pruner as module
 
     model = build("opt")
@@ -547,4 +704,4 @@ def test_an_interrupt_while_rewriting_waits_for_the_last_layer(monkeypatch):
         prune(model, 0.5, ranks="uniform")
     widths = {layer.self_attn.v_proj.out_features for layer in model.model.decoder.layers}
     assert widths == {24}
-    assert logits(model, "opt").isfinite().all()
+    assert torch.equal(logits(reload(model, tmp_path), "opt"), logits(model, "opt"))

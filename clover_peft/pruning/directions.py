@@ -68,8 +68,8 @@ class Directions:
         down: (H, d, d) float64, C: coordinates of a head's features in its directions.
         back: (H, d, d) float64, E: back from them; `back @ down = I`.
         seen: (G, d, d) float64, second moments of what every query head reads, if its own way back is to be fitted.
-        mean: (G, d) float64, what the output projection reads of every query head on average; directions that are cut
-            take no part of it with them, it goes into the output's bias. None where that is not so.
+        mean: (G, d) float64, a constant in what the output projection reads of every query head, from the value's
+            bias. Directions that are cut take no part of it with them, it goes into the output's bias. None without.
     """
 
     values: Tensor
@@ -107,7 +107,9 @@ class Directions:
         if self.mean is None:
             return None
         each = down.repeat_interleave(len(self.mean) // len(down), dim=0)
-        return self.mean - (back @ (each @ self.mean.unsqueeze(-1))).squeeze(-1)
+        lost = self.mean - (back @ (each @ self.mean.unsqueeze(-1))).squeeze(-1)
+        whole = each.any(-1).sum(-1) == self.values.shape[1]  # nothing is cut: what is left is rounding
+        return torch.where(whole.unsqueeze(-1), torch.zeros_like(lost), lost)
 
     def energy(self, ranks: Tensor) -> Tensor:
         """(H,), the share of the sum of squared values that the leading directions hold; 1 where all are zero."""
@@ -187,7 +189,7 @@ def decompose(
 
 def beside_name(pair: Pair) -> str:
     """The name of a pair's partner among its probes."""
-    return f"{pair.name} beside"
+    return f"{pair.name} with {pair.partner.path}"
 
 
 def probes(model: nn.Module, pairs: Iterable[Pair]) -> dict[str, Probe]:
@@ -215,14 +217,12 @@ def decompose_pair(model: nn.Module, pair: Pair, method: Method, moments: Mappin
         g_out = gram(heads.blocks(rows, size), None if bias is None else heads.blocks(bias, size)).to(g_in.device)
     count, groups = len(g_in), len(g_out) // len(g_in)
     beside, own = moments.get(beside_name(pair)), moments.get(pair.name)
-    seen, mean, sums_to_one = None, None, _takes_bias(model, pair)
+    seen, mean = None, None
     if pair.kind == "vo" and beside is not None:
-        # What the weights say of the mean is as good as a constant: its part of the moment is taken out.
-        weight = g_in.repeat_interleave(groups, dim=0)
-        seen = shrink((beside.covariance if sums_to_one else beside.second).to(g_in), weight, beside.tokens)
-        mean = beside.mean.to(g_in) if sums_to_one else None
+        # Not centred: a mean that went into the output's bias would be the calibration data's, whatever comes later.
+        seen = shrink(beside.second.to(g_in), g_in.repeat_interleave(groups, dim=0), beside.tokens)
         g_in = per_key_value_head(seen, count, groups)
-    elif pair.kind == "vo" and own_bias is not None and sums_to_one:
+    elif pair.kind == "vo" and own_bias is not None and _takes_bias(model, pair):
         mean = own_bias.repeat_interleave(groups, dim=0)
     elif beside is not None and own is not None:
         g_in = shrink(own.covariance.to(g_in), g_in, own.tokens)

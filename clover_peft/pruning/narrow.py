@@ -21,10 +21,11 @@ from transformers import Cache, EncoderDecoderCache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from ..architectures import WIDTHS, AttentionBlock, attention_block
+from ..architectures import WIDTHS, AttentionBlock, attention_block, has_module
 
 # The entry of a model's config that says how it was pruned.
 RECORD = "clover_pruning"
+VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,9 @@ def _heads(module: Any, x: Tensor, source: Tensor | None, keys: bool) -> dict[st
             continue
         y = getattr(module, projection.name)(x if source is None or projection.parts[0].name == "q" else source)
         parts = projection.parts
+        if len(parts) == 1:  # however many heads of it are here, under tensor parallelism
+            found[parts[0].name] = y.unflatten(-1, (-1, parts[0].width)).transpose(1, 2)
+            continue
         if projection.by_head:
             widths = [part.width for part in parts]
             pieces = y.unflatten(-1, (-1, sum(widths))).split(widths, dim=-1)
@@ -134,7 +138,7 @@ def _attended(
             mask,
             dropout=getattr(dropout, "p", dropout) if module.training else 0.0,
             scaling=1.0 if style.scales_query else getattr(module, style.scale),
-            **module.clover_options,
+            **{keyword: operator.attrgetter(name)(module) for keyword, name in style.options.items()},
             **kwargs,
         )
     out = out.flatten(2).contiguous()
@@ -148,6 +152,7 @@ def _attended(
 def _forward(
     self: Any,
     hidden_states: Tensor,
+    *,
     attention_mask: Tensor | None = None,
     past_key_values: Cache | None = None,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
@@ -158,7 +163,10 @@ def _forward(
     output_attentions: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Self-attention and cross-attention, by the keywords that the models' layers use."""
+    """Self-attention and cross-attention, by the keywords that the models' layers use.
+
+    Returns what the module returns, (batch, tokens, features), and the attention weights where there are some.
+    """
     source = key_value_states if key_value_states is not None else encoder_hidden_states
     cache = past_key_values if past_key_values is not None else layer_past
     states = _query_key_value(self, hidden_states, cache, source, position_embeddings)
@@ -166,16 +174,24 @@ def _forward(
     return _attended(self, *states, mask, **kwargs)
 
 
+def _image_forward(
+    self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The same for layers that pass the mask by its place."""
+    return _forward(self, hidden_states, attention_mask=attention_mask, **kwargs)
+
+
 def _t5_forward(
     self: Any,
     hidden_states: Tensor,
+    *,
     mask: Tensor | None = None,
     key_value_states: Tensor | None = None,
     position_bias: Tensor | None = None,
     past_key_values: Cache | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Attention with a bias by distance, which the first layer makes for all others."""
+    """Attention with a bias by distance, which the first layer makes for all others (as `T5Attention.forward`)."""
     seen = past_key_values.get_seq_length(self.layer_idx) if past_key_values is not None else 0
     seen = seen.clone() if isinstance(seen, Tensor) else seen  # a static cache counts in place
     query, key, value = _query_key_value(self, hidden_states, past_key_values, key_value_states, None)
@@ -199,7 +215,7 @@ def _bloom_forward(
     layer_past: Cache | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention with linear biases, (batch * heads, 1, tokens), and the residual added."""
+    """Attention with linear biases, (batch * heads, 1, tokens), residual added (as `BloomAttention.forward`)."""
     query, key, value = _query_key_value(self, hidden_states, layer_past, None, None)
     batch, heads, length, _ = query.shape
     scores = alibi.baddbmm(query.flatten(0, 1), key.flatten(0, 1).mT, beta=self.beta, alpha=self.inv_norm_factor)
@@ -216,7 +232,8 @@ _BART_STYLE = Style(_forward, output="out_proj", dropout="dropout")
 _BERT_STYLE = Style(_forward, output=None, dropout="dropout")
 _SLIDING = {"sliding_window": "sliding_window"}
 _TABLE: list[tuple[str, Style]] = [
-    ("LlamaAttention GemmaAttention ViTAttention", Style(_forward)),
+    ("LlamaAttention GemmaAttention", Style(_forward)),
+    ("ViTAttention", Style(_image_forward)),
     ("MistralAttention", Style(_forward, options={"sliding_window": "config.sliding_window"})),
     ("Qwen2Attention Qwen3Attention Gemma3Attention", Style(_forward, options=_SLIDING)),
     ("Gemma2Attention", Style(_forward, options={**_SLIDING, "softcap": "attn_logit_softcapping"})),
@@ -231,7 +248,7 @@ _TABLE: list[tuple[str, Style]] = [
         "OPTAttention WhisperAttention",
         Style(_forward, output="out_proj", dropout="dropout", scales_query=True),
     ),
-    ("CLIPAttention SiglipAttention", Style(_forward, output="out_proj", dropout="dropout", scale="scale")),
+    ("CLIPAttention SiglipAttention", Style(_image_forward, output="out_proj", dropout="dropout", scale="scale")),
     (
         "BertSelfAttention BertCrossAttention RobertaSelfAttention RobertaCrossAttention XLMRobertaSelfAttention "
         "XLMRobertaCrossAttention CamembertSelfAttention CamembertCrossAttention ElectraSelfAttention "
@@ -248,7 +265,10 @@ _SELF_DESCRIBED = ("DeepseekV2Attention", "DeepseekV3Attention")
 
 
 class NarrowAttnProcessor:
-    """What diffusers' `Attention` calls, for heads of unequal widths. The scale is that of the original heads."""
+    """What diffusers' `Attention` calls, for heads of unequal widths (as its `AttnProcessor2_0`, but for that).
+
+    The scale is that of the original heads. Hidden states are (batch, tokens, features) or (batch, features, H, W).
+    """
 
     def __call__(
         self,
@@ -286,17 +306,8 @@ class NarrowAttnProcessor:
         return out / attn.rescale_output_factor
 
 
-def check_supported(block: AttentionBlock) -> None:
-    """Raises ValueError, naming the module, if the block cannot be made narrow."""
-    module = block.modules[0]
-    name = type(module).__name__
-    stock = type(module).__mro__[1].__name__ if hasattr(module, WIDTHS) else name
-    if stock not in STYLES and name not in _SELF_DESCRIBED and not hasattr(module, "set_processor"):
-        known = ", ".join(sorted([*STYLES, *_SELF_DESCRIBED]))
-        raise ValueError(
-            f"{block.path}: expected attention that can be made narrow, found {name}; pass masked=True, which zeroes "
-            f"directions and keeps all shapes, or choose a model with one of {known}, or attention of diffusers"
-        )
+def check_projections(block: AttentionBlock) -> None:
+    """Raises ValueError, naming the module, if weights of a block cannot be changed: adapters, quantised ones."""
     for path in (*(block.prefix + projection for projection in block.present()), block.prefix + block.family.output):
         projection = block.model.get_submodule(path)
         if type(projection) not in (nn.Linear, Conv1D):
@@ -304,6 +315,37 @@ def check_supported(block: AttentionBlock) -> None:
                 f"{path}: expected nn.Linear or Conv1D, found {type(projection).__name__}; prune before adapters are "
                 "added or weights quantised"
             )
+
+
+def check_supported(block: AttentionBlock) -> None:
+    """Raises ValueError, naming the module, if the block cannot be made narrow."""
+    module: Any = block.modules[0]
+    stock = _stock_class(module)
+    owner = stock.__module__.partition(".")[0]
+    known = {"transformers": (*STYLES, *_SELF_DESCRIBED), "diffusers": ("Attention",)}
+    # A class of the same name in a model's own remote code may do anything.
+    if stock.__name__ not in known.get(owner, ()):
+        raise ValueError(
+            f"{block.path}: expected attention that can be made narrow, found {stock.__name__} of {stock.__module__}; "
+            "pass masked=True, which zeroes directions and keeps all shapes; those that can are "
+            f"{', '.join(sorted(known['transformers']))}, and diffusers' Attention"
+        )
+    if "forward" in vars(module):
+        raise ValueError(
+            f"{block.path}: expected a module whose forward is its class's, found one that hooks have replaced (by a "
+            "device_map?); call accelerate.hooks.remove_hook_from_submodules(model) first, or load without device_map"
+        )
+    processor = type(getattr(module, "processor", None)).__name__
+    if owner == "diffusers" and processor not in ("AttnProcessor", "AttnProcessor2_0", "NarrowAttnProcessor"):
+        raise ValueError(
+            f"{block.path}: expected diffusers' plain attention processor, found {processor}; call "
+            "set_default_attn_processor() first"
+        )
+
+
+def _stock_class(module: nn.Module) -> type[nn.Module]:
+    """The class of an attention module, of a narrow one that which it was made from."""
+    return getattr(type(module), "clover_stock", type(module))
 
 
 def narrow(block: AttentionBlock, key_width: int, value_width: int, output_bias: bool) -> None:
@@ -333,15 +375,12 @@ def narrow(block: AttentionBlock, key_width: int, value_width: int, output_bias:
         module.qk_nope_head_dim, module.v_head_dim = key_width, value_width
         module.qk_head_dim = key_width + module.qk_rope_head_dim
         return
-    module.clover_widths = (key_width, value_width)
+    setattr(module, WIDTHS, (key_width, value_width))
     module.clover_projections = tuple(projections)
     if hasattr(module, "set_processor"):
         module.set_processor(NarrowAttnProcessor())
     else:
         module.__class__ = _narrow_class(type(module))  # type: ignore[arg-type]  # a class is hashable
-        module.clover_options = {
-            keyword: operator.attrgetter(name)(module) for keyword, name in module.clover_style.options.items()
-        }
 
 
 @functools.cache
@@ -352,11 +391,19 @@ def _narrow_class(stock: Any) -> type[nn.Module]:
     style = STYLES[stock.__name__]
     namespace = {
         "forward": style.forward,
+        "clover_stock": stock,
         "clover_style": style,
         "clover_modeling": sys.modules[stock.__module__],
         "__module__": __name__,
+        "__reduce_ex__": lambda self, protocol: (_new, (stock,), vars(self)),  # no name leads to this class
     }
     return type(f"Narrow{stock.__name__}", (stock,), namespace)
+
+
+def _new(stock: type[nn.Module]) -> nn.Module:
+    """A narrow module without content, for copies and pickles."""
+    made = _narrow_class(stock)  # type: ignore[arg-type]
+    return made.__new__(made)
 
 
 def _replace(
@@ -366,17 +413,18 @@ def _replace(
     out_features: int | None = None,
     bias: bool | None = None,
 ) -> None:
-    """Put a projection of other sizes in place of one, of the same class, dtype and device."""
+    """Put a projection of other sizes, yet to be filled, in place of one: of the same class, dtype and device. One
+    that has these sizes stays."""
     old: Any = model.get_submodule(path)
     weight = old.weight
     sizes = (old.nx, old.nf) if isinstance(old, Conv1D) else (old.in_features, old.out_features)
     read, written = in_features or sizes[0], out_features or sizes[1]
-    if isinstance(old, Conv1D):
-        with torch.device(weight.device):
-            new: Any = Conv1D(written, read).to(weight.dtype)
-    else:
-        has_bias = old.bias is not None if bias is None else bias
-        new = nn.Linear(read, written, bias=has_bias, device=weight.device, dtype=weight.dtype)
+    has_bias = old.bias is not None if bias is None else bias
+    if (read, written, has_bias) == (*sizes, old.bias is not None):
+        return
+    with torch.device("meta"):  # nothing is drawn at random
+        new: Any = Conv1D(written, read) if isinstance(old, Conv1D) else nn.Linear(read, written, bias=has_bias)
+    new = new.to(weight.dtype).to_empty(device=weight.device)
     for name, parameter in new.named_parameters():
         like = getattr(old, name)
         parameter.requires_grad_(weight.requires_grad if like is None else like.requires_grad)
@@ -384,12 +432,12 @@ def _replace(
     model.set_submodule(path, new)
 
 
-def padded_width(block: AttentionBlock, width: int) -> int:
-    """The width of all heads of a block that keep at most this many directions: at least one; DeepSeek-V2 turns pairs
-    of features that must not straddle a head, so that its widths are even."""
-    if type(block.modules[0]).__name__ in _SELF_DESCRIBED:
-        return max(2, width + width % 2)
-    return max(1, width)
+def padded_width(block: AttentionBlock, kind: str, most: int) -> int:
+    """The directions that all heads of a block are given room for when one keeps this many: at least one; an even
+    number where DeepSeek-V2 turns pairs of features behind them."""
+    if kind == "qk" and type(block.modules[0]).__name__ == "DeepseekV2Attention":
+        return max(2, most + most % 2)
+    return max(1, most)
 
 
 @torch.no_grad()
@@ -423,7 +471,11 @@ def become_stock(model: Any, blocks: Mapping[str, AttentionBlock]) -> bool:
 
 
 def write_record(model: Any, record: Mapping[str, Any]) -> None:
-    """Enter how a model was pruned in its config."""
+    """Enter how a model was pruned in its config, which no longer names a base that adapters could be loaded onto."""
+    name = getattr(model, "name_or_path", "")
+    if name and hasattr(model, "config") and not name.endswith(")"):
+        model.name_or_path = f"{name} (pruned: save it, and load it from there)"
+        model.config._name_or_path = model.name_or_path
     if hasattr(model, "register_to_config"):
         model.register_to_config(**{RECORD: dict(record)})
     else:
@@ -436,9 +488,14 @@ def read_record(model: Any) -> dict[str, Any] | None:
     return config.get(RECORD) if isinstance(config, Mapping) else getattr(config, RECORD, None)
 
 
+def relative_base(model: nn.Module) -> nn.Module:
+    """The trunk of a model, which it shares with models of other heads; itself if it is one."""
+    return getattr(model, "base_model", model)
+
+
 def relative_prefix(model: nn.Module) -> str:
-    """The prefix of paths below a model's `base_model`, which other heads share, "" where it is the model itself."""
-    base = getattr(model, "base_model", model)
+    """The prefix of the paths in a model's trunk, "" where it is the trunk itself."""
+    base = relative_base(model)
     name = next((name for name, module in model.named_modules() if module is base), "")
     return f"{name}." if name else ""
 
@@ -447,9 +504,16 @@ def apply_record(model: nn.Module) -> None:
     """Make the attention blocks narrow that the model's config says are. Those that are narrow, or that this part of
     the model does not have, are left alone."""
     record = read_record(model)
+    if record and record.get("version") != VERSION:
+        raise ValueError(
+            f"{RECORD} in the config: expected version {VERSION}, found {record.get('version')}; use the clover_peft "
+            "that the model was pruned with"
+        )
+    if record and record.get("tower") not in (None, type(model).__name__):
+        return
     prefix = relative_prefix(model) if record else ""
     for path, (key_width, value_width, output_bias) in (record or {}).get("blocks", {}).items():
-        place = next((p for p in (path, prefix + path) if _has(model, p)), None)
+        place = next((p for p in (path, prefix + path) if has_module(model, p)), None)
         block = None if place is None else _block_at(model, place)
         if block is None:
             continue
@@ -466,14 +530,6 @@ def widths(block: AttentionBlock) -> tuple[int, int]:
     return block.dim("k", path), block.dim("v", path)
 
 
-def _has(model: nn.Module, path: str) -> bool:
-    try:
-        model.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
-
-
 def _block_at(model: nn.Module, path: str) -> AttentionBlock | None:
     """The attention block whose module is at `path`."""
     children = (name for name, _ in model.get_submodule(path).named_children())
@@ -483,7 +539,7 @@ def _block_at(model: nn.Module, path: str) -> AttentionBlock | None:
 
 def install() -> None:
     """Let transformers and diffusers load pruned models; once."""
-    if not hasattr(PreTrainedModel.post_init, "__wrapped__"):
+    if not getattr(PreTrainedModel.post_init, "clover", False):
         post_init = PreTrainedModel.post_init
 
         @functools.wraps(post_init)
@@ -491,13 +547,16 @@ def install() -> None:
             apply_record(self)
             post_init(self)
 
+        narrow_first.clover = True  # type: ignore[attr-defined]
         PreTrainedModel.post_init = narrow_first
     if importlib.util.find_spec("diffusers") is None:
         return
-    from diffusers.configuration_utils import ConfigMixin
-
+    try:
+        from diffusers.configuration_utils import ConfigMixin
+    except (ImportError, RuntimeError):  # installed and broken: no reason to fail for those who do not use it
+        return
     mixin: Any = ConfigMixin
-    if not hasattr(mixin.from_config, "__wrapped__"):
+    if not getattr(mixin.from_config, "clover", False):
         from_config = mixin.from_config.__func__
 
         @functools.wraps(from_config)
@@ -510,4 +569,5 @@ def install() -> None:
                 apply_record(model)
             return result
 
+        and_narrow.clover = True  # type: ignore[attr-defined]
         mixin.from_config = classmethod(and_narrow)

@@ -23,7 +23,6 @@ from ..architectures import AttentionBlock, HeadSlice, attention_block, attentio
 from . import ranks as rules
 from .directions import (
     Directions,
-    Factors,
     Kind,
     Method,
     Pair,
@@ -35,11 +34,14 @@ from .directions import (
     select_pairs,
 )
 from .narrow import (
+    VERSION,
     become_stock,
+    check_projections,
     check_supported,
     narrow,
     padded_width,
     read_record,
+    relative_base,
     relative_prefix,
     widths,
     write_record,
@@ -51,8 +53,8 @@ from .sequential import refit
 Rule = Literal["global", "gradient", "layer", "uniform"]
 _RULES: dict[str, Callable[[rules.Spectra, Any], rules.Ranks]] = {
     "global": rules.global_ratio,
-    "gradient": rules.global_ratio,  # of values that are weighed
-    "layer": rules.by_layer,
+    "gradient": rules.by_layer,  # of values that are weighed
+    "layer": rules.by_layer,  # of values relative to the layer's
     "uniform": rules.uniform,
     "threshold": rules.threshold,
     "energy": rules.energy,
@@ -60,6 +62,7 @@ _RULES: dict[str, Callable[[rules.Spectra, Any], rules.Ranks]] = {
 Found = dict[str, tuple[Pair, Directions]]
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def prune(
     model: nn.Module,
@@ -82,7 +85,7 @@ def prune(
     `save_pretrained` saves and, after `import clover_peft`, `from_pretrained` loads.
 
     Everything is computed before any weight is changed; then layers are rewritten one by one, which an interrupt
-    waits for. Costs D d^2 for a head, beside one pass over the calibration data (two if `sequential`).
+    waits for. Costs D d^2 for a head, beside one pass over the calibration data; `sequential` and "gradient" add one.
 
     Args:
         model: a model of a known family, without adapters and not quantised.
@@ -91,11 +94,11 @@ def prune(
         method: "clover", or the baseline "vanilla", which drops coordinates by the norms on both sides.
         calibration: batches, keyword arguments of the model. With them moments of activations take the place of the
             weights that compute them, which is far better; some ten tokens for each dimension of a head are needed.
-        ranks: how `ratio` is spread: "global", one threshold over all heads; "gradient", the same with the values of
-            every value-output pair weighed by the gradient of the model's loss behind it, which language models with
-            residual streams that grow want (needs `calibration`, and a backward pass over it); "layer", one rank for
-            all heads of a layer, so that none is padded, by values relative to the layer's; "uniform". Or ranks by
-            name of a pair (as in the report), for every key-value head.
+        ranks: how `ratio` is spread. "global": one threshold over all heads, which are padded to the widest of their
+            layer. "layer": one rank for all heads of a layer, so that none is padded, by values relative to the
+            layer's. "gradient": the same by values weighed by what an error there does to the model's predictions
+            (needs `calibration`, and a backward pass over it). "uniform". Or ranks by name of a pair (as in the
+            report), for every key-value head; other pairs stay whole.
         threshold: instead of `ratio`, the smallest singular value to keep (the paper's rule for Whisper).
         energy: instead of `ratio`, the share of each head's sum of squared singular values to keep.
         multiple: round every rank to the nearest multiple of this; kernels like 8.
@@ -123,27 +126,46 @@ def prune(
         if wanted:
             calibration = list(cast("Iterable[Mapping[str, Any]]", calibration))
     rule = _choose_rule(ratio, ranks, threshold, energy)
+    if unknown := set(rule.given) - {pair.name for pair in find_pairs(model)}:
+        known = ", ".join(repr(pair.name) for pair in find_pairs(model)[:2])
+        raise ValueError(f"ranks: expected names of pairs such as {known}, found {sorted(unknown)[0]!r}")
     kinds, skipped = _kinds(model, rule.kinds)
     pairs = select_pairs(model, kinds, target_modules)
     _check_untied(model, pairs)
-    blocks = {} if masked else _blocks(model, pairs)
+    blocks = _blocks(model, pairs, masked)
     found = decompose(model, kinds, method, calibration, target_modules)
     weights = {}
-    if rule.name == "gradient":
-        behind = [pair for pair in pairs if pair.kind == "vo"]
+    if rule.name == "gradient" and (behind := [pair for pair in pairs if pair.kind == "vo"]):
         weights = sensitivities(model, behind, cast("Iterable[Mapping[str, Any]]", calibration))
     kept = _ranks(found, rule, multiple, weights)
+    if (
+        calibration is None
+        and method == "clover"
+        and any(bool((k < found[n][1].values.shape[1]).any()) for n, k in kept.items())
+    ):
+        warnings.warn(
+            "directions are chosen by weights alone, which models bear badly; pass calibration=<batches of data>",
+            stacklevel=2,
+        )
     if sequential:
         found = refit(model, found, kept, method, cast("list[Mapping[str, Any]]", calibration))
     before = _sizes(model)
     if masked:
         wide = {name: directions.values.shape[1] for name, (_, directions) in found.items()}
-        mask(model, found, kept)
-    else:
-        wide = {n: padded_width(block, int(kept[n].max())) for block, names in blocks.values() for n in names}
-        factors = cut(found, kept)
         with _uninterrupted():
-            _rewrite_all(blocks, found, factors, wide)
+            mask(model, found, kept)
+    else:
+        wide = {
+            name: padded_width(block, found[name][0].kind, int(kept[name].max()))
+            for block, names in blocks.values()
+            for name in names
+        }
+        factors = cut(found, kept)
+        step = {"method": method, **rule.to_dict(), "multiple": multiple, "calibrated": calibration is not None}
+        with _uninterrupted(), _recorded(model, step) as done:
+            for block, names in tqdm(blocks.values(), desc="CLOVER pruning", unit=" layers", delay=3, leave=False):
+                _rewrite(block, [(*found[name], *factors[name], wide[name]) for name in names])
+                done.append(block)
     after = _sizes(model)
     report = PruningReport(
         method=method,
@@ -157,8 +179,13 @@ def prune(
         cache_bytes=(before[1], after[1]),
         seconds=time.perf_counter() - started,
     )
-    if not masked:
-        _record(model, blocks, report)
+    for kind, share in rule.ratios(kinds).items() if multiple > 1 else ():
+        if abs(report.removed(kind) - share) > 0.05:
+            warnings.warn(
+                f"{kind}: {report.removed(kind):.0%} of the directions are removed, not {share:.0%}, by rounding "
+                f"ranks to multiples of {multiple}",
+                stacklevel=2,
+            )
     return report
 
 
@@ -192,6 +219,12 @@ class _Rule:
         figure = self.figures[kind] if isinstance(self.figures, Mapping) else self.figures
         return _RULES[self.name](spectra, figure)
 
+    def ratios(self, kinds: Iterable[Kind]) -> dict[Kind, float]:
+        """The shares that are to be removed, where they are said."""
+        if self.name not in ("global", "gradient", "layer", "uniform") or self.figures is None:
+            return {}
+        return {k: self.figures[k] if isinstance(self.figures, Mapping) else self.figures for k in kinds}
+
     def to_dict(self) -> dict[str, Any]:
         """For the report."""
         if self.name == "given":
@@ -218,8 +251,10 @@ def _choose_rule(
         if isinstance(figure, Mapping) and (not figure or set(figure) - {"qk", "vo"}):
             raise ValueError(f"{name}: expected figures for 'qk' and 'vo', found {dict(figure)}")
         shares = figure.values() if isinstance(figure, Mapping) else [] if figure is None else [figure]
-        if name != "threshold":
-            for share in shares:
+        for share in shares:
+            if name == "threshold" and not 0 <= share < float("inf"):
+                raise ValueError(f"threshold: expected a singular value, found {share}")
+            if name != "threshold":
                 rules.check_share(name, share, whole=name == "energy")
     if not isinstance(ranks, str):
         return _Rule("given", given=ranks)
@@ -252,8 +287,9 @@ def _kinds(model: nn.Module, wanted: list[Kind] | None) -> tuple[list[Kind], dic
 
 
 def _ranks(found: Found, rule: _Rule, multiple: int, weights: Mapping[str, float]) -> rules.Ranks:
-    if unknown := set(rule.given) - set(found):
-        raise ValueError(f"ranks: expected names of pairs such as {next(iter(found))!r}, found {sorted(unknown)[0]!r}")
+    for name, (pair, _) in found.items():
+        if multiple > pair.heads.dim:
+            raise ValueError(f"multiple: expected at most the {pair.heads.dim} directions of {name}, found {multiple}")
     kept: rules.Ranks = {}
     for kind in sorted({pair.kind for pair, _ in found.values()}):
         spectra = {
@@ -261,7 +297,12 @@ def _ranks(found: Found, rule: _Rule, multiple: int, weights: Mapping[str, float
             for name, (pair, directions) in found.items()
             if pair.kind == kind
         }
-        kept |= rules.rounded(rule.ranks(kind, spectra), spectra, multiple)
+        if rule.name == "layer":
+            spectra = {name: values / values.norm().clamp(min=1e-300) for name, values in spectra.items()}
+        of_kind = rules.rounded(rule.ranks(kind, spectra), spectra, multiple)
+        if rule.name != "given" and not any(bool(part.any()) for part in of_kind.values()):
+            raise ValueError(f"{kind}: expected a rule that keeps some direction, found none kept by {rule.to_dict()}")
+        kept |= of_kind
     return {name: kept[name] for name in found}
 
 
@@ -295,27 +336,28 @@ def _check_untied(model: nn.Module, pairs: Iterable[Pair]) -> None:
                 )
 
 
-def _blocks(model: nn.Module, pairs: Iterable[Pair]) -> dict[str, tuple[AttentionBlock, list[str]]]:
+def _blocks(model: nn.Module, pairs: Iterable[Pair], masked: bool) -> dict[str, tuple[AttentionBlock, list[str]]]:
     """Path of an attention block -> the block and the names of its pairs."""
     blocks: dict[str, tuple[AttentionBlock, list[str]]] = {}
     for pair in pairs:
         block = attention_block(model, pair.path)
         assert block is not None  # the pair was found in it
-        check_supported(block)
+        check_projections(block)
+        if not masked:
+            check_supported(block)
         blocks.setdefault(block.path, (block, []))[1].append(pair.name)
     return blocks
 
 
 def _sizes(model: nn.Module) -> tuple[int, int]:
-    """Parameters, and bytes of the keys and values of one token."""
+    """Parameters, and bytes of the keys and values that are kept of one token: those of decoders."""
     parameters, total = sum(parameter.numel() for parameter in model.parameters()), 0
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):  # an encoder keeps nothing
-        encoder: Any = model.get_encoder()  # type: ignore[operator]
-        uncached = {id(module) for module in encoder.modules()}
-    else:
-        uncached = set()
+    both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    encoder: Any = model.get_encoder() if both and hasattr(model, "get_encoder") else None  # type: ignore[operator]
+    uncached = set() if encoder is None else {id(module) for module in encoder.modules()}
     for block in attention_blocks(model).values():
-        if id(block.modules[0]) not in uncached:
+        # A decoder's cross-attention is not causal and keeps what it makes of the encoder.
+        if id(block.modules[0]) not in uncached and (both or getattr(block.modules[0], "is_causal", True)):
             total += block.cached_features(block.path) * next(block.modules[0].parameters()).element_size()
     return parameters, total
 
@@ -329,70 +371,85 @@ def _uninterrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    waiting = []
+    waiting: list[Any] = []
     before = signal.signal(signal.SIGINT, lambda *arguments: waiting.append(arguments))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-        if waiting:
-            raise KeyboardInterrupt
+    if waiting:
+        signal.raise_signal(signal.SIGINT)
 
 
-def _rewrite_all(
-    blocks: Mapping[str, tuple[AttentionBlock, list[str]]],
-    found: Found,
-    factors: Factors,
-    wide: Mapping[str, int],
-) -> None:
-    for block, names in tqdm(blocks.values(), desc="CLOVER pruning", unit=" layers", delay=3, leave=False):
-        _rewrite(block, [(*found[name], *factors[name], wide[name]) for name in names])
+@contextlib.contextmanager
+def _recorded(model: nn.Module, step: Mapping[str, Any]) -> Iterator[list[AttentionBlock]]:
+    """Takes the blocks that are rewritten, and enters them in the model's config; after an error, too, so that what
+    is narrow by then can be saved and loaded."""
+    done: list[AttentionBlock] = []
+    try:
+        yield done
+    finally:
+        record = read_record(model) or {"version": VERSION, "blocks": {}, "steps": []}
+        prefix = relative_prefix(model)
+        made = {
+            block.path.removeprefix(prefix): [*widths(block), block.module_of(block.family.output).bias is not None]
+            for block in done
+        }
+        known = {} if become_stock(model, attention_blocks(model)) else record["blocks"] | made
+        config = getattr(model, "config", None)
+        if getattr(config, "is_encoder_decoder", False) and not hasattr(relative_base(model), "decoder"):
+            record = {**record, "tower": type(model).__name__}  # the config is that of the whole
+        write_record(model, {**record, "blocks": known, "steps": [*record["steps"], dict(step)]})
 
 
 def _rewrite(block: AttentionBlock, pairs: list[tuple[Pair, Directions, Tensor, Tensor, int]]) -> None:
-    """Put narrower projections in place of a block's. Only one layer's weights are held twice."""
-    output = block.module_of(block.family.output)
+    """Put narrower projections in place of a block's, those that change; in float64, one block at a time."""
+    at = pairs[0][2].device
+    changed = {part for pair, *_ in pairs for part in ("qk" if pair.kind == "qk" else "v")}
     parts: dict[str, Tensor] = {}  # rows of a head's features, the bias as the last row: (D + 1, heads, d)
     slices: dict[str, HeadSlice] = {}
     for name in block.present():
-        projection = block.module_of(name)
-        rows = _rows(projection).double()
-        if projection.bias is not None:
-            rows = torch.cat([rows, projection.bias.double().unsqueeze(0)])
-        for part, heads in block.layout(block.prefix + name, name).items():
-            parts[part], slices[part] = heads.blocks(rows, heads.dim), heads
-    columns, bias = _rows(output).mT.double(), output.bias
-    read = HeadSlice.plain(columns.shape[1] // slices["v"].dim, slices["v"].dim).blocks(columns, slices["v"].dim)
-    bias = None if bias is None else bias.double()
+        layout = block.layout(block.prefix + name, name)
+        slices |= layout
+        if changed & set(layout):
+            projection = block.module_of(name)
+            rows = _rows(projection).to(at).double()
+            if projection.bias is not None:
+                rows = torch.cat([rows, projection.bias.to(rows).unsqueeze(0)])
+            parts |= {part: heads.blocks(rows, heads.dim) for part, heads in layout.items()}
+    output, read = block.module_of(block.family.output), None
+    bias = None if output.bias is None else output.bias.to(at).double()
     for pair, directions, down, back, width in pairs:
         down, back = down[:, :width], back[..., :width]
-        if pair.kind == "qk":
-            for part, heads, factor in (("k", pair.heads, down.mT), ("q", pair.partner.heads, back)):
-                start = heads.offset - slices[part].offset
-                first, middle, last = parts[part].split(
-                    [start, heads.dim, parts[part].shape[-1] - start - heads.dim], dim=-1
-                )
-                parts[part] = torch.cat([first, torch.einsum("nhd,hdw->nhw", middle, factor), last], dim=-1)
+        if pair.kind == "vo":
+            read = pair.partner.heads.blocks(_rows(output).mT.to(at).double(), pair.heads.dim)
+            if (constant := directions.constant(down, back)) is not None:
+                lost = torch.einsum("ogd,gd->o", read, constant)
+                bias = lost if bias is None else bias + lost
+            parts["v"] = torch.einsum("nhd,hwd->nhw", parts["v"], down)
+            read = torch.einsum("ogd,gdw->ogw", read, back)
             continue
-        if (constant := directions.constant(down, back)) is not None:
-            lost = torch.einsum("ogd,gd->o", read, constant)
-            bias = lost if bias is None else bias + lost
-        parts["v"] = torch.einsum("nhd,hwd->nhw", parts["v"], down)
-        read = torch.einsum("ogd,gdw->ogw", read, back)
+        for part, heads, factor in (("k", pair.heads, down.mT), ("q", pair.partner.heads, back)):
+            start, whole = heads.offset - slices[part].offset, parts[part]
+            first, middle, last = whole.split([start, heads.dim, whole.shape[-1] - start - heads.dim], dim=-1)
+            parts[part] = torch.cat([first, torch.einsum("nhd,hdw->nhw", middle, factor), last], dim=-1)
     if output.bias is None and bias is not None and not bool(bias.any()):
         bias = None
-    narrow(block, parts["k"].shape[-1], parts["v"].shape[-1], bias is not None)
+    dims = {part: parts[part].shape[-1] if part in parts else slices[part].dim for part in "kv"}
+    narrow(block, dims["k"], dims["v"], bias is not None)
     for name in block.present():
+        layout = block.layout(block.prefix + name, name)
         projection = block.module_of(name)
-        rows = _rows(projection)
-        for part, heads in block.layout(block.prefix + name, name).items():
+        for part, heads in layout.items() if changed & set(layout) else ():
+            rows = _rows(projection)
             place = heads.heads(rows)
             place.copy_(parts[part][: len(rows)].reshape(place.shape))
             if projection.bias is not None:
                 place = heads.heads(projection.bias)
                 place.copy_(parts[part][-1].reshape(place.shape))
     output = block.module_of(block.family.output)
-    _rows(output).copy_(read.flatten(1).mT)
+    if read is not None:
+        _rows(output).copy_(read.flatten(1).mT)
     if bias is not None:
         output.bias.copy_(bias)
 
@@ -400,9 +457,6 @@ def _rewrite(block: AttentionBlock, pairs: list[tuple[Pair, Directions, Tensor, 
 def _rows(projection: Any) -> Tensor:
     """The weight as (in, out), a view."""
     return projection.weight if isinstance(projection, Conv1D) else projection.weight.mT
-
-
-# ---------------------------------------------------------------------- the record
 
 
 def _summary(pair: Pair, directions: Directions, kept: Tensor, width: int) -> PrunedPair:
@@ -413,22 +467,3 @@ def _summary(pair: Pair, directions: Directions, kept: Tensor, width: int) -> Pr
         width,
         [round(e, 6) for e in directions.energy(kept).tolist()],
     )
-
-
-def _record(model: nn.Module, blocks: Mapping[str, tuple[AttentionBlock, list[str]]], report: PruningReport) -> None:
-    """Enter in the config what a model needs to be loaded, and how it was made."""
-    record = read_record(model) or {"version": 1, "blocks": {}, "steps": []}
-    prefix = relative_prefix(model)
-    made = {
-        path.removeprefix(prefix): [*widths(block), block.module_of(block.family.output).bias is not None]
-        for path, (block, _) in blocks.items()
-    }
-    known = {} if become_stock(model, attention_blocks(model)) else record["blocks"] | made
-    step = {
-        "method": report.method,
-        **report.rule,
-        "calibrated": report.calibrated,
-        "sequential": report.sequential,
-        "removed": {kind: round(report.removed(kind), 6) for kind in sorted({p.kind for p in report.pairs.values()})},
-    }
-    write_record(model, {**record, "blocks": known, "steps": [*record["steps"], step]})

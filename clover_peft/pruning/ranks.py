@@ -49,7 +49,7 @@ def global_ratio(spectra: Spectra, ratio: float) -> Ranks:
 def by_layer(spectra: Spectra, ratio: float) -> Ranks:
     """One threshold over all layers, with one rank for all heads of a layer, so that no head is padded.
 
-    The k-th directions of a layer's heads go together, by their share of the layer's sum of squares.
+    The k-th directions of a layer's heads go together, by the mean of their squares.
 
     Args:
         spectra: singular values of every pair.
@@ -59,18 +59,13 @@ def by_layer(spectra: Spectra, ratio: float) -> Ranks:
         ValueError: if `ratio` is no share, 0 <= ratio < 1.
     """
     check_share("ratio", ratio)
-    squares = {name: values.double().square().sum(0, keepdim=True).cpu() for name, values in spectra.items()}
-    # For every head of the layer, so that layers of many heads do not weigh more.
-    squares = {
-        name: part / part.sum().clamp(min=torch.finfo(part.dtype).tiny) / len(spectra[name])
-        for name, part in squares.items()
-    }
-    values = torch.cat([part.flatten() for part in squares.values()])
-    heads = torch.cat([torch.full((part.numel(),), len(spectra[name])) for name, part in squares.items()])
+    squares = {name: values.double().square().mean(0).cpu() for name, values in spectra.items()}
+    values = torch.cat(list(squares.values()))
+    heads = torch.cat([torch.full_like(part, len(spectra[name])) for name, part in squares.items()])
     order = values.argsort(stable=True)
     removed = torch.zeros_like(values, dtype=torch.bool)
-    removed[order] = heads[order].cumsum(0) <= ratio * int(heads.sum()) + heads[order] / 2
-    parts = (~removed).split([part.numel() for part in squares.values()])
+    removed[order] = heads[order].cumsum(0) <= ratio * float(heads.sum()) + heads[order] / 2
+    parts = (~removed).split([len(part) for part in squares.values()])
     return {name: part.sum().repeat(len(spectra[name])) for name, part in zip(spectra, parts, strict=True)}
 
 
@@ -96,17 +91,18 @@ def energy(spectra: Spectra, share: float) -> Ranks:
 
 
 def rounded(ranks: Ranks, spectra: Spectra, multiple: int) -> Ranks:
-    """To the nearest multiple, at most the width of a head.
+    """To the nearest multiple, at most the width of a head; what is left of a head is not rounded away.
 
     Raises:
         ValueError: if `multiple` is no positive number.
     """
     if multiple < 1:
         raise ValueError(f"multiple: expected a positive number, found {multiple}")
-    return {
-        name: ((kept + multiple // 2) // multiple * multiple).clamp(max=spectra[name].shape[1])
-        for name, kept in ranks.items()
-    }
+    result = {}
+    for name, kept in ranks.items():
+        near = (kept + multiple // 2) // multiple * multiple
+        result[name] = torch.where(kept > 0, near.clamp(min=multiple), 0).clamp(max=spectra[name].shape[1])
+    return result
 
 
 def check_share(name: str, share: float, whole: bool = False) -> None:

@@ -73,6 +73,9 @@ class PruningReport:
         plot_report(self, path)
 
     def removed(self, kind: Kind) -> float:
-        """The share of directions of this kind that was removed."""
+        """The share of directions of this kind that was removed; padding counts as removed, and costs as if it was not
+        (`parameters` and `cache_bytes` say what is saved). 0 if the kind was not pruned."""
         pairs = [pair for pair in self.pairs.values() if pair.kind == kind]
+        if not pairs:
+            return 0.0
         return 1 - sum(sum(p.kept) for p in pairs) / sum(p.size * len(p.kept) for p in pairs)

@@ -58,8 +58,7 @@ def sensitivities(model: nn.Module, pairs: Iterable[Pair], batches: Iterable[Map
             hooked.extend(module.register_forward_hook(behind(name)) for name, module in named.items())
             for batch in tqdm(batches, desc="CLOVER gradients", unit=" batches", delay=3, leave=False):
                 values, masks = reader.start(batch)
-                for name in ("labels", "logits_to_keep"):  # all predictions count
-                    values.pop(name, None)
+                values.pop("logits_to_keep", None)  # all predictions count
                 _loss(model, model(**values), masks, generator).backward()
     finally:
         for parameter in trained:

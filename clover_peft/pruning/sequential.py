@@ -54,7 +54,7 @@ def refit(
         Name -> the pair and its new directions.
 
     Raises:
-        ValueError: if a pair is not reached, or something is not finite.
+        ValueError: if a pair is not reached by every batch, in the same order, or something is not finite.
     """
     fitting = _Fitting(model, found, ranks, method, len(batches))
     errors: list[BaseException] = []
@@ -64,15 +64,16 @@ def refit(
             with torch.no_grad():
                 values, fitting.batch.masks = fitting.reader.start(batch)
                 model(**values)
+            raise fitting.not_reached()  # or this batch would be waited for
         except (_Done, threading.BrokenBarrierError):
             pass
         except BaseException as error:
             errors.append(error)
             fitting.together.abort()
 
+    threads = [threading.Thread(target=go, args=(batch,), daemon=True) for batch in batches]
     with evaluating(model), hooks() as hooked:
         hooked.extend(fitting.hooks())
-        threads = [threading.Thread(target=go, args=(batch,), daemon=True) for batch in batches]
         try:
             for thread in threads:
                 thread.start()
@@ -80,11 +81,11 @@ def refit(
                 thread.join()
         except KeyboardInterrupt:
             fitting.together.abort()
+            for thread in threads:
+                thread.join()
             raise
     if errors:
         raise errors[0]
-    if missing := [name for name in found if name not in fitting.made]:
-        raise ValueError(f"{missing[0]}: expected activations, found none; pass batches that reach it")
     return {name: (pair, fitting.made[name][0]) for name, (pair, _) in found.items()}
 
 
@@ -98,7 +99,16 @@ class _Fitting:
         self.reader, self.batch = TokenReader(model), _Batch()
         self.together, self.lock = threading.Barrier(batches), threading.Lock()
         self.moments: dict[str, Moments] = {}
+        self.at: set[str] = set()  # the pairs that batches wait at
         self.made: dict[str, tuple[Directions, Tensor, Tensor | None]] = {}
+
+    def not_reached(self) -> ValueError:
+        """The error of a batch that does not come to a pair that others do."""
+        name = next(name for name in self.found if name not in self.made)
+        return ValueError(
+            f"{name}: expected every batch to reach it in turn, as sequential calibration needs, found one that does "
+            "not; pass batches of one kind, or leave sequential out"
+        )
 
     def hooks(self) -> list[Any]:
         """Registers them: in front of output projections, behind keys and queries."""
@@ -146,9 +156,13 @@ class _Fitting:
         if name not in self.made:
             wanted = probes(self.model, [pair])
             with self.lock:
+                self.at.add(name)
                 for key, x in seen.items():
                     add_blocks(self.moments, key, self.reader.blocks(wanted[key], x, self.batch.masks))
             if self.together.wait() == 0:
+                if len(self.at) > 1:
+                    raise self.not_reached()
+                self.at.clear()
                 for key in seen:
                     self.moments[key].check_finite(key)
                 directions = decompose_pair(self.model, pair, self.method, self.moments)
