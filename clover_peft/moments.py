@@ -73,6 +73,12 @@ class Moments:
         return self.second - self.mean.unsqueeze(-1) * self.mean.unsqueeze(-2)
 
     @property
+    def varies(self) -> bool:
+        """Whether there is more than rounding behind the covariance: the tokens are not all alike."""
+        traces = [m.diagonal(dim1=-2, dim2=-1).sum(-1) for m in (self.covariance, self.second)]
+        return bool((traces[0] > 1e-5 * traces[1]).all())
+
+    @property
     def mean(self) -> Tensor:
         """(H, d) float64."""
         return self.sums / max(1, self.tokens)

@@ -13,6 +13,7 @@ import threading
 import warnings
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -101,6 +102,35 @@ def test_sliced_is_masked(family, ranks):
         assert report.cache_bytes == (0, 0)
     else:
         assert report.cache_bytes[1] < report.cache_bytes[0] or "deepseek" in family
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "t5", "gpt_neox", "deepseek_v3"])
+def test_nothing_removed_changes_nothing_on_data_that_are_all_alike(family):
+    model = build(family)
+    before, data = logits(model, family), batches(family, 2)
+    for batch in data:
+        for name in ("input_ids", "decoder_input_ids"):
+            if name in batch:
+                batch[name] = torch.full((2, 300 if family == "llama" else 20), 7)
+        batch.pop("attention_mask", None)
+    prune(model, ratio(model, 0.0), calibration=data)
+    assert torch.equal(logits(model, family), before)
+    prune(model, ratio(model, 0.3), calibration=data)
+    assert logits(model, family).isfinite().all()
+
+
+def test_a_known_bias_of_the_values_matters_to_no_cut():
+    """Large biases of keys and values that cancel further on: the same function, and the same directions."""
+    plain, shifted = build("opt", torch.float64), build("opt", torch.float64)
+    for layer in shifted.model.decoder.layers:
+        attention = layer.self_attn
+        attention.v_proj.bias.data += 3
+        attention.out_proj.bias.data -= attention.out_proj.weight.sum(1) * 3
+        attention.k_proj.bias.data += 3
+    assert relative(logits(shifted, "opt"), logits(plain, "opt")) < 1e-10
+    for model in (plain, shifted):
+        prune(model, 0.3, calibration=batches("opt"))
+    assert relative(logits(shifted, "opt"), logits(plain, "opt")) < 1e-4
 
 
 @pytest.mark.parametrize("family", NARROW)
@@ -519,9 +549,41 @@ def test_loading_is_installed_once_and_for_all(wrapped, monkeypatch):
 def test_records_of_other_versions_are_refused(tmp_path):
     model = build("opt")
     prune(model, 0.5)
-    model.config.clover_pruning["version"] = 99
-    with pytest.raises(ValueError, match="clover_pruning in the config: expected version 1, found 99"):
-        reload(model, tmp_path)
+    record = copy.deepcopy(model.config.clover_pruning)
+    path = next(iter(record["blocks"]))
+    for wrong, message in (
+        ({**record, "version": 99}, "expected version 1, found 99"),
+        ("yes", "expected version 1, found 'yes'"),
+        ({**record, "blocks": None}, "expected blocks and steps"),
+        ({**record, "blocks": {path: [12, -3, False]}}, "expected two widths"),
+        ({**record, "blocks": {path: ["12", 6, False]}}, "expected two widths"),
+        ({**record, "blocks": {path: None}}, "expected two widths"),
+    ):
+        model.config.clover_pruning = wrong
+        with pytest.raises(ValueError, match=f"clover_pruning in the config: .*{message}"):
+            reload(model, tmp_path)
+        with pytest.raises(ValueError, match=f"clover_pruning in the config: .*{message}"):
+            prune(model, 0.5)
+
+
+def test_figures_of_other_libraries_are_saved(tmp_path):
+    model = build("opt")
+    prune(model, {"vo": np.float32(0.5)}, multiple=np.int64(4))
+    prune(model, threshold=torch.tensor(0.1))
+    assert torch.equal(logits(reload(model, tmp_path), "opt"), logits(model, "opt"))
+
+
+def test_one_figure_is_for_the_kinds_that_are_named():
+    report = prune(build("opt"), 0.5, target_modules=["v_proj"])
+    assert {pair.kind for pair in report.pairs.values()} == {"vo"}
+
+
+def test_what_has_no_config_of_its_own():
+    for part in (torch.nn.Sequential(build("opt")), build("llama").model.layers[0], build("bert").bert.encoder):
+        before = {name: p.clone() for name, p in part.named_parameters()}
+        with pytest.raises(ValueError, match="expected a model of transformers or diffusers"):
+            prune(part, 0.5)
+        assert unchanged(part, before)
 
 
 def test_a_failure_half_way_can_still_be_saved(monkeypatch, tmp_path):
@@ -577,6 +639,11 @@ def unchanged(model, before) -> bool:
         ({"ranks": {"nothing (vo)": [1]}}, "expected names of pairs such as"),
         ({"ratio": 0.5, "method": "magic"}, "method: expected 'clover' or 'vanilla'"),
         ({"ratio": 0.5, "calibration": []}, "expected batches to run the model on, found none"),
+        ({"ratio": 0.5, "multiple": 2.5}, "multiple: expected a positive number"),
+        ({"ratio": "half"}, "ratio: expected a number"),
+        ({"ranks": {}}, "ranks: expected ranks by name"),
+        ({"ranks": {"x (vo)": [1.5]}}, "ranks: expected whole numbers"),
+        ({"ranks": {"x (vo)": 4}}, "ranks: expected whole numbers"),
         ({"ratio": 0.5, "multiple": 16}, "multiple: expected at most the 12 directions"),
         ({"threshold": 1e9}, "expected a rule that keeps some direction"),
         ({"threshold": float("nan")}, "threshold: expected a singular value"),
@@ -612,7 +679,7 @@ def test_models_that_cannot_be_pruned():
     with pytest.raises(ValueError, match=r"can be made narrow, found AlbertAttention of.*masked"):
         prune(build("albert"), 0.5)
     with pytest.raises(ValueError, match="expected pairs of projections to prune, found none"):
-        prune(torch.nn.Sequential(torch.nn.Linear(4, 4)), 0.5)
+        prune(torch.nn.Sequential(torch.nn.Linear(4, 4)), 0.5, masked=True)
     tied = build("opt")
     layers = tied.model.decoder.layers
     layers[1].self_attn.v_proj.weight = layers[0].self_attn.v_proj.weight

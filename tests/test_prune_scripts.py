@@ -276,6 +276,7 @@ def test_a_mask_whose_constant_has_no_place_is_not_saved(tmp_path, text, capsys)
     assert run(prune_script, source, *common, "--out", out) == 1
     assert "o_proj.bias holds the mean of what was removed" in capsys.readouterr().err
     assert not out.exists()
+    source = save("llama", tmp_path / "without biases")
     assert run(prune_script, source, *common, "--calibration", text, "--out", out) == 0
     assert "for analysis" in capsys.readouterr().out
 

@@ -192,7 +192,7 @@ def test_rules():
     assert energy({"a": torch.zeros(1, 4)}, 0.9)["a"].tolist() == [0]
     wide = {"a": torch.zeros(3, 12)}
     assert rounded({"a": torch.tensor([0, 3, 11])}, wide, 8)["a"].tolist() == [0, 8, 8]
-    assert rounded({"a": torch.tensor([12, 5, 1])}, wide, 8)["a"].tolist() == [12, 8, 8]
+    assert rounded({"a": torch.tensor([12, 5, 1])}, wide, 8)["a"].tolist() == [12, 8, 8]  # the first is whole
     for rule in (uniform, global_ratio):
         with pytest.raises(ValueError, match="ratio: expected a share from 0 to below 1, found 1"):
             rule(spectra, 1.0)

@@ -46,6 +46,13 @@ class Pair:
         """Unique in a model: a fused projection has both kinds."""
         return f"{self.path} ({self.kind})"
 
+    def is_named(self, target_modules: str | Sequence[str] | None) -> bool:
+        """Whether its path is matched by a regular expression, or has one of several ends; None names all."""
+        if isinstance(target_modules, str):
+            return re.fullmatch(target_modules, self.path) is not None
+        ends = target_modules
+        return ends is None or any(self.path == end or self.path.endswith("." + end) for end in ends)
+
 
 def find_pairs(model: nn.Module) -> list[Pair]:
     """All pairs of a model that the table of architectures knows, modules that layers share once."""
@@ -90,26 +97,28 @@ class Directions:
 
         Returns:
             C (H, d, d), of which the rows beyond a head's rank are zero, and E (H * groups, d, d), of which the
-            columns are; float64.
+            columns are; float64. Of a head that keeps all of them both are the identity.
         """
         size = self.values.shape[1]
+        eye = torch.eye(size, dtype=self.down.dtype, device=self.down.device)
+        whole = (ranks.to(eye.device) == size).view(-1, 1, 1)
         kept = (torch.arange(size, device=self.down.device) < ranks.to(self.down.device).unsqueeze(1)).to(self.down)
-        down = kept.unsqueeze(-1) * self.down
+        down = torch.where(whole, eye, kept.unsqueeze(-1) * self.down)
         if self.seen is None:
-            return down, (self.back * kept.unsqueeze(1)).repeat_interleave(groups, dim=0)
+            back = torch.where(whole, eye, self.back * kept.unsqueeze(1))
+            return down, back.repeat_interleave(groups, dim=0)
         each = down.repeat_interleave(groups, dim=0)
         read = self.seen @ each.mT
         back = read @ torch.linalg.pinv(each @ read, hermitian=True)
-        return down, back * kept.repeat_interleave(groups, dim=0).unsqueeze(1)
+        back = back * kept.repeat_interleave(groups, dim=0).unsqueeze(1)
+        return down, torch.where(whole.repeat_interleave(groups, dim=0), eye, back)
 
     def constant(self, down: Tensor, back: Tensor) -> Tensor | None:
         """(G, d), the part of the mean that is cut, `(I - E C) mean`; None without a mean."""
         if self.mean is None:
             return None
         each = down.repeat_interleave(len(self.mean) // len(down), dim=0)
-        lost = self.mean - (back @ (each @ self.mean.unsqueeze(-1))).squeeze(-1)
-        whole = each.any(-1).sum(-1) == self.values.shape[1]  # nothing is cut: what is left is rounding
-        return torch.where(whole.unsqueeze(-1), torch.zeros_like(lost), lost)
+        return self.mean - (back @ (each @ self.mean.unsqueeze(-1))).squeeze(-1)
 
     def energy(self, ranks: Tensor) -> Tensor:
         """(H,), the share of the sum of squared values that the leading directions hold; 1 where all are zero."""
@@ -141,12 +150,7 @@ def select_pairs(
                 f"{kind}: expected pairs to decompose, found none in {type(model).__name__}"
                 + ("; its queries and keys are rotated by their position" if kind == "qk" else "")
             )
-    if target_modules is None:
-        return pairs
-    if isinstance(target_modules, str):
-        chosen = [pair for pair in pairs if re.fullmatch(target_modules, pair.path)]
-    else:
-        chosen = [p for p in pairs if any(p.path == end or p.path.endswith("." + end) for end in target_modules)]
+    chosen = [pair for pair in pairs if pair.is_named(target_modules)]
     for kind in sorted(wanted):
         if not any(pair.kind == kind for pair in chosen):
             raise ValueError(
@@ -184,7 +188,13 @@ def decompose(
     """
     pairs = select_pairs(model, kinds, target_modules)
     moments = {} if calibration is None else collect_moments(model, probes(model, pairs), calibration)
-    return {pair.name: (pair, decompose_pair(model, pair, method, moments)) for pair in pairs}
+    found = {}
+    for pair in pairs:
+        try:
+            found[pair.name] = (pair, decompose_pair(model, pair, method, moments))
+        except ValueError as error:
+            raise ValueError(f"{pair.name}: {error}") from error
+    return found
 
 
 def beside_name(pair: Pair) -> str:
@@ -218,14 +228,19 @@ def decompose_pair(model: nn.Module, pair: Pair, method: Method, moments: Mappin
     count, groups = len(g_in), len(g_out) // len(g_in)
     beside, own = moments.get(beside_name(pair)), moments.get(pair.name)
     seen, mean = None, None
-    if pair.kind == "vo" and beside is not None:
-        # Not centred: a mean that went into the output's bias would be the calibration data's, whatever comes later.
-        seen = shrink(beside.second.to(g_in), g_in.repeat_interleave(groups, dim=0), beside.tokens)
-        g_in = per_key_value_head(seen, count, groups)
-    elif pair.kind == "vo" and own_bias is not None and _takes_bias(model, pair):
+    if pair.kind == "vo" and own_bias is not None and _takes_bias(model, pair):
         mean = own_bias.repeat_interleave(groups, dim=0)
+    if pair.kind == "vo" and beside is not None:
+        # Centred on what the weights say, not on the data: the mean of those is not that of what comes later.
+        seen = beside.second.to(g_in)
+        if mean is not None:
+            shift = beside.mean.to(g_in).unsqueeze(-1) * mean.unsqueeze(-2)
+            seen = seen - shift - shift.mT + mean.unsqueeze(-1) * mean.unsqueeze(-2)
+        seen = shrink(seen, g_in.repeat_interleave(groups, dim=0), beside.tokens)
+        g_in = per_key_value_head(seen, count, groups)
     elif beside is not None and own is not None:
-        g_in = shrink(own.covariance.to(g_in), g_in, own.tokens)
+        if own.varies:
+            g_in = shrink(own.covariance.to(g_in), g_in, own.tokens)
         g_out = shrink(beside.second.to(g_in), g_out, beside.tokens)
     g_out = per_key_value_head(g_out, count, groups)
     if method == "vanilla":

@@ -330,6 +330,8 @@ def check_supported(block: AttentionBlock) -> None:
             "pass masked=True, which zeroes directions and keeps all shapes; those that can are "
             f"{', '.join(sorted(known['transformers']))}, and diffusers' Attention"
         )
+    if getattr(module, "slow_but_exact", False) and module.pretraining_tp > 1:
+        raise ValueError(f"{block.path}: expected an output projection in one piece, found slow_but_exact; unset it")
     if "forward" in vars(module):
         raise ValueError(
             f"{block.path}: expected a module whose forward is its class's, found one that hooks have replaced (by a "
@@ -455,9 +457,10 @@ def become_stock(model: Any, blocks: Mapping[str, AttentionBlock]) -> bool:
         Whether it was possible.
     """
     described = all(type(block.modules[0]).__name__ in _SELF_DESCRIBED for block in blocks.values())
-    if not described or len({widths(block) for block in blocks.values()}) != 1:
+    config: Any = getattr(model, "config", None)
+    own = all(block.config is config for block in blocks.values())  # not a part of a larger model
+    if not described or not own or len({widths(block) for block in blocks.values()}) != 1:
         return False
-    config = model.config
     (key_width, value_width), before = widths(next(iter(blocks.values()))), config.qk_head_dim
     config.qk_nope_head_dim, config.v_head_dim = key_width, value_width
     config.qk_head_dim = key_width + config.qk_rope_head_dim
@@ -483,9 +486,31 @@ def write_record(model: Any, record: Mapping[str, Any]) -> None:
 
 
 def read_record(model: Any) -> dict[str, Any] | None:
-    """How a model was pruned, from its config; None if it was not."""
+    """How a model was pruned, from its config; None if it was not.
+
+    Raises:
+        ValueError: if the entry is none that `prune` writes.
+    """
     config = getattr(model, "config", None)
-    return config.get(RECORD) if isinstance(config, Mapping) else getattr(config, RECORD, None)
+    record = config.get(RECORD) if isinstance(config, Mapping) else getattr(config, RECORD, None)
+    if record is None:
+        return None
+    if not isinstance(record, dict) or record.get("version") != VERSION:
+        version = record.get("version") if isinstance(record, dict) else record
+        raise ValueError(
+            f"{RECORD} in the config: expected version {VERSION}, found {version!r}; use the clover_peft that the "
+            "model was pruned with"
+        )
+    blocks = record.get("blocks")
+    if not isinstance(blocks, dict) or not isinstance(record.get("steps"), list):
+        raise ValueError(f"{RECORD} in the config: expected blocks and steps, found {sorted(record)}")
+    for path, entry in blocks.items():
+        kinds = [type(figure) for figure in entry] if isinstance(entry, (list, tuple)) else None
+        if kinds != [int, int, bool] or min(entry[:2]) < 1:
+            raise ValueError(
+                f"{RECORD} in the config: {path}: expected two widths and whether there is a bias, found {entry!r}"
+            )
+    return record
 
 
 def relative_base(model: nn.Module) -> nn.Module:
@@ -504,11 +529,6 @@ def apply_record(model: nn.Module) -> None:
     """Make the attention blocks narrow that the model's config says are. Those that are narrow, or that this part of
     the model does not have, are left alone."""
     record = read_record(model)
-    if record and record.get("version") != VERSION:
-        raise ValueError(
-            f"{RECORD} in the config: expected version {VERSION}, found {record.get('version')}; use the clover_peft "
-            "that the model was pruned with"
-        )
     if record and record.get("tower") not in (None, type(model).__name__):
         return
     prefix = relative_prefix(model) if record else ""

@@ -10,13 +10,16 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Literal, cast
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..architectures import AttentionBlock, HeadSlice, attention_block, attention_blocks
@@ -115,11 +118,12 @@ def prune(
         ValueError: for a model, data or figures that do not fit, with the model as it was.
     """
     started = time.perf_counter()
-    _check_plain(model)
+    _check_plain(model, masked)
     if method not in ("clover", "vanilla"):
         raise ValueError(f"method: expected 'clover' or 'vanilla', found {method!r}")
-    if multiple < 1:
+    if multiple < 1 or int(multiple) != multiple:
         raise ValueError(f"multiple: expected a positive number, found {multiple}")
+    multiple = int(multiple)  # NumPy's, too
     for option, wanted in {"sequential=True": sequential, "ranks='gradient'": ranks == "gradient"}.items():
         if wanted and calibration is None:
             raise ValueError(f"{option}: expected data to run the model on, found none; pass calibration")
@@ -130,6 +134,9 @@ def prune(
         known = ", ".join(repr(pair.name) for pair in find_pairs(model)[:2])
         raise ValueError(f"ranks: expected names of pairs such as {known}, found {sorted(unknown)[0]!r}")
     kinds, skipped = _kinds(model, rule.kinds)
+    if rule.kinds is None:  # a figure for all kinds is one for those that are named
+        named = {pair.kind for pair in find_pairs(model) if pair.is_named(target_modules)}
+        kinds = [kind for kind in kinds if kind in named] or kinds
     pairs = select_pairs(model, kinds, target_modules)
     _check_untied(model, pairs)
     blocks = _blocks(model, pairs, masked)
@@ -241,7 +248,7 @@ def _choose_rule(
     threshold: float | Mapping[Kind, float] | None,
     energy: float | Mapping[Kind, float] | None,
 ) -> _Rule:
-    figures = {"ratio": ratio, "threshold": threshold, "energy": energy}
+    figures = {n: _plain(n, figure) for n, figure in (("ratio", ratio), ("threshold", threshold), ("energy", energy))}
     given = [name for name, figure in figures.items() if figure is not None]
     if not isinstance(ranks, str):
         given.append("ranks by name")
@@ -257,16 +264,30 @@ def _choose_rule(
             if name != "threshold":
                 rules.check_share(name, share, whole=name == "energy")
     if not isinstance(ranks, str):
+        for name, each in ranks.items() if isinstance(ranks, Mapping) else [("ranks", ranks)]:
+            if not isinstance(each, Sequence) or not all(isinstance(r, Integral) for r in each):
+                raise ValueError(f"ranks: expected whole numbers by name of a pair, found {name!r}: {each!r}")
+        if not ranks:
+            raise ValueError("ranks: expected ranks by name of a pair, found none")
         return _Rule("given", given=ranks)
     if ranks not in ("global", "gradient", "layer", "uniform"):
         raise ValueError(f"ranks: expected 'global', 'gradient', 'layer', 'uniform' or ranks by name, found {ranks!r}")
     if ranks != "global" and (threshold is not None or energy is not None):
         raise ValueError(f"ranks={ranks!r}: expected a ratio to spread, found {given[0]}")
-    if threshold is not None:
-        return _Rule("threshold", threshold)
-    if energy is not None:
-        return _Rule("energy", energy)
-    return _Rule(ranks, 0.5 if ratio is None else ratio)
+    for name in ("threshold", "energy"):
+        if figures[name] is not None:
+            return _Rule(name, figures[name])
+    return _Rule(ranks, 0.5 if ratio is None else figures["ratio"])
+
+
+def _plain(name: str, figure: Any) -> float | dict[Kind, float] | None:
+    """A figure, or figures by kind of pair, as Python's own numbers, which a config can hold."""
+    try:
+        if isinstance(figure, Mapping):
+            return {kind: float(value) for kind, value in figure.items()}
+        return None if figure is None else float(figure)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: expected a number, or one for each kind of pair, found {figure!r}") from error
 
 
 def _kinds(model: nn.Module, wanted: list[Kind] | None) -> tuple[list[Kind], dict[Kind, str]]:
@@ -309,7 +330,18 @@ def _ranks(found: Found, rule: _Rule, multiple: int, weights: Mapping[str, float
 # ---------------------------------------------------------------------- what a model must be
 
 
-def _check_plain(model: nn.Module) -> None:
+def _check_plain(model: nn.Module, masked: bool) -> None:
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            f"{type(model).__name__}: expected a model without adapters; call merge_and_unload() or unload() first"
+        )
+    whole = isinstance(model, PreTrainedModel) or hasattr(model, "register_to_config")
+    if not masked and not whole:
+        raise ValueError(
+            f"{type(model).__name__}: expected a model of transformers or diffusers, whose config can say what is "
+            "narrow, found another module; prune the whole model, or pass masked=True"
+        )
+    read_record(model)  # raises if it is damaged
     for path, module in model.named_modules():
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             raise ValueError(
@@ -326,10 +358,10 @@ def _check_plain(model: nn.Module) -> None:
 def _check_untied(model: nn.Module, pairs: Iterable[Pair]) -> None:
     names = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[id(parameter)].append(name)
+        names[parameter.data_ptr()].append(name)
     for path in (path for pair in pairs for path in (pair.path, pair.partner.path)):
         for parameter in model.get_submodule(path).parameters(recurse=False):
-            if others := [name for name in names[id(parameter)] if not name.startswith(f"{path}.")]:
+            if others := [name for name in names[parameter.data_ptr()] if not name.startswith(f"{path}.")]:
                 raise ValueError(
                     f"{path}: expected weights of its own, found them tied to {others[0]}; give every layer its own "
                     "copy, or leave it out with target_modules"

@@ -91,7 +91,8 @@ def energy(spectra: Spectra, share: float) -> Ranks:
 
 
 def rounded(ranks: Ranks, spectra: Spectra, multiple: int) -> Ranks:
-    """To the nearest multiple, at most the width of a head; what is left of a head is not rounded away.
+    """To the nearest multiple, at most the width of a head. What is left of a head is not rounded away, and one that
+    is whole stays whole.
 
     Raises:
         ValueError: if `multiple` is no positive number.
@@ -100,8 +101,9 @@ def rounded(ranks: Ranks, spectra: Spectra, multiple: int) -> Ranks:
         raise ValueError(f"multiple: expected a positive number, found {multiple}")
     result = {}
     for name, kept in ranks.items():
-        near = (kept + multiple // 2) // multiple * multiple
-        result[name] = torch.where(kept > 0, near.clamp(min=multiple), 0).clamp(max=spectra[name].shape[1])
+        size = spectra[name].shape[1]
+        near = ((kept + multiple // 2) // multiple * multiple).clamp(min=multiple, max=size)
+        result[name] = torch.where((kept == 0) | (kept == size), kept, near)
     return result
 
 
