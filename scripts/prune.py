@@ -24,7 +24,7 @@ import torch
 from clover_peft import PruningReport, prune
 from clover_peft.analysis.pictures import find_pyplot
 from clover_peft.pruning import options
-from clover_peft.pruning.card import needs_import, summary, write_card
+from clover_peft.pruning.card import needs_import, write_card
 from clover_peft.training.models import find_model, load_as_saved
 
 
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    print(summary(report, caches=model.can_generate()))
+    print(report.summary())
     for kind, reason in report.skipped.items():
         print(f"{kind}: not pruned, {reason}")
     how = "after `import clover_peft`" if needs_import(model) else "with stock transformers"
@@ -110,9 +110,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--ranks",
         choices=["global", "gradient", "layer", "uniform"],
-        help="how --ratio is spread: one threshold over all heads (the default), the same with each layer weighed by "
-        "the gradient of the loss behind it (best for language models; needs --calibration), one rank for all heads "
-        "of a layer, which pads none, or the same ratio everywhere",
+        help="how --ratio is spread: one threshold over all heads, which pads them (the default); one rank for all "
+        "heads of a layer, by values relative to the layer's or weighed by gradients (best for language models, needs "
+        "--calibration); or the same rank everywhere",
     )
     parser.add_argument("--method", choices=["clover", "vanilla"], default="clover", help="vanilla drops coordinates")
     parser.add_argument("--multiple", type=int, default=1, help="round ranks to multiples of this; kernels like 8")

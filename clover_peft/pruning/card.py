@@ -54,7 +54,7 @@ model = {kind}.from_pretrained("<this folder>")
 
 {_needs(model, report)}
 
-{summary(report, caches=model.can_generate())}
+{report.summary()}
 
 | | |
 | --- | --- |
@@ -66,33 +66,6 @@ Ranks of all heads are in pruning.json. The licence of the base model applies; t
 their own.
 """
     ModelCard(text).save(folder / "README.md")
-
-
-def summary(report: PruningReport, caches: bool = True) -> str:
-    """A table of what was removed.
-
-    Args:
-        report: from `prune`.
-        caches: whether the model keeps keys and values.
-    """
-    rows = [["", "before", "after", "removed"], ["---", "---:", "---:", "---:"]]
-    rows.append(["parameters", *_change(*report.parameters)])
-    if caches:
-        rows.append(["KV cache, bytes a token", *_change(*report.cache_bytes)])
-    for kind in sorted({pair.kind for pair in report.pairs.values()}):
-        pairs = [pair for pair in report.pairs.values() if pair.kind == kind]
-        before = sum(pair.size * len(pair.kept) for pair in pairs)
-        rows.append([f"{kind} directions", *_change(before, sum(sum(pair.kept) for pair in pairs))])
-        narrowest, widest = min(pair.width for pair in pairs), max(pair.width for pair in pairs)
-        width = str(widest) if narrowest == widest else f"{narrowest} to {widest}"
-        energy = [share for pair in pairs for share in pair.energy]
-        rows.append([f"{kind} width of a head", str(pairs[0].size), width, ""])
-        rows.append([f"{kind} energy, mean and least", "", f"{sum(energy) / len(energy):.1%}, {min(energy):.1%}", ""])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def _change(before: int, after: int) -> list[str]:
-    return [f"{before:,}", f"{after:,}", f"{1 - after / before:.1%}" if before else "-"]
 
 
 def _needs(model: Any, report: PruningReport) -> str:

@@ -62,6 +62,29 @@ class PruningReport:
         """Everything, ready for JSON."""
         return asdict(self)
 
+    def summary(self) -> str:
+        """A Markdown table of how ranks were chosen, what was removed, and what that saves."""
+        rule = ", ".join(f"{name} {value}" for name, value in self.rule.items())
+        how = [self.method, rule, "calibrated" if self.calibrated else "by weights alone"]
+        rows = [["", "before", "after", "removed"], ["---", "---:", "---:", "---:"]]
+        rows.append([", ".join([*how, *(["sequential"] if self.sequential else [])]), "", "", ""])
+        rows.append(["parameters", *_change(*self.parameters)])
+        if any(self.cache_bytes):
+            rows.append(["KV cache, bytes a token", *_change(*self.cache_bytes)])
+        for kind in sorted({pair.kind for pair in self.pairs.values()}):
+            pairs = [pair for pair in self.pairs.values() if pair.kind == kind]
+            before = sum(pair.size * len(pair.kept) for pair in pairs)
+            rows.append([f"{kind} directions", *_change(before, sum(sum(pair.kept) for pair in pairs))])
+            padded = sum(pair.width * len(pair.kept) for pair in pairs)
+            rows.append([f"{kind} directions, padding counted", *_change(before, padded)])
+            narrowest, widest = min(pair.width for pair in pairs), max(pair.width for pair in pairs)
+            width = str(widest) if narrowest == widest else f"{narrowest} to {widest}"
+            energy = [share for pair in pairs for share in pair.energy]
+            rows.append([f"{kind} width of a head", str(pairs[0].size), width, ""])
+            least = f"{sum(energy) / len(energy):.1%}, {min(energy):.1%}"
+            rows.append([f"{kind} energy, mean and least", "", least, ""])
+        return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
     def save(self, path: str | PathLike[str]) -> None:
         """Write it as JSON."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
@@ -79,3 +102,7 @@ class PruningReport:
         if not pairs:
             return 0.0
         return 1 - sum(sum(p.kept) for p in pairs) / sum(p.size * len(p.kept) for p in pairs)
+
+
+def _change(before: int, after: int) -> list[str]:
+    return [f"{before:,}", f"{after:,}", f"{1 - after / before:.1%}" if before else "-"]
