@@ -6,7 +6,7 @@ from .config import CloverConfig
 from .layer import CloverLayer
 from .model import CloverModel
 from .pruning import PruningReport, prune
-from .pruning.narrow import install
+from .pruning.loading import install
 from .registration import register
 from .serving import hotswap_adapter, lora_errors
 from .transfer import dequantize, merge_onto

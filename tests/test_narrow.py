@@ -22,7 +22,9 @@ import transformers
 import clover_peft
 from clover_peft.architectures import attention_block, default_targets
 from clover_peft.pruning import by_layer, decompose, find_pairs, mask
-from clover_peft.pruning.narrow import _heads, install, narrow, read_record, widths
+from clover_peft.pruning.attention import split_heads
+from clover_peft.pruning.loading import install, read_record
+from clover_peft.pruning.narrow import narrow, widths
 from clover_peft.pruning.sensitivity import sensitivities
 from tests.tiny import FAMILIES, TOLERANCE, VOCAB, build, inputs, logits, output, perturb, relative
 
@@ -491,7 +493,7 @@ def test_a_part_is_sharded_by_its_heads():
     whole = attention.v_proj(x).unflatten(-1, (4, -1)).transpose(1, 2)
     attention.v_proj.weight.data = attention.v_proj.weight.data[:12]
     attention.v_proj.bias.data = attention.v_proj.bias.data[:12]
-    assert torch.equal(_heads(attention, x, None, True)["v"], whole[:, :2])
+    assert torch.equal(split_heads(attention, x, None, True)["v"], whole[:, :2])
 
 
 def test_what_is_not_touched_stays():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 import clover_peft
-from clover_peft.pruning import decompose, find_pairs, global_ratio, narrow, pictures
+from clover_peft.pruning import decompose, find_pairs, global_ratio, loading, pictures
 from clover_peft.pruning.calibration import batches_for, text_batches
 from clover_peft.pruning.options import figures
 from clover_peft.pruning.spectra import SHARES, Spectrum, labels, measure_spectra, suggest
@@ -283,7 +283,7 @@ def test_a_mask_whose_constant_has_no_place_is_not_saved(tmp_path, text, capsys)
 
 def test_a_folder_that_would_not_load_is_not_written(tmp_path, monkeypatch, capsys):
     source, out = save("opt", tmp_path / "model"), tmp_path / "out"
-    monkeypatch.setattr(narrow, "apply_record", lambda model: None)
+    monkeypatch.setattr(loading, "apply_record", lambda model: None)
     assert run(prune_script, source, "--ratio", "0.5", "--ranks", "uniform", "--out", out) == 1
     error = capsys.readouterr().err
     assert (

@@ -9,7 +9,7 @@ import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
 
-from .narrow import read_record
+from .loading import read_record
 from .report import PruningReport
 
 _REGISTER = "import clover_peft  # lets transformers make the heads narrow; needed before loading\n"

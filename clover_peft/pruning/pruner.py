@@ -36,19 +36,8 @@ from .directions import (
     mask,
     select_pairs,
 )
-from .narrow import (
-    VERSION,
-    become_stock,
-    check_projections,
-    check_supported,
-    narrow,
-    padded_width,
-    read_record,
-    relative_base,
-    relative_prefix,
-    widths,
-    write_record,
-)
+from .loading import VERSION, read_record, relative_base, relative_prefix, write_record
+from .narrow import become_stock, check_projections, check_supported, narrow, padded_width, widths
 from .report import PrunedPair, PruningReport
 from .sensitivity import sensitivities
 from .sequential import refit
