@@ -18,6 +18,9 @@ import peft
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 import clover_peft
 from clover_peft.architectures import attention_block, default_targets
@@ -198,6 +201,28 @@ def test_grouped_heads_biases_and_dtypes(heads, bias, dtype):
     assert len(next(iter(report.pairs.values())).kept) == heads
     assert relative(logits(model, "llama"), logits(twin, "llama")) < 10 * TOLERANCE[dtype]
     assert relative(logits(model, "llama"), before) > TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_cross_attention_of_decoders(family):
+    """Sliced as masked, with and without a cache of both kinds of keys and values."""
+    more = {} if family == "gpt2" else {"is_decoder": True}
+    model = build(family, add_cross_attention=True, use_cache=True, **more)
+    twin = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = clover_peft.prune(model, 0.4)
+        clover_peft.prune(twin, 0.4, masked=True)
+    assert any("cross" in name for name in report.pairs)
+    ids, read = torch.randint(3, VOCAB, (2, 6)), torch.randn(2, 5, 48)
+    whole = twin(input_ids=ids, encoder_hidden_states=read).logits
+    assert relative(model(input_ids=ids, encoder_hidden_states=read).logits, whole) < 1e-5
+    cache = transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())
+    steps = [
+        model(input_ids=ids[:, i : i + 1], encoder_hidden_states=read, past_key_values=cache, use_cache=True).logits
+        for i in range(6)
+    ]
+    assert relative(torch.cat(steps, dim=1), whole) < 1e-5
 
 
 def test_softmax_keeps_its_scale():
@@ -384,28 +409,85 @@ def test_sequential_stops_for_good_on_an_error():
 # ---------------------------------------------------------------------- as any model
 
 
-def test_another_process_loads_it(tmp_path):
-    """By AutoModel, pipeline and as part of another head, with `import clover_peft` alone."""
+def in_another_process(code: str) -> str:
+    """What `code` prints where nothing but `import clover_peft` was done before it."""
+    root = str(Path(__file__).parents[1])
+    start = f"import sys; sys.path.insert(0, {root!r})\nimport json, torch, transformers, clover_peft\n"
+    done = subprocess.run([sys.executable, "-c", start + code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip().splitlines()[-1]
+
+
+def test_another_process_loads_and_generates(tmp_path):
+    """Every family: the same tokens, and of those that generate none the same output."""
+    expected = {}
+    for family in NARROW:
+        model = build(family)
+        prune(model, ratio(model, 0.4), calibration=batches(family))
+        model.save_pretrained(tmp_path / family)
+        expected[family] = shown(model, family)
+    code = f"""
+from tests.test_narrow import load_all
+print(json.dumps(load_all({str(tmp_path)!r}, {list(NARROW)!r})))
+"""
+    assert json.loads(in_another_process(code)) == expected
+
+
+def load_all(folder: str, families: list[str]) -> dict[str, list]:
+    found = {}
+    for family in families:
+        kind = type(FAMILIES[family].build())
+        same = {"experts_implementation": "eager"} if "deepseek" in family else {}
+        found[family] = shown(kind.from_pretrained(f"{folder}/{family}", **same).eval(), family)
+    return found
+
+
+def shown(model, family: str) -> list:
+    if family in GENERATING:
+        given = {k: v for k, v in inputs(family).items() if not k.startswith("decoder")}
+        return model.generate(**given, max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0).tolist()
+    return [round(float(x), 3) for x in logits(model, family).flatten()[:50]]
+
+
+def test_other_heads_and_pipelines_load_it(tmp_path):
     model = build("llama")
     prune(model, {"vo": 0.5}, calibration=batches("llama"))
     model.save_pretrained(tmp_path)
-    expected = model.generate(**inputs("llama"), max_new_tokens=5, do_sample=False).tolist()
+    words = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", "one", "two", "three"])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    special = dict(pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(tmp_path)
     code = f"""
-import json, sys, torch, transformers, clover_peft
-sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+folder = {str(tmp_path)!r}
 from tests.tiny import inputs
-model = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})
-trunk = transformers.AutoModel.from_pretrained({str(tmp_path)!r})
-head = transformers.AutoModelForSequenceClassification.from_pretrained({str(tmp_path)!r}, num_labels=3)
+trunk = transformers.AutoModel.from_pretrained(folder)
+model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+head = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
 widths = [m.layers[1].self_attn.v_proj.out_features for m in (model.model, trunk, head.model)]
 assert len(set(widths)) == 1, widths
-same = torch.equal(trunk(**inputs("llama")).last_hidden_state, model.model(**inputs("llama")).last_hidden_state)
-assert same
-print(json.dumps(model.generate(**inputs("llama"), max_new_tokens=5, do_sample=False).tolist()))
+assert torch.equal(trunk(**inputs("llama")).last_hidden_state, model.model(**inputs("llama")).last_hidden_state)
+pipe = transformers.pipeline("text-generation", folder)
+ids = pipe("one two", max_new_tokens=4, do_sample=False, return_tensors=True)[0]["generated_token_ids"]
+print(json.dumps([int(i) for i in ids]))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout.strip().splitlines()[-1]) == expected
+    found = json.loads(in_another_process(code))
+    ids = torch.tensor([[words["one"], words["two"]]])
+    assert found == model.generate(input_ids=ids, max_new_tokens=4, do_sample=False)[0].tolist()
+
+
+def test_a_pruned_model_is_quantised_when_loaded(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model = build("llama")
+    prune(model, {"vo": 0.5}, calibration=batches("llama"))
+    model.save_pretrained(tmp_path)
+    config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    quantised = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    assert type(quantised.model.layers[0].self_attn.v_proj).__name__ == "Linear8bitLt"
+    before = logits(quantised, "llama")
+    assert relative(before, logits(model, "llama")) < 0.05
+    adapted = peft.get_peft_model(quantised, clover_peft.CloverConfig())
+    assert torch.equal(logits(adapted, "llama"), before)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
