@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from harness import clock, finish, options, parser, ratio, table
+from pruning import cache_bytes
 from torch import nn
 from tqdm import tqdm
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             for name, model in models.items():
                 steps[name].append(_step(model, caches[name], batch, arguments.device))
         for name, cache in caches.items():
-            size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+            size = cache_bytes(cache)
             seconds = steps[name][1:]  # the first is a warm-up
             faster = ratio(steps["unpruned"][1:], seconds)
             row = {"model": name, "batch": batch, "context": context, "cache_bytes": size, "v_unpruned": faster}

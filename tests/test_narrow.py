@@ -477,7 +477,7 @@ print(json.dumps([int(i) for i in ids]))
 
 
 def test_a_pruned_model_is_quantised_when_loaded(tmp_path):
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes", reason="needs the quant extra: pip install clover-peft[quant]")
     model = build("llama")
     prune(model, {"vo": 0.5}, calibration=batches("llama"))
     model.save_pretrained(tmp_path)

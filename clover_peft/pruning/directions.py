@@ -113,12 +113,16 @@ class Directions:
         back = back * kept.repeat_interleave(groups, dim=0).unsqueeze(1)
         return down, torch.where(whole.repeat_interleave(groups, dim=0), eye, back)
 
+    @staticmethod
+    def product(down: Tensor, back: Tensor) -> Tensor:
+        """`P = E C`, (G, d, d): what is left of the features of every query head."""
+        return back @ down.repeat_interleave(len(back) // len(down), dim=0)
+
     def constant(self, down: Tensor, back: Tensor) -> Tensor | None:
         """(G, d), the part of the mean that is cut, `(I - E C) mean`; None without a mean."""
         if self.mean is None:
             return None
-        each = down.repeat_interleave(len(self.mean) // len(down), dim=0)
-        return self.mean - (back @ (each @ self.mean.unsqueeze(-1))).squeeze(-1)
+        return self.mean - (self.product(down, back) @ self.mean.unsqueeze(-1)).squeeze(-1)
 
     def energy(self, ranks: Tensor) -> Tensor:
         """(H,), the share of the sum of squared values that the leading directions hold; 1 where all are zero."""
@@ -269,6 +273,7 @@ def _coordinates(g_in: Tensor, g_out: Tensor) -> Directions:
     return Directions(values, down, down.mT)
 
 
+Found = dict[str, tuple[Pair, Directions]]  # by name of a pair
 Factors = dict[str, tuple[Tensor, Tensor]]  # name of a pair -> C (H, d, d), E (G, d, d)
 
 
@@ -321,7 +326,7 @@ def mask(model: nn.Module, found: Mapping[str, tuple[Pair, Directions]], ranks: 
         module: Any = base_of(model.get_submodule(pair.partner.path))
         rows = CloverLayer(module, "", pair.partner.path).transposed_weight()  # (in, out), a view
         heads = pair.partner.heads
-        p = back @ down.repeat_interleave(len(back) // len(down), dim=0)
+        p = directions.product(down, back)
         constant = directions.constant(down, back)
         if constant is not None:
             lost = torch.einsum("ogd,gd->o", heads.blocks(rows.mT, pair.heads.dim).to(p), constant)

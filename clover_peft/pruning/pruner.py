@@ -26,6 +26,7 @@ from ..architectures import AttentionBlock, HeadSlice, attention_block, attentio
 from . import ranks as rules
 from .directions import (
     Directions,
+    Found,
     Kind,
     Method,
     Pair,
@@ -51,7 +52,6 @@ _RULES: dict[str, Callable[[rules.Spectra, Any], rules.Ranks]] = {
     "threshold": rules.threshold,
     "energy": rules.energy,
 }
-Found = dict[str, tuple[Pair, Directions]]
 
 
 @torch.inference_mode(False)
@@ -118,13 +118,13 @@ def prune(
             raise ValueError(f"{option}: expected data to run the model on, found none; pass calibration")
         if wanted:
             calibration = list(cast("Iterable[Mapping[str, Any]]", calibration))
-    rule = _choose_rule(ratio, ranks, threshold, energy)
-    if unknown := set(rule.given) - {pair.name for pair in find_pairs(model)}:
-        known = ", ".join(repr(pair.name) for pair in find_pairs(model)[:2])
+    rule, there = _choose_rule(ratio, ranks, threshold, energy), find_pairs(model)
+    if unknown := set(rule.given) - {pair.name for pair in there}:
+        known = ", ".join(repr(pair.name) for pair in there[:2])
         raise ValueError(f"ranks: expected names of pairs such as {known}, found {sorted(unknown)[0]!r}")
-    kinds, skipped = _kinds(model, rule.kinds)
+    kinds, skipped = _kinds(model, {pair.kind for pair in there}, rule.kinds)
     if rule.kinds is None:  # a figure for all kinds is one for those that are named
-        named = {pair.kind for pair in find_pairs(model) if pair.is_named(target_modules)}
+        named = {pair.kind for pair in there if pair.is_named(target_modules)}
         kinds = [kind for kind in kinds if kind in named] or kinds
     pairs = select_pairs(model, kinds, target_modules)
     _check_untied(model, pairs)
@@ -157,7 +157,8 @@ def prune(
             for name in names
         }
         factors = cut(found, kept)
-        step = {"method": method, **rule.to_dict(), "multiple": multiple, "calibrated": calibration is not None}
+        step = {"method": method, **rule.to_dict(), "multiple": multiple}
+        step |= {"calibrated": calibration is not None, "sequential": sequential}
         with _uninterrupted(), _recorded(model, step) as done:
             for block, names in tqdm(blocks.values(), desc="CLOVER pruning", unit=" layers", delay=3, leave=False):
                 _rewrite(block, [(*found[name], *factors[name], wide[name]) for name in names])
@@ -279,9 +280,8 @@ def _plain(name: str, figure: Any) -> float | dict[Kind, float] | None:
         raise ValueError(f"{name}: expected a number, or one for each kind of pair, found {figure!r}") from error
 
 
-def _kinds(model: nn.Module, wanted: list[Kind] | None) -> tuple[list[Kind], dict[Kind, str]]:
+def _kinds(model: nn.Module, present: set[Kind], wanted: list[Kind] | None) -> tuple[list[Kind], dict[Kind, str]]:
     """The kinds of pairs to prune, and of those that the model does not have, why."""
-    present = {pair.kind for pair in find_pairs(model)}
     reasons: dict[Kind, str] = {
         "qk": "queries and keys are rotated by their position, or normed",
         "vo": "something stands between value and output",

@@ -17,9 +17,7 @@ from torch import Tensor, nn
 
 from ..architectures import base_of
 from ..moments import Moments, TokenReader, add_blocks, evaluating, hooks
-from .directions import Directions, Method, Pair, beside_name, decompose_pair, probes
-
-Found = dict[str, tuple[Pair, Directions]]
+from .directions import Directions, Found, Method, beside_name, decompose_pair, probes
 
 
 @dataclass
@@ -168,7 +166,7 @@ class _Fitting:
                 directions = decompose_pair(self.model, pair, self.method, self.moments)
                 groups = pair.partner.heads.count // pair.heads.count
                 down, back = directions.factors(self.ranks[name], groups)
-                p = back @ down.repeat_interleave(groups, dim=0)
+                p = directions.product(down, back)
                 self.made[name] = (directions, p, directions.constant(down, back))
                 for key in seen:
                     del self.moments[key]
