@@ -80,6 +80,12 @@ class HeadSlice:
         """
         return self.heads(x).reshape(*x.shape[:-1], self.features // size, size)
 
+    def has_views(self, size: int) -> bool:
+        """Whether `blocks` is a view of a contiguous `x`: its blocks lie at equal distances, each in one piece."""
+        if self.inner > 1:
+            return size == self.dim and self.stride == self.inner * self.inner_stride
+        return size == self.dim or self.dim == self.stride
+
 
 @dataclass(frozen=True)
 class Partner:

@@ -23,6 +23,7 @@ from .decomposition import (
     describe_dropped,
     factors,
     gram,
+    norms,
     pair_bases,
     per_key_value_head,
     qr_bases,
@@ -134,15 +135,14 @@ def fingerprint(model: nn.Module, layer: CloverLayer, spec: BlockSpec) -> Tensor
 
 
 def _norms(model: nn.Module, spec: BlockSpec, weight: Tensor) -> Tensor:
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    norms = torch.linalg.vector_norm(spec.heads.blocks(weight, spec.size), dim=0, dtype=dtype)
+    own = norms(spec.heads.blocks(weight, spec.size))
     if spec.partner is None:
-        return norms
+        return own
     heads = spec.partner.heads
     with partner_weight(model, spec.partner) as (rows, _):
-        partner = torch.linalg.vector_norm(heads.blocks(rows, spec.size), dim=0, dtype=dtype)
+        partner = norms(heads.blocks(rows, spec.size)).to(own)
     shared = partner.unflatten(0, (spec.heads.count, heads.count // spec.heads.count, -1))
-    return norms * torch.linalg.vector_norm(shared, dim=1).flatten(0, 1).to(norms.device)
+    return own * torch.linalg.vector_norm(shared, dim=1).flatten(0, 1)
 
 
 def _stored(bases: Bases) -> dict[str, Tensor]:

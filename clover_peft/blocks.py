@@ -55,7 +55,9 @@ class BlockSpec:
         basis: "pair", "qr", "svd", or "folded" (no bases; S is the whole map of an adapter saved folded).
         truncate: drop the directions beyond r.
         from_activations: the bases were made from moments of activations, not from the weights alone.
-        partner: the projection a "pair" basis was made with. Not part of what makes two specs equal.
+        partner: the projection a "pair" basis was made with. Not part of what makes two specs equal, as the next.
+        output_is_kept: what follows keeps the slice's output for its own backward pass, and does not write into it:
+            attention keeps values (and keys, but those often rotated or normed), activations keep up projections.
     """
 
     name: str
@@ -68,6 +70,7 @@ class BlockSpec:
     truncate: bool
     from_activations: bool = False
     partner: Partner | None = field(default=None, compare=False)
+    output_is_kept: bool = field(default=False, compare=False)
 
     @property
     def blocks(self) -> int:
@@ -78,6 +81,12 @@ class BlockSpec:
     def s_shape(self) -> tuple[int, ...]:
         """Shape of S: (H, r, r) or (H, r)."""
         return (self.blocks, self.r, self.r) if self.form == "full" else (self.blocks, self.r)
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether C is applied first, then E S: where that keeps fewer numbers for training, or is less work."""
+        recovered = self.output_is_kept and not self.truncate  # costs no memory at all
+        return self.r < self.size and (not recovered or self.r <= self.size // 2)
 
     @property
     def base_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -91,7 +100,10 @@ class BlockSpec:
         return shapes
 
     def map(self, tensors: BlockTensors) -> Tensor:
-        """(H, d, d), what is added to a block's features, `E dS C`; with `truncate` replaces them, `E (S0 + dS) C`."""
+        """(H, d, d), what is added to a block's features, `E dS C`; with `truncate` replaces them, `E (S0 + dS) C`.
+
+        Without `u` the left factor alone, (H, d, r).
+        """
         s, u, v, s0, _ = tensors
         if self.truncate and s0 is not None:
             s = s + (s0 if self.form == "diagonal" else torch.diag_embed(s0))
@@ -172,4 +184,5 @@ def block_spec(config: CloverConfig, key: str, target: TargetSlice, rank: int | 
         config.truncate and r < size,
         config.from_activations,
         partner,
+        output_is_kept=target.part == "up" or (target.part == "v" and target.partner is not None),
     )

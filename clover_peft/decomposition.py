@@ -80,6 +80,19 @@ def gram(blocks: Tensor, bias: Tensor | None = None) -> Tensor:
     return result
 
 
+def norms(blocks: Tensor) -> Tensor:
+    """Norms over D of every feature, (D, H, d) to (H, d), in at least float32 on the device of `blocks`."""
+    dtype = torch.promote_types(blocks.dtype, torch.float32)
+    if blocks.device.type != "cpu":
+        return torch.linalg.vector_norm(blocks, dim=0, dtype=dtype)
+    # There the same takes 4 to 20 times as long, unless rows lie in one piece and need no cast.
+    squares = torch.empty(blocks.shape[1:], dtype=dtype)
+    step = max(1, _CHUNK_ELEMENTS // max(1, blocks.shape[0] * blocks.shape[2]))
+    for start in range(0, blocks.shape[1], step):
+        squares[start : start + step] = blocks[:, start : start + step].to(dtype).square().sum(0)
+    return squares.sqrt()
+
+
 def per_key_value_head(g: Tensor, heads: int, groups: int) -> Tensor:
     """Sums over the query heads that share a key-value head: (heads * groups * b, d, d) to (heads * b, d, d), with b
     blocks a head."""

@@ -31,6 +31,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .architectures import in_features, out_features
 from .blocks import BlockSpec, BlockTensors
+from .head_map import HeadMap, apply_maps
 
 TRAINED = ("clover_S", "clover_A", "clover_B")
 FROZEN = ("clover_U", "clover_V", "clover_S0", "clover_norm")
@@ -94,6 +95,8 @@ class SliceTensors(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SliceTensors:
         def at_least_float32(tensor: Tensor) -> Tensor:
+            if tensor.is_meta and not isinstance(tensor, nn.Parameter):
+                return tensor  # bases that are to be loaded have nothing to move, and get no numbers by `to_empty`
             result = fn(tensor)
             if result.is_floating_point() and result.dtype.itemsize < 4 <= tensor.dtype.itemsize:
                 return tensor.to(result.device)
@@ -123,6 +126,33 @@ class _Original(NamedTuple):
     weight: Any  # None where only the module can read its weights
     bias: Tensor | None
     state: Any  # bitsandbytes' 8-bit scales lie beside the weight
+
+
+class _Folded(NamedTuple):
+    """Maps that were folded for inference, and what they were made of."""
+
+    maps: list[HeadMap]
+    sources: list[tuple[dict[str, Any], str, Tensor, int, int]]  # where it is, its name, it, version, address
+
+    @classmethod
+    def of(cls, maps: list[HeadMap], modules: Iterable[SliceTensors]) -> _Folded | None:
+        """None where a change of the tensors would not be seen: made in inference mode, or sharded."""
+        sources = []
+        for module in modules:
+            holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for holder in holders:
+                for name, tensor in holder.items():
+                    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference() or hasattr(tensor, "ds_id"):
+                        return None
+                    sources.append((holder, name, tensor, tensor._version, tensor.data_ptr()))
+        return cls(maps, sources)
+
+    def is_current(self) -> bool:
+        """Whether the tensors are the same, at the same place, and unchanged as far as torch counts changes."""
+        for holder, name, tensor, version, address in self.sources:  # in every forward pass: no generator
+            if holder.get(name) is not tensor or tensor._version != version or tensor.data_ptr() != address:
+                return False
+        return True
 
 
 class CloverLayer(nn.Module, BaseTunerLayer):
@@ -158,12 +188,14 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = [adapter_name]
         self._missing_bases: set[str] = set()
         self._original: _Original | None = None
+        self._folded: dict[tuple, _Folded] = {}
         # Squared norms of what the last merge changed and of what rounding the result made of it.
         self.merge_rounding: tuple[float, float] = (0.0, 0.0)
         base: Any = self.get_base_layer()
         self.in_features, self.out_features = in_features(base, name), out_features(base, name)
         self.fan_in_fan_out = isinstance(base, Conv1D)
         self.quantization_backend = resolve_quantization_backend(base, **(quantization_kwargs or {}))
+        self.register_load_state_dict_post_hook(CloverLayer._note_loaded)
 
     # ------------------------------------------------------------------ adapters
 
@@ -185,9 +217,9 @@ class CloverLayer(nn.Module, BaseTunerLayer):
             adapter_name: its name.
             specs: the target's slices.
             bases: slice name -> the frozen tensors of `BlockSpec.base_shapes`, which are copied; None leaves them to
-                be loaded.
-            empty_device: where tensors are that are left to be loaded; the meta device takes no values, but others in
-                their place.
+                be loaded: they are on the meta device until then.
+            empty_device: where the trained tensors are without bases, and the bases once they are loaded; the meta
+                device takes no values, but others in their place.
             low_rank: rank of the part beside the maps.
             dropout: probability on the input of the map.
             init_weights: True starts at the base model, False visibly elsewhere.
@@ -203,18 +235,18 @@ class CloverLayer(nn.Module, BaseTunerLayer):
             s[spec.name] = torch.zeros(spec.s_shape, dtype=dtype, device=device)
             values = bases[spec.name] if bases is not None else {}
             for attribute, shape in spec.base_shapes.items():
-                value = values[attribute] if values else torch.empty(shape, device=device)
+                value = values[attribute] if values else torch.empty(shape, device="meta")
                 # A copy: bases shared with another adapter must not be written to when this one's are loaded.
-                frozen[attribute][spec.name] = value.to(device=device, dtype=dtype, copy=True).contiguous()
+                target = device if values else value.device
+                frozen[attribute][spec.name] = value.to(device=target, dtype=dtype, copy=True).contiguous()
             if not init_weights and "clover_S0" in values:
                 # Random, and about half as large as the frozen part.
                 scale = 0.5 * values["clover_S0"].mean(-1) / (spec.r**0.5 if spec.form == "full" else 1)
                 noise = torch.randn_like(s[spec.name])
                 s[spec.name] = noise * scale.to(noise).view(-1, *[1] * (noise.ndim - 1))
 
-        # With this option accelerate shards the model, then fills its state dict, and takes all of it to be sharded.
-        flags = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
-        persistent = self.quantization_backend is not None or not all(parse_flag_from_env(name) for name in flags)
+        # Accelerate then shards the model, fills its state dict, and takes all of it to be sharded.
+        persistent = self.quantization_backend is not None or not filled_by_rank_0()
         self.specs[adapter_name] = specs
         trained = {"clover_S": s, **self._low_rank_start(low_rank, init_weights, dtype, device)}
         for attribute, tensors in trained.items():
@@ -223,13 +255,11 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         for attribute, tensors in frozen.items():
             getattr(self, attribute)[adapter_name] = SliceTensors(tensors, persistent=persistent)
         self.clover_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
-        self._missing_bases.discard(adapter_name)
         if next(self.clover_S[adapter_name].parameters()).is_meta:  # also under `init_empty_weights`
             for attribute in (*trained, *frozen):
                 getattr(self, attribute)[adapter_name].to("meta")
-            self._missing_bases.add(adapter_name)
-        elif bases is None:
-            self._missing_bases.add(adapter_name)
+        self._missing_bases.add(adapter_name)
+        self._note_loaded()
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _low_rank_start(
@@ -326,21 +356,22 @@ class CloverLayer(nn.Module, BaseTunerLayer):
             return
         for attribute in (*TRAINED, *FROZEN):
             tensors = getattr(self, attribute)
-            if adapter_name in tensors and not any(
-                t.is_meta for t in (*tensors[adapter_name].parameters(), *tensors[adapter_name].buffers())
-            ):
+            if adapter_name in tensors and not _has_meta(tensors[adapter_name]):
                 tensors[adapter_name].to(target)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        for adapter_name in list(self._missing_bases):
-            names = [(a, spec.name) for spec in self.specs[adapter_name] for a in spec.base_shapes]
-            names += [(a, name) for a, tensors in self.trained_tensors(adapter_name).items() for name in tensors]
-            needed = [f"{prefix}{attribute}.{adapter_name}.{name}" for attribute, name in names]
-            assigned = bool(args and args[0].get("assign_to_params_buffers"))
-            on_meta = any(p.is_meta for p in self.clover_S[adapter_name].parameters())
-            if all(key in state_dict for key in needed) and (assigned or not on_meta):
-                self._missing_bases.discard(adapter_name)
+        assigned = bool(args and args[0].get("assign_to_params_buffers"))
+        for adapter_name in () if assigned else self._missing_bases:
+            s = next(self.clover_S[adapter_name].parameters())
+            for spec in self.specs[adapter_name]:
+                for attribute, shape in spec.base_shapes.items():
+                    tensors = getattr(self, attribute)[adapter_name]
+                    value = state_dict.get(f"{prefix}{attribute}.{adapter_name}.{spec.name}")
+                    empty = tensors.get(spec.name)
+                    # Room for what is written into it next.
+                    if empty.is_meta and not s.is_meta and value is not None and value.shape == shape:
+                        setattr(tensors, spec.name, torch.empty_like(empty, device=s.device))
 
     def train(self, mode: bool = True) -> CloverLayer:
         """As in torch.
@@ -350,10 +381,16 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         """
         if mode:
             check_packing(self.get_base_layer(), self.name)
+        self._note_loaded()  # transformers' loader puts tensors in their places itself
+        self._folded.clear()
         super().train(mode)
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_folded": {}}
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CloverLayer:
+        self._folded.clear()
         super()._apply(fn, recurse)
         if self._original is not None:
             module, weight, bias, state = self._original
@@ -384,7 +421,17 @@ class CloverLayer(nn.Module, BaseTunerLayer):
 
     def has_bases(self, adapter_name: str) -> bool:
         """Whether the adapter's bases were computed or loaded."""
+        if self._missing_bases:
+            self._note_loaded()
         return adapter_name not in self._missing_bases
+
+    def _note_loaded(self, *_: Any) -> None:
+        """What is on the meta device still waits for its numbers."""
+        self._missing_bases = {
+            name
+            for name in self._missing_bases
+            if any(_has_meta(m[name]) for m in (getattr(self, a) for a in (*TRAINED, *FROZEN)) if name in m)
+        }
 
     @property
     def precision(self) -> str:
@@ -409,75 +456,98 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: naming the module and the remedy.
         """
-        if adapter_name in self._missing_bases:
+        if not self.has_bases(adapter_name):
             raise ValueError(
                 f"{self.name}: cannot {action} adapter {adapter_name!r}, because its bases were never computed or "
-                "loaded (it was created on the meta device or with low_cpu_mem_usage=True); load its weights, or "
-                "create it on a base model whose weights are loaded"
+                "loaded (it was created to be loaded, on the meta device or with low_cpu_mem_usage=True); load its "
+                "weights, or create it on a base model whose weights are loaded"
             )
 
-    def maps(self, adapter_names: list[str], dtype: torch.dtype) -> list[tuple[BlockSpec, Tensor, list[str]]]:
-        """One map per slice: (spec, M (H, d, d), the adapters in it).
+    def maps(self, adapter_names: Iterable[str], dropout: bool = False) -> list[HeadMap]:
+        """The adapters' maps, one a slice, in the precision of S and outside of autocast.
 
-        Maps of adapters that cut the same features alike are added up. They are folded in the precision of S, outside
-        of autocast, and only then cast to `dtype`. A spec with `truncate` says that M replaces its input, any other
-        that it is added to it.
+        Maps of adapters that cut the same features alike are added up.
+
+        Args:
+            adapter_names: adapters, in any order; those that this layer does not have are passed over.
+            dropout: with the adapters' dropout, in training.
+
+        Returns:
+            The one that replaces its input, if there is one, comes first.
         """
-        result: dict[tuple, tuple[BlockSpec, Tensor, list[str]]] = {}
-        for adapter_name in adapter_names:
-            if adapter_name not in self.clover_S:
-                continue
+        names = [name for name in adapter_names if name in self.clover_S]
+        result: dict[tuple, HeadMap] = {}
+        for name in names:
             if self._missing_bases:
-                self.check_bases(adapter_name, "run")
-            p = getattr(self.clover_dropout[adapter_name], "p", 0.0) if self.training else 0.0
-            for spec in self.specs[adapter_name]:
-                tensors = self.tensors(adapter_name, spec)
+                self.check_bases(name, "run")
+            drop = self.clover_dropout[name] if dropout and self.training else None
+            drop = drop if getattr(drop, "p", 0.0) else None
+            for spec in self.specs[name]:
+                staged = len(names) == 1 and spec.is_staged
+                tensors = self.tensors(name, spec)
 
-                def fold(s: Tensor, spec: BlockSpec = spec, tensors: BlockTensors = tensors) -> Tensor:
+                def fold(
+                    s: Tensor, spec: BlockSpec = spec, tensors: BlockTensors = tensors, staged: bool = staged
+                ) -> Tensor:
                     # Without peft's `autocast_adapter_dtype` S has the dtype of the base weights.
                     s = s if tensors.norm is None else s.to(tensors.norm.dtype)
                     with torch.autocast(device_type=s.device.type, enabled=False):
-                        return spec.map(tensors._replace(s=s))
+                        return spec.map(tensors._replace(s=s, u=None if staged else tensors.u))
 
-                folded = self.clover_S[adapter_name](spec.name, fold)
+                matrix = self.clover_S[name](spec.name, fold)
                 # Dropout draws its own mask for every adapter.
-                key = (spec.heads, spec.size, spec.truncate, adapter_name if p else None)
+                key = (spec.heads, spec.size, spec.truncate, drop and name)
                 if key in result:
-                    result[key] = (spec, result[key][1] + folded, [*result[key][2], adapter_name])
-                else:
-                    result[key] = (spec, folded, [adapter_name])
-        return [(spec, folded.to(dtype), names) for spec, folded, names in result.values()]
+                    matrix = result[key].matrix + matrix
+                coordinates = tensors.u if staged else None
+                result[key] = HeadMap(spec.heads, spec.size, spec.truncate, matrix, coordinates, drop)
+        return sorted(result.values(), key=lambda m: not m.replaces)
 
-    def map_features(self, z: Tensor, adapter_names: list[str], dropout: bool = True) -> Tensor:
-        """`y` of the equations above, for features in the last dimension.
+    def _maps_for(self, adapter_names: list[str], dtype: torch.dtype) -> tuple[list[HeadMap], bool]:
+        """The maps that a forward pass applies, and whether their output is kept by what follows.
+
+        In inference they are folded and cast once, and again when something has changed: any of the adapters' tensors
+        (replaced, moved, or written to in any way that torch counts), the active adapters or the mode. Whatever writes
+        through `tensor.data` is not seen by torch; `train()` and `eval()` forget the maps, as does a forward pass that
+        is differentiated.
+        """
+        if torch.compiler.is_compiling():
+            return self.maps(adapter_names, dropout=True), False
+        if self.training or torch.is_grad_enabled():
+            self._folded.clear()
+            maps = self.maps(adapter_names, dropout=True)
+            disjoint = all(len(self.specs[name]) == len(maps) for name in adapter_names if name in self.specs)
+            kept = any(s.output_is_kept for name in adapter_names for s in self.specs.get(name, ()))
+            return maps, disjoint and kept
+        key = (*adapter_names, dtype)
+        folded = self._folded.get(key)
+        if folded is None or not folded.is_current():
+            maps = [m.to(dtype) for m in self.maps(adapter_names)]
+            tensors = [
+                getattr(self, attribute)[name]
+                for name in adapter_names
+                if name in self.specs
+                for attribute in ("clover_S", *FROZEN)
+            ]
+            folded = _Folded.of(maps, tensors)
+            if folded is None:
+                return maps, False
+            self._folded[key] = folded
+        return folded.maps, False
+
+    def map_features(self, z: Tensor, adapter_names: list[str]) -> Tensor:
+        """`y` of the equations above, without dropout, for features in the last dimension.
 
         The same function maps activations, the transposed weight and the bias: merging is this map of the weight.
 
         Args:
             z: (..., out_features), any floating dtype.
             adapter_names: adapters to apply, in any order.
-            dropout: apply the adapters' dropout (in training).
 
         Returns:
             (..., out_features), dtype of `z`.
         """
-        maps = self.maps(adapter_names, z.dtype)
-        whole = len(maps) == 1 and maps[0][0].heads.covers(z.shape[-1])
-        result = z if whole or not maps else z.clone()
-        for spec, folded, names in maps:
-            blocks = spec.heads.blocks(z, spec.size)
-            tokens = blocks.flatten(0, -3) if blocks.ndim > 2 else blocks.unsqueeze(0)
-            if dropout:
-                tokens = self.clover_dropout[names[0]](tokens)
-            mapped = torch.bmm(tokens.transpose(0, 1), folded.mT).transpose(0, 1)
-            if whole:
-                # The sum is laid out like its first operand, so that `mapped` is never copied into place.
-                y = mapped.to(z.dtype) if spec.truncate else blocks.reshape(mapped.shape) + mapped
-                return y.reshape(z.shape)
-            heads = spec.heads.heads(result)
-            change = mapped.reshape(heads.shape).to(z.dtype)
-            heads.add_(change - spec.heads.heads(z) if spec.truncate else change)
-        return result
+        return apply_maps(z, self.maps(adapter_names))
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """The projection with its active adapters: (..., in_features) to (..., out_features).
@@ -498,12 +568,13 @@ class CloverLayer(nn.Module, BaseTunerLayer):
             return z
         if adapter_names is None:
             active = self.active_adapters
-            return self.add_low_rank(self.map_features(z, active), x, active)
+            return self.add_low_rank(apply_maps(z, *self._maps_for(active, z.dtype)), x, active)
         result = z.clone()
         for name in dict.fromkeys(adapter_names):
             if name in self.clover_S:
                 rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=z.device)
-                result[rows] = self.add_low_rank(self.map_features(z[rows], [name]), x[rows], [name])
+                mapped = apply_maps(z[rows], *self._maps_for([name], z.dtype))
+                result[rows] = self.add_low_rank(mapped, x[rows], [name])
         return result
 
     def add_low_rank(self, y: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
@@ -566,7 +637,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         """The map of a weight or bias, in at least float32 and outside of autocast."""
         z = z.detach().to(torch.promote_types(z.dtype, torch.float32))
         with torch.autocast(device_type=z.device.type, enabled=False):
-            return self.map_features(z, adapter_names, dropout=False)
+            return self.map_features(z, adapter_names)
 
     @torch.no_grad()
     def map_weight(self, weight: Tensor, adapter_names: list[str]) -> Tensor:
@@ -708,6 +779,15 @@ class CloverLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "clover." + super().__repr__()
+
+
+def filled_by_rank_0() -> bool:
+    """Whether accelerate is to spare memory by filling all processes' models from the first one's."""
+    return all(parse_flag_from_env(name) for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"))
+
+
+def _has_meta(module: nn.Module) -> bool:
+    return any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:

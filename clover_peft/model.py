@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,12 +11,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
+from transformers.integrations import PeftAdapterMixin
 
 from .architectures import FAMILIES, default_targets, family_of, resolve, unknown_family_message
 from .bases import clover_layers, frozen_tensors, warn_about_conditions, warn_about_dropped
@@ -32,10 +35,16 @@ from .checkpoint import (
 )
 from .config import CloverConfig
 from .decomposition import Bases
-from .layer import FROZEN, CloverLayer, onloaded
+from .layer import FROZEN, CloverLayer, filled_by_rank_0, onloaded
 
 # Rounding of merged weights above this share of the update is worth a warning.
 MUCH_ROUNDED = 0.1
+# What makes an adapter and loads its weights next. A tuner is told of it in no other way, and a config from a file may
+# make a new adapter as well. For a caller that is not found here bases are computed, which takes longer.
+_LOADERS = {
+    getattr(function, "__code__", None)
+    for function in (PeftModel.from_pretrained, PeftModel.load_adapter, PeftAdapterMixin.load_adapter)
+}
 
 
 class CloverModel(BaseTuner):
@@ -103,10 +112,14 @@ class CloverModel(BaseTuner):
                 f"adapter {adapter_name!r} was saved folded, for inference; load it with is_trainable=False, or train "
                 "from one saved with save_bases=True"
             )
-        check_source(config)
+        loads = kwargs.get("state_dict") is not None or _loads_next()
+        if loads and config.source is None:
+            config.source = ""
+        check_source(config, loads)
         self._refuse_experts(config)
         self._refuse_sharded()
         # For the time of the injection only: a progress bar cannot be copied or pickled with the model.
+        self._bases_come = loads and config.save_bases is not False and not filled_by_rank_0()
         self._conditions: dict[str, tuple[float, torch.dtype]] = {}
         self._progress = tqdm(desc="CLOVER bases", unit=" modules", delay=3, leave=False)
         try:
@@ -119,7 +132,7 @@ class CloverModel(BaseTuner):
             raise
         finally:
             self._progress.close()
-            del self._progress, self._conditions
+            del self._progress, self._conditions, self._bases_come
 
     def _warn_about_block_size(self, adapter_name: str, config: CloverConfig) -> None:
         """A block size for heads is without effect where no target has any."""
@@ -187,7 +200,7 @@ class CloverModel(BaseTuner):
         )
         if peft_config.source is None or peft_config.base_precision is None:
             peft_config.base_precision = layer.precision
-        bases = layer.bases_to_share(specs)
+        bases = None if self._bases_come else layer.bases_to_share(specs)
         if bases is None and peft_config.source is None and not layer.can_read_weight:
             raise ValueError(
                 f"{current_key}: expected weights to compute bases from, found {layer.precision}, which can only be "
@@ -199,7 +212,7 @@ class CloverModel(BaseTuner):
                 "CloverConfig.from_activations is set by initialize_from_activations; leave it out of the config of a "
                 "new adapter, and call clover_peft.initialize_from_activations(model, batches)"
             )
-        if bases is None and not _on_meta():
+        if bases is None and not _on_meta() and not self._bases_come:
             bases = frozen_tensors(self.model, layer, specs, self._report)
         layer.update_layer(
             adapter_name,
@@ -209,9 +222,7 @@ class CloverModel(BaseTuner):
             dropout=peft_config.clover_dropout,
             init_weights=peft_config.init_weights,
             inference_mode=peft_config.inference_mode,
-            # A base model without weights that an adapter is loaded onto is offloaded to disk: peft has taken off the
-            # hooks that bring the weights, and puts them back at the end.
-            empty_device="meta" if peft_config.source is None or _on_meta() else "cpu",
+            empty_device=_home(layer) if bases is None and peft_config.source is not None and not _on_meta() else "meta",
         )
         if is_new:
             if adapter_name not in self.active_adapters:
@@ -493,6 +504,20 @@ class CloverModel(BaseTuner):
 
 def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict, names: list[str]) -> tuple[Any, dict]:
     return args, {**kwargs, "adapter_names": names}
+
+
+def _loads_next() -> bool:
+    """Whether the adapter's weights are loaded right after it is made."""
+    return any(frame.f_code in _LOADERS for frame, _ in traceback.walk_stack(None))
+
+
+def _home(layer: CloverLayer) -> torch.device:
+    """Where the weight is used. One without a device is offloaded to disk: peft has taken off the hooks that bring it,
+    and puts them back at the end of a load."""
+    if not layer.weight.is_meta:
+        return layer.weight.device
+    with onloaded(layer.get_base_layer()):
+        return torch.device("cpu") if layer.weight.is_meta else layer.weight.device
 
 
 def _on_meta() -> bool:

@@ -1,0 +1,215 @@
+"""The fast map of heads against the plain formula: values, first and second derivatives, and what it keeps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor
+
+from clover_peft import CloverConfig, layer
+from clover_peft.architectures import HeadSlice
+from clover_peft.head_map import HeadMap, apply_maps, formula, inverse
+from tests.tiny import TOLERANCE, build, inputs, perturb, relative
+
+LAYOUTS = {
+    "plain": (HeadSlice.plain(4, 6), 6, 24),
+    "one head": (HeadSlice.plain(1, 24), 24, 24),
+    "split heads": (HeadSlice.plain(4, 6), 3, 24),
+    "joined heads": (HeadSlice.plain(4, 6), 12, 24),
+    "a region": (HeadSlice.plain(3, 4, start=8), 4, 24),
+    "part of each head": (HeadSlice(0, 4, 6, 2, 4), 4, 24),
+    "split parts": (HeadSlice(0, 4, 6, 2, 4), 2, 24),
+    "joined parts": (HeadSlice(0, 4, 6, 2, 4), 8, 24),
+    "shards": (HeadSlice(0, 4, 12, 6, 3, 2, 3), 3, 24),
+    "spread shards": (HeadSlice(0, 4, 12, 0, 2, 2, 3), 2, 24),
+}
+KINDS = ["folded", "staged", "replaces", "staged replaces"]
+
+
+def random(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_(True)
+
+
+def head_map(layout: str, kind: str = "folded", scale: float = 0.05, dtype: torch.dtype = torch.float64) -> HeadMap:
+    heads, size, _ = LAYOUTS[layout]
+    blocks, r = heads.features // size, max(1, size // 2)
+    replaces = "replaces" in kind
+    if "staged" in kind:
+        coordinates = random(blocks, r, size, seed=2, dtype=dtype).detach()
+        return HeadMap(heads, size, replaces, random(blocks, size, r, scale=scale, seed=1, dtype=dtype), coordinates)
+    return HeadMap(heads, size, replaces, random(blocks, size, size, scale=scale, seed=1, dtype=dtype))
+
+
+def gradients(y: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y).to(y)
+    return list(torch.autograd.grad((y * weights).sum(), inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_values_and_gradients_are_the_formulas(layout, kind, kept, dtype):
+    master = torch.promote_types(dtype, torch.float32)
+    m, z = head_map(layout, kind, dtype=master), random(2, 5, 24, dtype=dtype)
+    exact = head_map(layout, kind)
+    wide = z.detach().double().requires_grad_(True)
+    expected = formula(wide, [exact])
+    y = apply_maps(z, [m], kept)
+    assert y.dtype == dtype
+    assert relative(y.double(), expected) < TOLERANCE[dtype]
+    with torch.no_grad():
+        assert torch.equal(apply_maps(z, [m]), y)
+    for found, wanted in zip(gradients(y, [z, m.matrix]), gradients(expected, [wide, exact.matrix]), strict=True):
+        assert relative(found.double(), wanted) < 2 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_blocks_are_views_where_it_says_so(layout):
+    heads, size, features = LAYOUTS[layout]
+    x = torch.zeros(2, 3, features)
+    shares = heads.blocks(x, size).untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    assert shares is heads.has_views(size)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", ["plain", "part of each head", "joined parts"])
+def test_it_can_be_differentiated_twice(layout, kind, kept):
+    m, z = head_map(layout, kind), random(2, 24)
+
+    def run(z: Tensor, matrix: Tensor) -> Tensor:
+        return apply_maps(z, [m._replace(matrix=matrix)], kept)
+
+    assert torch.autograd.gradcheck(run, (z, m.matrix))
+    assert torch.autograd.gradgradcheck(run, (z, m.matrix))
+
+
+def test_transforms_of_functions_take_it():
+    m, z = head_map("plain"), random(5, 24)
+
+    def loss(matrix: Tensor, apply=apply_maps) -> Tensor:
+        return apply(z.detach(), [m._replace(matrix=matrix)]).square().sum()
+
+    matrix = m.matrix.detach()
+    found = torch.func.grad(loss)(matrix)
+    assert relative(found, torch.func.grad(lambda matrix: loss(matrix, formula))(matrix)) < TOLERANCE[torch.float64]
+
+
+def test_several_maps_read_the_same_features():
+    maps = [head_map("split heads", "replaces"), head_map("plain"), head_map("plain", "staged")]
+    z = random(3, 24)
+    matrices = [m.matrix for m in maps]
+    y, expected = apply_maps(z, maps), formula(z, maps)
+    assert relative(y, expected) < TOLERANCE[torch.float64]
+    for found, wanted in zip(gradients(y, [z, *matrices]), gradients(expected, [z, *matrices]), strict=True):
+        assert relative(found, wanted) < TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("norm", [0.0, 1e-9, 0.1, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_inverse_is_one(norm, dtype):
+    m = random(3, 8, 8, dtype=dtype).detach()
+    m = norm * m / torch.linalg.matrix_norm(m, keepdim=True)
+    found = inverse(m, float(torch.linalg.matrix_norm(m @ m).max()))
+    expected = torch.linalg.inv(torch.eye(8, dtype=torch.float64) + m.double())
+    assert relative(found.double(), expected) < 20 * torch.finfo(dtype).eps / (1 - norm)
+
+
+def saved(run) -> list[Tensor]:
+    tensors = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.append(t) or t, lambda t: t):
+        result = run()
+    del result
+    return tensors
+
+
+def test_what_is_kept_is_the_output_where_it_determines_the_input():
+    z, zero, near = random(7, 24), torch.zeros(4, 6, 6, dtype=torch.float64, requires_grad=True), head_map("plain")
+    kept = {}
+
+    def keep(name: str, matrix: Tensor, output_is_kept: bool = True) -> None:
+        y = None
+
+        def run() -> Tensor:
+            nonlocal y
+            y = apply_maps(z, [near._replace(matrix=matrix)], output_is_kept)
+            return y
+
+        storages = {t.untyped_storage().data_ptr() for t in saved(run)}
+        kept[name] = ("z" if z.untyped_storage().data_ptr() in storages else "") + (
+            "y" if y.untyped_storage().data_ptr() in storages else ""
+        )
+
+    keep("at the start", zero)
+    keep("trained", near.matrix)
+    keep("not kept by others", near.matrix, output_is_kept=False)
+    keep("the map takes away a direction", (-torch.eye(6, dtype=torch.float64)).repeat(4, 1, 1).requires_grad_(True))
+    keep("far away", (5 * near.matrix.detach() / near.matrix.detach().norm()).requires_grad_(True))
+    keep("not a number", torch.full_like(zero, torch.nan).requires_grad_(True))
+    keep("not trained", near.matrix.detach())
+    assert kept == {
+        "at the start": "y",
+        "trained": "y",
+        "not kept by others": "z",
+        "the map takes away a direction": "z",
+        "far away": "z",
+        "not a number": "z",
+        "not trained": "",
+    }
+
+
+def test_low_rank_keeps_r_numbers_a_token():
+    z, m = random(7, 24), head_map("plain", "staged")
+    sizes = {t.numel() for t in saved(lambda: apply_maps(z, [m]))}
+    assert 7 * 4 * 3 in sizes
+    assert 7 * 24 not in sizes
+
+
+def test_a_direction_that_is_taken_away_still_gets_its_gradient():
+    """There y says nothing about z: recovering it would be dividing by zero."""
+    z = random(9, 24)
+    matrix = (-torch.eye(6, dtype=torch.float64)).repeat(4, 1, 1).requires_grad_(True)
+    m = head_map("plain")._replace(matrix=matrix)
+    found = gradients(apply_maps(z, [m], output_is_kept=True), [z, matrix])
+    wanted = gradients(formula(z, [m]), [z, matrix])
+    for one, other in zip(found, wanted, strict=True):
+        assert relative(one, other) < TOLERANCE[torch.float64]
+
+
+CONFIGS = {
+    "full": [{}],
+    "diagonal": [{"s_matrix": "diagonal"}],
+    "leading": [{"r": 3}],
+    "most": [{"r": 8}],
+    "truncated": [{"r": 8, "truncate": True}],
+    "alike": [{}, {}],
+    "cut otherwise": [{}, {"block_size": 2}],
+    "of other ranks": [{"r": 3}, {}],
+}
+
+
+@pytest.mark.parametrize("configs", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "olmo", "deepseek_v3"])
+def test_a_model_trains_as_by_the_formula(family, configs, monkeypatch):
+    model = get_peft_model(build(family), CloverConfig(**configs[0]), adapter_name="0")
+    for i, config in enumerate(configs[1:], 1):
+        model.add_adapter(str(i), CloverConfig(**config))
+    model.base_model.set_adapter([str(i) for i in range(len(configs))])
+    perturb(model)
+
+    def run() -> tuple[Tensor, list[Tensor]]:
+        model.zero_grad()
+        y = model.eval()(**inputs(family)).logits  # without the dropout of some
+        y.square().mean().backward()
+        return y.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    y, found = run()
+    monkeypatch.setattr(layer, "apply_maps", lambda z, maps, output_is_kept=False: formula(z, maps))
+    expected, wanted = run()
+    assert relative(y, expected) < TOLERANCE[torch.float32]
+    assert len(found) == len(wanted) > 0
+    for one, other in zip(found, wanted, strict=True):
+        assert relative(one, other) < 10 * TOLERANCE[torch.float32]

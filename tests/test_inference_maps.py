@@ -1,0 +1,219 @@
+"""In inference maps are folded once, and again whenever something has changed."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from clover_peft import CloverConfig, CloverLayer
+from clover_peft.blocks import BlockSpec
+from tests.tiny import TOLERANCE, build, inputs, perturb, relative
+
+
+@pytest.fixture
+def folds(monkeypatch):
+    """The parts of the slices that were folded, in order."""
+    calls: list[str] = []
+    plain = BlockSpec.map
+    monkeypatch.setattr(BlockSpec, "map", lambda self, tensors: calls.append(self.part) or plain(self, tensors))
+    return calls
+
+
+def model(**config) -> PeftModel:
+    """Two adapters, "a" and "b", of which "a" is active."""
+    result = get_peft_model(build("llama"), CloverConfig(**config), adapter_name="a")
+    result.add_adapter("b", CloverConfig(**config))
+    perturb(result)
+    result.set_adapter("a")
+    return result.eval()
+
+
+def layers(model: nn.Module) -> list[CloverLayer]:
+    return [module for module in model.modules() if isinstance(module, CloverLayer)]
+
+
+@torch.no_grad()
+def answer(model: nn.Module, **kwargs) -> Tensor:
+    return model(**inputs("llama"), **kwargs).logits
+
+
+def unfolded(model: PeftModel, **kwargs) -> Tensor:
+    """The same from maps that are folded for this pass."""
+    return model(**inputs("llama"), **kwargs).logits.detach()
+
+
+@pytest.mark.parametrize("config", [{}, {"s_matrix": "diagonal"}, {"r": 4}, {"r": 4, "truncate": True}])
+def test_maps_are_folded_once(folds, config):
+    adapted = model(**config)
+    first = answer(adapted)
+    slices = sum(len(layer.specs["a"]) for layer in layers(adapted))
+    assert len(folds) == slices
+    assert torch.equal(answer(adapted), first)
+    adapted.generate(input_ids=inputs("llama")["input_ids"], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert len(folds) == slices
+    assert torch.equal(unfolded(adapted), first)
+
+
+def write(model: PeftModel) -> None:
+    with torch.no_grad():
+        for layer in layers(model):
+            layer.clover_S["a"].weight.mul_(2)
+
+
+def replace_data(model: PeftModel) -> None:
+    for layer in layers(model):
+        layer.clover_S["a"].weight.data = 2 * layer.clover_S["a"].weight.data
+
+
+def replace_parameters(model: PeftModel) -> None:
+    for layer in layers(model):
+        layer.clover_S["a"].weight = nn.Parameter(2 * layer.clover_S["a"].weight.detach())
+
+
+def swap(model: PeftModel) -> None:
+    for layer in layers(model):
+        twice = nn.Parameter(2 * layer.clover_S["a"].weight.detach())
+        torch.utils.swap_tensors(layer.clover_S["a"].weight, twice)
+
+
+def write_through_data(model: PeftModel) -> None:
+    for layer in layers(model):
+        layer.clover_S["a"].weight.data.mul_(2)  # torch counts no change
+    model.eval()
+
+
+def load(model: PeftModel) -> None:
+    state = get_peft_model_state_dict(model, adapter_name="a")
+    doubled = {key: 2 * value if "clover_S." in key else value for key, value in state.items()}
+    set_peft_model_state_dict(model, doubled, adapter_name="a")
+
+
+def step(model: PeftModel) -> None:
+    """As some optimizers write: behind torch's back, but after a pass that is differentiated."""
+    unfolded(model)
+    for layer in layers(model):
+        layer.clover_S["a"].weight.data.mul_(2)
+
+
+def change_bases(model: PeftModel) -> None:
+    with torch.no_grad():
+        for layer in layers(model):
+            layer.clover_U["a"].weight.mul_(2)
+
+
+CHANGES = [write, replace_data, replace_parameters, swap, write_through_data, load, step, change_bases]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_the_numbers_takes_effect(change):
+    adapted = model()
+    before = answer(adapted)
+    change(adapted)
+    after = answer(adapted)
+    assert relative(after, before) > 1e-3
+    assert torch.equal(unfolded(adapted), after)
+
+
+def test_switching_takes_effect_and_comes_back_for_nothing(folds):
+    adapted = model()
+    expected = {}
+    for name in ("a", "b"):
+        adapted.set_adapter(name)
+        expected[name] = answer(adapted)
+    assert not torch.equal(expected["a"], expected["b"])
+    count = len(folds)
+    for name in ("a", "b", "a"):
+        adapted.set_adapter(name)
+        assert torch.equal(answer(adapted), expected[name])
+    assert len(folds) == count
+    adapted.base_model.set_adapter(["a", "b"])
+    both = answer(adapted)
+    assert torch.equal(answer(adapted), both)
+    assert len(folds) == 2 * count
+    with adapted.disable_adapter():
+        plain = answer(adapted)
+    assert torch.equal(plain, answer(build("llama").eval()))
+    assert torch.equal(answer(adapted), both)
+
+
+def test_a_mixed_batch_folds_every_adapter_once(folds):
+    adapted = model()
+    first = answer(adapted, adapter_names=["a", "b"])
+    count = len(folds)
+    assert torch.equal(answer(adapted, adapter_names=["a", "b"]), first)
+    assert len(folds) == count
+    assert relative(answer(adapted, adapter_names=["b", "a"]), first) > 1e-3
+
+
+def test_training_folds_in_every_pass(folds):
+    adapted = model().train()
+    slices = sum(len(layer.specs["a"]) for layer in layers(adapted))
+    for _ in range(2):
+        unfolded(adapted)
+        answer(adapted)
+    assert len(folds) == 4 * slices
+    assert not any(layer._folded for layer in layers(adapted))
+
+
+def test_each_compute_dtype_has_maps_of_its_own(folds):
+    adapted = model()
+    exact = answer(adapted)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = answer(adapted)
+        assert torch.equal(answer(adapted), rough)
+    count = len(folds)
+    assert torch.equal(answer(adapted), exact)
+    assert len(folds) == count
+    adapted.to(torch.bfloat16)
+    assert answer(adapted).dtype == torch.bfloat16
+    assert relative(answer(adapted).float(), exact) < TOLERANCE[torch.bfloat16]
+
+
+def test_an_adapter_that_was_deleted_and_made_again_is_the_new_one():
+    adapted = model()
+    answer(adapted)
+    adapted.delete_adapter("b")
+    adapted.add_adapter("b", CloverConfig())
+    adapted.set_adapter("b")
+    assert torch.equal(answer(adapted), answer(build("llama").eval()))
+
+
+def test_merging_and_unmerging_do_not_disturb_it():
+    adapted = model()
+    before = answer(adapted)
+    adapted.merge_adapter()
+    assert relative(answer(adapted), before) < TOLERANCE[torch.float32]
+    adapted.unmerge_adapter()
+    assert torch.equal(answer(adapted), before)
+
+
+def test_inference_mode_and_what_is_made_in_it():
+    adapted = model()
+    with torch.inference_mode():
+        first = answer(adapted)
+    unfolded(adapted).sum()
+    assert torch.equal(answer(adapted), first)
+    with torch.inference_mode():
+        made_there = model()
+        before = answer(made_there)
+        for layer in layers(made_there):
+            layer.clover_S["a"].weight.mul_(2)  # which torch does not count there
+        assert relative(answer(made_there), before) > 1e-3
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_do_not_take_the_maps_along(how):
+    adapted = model()
+    expected = answer(adapted)
+    assert all(layer._folded for layer in layers(adapted))
+    other = copy.deepcopy(adapted) if how == "deepcopy" else pickle.loads(pickle.dumps(adapted))
+    assert not any(layer._folded for layer in layers(other))
+    assert torch.equal(answer(other), expected)
+    write(other)
+    assert relative(answer(other), expected) > 1e-3
+    assert torch.equal(answer(adapted), expected)
