@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -29,8 +30,38 @@ def parser(description: str, name: str) -> argparse.ArgumentParser:
     return result
 
 
+def add_shape(command: argparse.ArgumentParser, layers: int, cuda_layers: int) -> None:
+    """Options for the shape of `llama`; `fill_shape` gives those that were left out their defaults."""
+    command.add_argument("--hidden-size", type=int, help="default 2048, on cuda 4096")
+    command.add_argument("--num-heads", type=int, help="default hidden size / 128")
+    command.add_argument("--mlp-size", type=int, help="default as Llama-2-7B: hidden size x 2.6875")
+    command.add_argument("--layers", type=int, help=f"default {layers}, on cuda {cuda_layers}")
+    command.add_argument("--dtype", help="of the weights; default float32, on cuda bfloat16")
+    command.set_defaults(default_layers=(layers, cuda_layers))
+
+
+def fill_shape(arguments: argparse.Namespace) -> None:
+    """Llama-2-7B's shape on CUDA, half of it on a CPU, next to nothing with `--fast`, where no option says more."""
+    cuda = arguments.device.startswith("cuda")
+    if arguments.fast:
+        arguments.hidden_size, arguments.num_heads = 64, 4
+    arguments.hidden_size = arguments.hidden_size or (4096 if cuda else 2048)
+    arguments.num_heads = arguments.num_heads or arguments.hidden_size // 128
+    arguments.mlp_size = arguments.mlp_size or arguments.hidden_size * 43 // 16
+    arguments.layers = arguments.layers or arguments.default_layers[cuda]
+    arguments.dtype = arguments.dtype or ("bfloat16" if cuda else "float32")
+    del arguments.default_layers
+
+
 def llama(
-    hidden_size: int, num_heads: int, mlp_size: int, layers: int, seed: int, dtype: torch.dtype, device: str
+    hidden_size: int,
+    num_heads: int,
+    mlp_size: int,
+    layers: int,
+    seed: int,
+    dtype: torch.dtype,
+    device: str,
+    head_dim: int | None = None,
 ) -> LlamaForCausalLM:
     """Randomly initialised Llama of the given shape, as good as without a vocabulary."""
     torch.manual_seed(seed)
@@ -41,9 +72,24 @@ def llama(
         num_key_value_heads=num_heads,
         num_hidden_layers=layers,
         vocab_size=16,
+        head_dim=head_dim or hidden_size // num_heads,
     )
     with torch.device(device):
         return LlamaForCausalLM(config).to(dtype)
+
+
+def decoder_of(model: nn.Module) -> Any:
+    """The decoder layers of `llama`, with or without an adapter, below the language-model head."""
+    return model.get_submodule("base_model.model.model" if isinstance(model, PeftModel) else "model")
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, seed: int, std: float = 0.01) -> None:
+    """Add small random numbers to what is trained, so that no adapter is at its start, where it does nothing."""
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn_like(parameter), alpha=std)
 
 
 def trainable(model: nn.Module) -> int:
@@ -74,6 +120,15 @@ def synchronise(device: str) -> None:
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
     """Median of the ratios of values taken in the same round: what slows a whole round down cancels."""
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
+def at_most(wanted: Mapping[str, float], reached: Mapping[str, float | None]) -> dict[str, dict[str, Any]]:
+    """Targets for the record: what each figure was to be at most, and what it is. None is neither met nor missed."""
+
+    def judged(most: float, value: float | None) -> dict[str, Any]:
+        return {"wanted": most, "reached": value, "met": None if value is None else value <= most}
+
+    return {name: judged(most, reached[name]) for name, most in wanted.items()}
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

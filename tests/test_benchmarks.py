@@ -72,7 +72,11 @@ def test_train_step(benchmark, tmp_path, capsys):
         assert figures[name]["saved_over_base_bytes"] >= 0, name
         assert len(record["seconds"][name]) == record["options"]["rounds"]
     assert figures["lora"]["step_v_lora"] == 1.0
-    assert record["targets"]["saved_v_lora"]["reached"] == figures["clover"]["saved_v_lora"]
+    assert record["targets"]["step_v_base"]["reached"] == figures["clover"]["step_v_base"]
+    assert record["targets"]["saved_over_base_v_lora"]["reached"] == figures["clover"]["saved_over_base_v_lora"]
+    assert record["targets"]["peak_over_base_v_dora"]["met"] is None  # no GPU
+    assert figures["lora"]["saved_over_base_v_lora"] == 1.0
+    assert record["clover_folding_share"] > 0
     assert "frozen base" in capsys.readouterr().out
 
 
@@ -113,16 +117,170 @@ def test_the_ways_out_of_a_quantised_base(benchmark, tmp_path, capsys, monkeypat
     assert "target, CLOVER dequantised and dense" in capsys.readouterr().out
 
 
+def test_a_step_is_taken_apart(benchmark, tmp_path, capsys):
+    pytest.importorskip("trl", reason="needs the train extra")
+    profile = benchmark("sft_profile")
+    record = run(profile, tmp_path / "record.json")
+    for figures in record["figures"].values():
+        assert tuple(figures["milliseconds"]) == profile.PARTS
+        assert all(figures["milliseconds"][part] > 0 for part in profile.PARTS)
+        assert sum(figures["shares"].values()) == pytest.approx(1)
+    assert "adapter" in capsys.readouterr().out
+
+
 def test_saved_bytes_counts_each_storage_once_and_no_parameter(benchmark):
     train_step = benchmark("train_step")
     linear = nn.Linear(8, 8, bias=False)
     x = torch.ones(4, 8, requires_grad=True)
-    assert train_step._saved_bytes(linear, lambda: linear(x)) == x.numel() * 4
-    assert train_step._saved_bytes(linear, lambda: linear(x) + linear(x.view(4, 8))) == x.numel() * 4
+    assert train_step.saved_bytes(linear, lambda: linear(x)) == x.numel() * 4
+    assert train_step.saved_bytes(linear, lambda: linear(x) + linear(x.view(4, 8))) == x.numel() * 4
 
 
 def test_ratio_is_taken_within_a_round(benchmark):
     assert benchmark("harness").ratio([2.0, 20.0, 200.0], [1.0, 10.0, 100.0]) == 2.0
+
+
+def test_targets_say_what_was_reached(benchmark):
+    found = benchmark("harness").at_most({"a": 1.0, "b": 1.0, "c": 1.0}, {"a": 1.0, "b": 1.5, "c": None, "d": 0.0})
+    assert {name: (target["reached"], target["met"]) for name, target in found.items()} == {
+        "a": (1.0, True),
+        "b": (1.5, False),
+        "c": (None, None),
+    }
+
+
+def test_decode(benchmark, tmp_path, capsys):
+    record = run(benchmark("decode"), tmp_path / "record.json")
+    methods = {"base", "clover", "clover merged", "clover low rank", "lora", "dora", "dora cached"}
+    rounds = record["options"]["rounds"]
+    assert record["figures"].keys() == {"batch 1", "batch 2"}
+    for rows in record["figures"].values():
+        assert rows.keys() == methods
+        budget = rows["clover"]["trainable_parameters"]
+        assert rows["clover merged"]["trainable_parameters"] == budget
+        assert rows["clover low rank"]["trainable_parameters"] < budget / 8
+        for name in ("lora", "dora", "dora cached"):
+            assert rows[name]["trainable_parameters"] == pytest.approx(budget, rel=0.2), name
+        assert rows["base"]["v_base"] == rows["lora"]["v_lora"] == 1.0
+    for name in methods:
+        assert [len(seconds) for seconds in record["seconds"][name].values()] == [rounds, rounds], name
+    effects = record["effects"]
+    assert effects["base"] == 0
+    assert all(effect > 1e-5 for name, effect in effects.items() if name != "base"), effects
+    assert effects["clover merged"] == pytest.approx(effects["clover"], rel=1e-3)
+    assert effects["dora cached"] == pytest.approx(effects["dora"], rel=1e-3)
+    for kinds in record["switching"].values():
+        assert [len(found["rounds"]) for found in kinds.values()] == [2 * rounds, 2 * rounds]
+    targets = record["targets"]
+    assert targets.keys() == {"clover", "clover low rank", "clover merged", "switching_ms_a_layer"}
+    assert targets["clover"]["reached"] == max(rows["clover"]["v_base"] for rows in record["figures"].values())
+    assert targets["switching_ms_a_layer"]["reached"] == record["switching"]["clover"]["new"]["ms_a_layer"]
+    assert "clover, to a new adapter" in capsys.readouterr().out
+
+
+def test_a_step_of_decoding_leaves_the_cache_as_it_was(benchmark):
+    decode, harness = benchmark("decode"), benchmark("harness")
+    model = harness.llama(64, 4, 64, 2, 0, torch.float32, "cpu").eval()
+    cache = decode._filled(model, 3, 5)
+    before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+    with torch.no_grad():
+        decode._steps(model, torch.randn(3, 1, 64), cache, 4, "cpu")
+    assert cache.get_seq_length() == 5
+    for layer, (keys, values) in zip(cache.layers, before, strict=True):
+        assert torch.equal(layer.keys, keys)
+        assert torch.equal(layer.values, values)
+
+
+def test_scaling(benchmark, tmp_path, capsys):
+    scaling = benchmark("scaling")
+    record = run(scaling, tmp_path / "record.json")
+    found = record["dimensions"]
+    assert list(found) == list(scaling.DIMENSIONS)
+    for dimension, measured in found.items():
+        sizes = [row["size"] for row in measured["rows"]]
+        assert sizes == sorted(set(sizes)), dimension
+        assert [row["point"][dimension] for row in measured["rows"]] == sizes
+        others = [{k: v for k, v in row["point"].items() if k != dimension} for row in measured["rows"]]
+        if dimension == "heads":
+            assert [point.pop("hidden_size") for point in others] == [n * record["point"]["head_dim"] for n in sizes]
+        assert all(point == others[0] for point in others), dimension
+        assert all(len(row["seconds"]["clover"]) == record["options"]["rounds"] for row in measured["rows"])
+    exponents = {dimension: measured["exponents"] for dimension, measured in found.items()}
+    for dimension in ("tokens", "heads", "layers"):
+        assert exponents[dimension]["growing bytes"] == pytest.approx(1, abs=0.01), dimension
+    # Besides what is kept of every token there are the folded maps, which do not grow with them.
+    assert exponents["tokens"]["bytes"] == pytest.approx(1, abs=0.25)
+    assert exponents["layers"]["bytes"] == pytest.approx(1)
+    assert exponents["hidden_size"]["bytes"] == pytest.approx(0, abs=1e-9)
+    assert exponents["hidden_size"]["growing bytes"] is None
+    assert record["targets"]["tokens, growing bytes"]["reached"] == exponents["tokens"]["growing bytes"]
+    assert "exponents of what is extra: bytes" in capsys.readouterr().out
+
+
+def test_scaling_of_some_dimensions(benchmark, tmp_path):
+    record = run(benchmark("scaling"), tmp_path / "record.json", "--dimensions", "r")
+    assert list(record["dimensions"]) == ["r"]
+    assert record["targets"] == {}
+
+
+def test_exponents(benchmark):
+    exponent = benchmark("scaling").exponent
+    assert exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+    assert exponent([1, 2, 4], [5, 5, 5]) == pytest.approx(0)
+    assert exponent([1, 2, 4], [1, 0, 1]) is None
+
+
+def test_adapter_io(benchmark, tmp_path, capsys):
+    record = run(benchmark("adapter_io"), tmp_path / "record.json")
+    figures = record["figures"]
+    assert figures.keys() == {"clover", "clover folded", "clover without bases", "lora"}
+    assert figures["clover"]["bytes"] > max(
+        figures["clover folded"]["bytes"], figures["clover without bases"]["bytes"]
+    )
+    for name, found in figures.items():
+        assert found["difference"].keys() == {"load", "load_low_cpu"}
+        assert max(found["difference"].values()) < 1e-4, name
+        assert record["seconds"][name].keys() == {"read", "write", "save", "load", "load_low_cpu"}
+        assert all(len(seconds) == record["options"]["rounds"] for seconds in record["seconds"][name].values())
+    assert record["targets"]["load_v_read"]["reached"] == figures["clover"]["load_v_read"]
+    assert "low_cpu ms" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------- pictures
+
+
+@pytest.fixture
+def plots(benchmark):
+    pytest.importorskip("matplotlib", reason="needs the plots extra")
+    return benchmark("plots")
+
+
+def test_pictures_of_all_benchmarks(benchmark, plots, tmp_path):
+    run(benchmark("decode"), tmp_path / "decode.json")
+    run(benchmark("scaling"), tmp_path / "scaling.json", "--dimensions", "tokens", "r")
+    run(benchmark("adapter_io"), tmp_path / "adapter_io.json")
+    run(benchmark("train_step"), tmp_path / "train_step.json")
+    run(benchmark("init_time"), tmp_path / "init_time.json", "--skip-exact-pissa")
+    made = plots.main(["--results", str(tmp_path), "--out", str(tmp_path / "images")])
+    assert [path.name for path in made] == ["step.png", "decode.png", "growth.png", "adapter_io.png", "start.png"]
+    assert all(path.stat().st_size > 5000 for path in made)
+
+
+def test_pictures_are_of_the_newest_record_or_of_the_one_named(plots, tmp_path, capsys):
+    source = json.loads((FOLDER / "results" / "train_step.json").read_text())
+    for name in ("train_step", "train_step-2", "train_step-10", "train_step-old"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(source))
+    assert plots.newest(tmp_path, "train_step")["file"] == "train_step-10.json"
+    assert plots.newest(tmp_path, "train") is None
+    out = ["--results", str(tmp_path), "--out", str(tmp_path / "images")]
+    made = plots.main([str(tmp_path / "train_step-old.json"), *out])
+    assert made == [tmp_path / "images" / "step.png"]
+    said = capsys.readouterr().out
+    assert "step.png: train_step-old.json" in said
+    assert "decode.png: no record of decode" in said
+    (tmp_path / "other.json").write_text(json.dumps({"benchmark": "recovery"}))
+    with pytest.raises(ValueError, match="recovery: expected records of train_step"):
+        plots.main([str(tmp_path / "other.json"), *out])
 
 
 # ---------------------------------------------------------------------- pruning
