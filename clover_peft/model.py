@@ -222,7 +222,7 @@ class CloverModel(BaseTuner):
             dropout=peft_config.clover_dropout,
             init_weights=peft_config.init_weights,
             inference_mode=peft_config.inference_mode,
-            empty_device=_home(layer) if bases is None and peft_config.source is not None and not _on_meta() else "meta",
+            empty_device="meta" if bases is not None or peft_config.source is None or _on_meta() else _home(layer),
         )
         if is_new:
             if adapter_name not in self.active_adapters:

@@ -149,6 +149,15 @@ def test_adapters_in_other_bases_are_not_combined():
         model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum")
 
 
+def test_fingerprints_that_rounding_sets_apart_are_no_other_bases():
+    model = _two()
+    _, layer = clover_layers(model)[0]
+    with torch.no_grad():
+        layer.tensors("b", layer.specs["b"][0]).norm.mul_(1 + 3e-7)
+    model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum")
+    assert "sum" in model.peft_config
+
+
 # ---------------------------------------------------------------------- hotswapping
 
 

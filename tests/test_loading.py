@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,10 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file, save_file
-from tiny import TOLERANCE, build, inputs, logits, perturb, relative
 from torch import Tensor, nn
 
 from clover_peft import CloverConfig, CloverLayer, bases, hotswap_adapter
+from tests.tiny import TOLERANCE, build, inputs, logits, perturb, relative
 
 WEIGHTS = "adapter_model.safetensors"
 NEVER = r"cannot \w+ adapter 'default'.*never computed or loaded.*load its weights"
@@ -262,9 +263,10 @@ def unloaded(saved, monkeypatch, tmp_path: Path) -> nn.Module:
     """What is left of a base model where the file vanished between the making of the adapter and its load."""
     saved()
     base = _base(tmp_path / "adapter")
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="gone"):
+    with monkeypatch.context() as patch:
         patch.setattr("peft.peft_model.load_peft_weights", lambda *_, **__: (_ for _ in ()).throw(OSError("gone")))
-        PeftModel.from_pretrained(base, tmp_path / "adapter")
+        with pytest.raises(OSError, match="gone"):
+            PeftModel.from_pretrained(base, tmp_path / "adapter")
     return base
 
 
@@ -321,11 +323,13 @@ def test_a_folder_without_weights_changes_nothing(trainable: bool, beside: bool,
     (tmp_path / "adapter" / WEIGHTS).unlink()
     base = _base(tmp_path / "adapter")
     model = get_peft_model(base, CloverConfig(target_modules=["v_proj"])) if beside else None
+    load = (
+        partial(PeftModel.from_pretrained, base)
+        if model is None
+        else partial(model.load_adapter, adapter_name="second")
+    )
     with pytest.raises(ValueError, match=f"expected the adapter's weights, {WEIGHTS}, found no such file"):
-        if model is None:
-            PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=trainable)
-        else:
-            model.load_adapter(tmp_path / "adapter", "second", is_trainable=trainable)
+        load(tmp_path / "adapter", is_trainable=trainable)
     assert [list(layer.specs) for layer in _layers(base)] == ([["default"]] * 2 if beside else [])
 
 
