@@ -64,6 +64,14 @@ class HeadSlice:
         """Whether the slice is every one of `features` features, in order."""
         return self.start == 0 and self.offset == 0 and self.dim == self.stride and self.features == features
 
+    def indices(self) -> list[int]:
+        """The features, head by head."""
+        firsts = (
+            self.start + i // self.inner * self.stride + self.offset + i % self.inner * self.inner_stride
+            for i in range(self.count)
+        )
+        return [first + j for first in firsts for j in range(self.dim)]
+
     def heads(self, x: Tensor) -> Tensor:
         """A view of `x` (..., features): (..., count, dim), or (..., count // inner, inner, dim) where shards have
         several heads."""
@@ -78,7 +86,8 @@ class HeadSlice:
 
         A block of `size` features splits a head when it divides `dim`, and joins neighbours when `dim` divides it.
         """
-        return self.heads(x).reshape(*x.shape[:-1], self.features // size, size)
+        heads = x if self.covers(x.shape[-1]) else self.heads(x)
+        return heads.reshape(*x.shape[:-1], self.features // size, size)
 
     def has_views(self, size: int) -> bool:
         """Whether `blocks` is a view of a contiguous `x`: its blocks lie at equal distances, each in one piece."""

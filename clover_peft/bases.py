@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from .architectures import Partner, base_of
 from .blocks import BlockSpec
 from .decomposition import (
+    MUCH_AMPLIFIED,
     Bases,
     Factors,
     describe_dropped,
@@ -279,7 +280,9 @@ def warn_about_dropped(layer: CloverLayer, spec: BlockSpec, bases: Bases) -> Non
 def warn_about_conditions(conditions: Mapping[str, tuple[float, torch.dtype]]) -> None:
     """Name the target in which rounding is amplified most: name -> condition and the dtype that is computed in."""
     suspect = {
-        name: condition for name, (condition, dtype) in conditions.items() if condition * torch.finfo(dtype).eps > 0.1
+        name: condition
+        for name, (condition, dtype) in conditions.items()
+        if condition * torch.finfo(dtype).eps > MUCH_AMPLIFIED
     }
     if suspect:
         worst = max(suspect, key=suspect.__getitem__)

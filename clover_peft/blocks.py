@@ -56,8 +56,9 @@ class BlockSpec:
         truncate: drop the directions beyond r.
         from_activations: the bases were made from moments of activations, not from the weights alone.
         partner: the projection a "pair" basis was made with. Not part of what makes two specs equal, as the next.
-        output_is_kept: what follows keeps the slice's output for its own backward pass, and does not write into it:
-            attention keeps values (and keys, but those often rotated or normed), activations keep up projections.
+        output_is_kept: what follows may keep the slice's output for its own backward pass, and does not write into it.
+            Attention keeps values that nothing stands before (keys it keeps too, but rotated); activations, or the
+            product with the gate, keep up projections.
     """
 
     name: str
@@ -85,7 +86,7 @@ class BlockSpec:
     @property
     def is_staged(self) -> bool:
         """Whether C is applied first, then E S: where that keeps fewer numbers for training, or is less work."""
-        recovered = self.output_is_kept and not self.truncate  # costs no memory at all
+        recovered = self.output_is_kept and not self.truncate  # from an output that is there anyway, mostly
         return self.r < self.size and (not recovered or self.r <= self.size // 2)
 
     @property

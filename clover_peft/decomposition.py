@@ -16,6 +16,8 @@ from torch import Tensor
 MAX_CONDITION = 1e6
 # Directions of an ill-conditioned block below this fraction of the largest singular value are dropped.
 DROP_BELOW = 1e-5
+# The share of a map, condition x eps(compute dtype), up to which rounding that a head's condition amplifies is borne.
+MUCH_AMPLIFIED = 0.1
 # Rows of a weight are cast to float64 in pieces of at most this many elements, so that no whole weight is ever cast;
 # 8 MB stay in a CPU's cache, which makes a Gram 1.6 times as fast as pieces of 64 MB.
 _CHUNK_ELEMENTS = 1_048_576

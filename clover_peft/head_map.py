@@ -1,12 +1,12 @@
 """Maps of heads onto themselves, applied to features: the plain formula, and a fast form of it with its own backward.
 
-With `z_h` the features in block h and M_h the folded map (DESIGN's `E dS C`; ours, equal to the paper's `V S U^T`):
+With `z_h` the features in block h and M_h the folded map (`E dS C`; ours, equal to the paper's `V S U^T`):
 
     y_h = z_h + M_h z_h                 dL/dz_h = g_h + M_h^T g_h
                                         dL/dM_h = sum over tokens of g_h z_h^T
 
-The last one needs z, which nothing else keeps. What follows a value or an up projection keeps y, however, and with
-`A_h = I + M_h`
+The last one needs z, which nothing else keeps. What follows a value or an up projection often keeps y, however, and
+with `A_h = I + M_h`
 
     dL/dM_h = (sum over tokens of g_h y_h^T) A_h^-T
 
@@ -16,42 +16,60 @@ needs nothing but y: the d x d system is solved after the sum over tokens, so th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .architectures import HeadSlice
-
-# The bound on condition x eps(compute dtype) up to which z is recovered from y, as that for bases (see `bases`).
-MUCH_AMPLIFIED = 0.1
+from .decomposition import MUCH_AMPLIFIED
 
 
-class HeadMap(NamedTuple):
-    """The map of some features of a projection, H blocks of d.
+class Place(NamedTuple):
+    """The features that a map is of: H blocks of d.
 
     Attributes:
         heads: the features.
         size: features of a block, d.
         replaces: y = M z instead of y = z + M z.
-        matrix: (H, d, d), M; or (H, d, r), its left factor E S, where there are coordinates.
-        coordinates: (H, r, d), C, for a map in two stages, M = (E S) C; None for one that is folded.
-        dropout: what is applied to the map's input first.
     """
 
     heads: HeadSlice
     size: int
     replaces: bool
-    matrix: Tensor
-    coordinates: Tensor | None = None
-    dropout: nn.Module | None = None
 
     def tokens(self, features: Tensor) -> Tensor:
         """(H, tokens, d) of (..., features): a view, unless the features of a head are spread over it."""
-        if self.heads.covers(features.shape[-1]):
-            return features.reshape(-1, self.heads.features // self.size, self.size).transpose(0, 1)
         blocks = self.heads.blocks(features, self.size)
         return blocks.reshape(-1, *blocks.shape[-2:]).transpose(0, 1)
+
+    def add_(self, result: Tensor, tokens: Tensor, weight: Tensor) -> None:
+        """Add `tokens @ weight`, (H, tokens, n) times (H, n, d), to the place's features of a contiguous `result`.
+
+        Where the map replaces its input it is put there instead, so such maps have to come first.
+        """
+        target = self.tokens(result)
+        target.baddbmm_(tokens, weight, beta=0 if self.replaces else 1)
+        if not self.heads.has_views(self.size):
+            heads = self.heads.heads(result)
+            heads.copy_(target.transpose(0, 1).reshape(heads.shape))
+
+
+class HeadMap(NamedTuple):
+    """A map M of every block of a place.
+
+    Attributes:
+        place: the features, (H, d).
+        matrix: (H, d, d), M; or (H, d, r), its left factor E S, where there are coordinates.
+        coordinates: (H, r, d), C, for a map in two stages, M = (E S) C; None for one that is folded.
+        dropout: what is applied to the map's input first.
+    """
+
+    place: Place
+    matrix: Tensor
+    coordinates: Tensor | None = None
+    dropout: nn.Module | None = None
 
     def to(self, dtype: torch.dtype) -> HeadMap:
         """The map with its matrices in `dtype`."""
@@ -63,121 +81,112 @@ class HeadMap(NamedTuple):
         assert self.coordinates is not None
         return torch.bmm(tokens, self.coordinates.to(tokens.dtype).mT)
 
-    def add_(self, result: Tensor, tokens: Tensor, weight: Tensor) -> None:
-        """Add `tokens @ weight`, (H, tokens, n) times (H, n, d), to the map's features of a contiguous `result`.
-
-        A map that replaces its input replaces them, so it has to come first.
-        """
-        target = self.tokens(result)
-        target.baddbmm_(tokens, weight, beta=0 if self.replaces else 1)
-        if not self.heads.has_views(self.size):
-            heads = self.heads.heads(result)
-            heads.copy_(target.transpose(0, 1).reshape(heads.shape))
-
 
 def apply_maps(z: Tensor, maps: Sequence[HeadMap], output_is_kept: bool = False) -> Tensor:
     """`y` of all maps together, each of the same z.
 
     Args:
         z: (..., features), any floating dtype.
-        maps: one that replaces its input, if any, comes first.
-        output_is_kept: whether what follows keeps y for its own backward, and does not write into it; the maps must
-            not overlap then.
+        maps: those that replace their input come first.
+        output_is_kept: what follows may keep y for its own backward, and does not write into it.
 
     Returns:
-        (..., features), dtype of `z`.
+        (..., features), dtype of `z`, whatever autocast says.
     """
     if not maps:
         return z
+    if torch.is_autocast_enabled(z.device.type):
+        with torch.autocast(z.device.type, enabled=False):
+            return apply_maps(z, maps, output_is_kept)
     # The compiler fuses plain operations by itself, and does not take writing in place.
     if any(m.dropout is not None for m in maps) or torch.compiler.is_compiling():
         return formula(z, maps)
-    inputs = [None if m.coordinates is None else m.in_coordinates(m.tokens(z)) for m in maps]
-    matrices = [m.matrix for m in maps]
+    places, matrices = [m.place for m in maps], [m.matrix for m in maps]
+    inputs = [None if m.coordinates is None else m.in_coordinates(m.place.tokens(z)) for m in maps]
     if torch.is_grad_enabled() and (z.requires_grad or any(matrix.requires_grad for matrix in matrices)):
-        cut = [m._replace(matrix=None, coordinates=None) for m in maps]  # type: ignore[arg-type]  # for autograd to see
-        return _Mapped.apply(z, cut, output_is_kept, *matrices, *inputs)
-    return _mapped(z, maps, matrices, inputs)
+        return _ApplyMaps.apply(z, places, output_is_kept, *matrices, *inputs)
+    return _add_up(z, places, matrices, inputs)
 
 
 def formula(z: Tensor, maps: Sequence[HeadMap]) -> Tensor:
     """The same as `apply_maps`, in plain operations of torch."""
-    whole = len(maps) == 1 and maps[0].heads.covers(z.shape[-1])
+    whole = len(maps) == 1 and maps[0].place.heads.covers(z.shape[-1])
     result = z if whole else z.clone()
     for m in maps:
-        tokens = m.tokens(z)
+        heads, _, replaces = m.place
+        tokens = m.place.tokens(z)
         mapped = tokens if m.dropout is None else m.dropout(tokens)
         if m.coordinates is not None:
             mapped = m.in_coordinates(mapped)
-        mapped = torch.bmm(mapped, m.matrix.to(z.dtype).mT).to(z.dtype)
+        mapped = torch.bmm(mapped, m.matrix.to(z.dtype).mT)
         if whole:
             # The sum is laid out like its first operand, so that `mapped` is never copied into place.
-            return (mapped if m.replaces else tokens + mapped).transpose(0, 1).reshape(z.shape)
-        heads = m.heads.heads(result)
-        change = (mapped - tokens if m.replaces else mapped).transpose(0, 1)
-        heads.add_(change.reshape(heads.shape))
+            return (mapped if replaces else tokens + mapped).transpose(0, 1).reshape(z.shape)
+        target = heads.heads(result)
+        change = (mapped - tokens if replaces else mapped).transpose(0, 1)
+        target.add_(change.reshape(target.shape))
     return result
 
 
-def _mapped(z: Tensor, maps: Sequence[HeadMap], matrices: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> Tensor:
-    if z.numel() == z.shape[-1] and len(maps) == 1 and maps[0].heads.covers(z.shape[-1]) and not maps[0].replaces:
-        # A single token: the result is laid out as z is, so that nothing needs to be copied first.
-        whole = maps[0].tokens(z)
-        return torch.baddbmm(whole, whole if inputs[0] is None else inputs[0], matrices[0].to(z.dtype).mT).view(
-            z.shape
-        )
+def _add_up(z: Tensor, places: Sequence[Place], matrices: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> Tensor:
+    """`y` of maps at these places, of which some read `inputs` (H, tokens, r), those in stages; the others read z."""
     y = z.clone(memory_format=torch.contiguous_format)
-    for m, matrix, tokens in zip(maps, matrices, inputs, strict=True):
-        m.add_(y, m.tokens(z) if tokens is None else tokens, matrix.to(z.dtype).mT)
+    for place, matrix, tokens in zip(places, matrices, inputs, strict=True):
+        place.add_(y, place.tokens(z) if tokens is None else tokens, matrix.to(z.dtype).mT)
     return y
 
 
-class _Mapped(torch.autograd.Function):
-    """`y` of maps, of which some read `inputs` (H, tokens, r), those in stages; the others read z.
-
-    Keeps what the maps read, but y instead of z where that is free and safe. It can be differentiated twice.
-    """
+class _ApplyMaps(torch.autograd.Function):
+    """`_add_up`, which keeps what the maps read, but y instead of z where that is safe. Twice differentiable."""
 
     @staticmethod
-    def forward(z: Tensor, maps: Sequence[HeadMap], output_is_kept: bool, *tensors: Any) -> Tensor:
-        return _mapped(z, maps, tensors[: len(maps)], tensors[len(maps) :])
+    def forward(z: Tensor, places: Sequence[Place], output_is_kept: bool, *tensors: Any) -> Tensor:
+        return _add_up(z, places, tensors[: len(places)], tensors[len(places) :])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        z, maps, output_is_kept, *tensors = inputs
-        of_z = {
-            i: tensors[i] for i in range(len(maps)) if ctx.needs_input_grad[3 + i] and tensors[len(maps) + i] is None
-        }
-        ctx.maps, ctx.squares = maps, None
-        if of_z and output_is_kept and not any(m.replaces for m in maps):
-            ctx.squares = _squares(of_z, torch.finfo(z.dtype).eps)
+        z, places, output_is_kept, *tensors = inputs
+        count = len(places)
+        of_z = {i: tensors[i] for i in range(count) if ctx.needs_input_grad[3 + i] and tensors[count + i] is None}
+        ctx.places, ctx.squares = places, None
+        if of_z and output_is_kept and not any(place.replaces for place in places) and _are_apart(tuple(places)):
+            ctx.squares = _squares_if_safe(of_z, torch.finfo(z.dtype).eps)
         kept = None if not of_z else z if ctx.squares is None else output
         ctx.save_for_backward(kept, *tensors)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         kept, *tensors = ctx.saved_tensors
-        count = len(ctx.maps)
+        count = len(ctx.places)
         for_z = gradient.clone(memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
         for_matrices: list[Tensor | None] = [None] * count
         for_inputs: list[Tensor | None] = [None] * count
-        for i, (m, matrix, tokens) in enumerate(zip(ctx.maps, tensors[:count], tensors[count:], strict=True)):
-            of_y = m.tokens(gradient)
+        for i, (place, matrix, tokens) in enumerate(zip(ctx.places, tensors[:count], tensors[count:], strict=True)):
+            of_y = place.tokens(gradient)
             if ctx.needs_input_grad[3 + i]:
-                found = torch.bmm(of_y.mT, m.tokens(kept) if tokens is None else tokens).to(matrix.dtype)
+                found = torch.bmm(of_y.mT, place.tokens(kept) if tokens is None else tokens).to(matrix.dtype)
                 recovers = tokens is None and ctx.squares is not None
-                for_matrices[i] = torch.bmm(found, inverse(matrix, ctx.squares[i]).mT) if recovers else found
+                for_matrices[i] = (
+                    torch.bmm(found, inverse_of_one_plus(matrix, ctx.squares[i]).mT) if recovers else found
+                )
             weight = matrix.to(gradient.dtype)
             if tokens is not None:
                 for_inputs[i] = torch.bmm(of_y, weight)
-                if m.replaces and for_z is not None:
-                    m.heads.heads(for_z).zero_()
+                if place.replaces and for_z is not None:
+                    place.heads.heads(for_z).zero_()
             elif for_z is not None:
-                m.add_(for_z, of_y, weight)
+                place.add_(for_z, of_y, weight)
         return for_z, None, None, *for_matrices, *for_inputs
 
 
-def _squares(matrices: Mapping[int, Tensor], eps: float) -> dict[int, float] | None:
+@lru_cache(maxsize=1024)
+def _are_apart(places: tuple[Place, ...]) -> bool:
+    """Whether no feature is in two of the places."""
+    features = [feature for place in places for feature in place.heads.indices()]
+    return len(features) == len(set(features))
+
+
+def _squares_if_safe(matrices: Mapping[int, Tensor], eps: float) -> dict[int, float] | None:
     """Of each of the maps the largest `||M_h^2||`; None if y does not determine z well enough for one of them.
 
     The condition of I + M is at most (1 + ||M||)^2 / (1 - ||M^2||). Reading the norms waits for the device once; where
@@ -186,21 +195,22 @@ def _squares(matrices: Mapping[int, Tensor], eps: float) -> dict[int, float] | N
     some = next(iter(matrices.values()))
     if type(some) is not Tensor or some.is_meta or (some.is_cuda and torch.cuda.is_current_stream_capturing()):
         return None
-    with torch.autocast(some.device.type, enabled=False):
-        norms = [
-            torch.linalg.vector_norm(m, dim=(-2, -1)).amax()
-            for matrix in matrices.values()
-            for m in (matrix, matrix @ matrix)
-        ]
-        figures = torch.stack(norms).tolist()
+    norms = [
+        torch.linalg.vector_norm(m, dim=(-2, -1)).amax()
+        for matrix in matrices.values()
+        for m in (matrix, matrix @ matrix)
+    ]
+    figures = torch.stack(norms).tolist()
     once, twice = figures[::2], figures[1::2]
     if all(b < 1 and (1 + a) ** 2 / (1 - b) * eps <= MUCH_AMPLIFIED for a, b in zip(once, twice, strict=True)):
         return dict(zip(matrices, twice, strict=True))
     return None
 
 
-def inverse(matrix: Tensor, square: float) -> Tensor:
-    """`(I + M)^-1 = (I - M)(I + M^2)(I + M^4)...` to the precision of the dtype: products of d x d matrices alone.
+def inverse_of_one_plus(matrix: Tensor, square: float) -> Tensor:
+    """`(I + M)^-1 = (I - M)(I + M^2)(I + M^4)...` to the precision of the dtype.
+
+    Products of d x d matrices alone: on accelerators a batch of small solves takes many times as long.
 
     Args:
         matrix: (H, d, d), M.
@@ -210,8 +220,8 @@ def inverse(matrix: Tensor, square: float) -> Tensor:
         (H, d, d).
     """
     result = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device) - matrix
-    left = matrix @ matrix  # I - (I + M) result
+    rest = matrix @ matrix  # I - (I + M) result
     while square > torch.finfo(matrix.dtype).eps / 2:
-        result = torch.baddbmm(result, result, left)
-        left, square = left @ left, square * square
+        result = torch.baddbmm(result, result, rest)
+        rest, square = rest @ rest, square * square
     return result

@@ -31,7 +31,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .architectures import in_features, out_features
 from .blocks import BlockSpec, BlockTensors
-from .head_map import HeadMap, apply_maps
+from .folded import FoldedMaps
+from .head_map import HeadMap, Place, apply_maps
 
 TRAINED = ("clover_S", "clover_A", "clover_B")
 FROZEN = ("clover_U", "clover_V", "clover_S0", "clover_norm")
@@ -128,33 +129,6 @@ class _Original(NamedTuple):
     state: Any  # bitsandbytes' 8-bit scales lie beside the weight
 
 
-class _Folded(NamedTuple):
-    """Maps that were folded for inference, and what they were made of."""
-
-    maps: list[HeadMap]
-    sources: list[tuple[dict[str, Any], str, Tensor, int, int]]  # where it is, its name, it, version, address
-
-    @classmethod
-    def of(cls, maps: list[HeadMap], modules: Iterable[SliceTensors]) -> _Folded | None:
-        """None where a change of the tensors would not be seen: made in inference mode, or sharded."""
-        sources = []
-        for module in modules:
-            holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-            for holder in holders:
-                for name, tensor in holder.items():
-                    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference() or hasattr(tensor, "ds_id"):
-                        return None
-                    sources.append((holder, name, tensor, tensor._version, tensor.data_ptr()))
-        return cls(maps, sources)
-
-    def is_current(self) -> bool:
-        """Whether the tensors are the same, at the same place, and unchanged as far as torch counts changes."""
-        for holder, name, tensor, version, address in self.sources:  # in every forward pass: no generator
-            if holder.get(name) is not tensor or tensor._version != version or tensor.data_ptr() != address:
-                return False
-        return True
-
-
 class CloverLayer(nn.Module, BaseTunerLayer):
     """A projection with CLOVER adapters: `nn.Linear`, `Conv1D` or a quantised linear.
 
@@ -188,7 +162,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = [adapter_name]
         self._missing_bases: set[str] = set()
         self._original: _Original | None = None
-        self._folded: dict[tuple, _Folded] = {}
+        self._folded = FoldedMaps()
         # Squared norms of what the last merge changed and of what rounding the result made of it.
         self.merge_rounding: tuple[float, float] = (0.0, 0.0)
         base: Any = self.get_base_layer()
@@ -247,6 +221,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
 
         # Accelerate then shards the model, fills its state dict, and takes all of it to be sharded.
         persistent = self.quantization_backend is not None or not filled_by_rank_0()
+        self._folded.clear()
         self.specs[adapter_name] = specs
         trained = {"clover_S": s, **self._low_rank_start(low_rank, init_weights, dtype, device)}
         for attribute, tensors in trained.items():
@@ -321,6 +296,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, also one whose bases never came."""
+        self._folded.clear()
         super().delete_adapter(adapter_name)
         self._missing_bases.discard(adapter_name)
 
@@ -386,9 +362,6 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         self._folded.clear()
         super().train(mode)
         return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_folded": {}}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CloverLayer:
         self._folded.clear()
@@ -474,7 +447,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
             dropout: with the adapters' dropout, in training.
 
         Returns:
-            The one that replaces its input, if there is one, comes first.
+            Those that replace their input come first.
         """
         names = [name for name in adapter_names if name in self.clover_S]
         result: dict[tuple, HeadMap] = {}
@@ -501,40 +474,25 @@ class CloverLayer(nn.Module, BaseTunerLayer):
                 if key in result:
                     matrix = result[key].matrix + matrix
                 coordinates = tensors.u if staged else None
-                result[key] = HeadMap(spec.heads, spec.size, spec.truncate, matrix, coordinates, drop)
-        return sorted(result.values(), key=lambda m: not m.replaces)
+                result[key] = HeadMap(Place(spec.heads, spec.size, spec.truncate), matrix, coordinates, drop)
+        return sorted(result.values(), key=lambda m: not m.place.replaces)
 
-    def _maps_for(self, adapter_names: list[str], dtype: torch.dtype) -> tuple[list[HeadMap], bool]:
-        """The maps that a forward pass applies, and whether their output is kept by what follows.
+    def _map(self, z: Tensor, adapter_names: list[str]) -> Tensor:
+        """`y` of the equations above, in training with the adapters' dropout; in inference from maps folded before."""
+        if torch.compiler.is_compiling() or self.training or torch.is_grad_enabled():
+            if not torch.compiler.is_compiling():
+                self._folded.clear()
+            return apply_maps(z, self.maps(adapter_names, dropout=True), self._output_is_kept(adapter_names))
+        names = [name for name in adapter_names if name in self.specs]
+        adapters = ((getattr(self, a), name) for name in names for a in ("clover_S", *FROZEN))
+        fold = lambda: [m.to(z.dtype) for m in self.maps(names)]  # noqa: E731
+        return apply_maps(z, self._folded.get((*names, z.dtype), adapters, fold))
 
-        In inference they are folded and cast once, and again when something has changed: any of the adapters' tensors
-        (replaced, moved, or written to in any way that torch counts), the active adapters or the mode. Whatever writes
-        through `tensor.data` is not seen by torch; `train()` and `eval()` forget the maps, as does a forward pass that
-        is differentiated.
-        """
-        if torch.compiler.is_compiling():
-            return self.maps(adapter_names, dropout=True), False
-        if self.training or torch.is_grad_enabled():
-            self._folded.clear()
-            maps = self.maps(adapter_names, dropout=True)
-            disjoint = all(len(self.specs[name]) == len(maps) for name in adapter_names if name in self.specs)
-            kept = any(s.output_is_kept for name in adapter_names for s in self.specs.get(name, ()))
-            return maps, disjoint and kept
-        key = (*adapter_names, dtype)
-        folded = self._folded.get(key)
-        if folded is None or not folded.is_current():
-            maps = [m.to(dtype) for m in self.maps(adapter_names)]
-            tensors = [
-                getattr(self, attribute)[name]
-                for name in adapter_names
-                if name in self.specs
-                for attribute in ("clover_S", *FROZEN)
-            ]
-            folded = _Folded.of(maps, tensors)
-            if folded is None:
-                return maps, False
-            self._folded[key] = folded
-        return folded.maps, False
+    def _output_is_kept(self, adapter_names: list[str]) -> bool:
+        """Whether what follows may keep the layer's output for its backward pass; with a low-rank part, that is no
+        longer the output of the maps."""
+        specs = (spec for name in adapter_names for spec in self.specs.get(name, ()))
+        return any(spec.output_is_kept for spec in specs) and not any(name in self.clover_A for name in adapter_names)
 
     def map_features(self, z: Tensor, adapter_names: list[str]) -> Tensor:
         """`y` of the equations above, without dropout, for features in the last dimension.
@@ -569,13 +527,12 @@ class CloverLayer(nn.Module, BaseTunerLayer):
             return z
         if adapter_names is None:
             active = self.active_adapters
-            return self.add_low_rank(apply_maps(z, *self._maps_for(active, z.dtype)), x, active)
+            return self.add_low_rank(self._map(z, active), x, active)
         result = z.clone()
         for name in dict.fromkeys(adapter_names):
             if name in self.clover_S:
                 rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=z.device)
-                mapped = apply_maps(z[rows], *self._maps_for([name], z.dtype))
-                result[rows] = self.add_low_rank(mapped, x[rows], [name])
+                result[rows] = self.add_low_rank(self._map(z[rows], [name]), x[rows], [name])
         return result
 
     def add_low_rank(self, y: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
@@ -717,6 +674,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.clover_S]
         if not names:
             return
+        self._folded.clear()
         base: Any = self.get_base_layer()
         weight, bias = self.merged_tensors([*self.merged_adapters, *names], safe_merge)
         if self._original is None:

@@ -21,6 +21,7 @@ from clover_peft.decomposition import (
     describe_dropped,
     fold,
     gram,
+    norms,
     pair_bases,
     qr_bases,
     svd_bases,
@@ -296,11 +297,11 @@ def test_gram_is_the_sum_of_outer_products_whatever_the_chunks_and_the_dtype(chu
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_norms_are_those_of_the_features_whatever_the_chunks_and_the_dtype(chunk, dtype, transposed, monkeypatch):
-    monkeypatch.setattr(decomposition, "_CHUNK_ELEMENTS", chunk)
-    weight = torch.randn(40, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
+    monkeypatch.setattr(clover_peft.decomposition, "_CHUNK_ELEMENTS", chunk)
+    weight = randn(40, 24, seed=1).to(dtype)
     before = weight.clone()
     blocks = (weight.mT.contiguous().mT if transposed else weight).unflatten(1, (4, 6))
-    found = decomposition.norms(blocks)
+    found = norms(blocks)
     assert found.dtype == torch.promote_types(dtype, torch.float32)
     expected = torch.linalg.vector_norm(before.double().unflatten(1, (4, 6)), dim=0)
     assert float((found / expected - 1).abs().max()) < (1e-14 if dtype == torch.float64 else 1e-6)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clover_peft import CloverConfig, layer
 from clover_peft.architectures import HeadSlice
-from clover_peft.head_map import HeadMap, apply_maps, formula, inverse
+from clover_peft.head_map import HeadMap, Place, apply_maps, formula, inverse_of_one_plus
 from tests.tiny import TOLERANCE, build, inputs, perturb, relative
 
 LAYOUTS = {
@@ -35,16 +35,58 @@ def random(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float64, 
 def head_map(layout: str, kind: str = "folded", scale: float = 0.05, dtype: torch.dtype = torch.float64) -> HeadMap:
     heads, size, _ = LAYOUTS[layout]
     blocks, r = heads.features // size, max(1, size // 2)
-    replaces = "replaces" in kind
+    place = Place(heads, size, "replaces" in kind)
     if "staged" in kind:
         coordinates = random(blocks, r, size, seed=2, dtype=dtype).detach()
-        return HeadMap(heads, size, replaces, random(blocks, size, r, scale=scale, seed=1, dtype=dtype), coordinates)
-    return HeadMap(heads, size, replaces, random(blocks, size, size, scale=scale, seed=1, dtype=dtype))
+        return HeadMap(place, random(blocks, size, r, scale=scale, seed=1, dtype=dtype), coordinates)
+    return HeadMap(place, random(blocks, size, size, scale=scale, seed=1, dtype=dtype))
+
+
+def dense(m: HeadMap, features: int) -> Tensor:
+    """(features, features), what all of it does to a vector, by the definition of a head slice."""
+    h, replaces = m.place.heads, m.place.replaces
+    index = [
+        h.start + i // h.inner * h.stride + h.offset + i % h.inner * h.inner_stride + j
+        for i in range(h.count)
+        for j in range(h.dim)
+    ]
+    blocks = torch.block_diag(*(m.matrix if m.coordinates is None else m.matrix @ m.coordinates))
+    one = torch.eye(features, dtype=blocks.dtype)
+    own = one[:, index]
+    return one + own @ blocks @ own.mT - (own @ own.mT if replaces else 0)
 
 
 def gradients(y: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y).to(y)
     return list(torch.autograd.grad((y * weights).sum(), inputs))
+
+
+@pytest.mark.parametrize("tokens", [(2, 5), (1, 1), (3,), ()])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_formula_is_a_product_with_one_matrix(layout, kind, tokens):
+    m, z = head_map(layout, kind), random(*tokens, 24)
+    for apply in (formula, apply_maps):
+        expected, y = z @ dense(m, 24).mT, apply(z, [m])
+        assert y.shape == z.shape
+        assert relative(y, expected) < TOLERANCE[torch.float64]
+        for found, wanted in zip(gradients(y, [z, m.matrix]), gradients(expected, [z, m.matrix]), strict=True):
+            assert relative(found, wanted) < TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_changes_nothing(kind, kept):
+    m, z = head_map("plain", kind, dtype=torch.float32), random(2, 5, 24, dtype=torch.float32)
+    expected = apply_maps(z, [m], kept)
+    wanted = gradients(expected, [z, m.matrix])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = apply_maps(z, [m], kept)
+        with torch.no_grad():
+            assert torch.equal(apply_maps(z, [m]), expected)
+            assert torch.equal(apply_maps(z[:1, :1], [m]), expected[:1, :1])
+    assert torch.equal(y, expected)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(y, [z, m.matrix]), wanted, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -104,6 +146,10 @@ def test_several_maps_read_the_same_features():
     matrices = [m.matrix for m in maps]
     y, expected = apply_maps(z, maps), formula(z, maps)
     assert relative(y, expected) < TOLERANCE[torch.float64]
+    for kept in (False, True):  # y does not tell which map did what
+        found = gradients(apply_maps(z, maps[1:], kept), [z, *matrices[1:]])
+        for one, wanted in zip(found, gradients(formula(z, maps[1:]), [z, *matrices[1:]]), strict=True):
+            assert relative(one, wanted) < TOLERANCE[torch.float64]
     for found, wanted in zip(gradients(y, [z, *matrices]), gradients(expected, [z, *matrices]), strict=True):
         assert relative(found, wanted) < TOLERANCE[torch.float64]
 
@@ -113,7 +159,7 @@ def test_several_maps_read_the_same_features():
 def test_the_inverse_is_one(norm, dtype):
     m = random(3, 8, 8, dtype=dtype).detach()
     m = norm * m / torch.linalg.matrix_norm(m, keepdim=True)
-    found = inverse(m, float(torch.linalg.matrix_norm(m @ m).max()))
+    found = inverse_of_one_plus(m, float(torch.linalg.matrix_norm(m @ m).max()))
     expected = torch.linalg.inv(torch.eye(8, dtype=torch.float64) + m.double())
     assert relative(found.double(), expected) < 20 * torch.finfo(dtype).eps / (1 - norm)
 
@@ -213,3 +259,41 @@ def test_a_model_trains_as_by_the_formula(family, configs, monkeypatch):
     assert len(found) == len(wanted) > 0
     for one, other in zip(found, wanted, strict=True):
         assert relative(one, other) < 10 * TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("config", "key_value_heads", "extra"),
+    [
+        ({}, 4, 48),
+        ({}, 2, 24),
+        ({"target_modules": ["v_proj"]}, 4, 0),
+        ({"target_modules": ["up_proj"]}, 4, 0),
+        ({"target_modules": ["k_proj"]}, 4, 48),
+        ({"r": 2}, 4, 2 * (4 + 4 + 20)),
+        ({"r": 3}, 4, 3 * (4 + 4)),
+        ({"low_rank": 2, "target_modules": ["up_proj"]}, 4, 80 + 48 + 2),
+    ],
+)
+def test_what_a_model_keeps_for_every_token_beyond_its_base(config, key_value_heads, extra):
+    """Of 48 features: keys keep their input, values and up projections nothing; with a part beside them, as before."""
+
+    def floats(model, tokens: int) -> int:
+        x = torch.randn(1, tokens, 48, requires_grad=True)
+        own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+        kept = {}
+
+        def pack(t: Tensor) -> Tensor:
+            if t.untyped_storage().data_ptr() not in own:
+                kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes() // 4
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = model(inputs_embeds=x, use_cache=False)
+        del y
+        return sum(kept.values())
+
+    base = build("llama", num_key_value_heads=key_value_heads, num_hidden_layers=1)
+    before = floats(base, 24) - floats(base, 12)
+    model = get_peft_model(base, CloverConfig(mlp_block_size=4, **config))
+    perturb(model)
+    assert (floats(model, 24) - floats(model, 12)) - before == 12 * extra

@@ -1,0 +1,92 @@
+"""Maps that were folded for inference, kept until something they were made of changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from .head_map import HeadMap
+
+
+class _Source(NamedTuple):
+    """A tensor as it was, and the places where it is looked up."""
+
+    adapters: dict[str, Any]  # of one attribute of a layer
+    adapter_name: str
+    module: nn.Module
+    tensors: dict[str, Any]  # parameters or buffers of `module`
+    name: str
+    tensor: Tensor
+    version: int
+    address: int
+
+    @classmethod
+    def of(cls, adapters: nn.ModuleDict, adapter_name: str) -> list[_Source] | None:
+        """Those of an adapter; None where changes would not be seen: made in inference mode, or sharded."""
+        module = adapters[adapter_name]
+        holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        result = []
+        for holder in holders:
+            for name, tensor in holder.items():
+                if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference() or hasattr(tensor, "ds_id"):
+                    return None
+                place = (adapters._modules, adapter_name, module, holder, name)
+                result.append(cls(*place, tensor, tensor._version, tensor.data_ptr()))
+        return result
+
+
+class FoldedMaps:
+    """Maps by what they were folded for: the adapters, in order, and a dtype.
+
+    They are folded again when a tensor was replaced, moved, or written to in any way that torch counts. What is written
+    through `tensor.data` is not counted: the layer clears its maps in `train()`, in `eval()` and in passes that are
+    differentiated.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[Hashable, tuple[list[HeadMap], list[_Source]]] = {}
+
+    def get(
+        self,
+        key: Hashable,
+        adapters: Iterable[tuple[nn.ModuleDict, str]],
+        fold: Callable[[], list[HeadMap]],
+    ) -> list[HeadMap]:
+        """The maps for `key`, folded now if they are not there or out of date.
+
+        Args:
+            key: what they are for.
+            adapters: where to find the modules whose tensors `fold` reads, and under which name.
+            fold: makes them.
+        """
+        if (found := self._entries.get(key)) is not None:
+            maps, sources = found
+            for adapters_now, adapter_name, module, tensors, name, tensor, version, address in sources:
+                if (
+                    adapters_now.get(adapter_name) is not module
+                    or tensors.get(name) is not tensor
+                    or tensor._version != version
+                    or tensor.data_ptr() != address
+                ):
+                    break
+            else:
+                return maps
+        maps, sources = fold(), []
+        for modules, adapter_name in adapters:
+            if (of_adapter := _Source.of(modules, adapter_name)) is None:
+                return maps
+            sources += of_adapter
+        self._entries[key] = (maps, sources)
+        return maps
+
+    def clear(self) -> None:
+        """Forget all maps."""
+        self._entries.clear()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __reduce__(self) -> tuple[type[FoldedMaps], tuple[()]]:
+        return FoldedMaps, ()  # a copy starts without any
