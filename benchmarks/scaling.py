@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import at_most, clock, finish, llama, options, parser, ratio, table
+from harness import at_most, clock, finish, llama, options, parser, randomise, ratio, table
 from peft import get_peft_model
 from tqdm import tqdm
 from train_step import Contender, decode, saved_bytes, step
@@ -170,6 +170,7 @@ def _runners(point: Point, arguments: argparse.Namespace) -> dict[str, Runner]:
     runners = {}
     for name, model in {"frozen base": base, "clover": clover}.items():
         runners[name] = Runner(Contender(model, ""), x, cotangent, dtype)
+        randomise(model, arguments.seed, 1e-3)  # small enough for every size to keep outputs
         runners[name].contender.saved_bytes = saved_bytes(model, partial(decode, model, x, dtype))
         for _ in range(2):
             runners[name]()

@@ -29,6 +29,7 @@ from real_models import smollm2
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         (part, *(x for f in found.values() for x in (f["milliseconds"][part], f"{f['shares'][part]:.1%}")))
         for part in PARTS
     ]
-    rows.append(("step", *(x for f in found.values() for x in (sum(f["milliseconds"].values()), ""))))
+    rows.append(("all operations", *(x for f in found.values() for x in (sum(f["milliseconds"].values()), ""))))
     print(table(("part", *(x for name in found for x in (f"{name} ms", "share"))), rows))
     return finish(
         arguments.out,
@@ -183,6 +184,8 @@ def _by_part(events: Any, cuda: bool, steps: int) -> dict[str, float]:
     found: defaultdict[str, float] = defaultdict(float)
     waiting: list[tuple[int, float]] = []  # of the backward pass
     for event in events:
+        if event.device_type != DeviceType.CPU:  # a kernel, whose time its operation has, or a range around kernels
+            continue
         own = (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1000 / steps
         part, number = None, -1
         parent = event

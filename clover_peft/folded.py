@@ -40,9 +40,9 @@ class _Source(NamedTuple):
 class FoldedMaps:
     """Maps by what they were folded for: the adapters, in order, and a dtype.
 
-    They are folded again when a tensor was replaced, moved, or written to in any way that torch counts. What is written
-    through `tensor.data` is not counted: the layer clears its maps in `train()`, in `eval()` and in passes that are
-    differentiated.
+    They are folded again when a tensor was replaced, moved, or written to in any way that torch counts. What is
+    written through `tensor.data` is not counted: the layer clears its maps in `train()`, in `eval()` and in
+    differentiated passes.
     """
 
     def __init__(self) -> None:

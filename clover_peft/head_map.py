@@ -130,6 +130,15 @@ def formula(z: Tensor, maps: Sequence[HeadMap]) -> Tensor:
 
 def _add_up(z: Tensor, places: Sequence[Place], matrices: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> Tensor:
     """`y` of maps at these places, of which some read `inputs` (H, tokens, r), those in stages; the others read z."""
+    if (
+        z.numel() == z.shape[-1]
+        and len(places) == 1
+        and places[0].heads.covers(z.shape[-1])
+        and not places[0].replaces
+    ):
+        # One token, as in decoding, is laid out as its blocks are: nothing needs to be copied first (a third faster).
+        own, matrix = places[0].tokens(z), matrices[0].to(z.dtype)
+        return torch.baddbmm(own, own if inputs[0] is None else inputs[0], matrix.mT).view(z.shape)
     y = z.clone(memory_format=torch.contiguous_format)
     for place, matrix, tokens in zip(places, matrices, inputs, strict=True):
         place.add_(y, place.tokens(z) if tokens is None else tokens, matrix.to(z.dtype).mT)

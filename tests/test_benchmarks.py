@@ -7,7 +7,7 @@ import importlib
 import json
 import struct
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -126,6 +126,31 @@ def test_a_step_is_taken_apart(benchmark, tmp_path, capsys):
         assert all(figures["milliseconds"][part] > 0 for part in profile.PARTS)
         assert sum(figures["shares"].values()) == pytest.approx(1)
     assert "adapter" in capsys.readouterr().out
+
+
+def test_operations_count_where_their_forward_is_and_kernels_once(benchmark):
+    pytest.importorskip("trl", reason="needs the train extra")
+    from torch.autograd import DeviceType
+
+    def event(name, own, parent=None, number=-1, device=DeviceType.CPU):
+        times = {"self_cpu_time_total": own * 1000.0, "self_device_time_total": own * 1000.0}
+        return SimpleNamespace(name=name, cpu_parent=parent, sequence_nr=number, device_type=device, **times)
+
+    maps = event("part: adapter", 1)
+    backward = event("autograd::engine::evaluate_function: X", 3, number=7)
+    events = [
+        maps,
+        event("aten::bmm", 2, maps, number=7),
+        event("gemm", 2, device=DeviceType.CUDA),
+        event("part: adapter", 9, device=DeviceType.CUDA),
+        backward,
+        event("aten::bmm", 4, event("X", 5, backward)),
+        event("aten::copy_", 6, event("Optimizer.step#AdamW.step", 0)),
+        event("aten::loss", 8),
+    ]
+    for cuda in (False, True):
+        found = benchmark("sft_profile")._by_part(events, cuda, steps=2)
+        assert {part: ms for part, ms in found.items() if ms} == {"adapter": 5.0, "optimizer": 3.0, "elsewhere": 4.0}
 
 
 def test_saved_bytes_counts_each_storage_once_and_no_parameter(benchmark):
