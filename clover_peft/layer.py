@@ -348,7 +348,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
                     empty = tensors.get(spec.name)
                     # Room for what is written into it next.
                     if empty.is_meta and not s.is_meta and value is not None and value.shape == shape:
-                        setattr(tensors, spec.name, torch.empty_like(empty, device=s.device))
+                        setattr(tensors, spec.name, torch.empty(shape, dtype=empty.dtype, device=s.device))
 
     def train(self, mode: bool = True) -> CloverLayer:
         """As in torch.

@@ -109,8 +109,8 @@ def test_reload_under_another_seed_is_the_same_function(case: str, save_bases: b
     before = _saved(tmp_path, family, save_bases=save_bases, **choices)
     after = logits(_load(build(family), tmp_path), family)
     assert relative(before, base) > 1e-3
-    if save_bases == "folded" and choices.get("truncate"):
-        assert relative(after, before) < TOLERANCE[torch.float32]  # E S C - I is rounded once more
+    if save_bases == "folded" and {"r", "rank_pattern"} & choices.keys():
+        assert relative(after, before) < TOLERANCE[torch.float32]  # what was applied in two stages is now one matrix
     else:
         assert torch.equal(after, before)
 
