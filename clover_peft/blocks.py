@@ -87,7 +87,7 @@ class BlockSpec:
     def is_staged(self) -> bool:
         """Whether C is applied first, then E S: where that keeps fewer numbers for training, or is less work."""
         recovered = self.output_is_kept and not self.truncate  # from an output that is there anyway, mostly
-        return self.r < self.size and (not recovered or self.r <= self.size // 2)
+        return self.r < self.size and (not recovered or self.r <= self.size // 4)
 
     @property
     def base_shapes(self) -> dict[str, tuple[int, ...]]:
