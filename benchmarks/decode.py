@@ -163,6 +163,7 @@ def _contenders(base: nn.Module, seed: int) -> dict[str, Contender]:
     def add(name: str, setting: str, config: PeftConfig, **kwargs: Any) -> Contender:
         model = _wrapped(copy.deepcopy(base), config, seed)
         contenders[name] = Contender(model, setting, trainable(model), **kwargs)
+        model.requires_grad_(False)  # as adapters are loaded for inference: CLOVER keeps the maps of frozen ones alone
         return contenders[name]
 
     clover = add("clover", "full, k v up", configs["clover"])
@@ -267,6 +268,7 @@ def _switching(base: nn.Module, config: PeftConfig, arguments: Namespace) -> dic
     model.add_adapter("other", copy.deepcopy(config), autocast_adapter_dtype=not isinstance(config, LoraConfig))
     model.set_adapter("other")
     randomise(model, arguments.seed + 1)
+    model.requires_grad_(False)
     cache = _filled(base, 1, arguments.context)
     x = torch.randn(1, 1, arguments.hidden_size).to(next(base.parameters()))
     step = partial(_steps, model, x, cache, 1, arguments.device)
@@ -277,7 +279,7 @@ def _switching(base: nn.Module, config: PeftConfig, arguments: Namespace) -> dic
             if kind == "new":
                 _write(model, name)
             before = step()
-            switch = clock(partial(model.set_adapter, name), arguments.device)
+            switch = clock(partial(model.set_adapter, name, inference_mode=True), arguments.device)
             first, after = step(), step()
             if number:  # the first is a warm-up
                 found.append({"set_adapter": switch, "first_step": first, "usual_step": (before + after) / 2})

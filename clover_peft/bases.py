@@ -93,6 +93,7 @@ def broadcast_bases(model: nn.Module) -> None:
         model: a model with CLOVER adapters.
     """
     for _, layer in clover_layers(inner_model(model)):
+        layer.forget_maps()
         for name, buffer in layer.named_buffers():
             if name.startswith(FROZEN):
                 dist.broadcast(buffer, src=0)

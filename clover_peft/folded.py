@@ -21,27 +21,30 @@ class _Source(NamedTuple):
     tensor: Tensor
     version: int
     address: int
+    storage: Tensor  # kept alive, so that nothing else comes to lie at its address
 
     @classmethod
     def of(cls, adapters: nn.ModuleDict, adapter_name: str) -> list[_Source] | None:
-        """Those of an adapter; None where changes would not be seen: made in inference mode, or sharded."""
+        """Those of an adapter; None where changes may not be seen: trained, sharded, or made in inference mode."""
         module = adapters[adapter_name]
         holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         result = []
         for holder in holders:
             for name, tensor in holder.items():
-                if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference() or hasattr(tensor, "ds_id"):
+                plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference()
+                if not plain or tensor.requires_grad or hasattr(tensor, "ds_id"):
                     return None
                 place = (adapters._modules, adapter_name, module, holder, name)
-                result.append(cls(*place, tensor, tensor._version, tensor.data_ptr()))
+                result.append(cls(*place, tensor, tensor._version, tensor.data_ptr(), tensor.detach()))
         return result
 
 
 class FoldedMaps:
     """Maps by what they were folded for: the adapters, in order, and a dtype.
 
-    They are folded again when a tensor was replaced, moved, or written to in any way that torch counts. What is
-    written through `tensor.data` is not counted: the layer clears its maps in `train()`, in `eval()` and in
+    They are folded again when a tensor was replaced, moved, or written to in any way that torch counts. Much that
+    writes is not counted: fused optimizers, collectives, `tensor.data`. Therefore maps are kept of frozen adapters
+    alone, as `PeftModel.from_pretrained` loads them, and the layer clears them in `train()`, in `eval()` and in
     differentiated passes.
     """
 
@@ -63,7 +66,7 @@ class FoldedMaps:
         """
         if (found := self._entries.get(key)) is not None:
             maps, sources = found
-            for adapters_now, adapter_name, module, tensors, name, tensor, version, address in sources:
+            for adapters_now, adapter_name, module, tensors, name, tensor, version, address, _ in sources:
                 if (
                     adapters_now.get(adapter_name) is not module
                     or tensors.get(name) is not tensor
@@ -73,12 +76,14 @@ class FoldedMaps:
                     break
             else:
                 return maps
-        maps, sources = fold(), []
+        sources = []
         for modules, adapter_name in adapters:
             if (of_adapter := _Source.of(modules, adapter_name)) is None:
-                return maps
+                return fold()
             sources += of_adapter
-        self._entries[key] = (maps, sources)
+        maps = fold()
+        if all(type(m.matrix) is Tensor for m in maps):  # no stand-in of a tracer
+            self._entries[key] = (maps, sources)
         return maps
 
     def clear(self) -> None:

@@ -98,14 +98,24 @@ def apply_maps(z: Tensor, maps: Sequence[HeadMap], output_is_kept: bool = False)
     if torch.is_autocast_enabled(z.device.type):
         with torch.autocast(z.device.type, enabled=False):
             return apply_maps(z, maps, output_is_kept)
-    # The compiler fuses plain operations by itself, and does not take writing in place.
-    if any(m.dropout is not None for m in maps) or torch.compiler.is_compiling():
+    if any(m.dropout is not None for m in maps) or is_traced():
         return formula(z, maps)
     places, matrices = [m.place for m in maps], [m.matrix for m in maps]
     inputs = [None if m.coordinates is None else m.in_coordinates(m.place.tokens(z)) for m in maps]
     if torch.is_grad_enabled() and (z.requires_grad or any(matrix.requires_grad for matrix in matrices)):
         return _ApplyMaps.apply(z, places, output_is_kept, *matrices, *inputs)
     return _add_up(z, places, matrices, inputs)
+
+
+def is_traced() -> bool:
+    """Whether torch records or transforms what runs (`torch.compile`, `torch.jit.trace`, `torch.func`).
+
+    It does not take writing in place then, and fuses plain operations by itself.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    transform: object = torch._C._functorch.peek_interpreter_stack()
+    return transform is not None or torch.jit.is_tracing()
 
 
 def formula(z: Tensor, maps: Sequence[HeadMap]) -> Tensor:
@@ -186,6 +196,13 @@ class _ApplyMaps(torch.autograd.Function):
             elif for_z is not None:
                 place.add_(for_z, of_y, weight)
         return for_z, None, None, *for_matrices, *for_inputs
+
+
+def _sum_over_tokens(g: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """`sum g y^T`, (H, d, d) in `dtype`, of (H, tokens, d) each."""
+    if g.is_cuda and g.dtype != dtype and not torch.is_grad_enabled():
+        return torch.bmm(g.mT, y, out_dtype=dtype)
+    return torch.bmm(g.mT.to(dtype), y.to(dtype))
 
 
 @lru_cache(maxsize=1024)

@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from .architectures import in_features, out_features
 from .blocks import BlockSpec, BlockTensors
 from .folded import FoldedMaps
-from .head_map import HeadMap, Place, apply_maps
+from .head_map import HeadMap, Place, apply_maps, is_traced
 
 TRAINED = ("clover_S", "clover_A", "clover_B")
 FROZEN = ("clover_U", "clover_V", "clover_S0", "clover_norm")
@@ -221,7 +221,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
 
         # Accelerate then shards the model, fills its state dict, and takes all of it to be sharded.
         persistent = self.quantization_backend is not None or not filled_by_rank_0()
-        self._folded.clear()
+        self.forget_maps()
         self.specs[adapter_name] = specs
         trained = {"clover_S": s, **self._low_rank_start(low_rank, init_weights, dtype, device)}
         for attribute, tensors in trained.items():
@@ -296,7 +296,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, also one whose bases never came."""
-        self._folded.clear()
+        self.forget_maps()
         super().delete_adapter(adapter_name)
         self._missing_bases.discard(adapter_name)
 
@@ -359,12 +359,12 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         if mode:
             check_packing(self.get_base_layer(), self.name)
         self._note_loaded()  # transformers' loader puts tensors in their places itself
-        self._folded.clear()
+        self.forget_maps()
         super().train(mode)
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CloverLayer:
-        self._folded.clear()
+        self.forget_maps()
         super()._apply(fn, recurse)
         if self._original is not None:
             module, weight, bias, state = self._original
@@ -479,14 +479,18 @@ class CloverLayer(nn.Module, BaseTunerLayer):
 
     def _map(self, z: Tensor, adapter_names: list[str]) -> Tensor:
         """`y` of the equations above, in training with the adapters' dropout; in inference from maps folded before."""
-        if torch.compiler.is_compiling() or self.training or torch.is_grad_enabled():
+        if self.training or torch.is_grad_enabled() or is_traced() or self.__dict__.get("_is_replica"):
             if not torch.compiler.is_compiling():
-                self._folded.clear()
+                self.forget_maps()
             return apply_maps(z, self.maps(adapter_names, dropout=True), self._output_is_kept(adapter_names))
         names = [name for name in adapter_names if name in self.specs]
         adapters = ((getattr(self, a), name) for name in names for a in ("clover_S", *FROZEN))
         fold = lambda: [m.to(z.dtype) for m in self.maps(names)]  # noqa: E731
         return apply_maps(z, self._folded.get((*names, z.dtype), adapters, fold))
+
+    def forget_maps(self) -> None:
+        """Fold the maps again in the next pass, after a change that torch does not count."""
+        self._folded.clear()
 
     def _output_is_kept(self, adapter_names: list[str]) -> bool:
         """Whether what follows may keep the layer's output for its backward pass; with a low-rank part, that is no
@@ -674,7 +678,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.clover_S]
         if not names:
             return
-        self._folded.clear()
+        self.forget_maps()
         base: Any = self.get_base_layer()
         weight, bias = self.merged_tensors([*self.merged_adapters, *names], safe_merge)
         if self._original is None:

@@ -533,7 +533,7 @@ def _take_out(model: nn.Module, adapter_name: str) -> None:
             if adapter_name in getattr(layer, attribute):
                 del getattr(layer, attribute)[adapter_name]
         layer._missing_bases.discard(adapter_name)
-        layer._folded.clear()
+        layer.forget_maps()
     _unwrap_empty_layers(model)
 
 

@@ -129,6 +129,22 @@ def test_it_can_be_differentiated_twice(layout, kind, kept):
     assert torch.autograd.gradgradcheck(run, (z, m.matrix))
 
 
+def test_a_feature_with_a_large_mean_does_not_drown_the_others():
+    """In bfloat16, where y is rounded, and with it what it says of the other features."""
+    z = random(4096, 24).detach() + 20 * (torch.arange(24) % 6 == 0)
+    exact = head_map("plain", scale=0.1)
+    g = random(4096, 24, seed=5).detach()
+    wanted = torch.autograd.grad(formula(z.bfloat16().double(), [exact]), exact.matrix, g.bfloat16().double())[0]
+    errors = {}
+    for kept in (False, True):
+        m = head_map("plain", scale=0.1, dtype=torch.float32)
+        y = apply_maps(z.bfloat16(), [m], kept)
+        found = torch.autograd.grad(y, m.matrix, g.bfloat16())[0]
+        errors[kept] = float(((found - wanted).norm(dim=(0, 1)) / wanted.norm(dim=(0, 1))).max())
+    assert errors[True] < 0.02
+    assert errors[False] < 0.02
+
+
 def test_transforms_of_functions_take_it():
     m, z = head_map("plain"), random(5, 24)
 
@@ -136,6 +152,8 @@ def test_transforms_of_functions_take_it():
         return apply(z.detach(), [m._replace(matrix=matrix)]).square().sum()
 
     matrix = m.matrix.detach()
+    several = torch.func.vmap(torch.func.grad(loss))(torch.stack([matrix, 2 * matrix]))
+    assert relative(several[1], torch.func.grad(loss)(2 * matrix)) < TOLERANCE[torch.float64]
     found = torch.func.grad(loss)(matrix)
     assert relative(found, torch.func.grad(lambda matrix: loss(matrix, formula))(matrix)) < TOLERANCE[torch.float64]
 

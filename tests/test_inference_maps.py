@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def model(**config) -> PeftModel:
     result = get_peft_model(build("llama"), CloverConfig(**config), adapter_name="a")
     result.add_adapter("b", CloverConfig(**config))
     perturb(result)
-    result.set_adapter("a")
+    result.set_adapter("a", inference_mode=True)
     return result.eval()
 
 
@@ -141,15 +142,15 @@ def test_switching_takes_effect_and_comes_back_for_nothing(folds):
     adapted = model()
     expected = {}
     for name in ("a", "b"):
-        adapted.set_adapter(name)
+        adapted.set_adapter(name, inference_mode=True)
         expected[name] = answer(adapted)
     assert not torch.equal(expected["a"], expected["b"])
     count = len(folds)
     for name in ("a", "b", "a"):
-        adapted.set_adapter(name)
+        adapted.set_adapter(name, inference_mode=True)
         assert torch.equal(answer(adapted), expected[name])
     assert len(folds) == count
-    adapted.base_model.set_adapter(["a", "b"])
+    adapted.base_model.set_adapter(["a", "b"], inference_mode=True)
     both = answer(adapted)
     assert torch.equal(answer(adapted), both)
     assert len(folds) == 2 * count
@@ -178,6 +179,34 @@ def test_training_folds_in_every_pass(folds):
     assert not any(len(layer._folded) for layer in layers(adapted))
 
 
+@pytest.mark.parametrize("optimizer", [partial(torch.optim.AdamW, fused=True), partial(torch.optim.SGD, fused=True)])
+def test_an_adapter_that_is_trained_is_always_folded(optimizer):
+    """Fused optimizers write without torch counting it, also in a model that stays in evaluation mode."""
+    adapted = model()
+    adapted.set_adapter("a")
+    steps = optimizer([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        adapted(**inputs("llama")).logits.square().mean().backward()
+        before = answer(adapted)
+        steps.step()
+        after = answer(adapted)
+        assert relative(after, before) > 1e-3
+        assert torch.equal(unfolded(adapted), after)
+
+
+def test_replicas_do_not_share_maps():
+    adapted = model()
+    answer(adapted)
+    layer = layers(adapted)[0]
+    replica = layer._replicate_for_data_parallel()
+    replica.clover_S = nn.ModuleDict({"a": copy.deepcopy(layer.clover_S["a"])})
+    with torch.no_grad():
+        replica.clover_S["a"].weight.zero_()
+        replica.base_layer = layer.base_layer
+        x = torch.randn(1, 3, layer.in_features)
+        assert torch.equal(replica(x), layer.base_layer(x))
+
+
 def test_each_compute_dtype_has_maps_of_its_own(folds):
     adapted = model()
     exact = answer(adapted)
@@ -194,7 +223,7 @@ def test_each_compute_dtype_has_maps_of_its_own(folds):
 
 def test_an_adapter_that_was_deleted_and_made_again_is_the_new_one():
     adapted = model()
-    adapted.set_adapter("b")
+    adapted.set_adapter("b", inference_mode=True)
     answer(adapted)
     gone = weakref.ref(layers(adapted)[0].clover_S["b"].weight)
     adapted.delete_adapter("b")
