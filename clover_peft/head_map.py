@@ -182,13 +182,15 @@ class _ApplyMaps(torch.autograd.Function):
         for_inputs: list[Tensor | None] = [None] * count
         for i, (place, matrix, tokens) in enumerate(zip(ctx.places, tensors[:count], tensors[count:], strict=True)):
             of_y = place.tokens(gradient)
-            if ctx.needs_input_grad[3 + i]:
-                found = torch.bmm(of_y.mT, place.tokens(kept) if tokens is None else tokens).to(matrix.dtype)
-                recovers = tokens is None and ctx.squares is not None
-                for_matrices[i] = (
-                    torch.bmm(found, inverse_of_one_plus(matrix, ctx.squares[i]).mT) if recovers else found
-                )
             weight = matrix.to(gradient.dtype)
+            if ctx.needs_input_grad[3 + i] and tokens is None and ctx.squares is not None:
+                # The map as it was applied, and a sum that is not rounded: what a feature with a large mean leaves of
+                # its rounding would else be more than the others have.
+                inverse = inverse_of_one_plus(weight.to(matrix.dtype), ctx.squares[i])
+                for_matrices[i] = torch.bmm(_sum_over_tokens(of_y, place.tokens(kept), matrix.dtype), inverse.mT)
+            elif ctx.needs_input_grad[3 + i]:
+                read = place.tokens(kept) if tokens is None else tokens
+                for_matrices[i] = torch.bmm(of_y.mT, read).to(matrix.dtype)
             if tokens is not None:
                 for_inputs[i] = torch.bmm(of_y, weight)
                 if place.replaces and for_z is not None:
