@@ -5,7 +5,7 @@
     python benchmarks/pruning.py --model smollm2      # perplexity of SmolLM2-135M-Instruct, on WikiText-2
 
 Settings are those of the targets, with --sweep also a grid of ratios, or with --ratio any others. For every setting
-the model is loaded afresh and pruned, and then measured:
+the model is loaded afresh and pruned, by one calibration for all, and then measured:
 
 - Whisper: KL divergence from the unpruned model, in nats, mean over the tokens of the unpruned model's own transcripts
   (their end included), on unseen speech (`jfk_kl`) and on the five clips it was calibrated with (`clips_kl`); word
@@ -49,8 +49,10 @@ from transformers import (
 
 import clover_peft
 from clover_peft import records
-from clover_peft.pruning.directions import Kind, Method
-from clover_peft.pruning.pruner import Rule
+from clover_peft.pruning import Calibration
+from clover_peft.pruning.directions import Method
+from clover_peft.pruning.pairs import Kind
+from clover_peft.pruning.rule import Rule
 
 Batch = dict[str, Tensor]
 SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
@@ -160,6 +162,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     subject = subjects[arguments.model](arguments)
     before = subject.load()
     base = _figures(subject, before)
+    settings = _settings(arguments)
+    measured, calibration_seconds = _calibrated(before, settings, subject, arguments.device)
     del before
     header = ("setting", *subject.columns, "parameters", "KV bytes", "s")
 
@@ -168,9 +172,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
         return [name, *(_short(figures[column]) for column in subject.columns), *size, seconds]
 
     rows, printed = [], [cells("unpruned", base, "")]
-    for setting in tqdm(_settings(arguments), desc="settings", unit="setting"):
+    for setting in tqdm(settings, desc="settings", unit="setting"):
         model = subject.load()
-        report, seconds = _prune(model, setting, subject, arguments.device)
+        batches = subject.calibration if setting.sequential else measured
+        report, seconds = _prune(model, setting, batches if setting.calibrated else None, arguments.device)
         figures = _figures(subject, model)
         if isinstance(subject, SmolLM2):
             figures["v_base"] = figures["perplexity"] / base["perplexity"]
@@ -190,6 +195,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             "options": options(arguments),
             "environment": environment,
             "data": subject.about,
+            "calibration_seconds": calibration_seconds,
             "unpruned": base,
             "pruned": rows,
             "targets": targets,
@@ -258,8 +264,25 @@ def _parse_ratio(text: str) -> dict[str, float]:
     return ratio
 
 
-def _prune(model: Any, setting: Setting, subject: Subject, device: str) -> tuple[dict[str, Any], float]:
-    """The report, and how many seconds it took."""
+def _calibrated(
+    model: Any, settings: Sequence[Setting], subject: Subject, device: str
+) -> tuple[Calibration | None, float | None]:
+    """What all settings but the sequential ones are calibrated with, and how many seconds that took."""
+    found: list[Calibration] = []
+    wanted = [setting for setting in settings if setting.calibrated and not setting.sequential]
+    if not wanted:
+        return None, None
+    gradients = any(setting.ranks == "gradient" for setting in wanted)
+    seconds = clock(
+        lambda: found.append(clover_peft.calibrate(model, subject.calibration, gradients=gradients)), device
+    )
+    return found[0], seconds
+
+
+def _prune(
+    model: Any, setting: Setting, calibration: list[Batch] | Calibration | None, device: str
+) -> tuple[dict[str, Any], float]:
+    """The report, and how many seconds it took beside calibration."""
     reports: list[Any] = []
 
     def prune() -> None:
@@ -267,7 +290,7 @@ def _prune(model: Any, setting: Setting, subject: Subject, device: str) -> tuple
             model,
             ratio=setting.ratio,
             method=setting.method,
-            calibration=subject.calibration if setting.calibrated else None,
+            calibration=calibration,
             ranks=setting.ranks,
             multiple=setting.multiple,
             sequential=setting.sequential,

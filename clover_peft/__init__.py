@@ -5,7 +5,7 @@ from .bases import broadcast_bases, explicit_factors, initialize_from_activation
 from .config import CloverConfig
 from .layer import CloverLayer
 from .model import CloverModel
-from .pruning import PruningReport, prune
+from .pruning import PruningReport, calibrate, prune
 from .pruning.loading import install
 from .registration import register
 from .serving import hotswap_adapter, lora_errors
@@ -18,6 +18,7 @@ __all__ = [
     "CloverModel",
     "PruningReport",
     "broadcast_bases",
+    "calibrate",
     "dequantize",
     "explicit_factors",
     "hotswap_adapter",

@@ -37,22 +37,28 @@ class Probe:
 
 @dataclass
 class Moments:
-    """Sums over tokens, of H blocks of d features.
+    """Sums over tokens, of H blocks of d features, taken from near their mean: products are made in float32, in which
+    a large mean would drown what varies about it.
 
     Attributes:
-        squares: (H, d, d) float64, sum of `z z^T`.
-        sums: (H, d) float64, sum of z.
+        squares: (H, d, d) float64, sum of `(z - c) (z - c)^T`.
+        sums: (H, d) float64, sum of `z - c`.
         tokens: how many.
+        near: (H, d) c, the mean of those that came first; None before any.
     """
 
     squares: Tensor
     sums: Tensor
     tokens: int = 0
+    near: Tensor | None = None
 
     def add(self, blocks: Tensor) -> None:
         """Count more tokens: (tokens, H, d), any floating dtype. Costs tokens H d^2, in at least float32."""
         rows = blocks.permute(1, 2, 0)
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        if self.near is None and len(blocks):
+            self.near = rows.mean(-1)
+        rows = rows if self.near is None else rows - self.near.to(rows).unsqueeze(-1)
         self.squares += torch.bmm(rows, rows.mT).to(self.squares)
         self.sums += rows.sum(-1).to(self.sums)
         self.tokens += len(blocks)
@@ -65,12 +71,18 @@ class Moments:
     @property
     def second(self) -> Tensor:
         """(H, d, d) float64, the mean of `z z^T`."""
-        return self.squares / max(1, self.tokens)
+        return self.about(torch.zeros_like(self.sums))
+
+    def about(self, point: Tensor) -> Tensor:
+        """(H, d, d) float64, the mean of `(z - p) (z - p)^T`; p (H, d) float64."""
+        away = self.mean - point
+        return self.covariance + away.unsqueeze(-1) * away.unsqueeze(-2)
 
     @property
     def covariance(self) -> Tensor:
-        """(H, d, d) float64, the same of the centred z."""
-        return self.second - self.mean.unsqueeze(-1) * self.mean.unsqueeze(-2)
+        """(H, d, d) float64, the same about the mean."""
+        away = self.sums / max(1, self.tokens)
+        return self.squares / max(1, self.tokens) - away.unsqueeze(-1) * away.unsqueeze(-2)
 
     @property
     def varies(self) -> bool:
@@ -81,7 +93,8 @@ class Moments:
     @property
     def mean(self) -> Tensor:
         """(H, d) float64."""
-        return self.sums / max(1, self.tokens)
+        away = self.sums / max(1, self.tokens)
+        return away if self.near is None else away + self.near.to(away)
 
 
 class TokenReader:

@@ -376,14 +376,17 @@ def test_pruning_of_a_language_model(pruning, tmp_path):
 
 def test_recovery(benchmark, tmp_path, capsys):
     benchmark("pruning")  # from which it takes the model and its measure
-    record = run(benchmark("recovery"), tmp_path / "record.json")
-    rows = {row["model"]: row for row in record["results"]}
-    assert list(rows)[3:] == ["clover, recovered", "lora, recovered", "attention, recovered"]
-    assert rows["37.5% removed"]["perplexity"] > 0
-    assert rows["lora, recovered"]["trainable"] == pytest.approx(rows["clover, recovered"]["trainable"], rel=0.15)
-    assert all(rows[name]["losses"] for name in list(rows)[3:])
+    record = run(benchmark("recovery"), tmp_path / "record.json", "--ratio", "0.375", "0.5")
+    rows = {(row["removed"], row["method"]): row for row in record["results"]}
+    methods = ("clover", "lora", "attention")
+    trained = {(share, method) for share in (0.375, 0.5) for method in methods}
+    assert set(rows) == {(share, None) for share in (0.0, 0.25, 0.375, 0.5)} | trained
+    assert all(row["perplexity"] > 0 for row in rows.values())
+    assert all(rows[key]["losses"] for key in trained)
+    assert rows[0.5, "lora"]["trainable"] == pytest.approx(rows[0.5, "clover"]["trainable"], rel=0.15)
+    assert rows[0.5, "clover"]["trainable"] < rows[0.375, "clover"]["trainable"]
     assert [target["met"] for target in record["targets"].values()] == [None]
-    assert "recovered" in capsys.readouterr().out
+    assert "50.0% removed, lora" in capsys.readouterr().out
 
 
 def test_decoding_with_narrower_heads(benchmark, tmp_path, capsys):

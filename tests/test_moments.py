@@ -58,6 +58,23 @@ def test_moments_are_those_of_the_tokens_that_count():
     assert not model.two._forward_pre_hooks
 
 
+def test_a_large_mean_drowns_nothing():
+    """Products are float32: without a shift they err by more than what varies."""
+    generator = torch.Generator().manual_seed(2)
+    rows = torch.randn(3, 500, 2, 4, generator=generator) * torch.tensor([1.0, 0.5, 2.0, 0.1]) + 3e3
+    moments = Moments(torch.zeros(2, 4, 4).double(), torch.zeros(2, 4).double())
+    for part in rows:
+        moments.add(part)
+    moments.add(rows[0, :0])
+    z = rows.flatten(0, 1).double()
+    point = torch.full((2, 4), 3e3).double()
+    for found, centre in ((moments.covariance, z.mean(0)), (moments.about(point), point), (moments.second, 0.0)):
+        expected = torch.einsum("nhi,nhj->hij", z - centre, z - centre) / len(z)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(moments.mean, z.mean(0), rtol=1e-9, atol=0)
+    assert moments.tokens == 1500
+
+
 def test_an_encoder_and_a_decoder_have_masks_of_their_own(one_thread):
     model = build("t5").eval()
     ids = inputs("t5", batch=2, length=6)["input_ids"]

@@ -333,6 +333,48 @@ def test_gradient_weighs_layers_by_what_the_loss_minds(family):
         assert found[pair.name] == pytest.approx(total, rel=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "bart", "gpt_neox"])
+@pytest.mark.parametrize("ranks", ["global", "gradient"])
+def test_calibrated_once_and_pruned_often(family, ranks):
+    """As with the batches themselves, bit by bit, at every ratio, of every copy and by both methods."""
+    whole, data = build(family), batches(family, 2)
+    before = {name: p.clone() for name, p in whole.named_parameters()}
+    measured = clover_peft.calibrate(whole, iter(data), gradients=ranks == "gradient")
+    assert all(torch.equal(p, before[name]) for name, p in whole.named_parameters())
+    for ratio, method in ((0.25, "clover"), (0.5, "clover"), (0.5, "vanilla")):
+        one, other = (copy.deepcopy(whole) for _ in range(2))
+        reports = [
+            prune(model, ratio, ranks=ranks, method=method, calibration=c)
+            for model, c in ((one, measured), (other, data))
+        ]
+        assert reports[0].calibrated
+        assert reports[0].pairs == reports[1].pairs
+        pairs = zip(one.named_parameters(), other.named_parameters(), strict=True)
+        assert all(n == m and torch.equal(p, q) for (n, p), (m, q) in pairs)
+
+
+def test_what_was_calibrated_must_fit():
+    model, data = build("bart"), batches("bart")
+    measured = clover_peft.calibrate(model, data, target_modules=["v_proj"])
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(
+        ValueError, match=r"k_proj \(qk\).*expected moments of shape .* found None; calibrate this model"
+    ):
+        prune(model, 0.5, calibration=measured)
+    with pytest.raises(ValueError, match="expected a sensitivity, found none; calibrate with gradients=True"):
+        prune(model, {"vo": 0.5}, calibration=measured, ranks="gradient")
+    with pytest.raises(ValueError, match="sequential=True: expected batches"):
+        prune(model, {"vo": 0.5}, calibration=measured, sequential=True)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    prune(model, {"vo": 0.5}, calibration=measured, ranks="uniform")
+    with pytest.raises(ValueError, match="expected moments of shape"):  # the narrow heads are others
+        prune(model, {"vo": 0.5}, calibration=measured)
+    with pytest.raises(ValueError, match="target_modules='nothing'"):
+        clover_peft.calibrate(build("bart"), data, target_modules="nothing")
+    with pytest.raises(ValueError, match="expected a model without adapters"):
+        clover_peft.calibrate(peft.get_peft_model(build("llama"), clover_peft.CloverConfig()), data)
+
+
 def test_gradient_spreads_by_weighed_values():
     model, data = build("llama"), batches("llama")
     pairs = find_pairs(model)
@@ -674,7 +716,7 @@ def test_a_failure_half_way_can_still_be_saved(monkeypatch, tmp_path):
     from clover_peft.pruning import pruner as module
 
     model = build("opt")
-    rewrite, calls = module._rewrite, []
+    rewrite, calls = module.rewrite, []
 
     def failing(*arguments):
         calls.append(arguments)
@@ -682,7 +724,7 @@ def test_a_failure_half_way_can_still_be_saved(monkeypatch, tmp_path):
             raise torch.OutOfMemoryError("out of memory")
         rewrite(*arguments)
 
-    monkeypatch.setattr(module, "_rewrite", failing)
+    monkeypatch.setattr(module, "rewrite", failing)
     with pytest.raises(torch.OutOfMemoryError):
         prune(model, 0.5, ranks="uniform")
     assert [layer.self_attn.v_proj.out_features for layer in model.model.decoder.layers] == [24, 48]
@@ -844,13 +886,13 @@ def test_an_interrupt_while_rewriting_waits_for_the_last_layer(monkeypatch, tmp_
     from clover_peft.pruning import pruner as module
 
     model = build("opt")
-    rewrite = module._rewrite
+    rewrite = module.rewrite
 
     def interrupted(*arguments):
         signal.raise_signal(signal.SIGINT)
         rewrite(*arguments)
 
-    monkeypatch.setattr(module, "_rewrite", interrupted)
+    monkeypatch.setattr(module, "rewrite", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prune(model, 0.5, ranks="uniform")
     widths = {layer.self_attn.v_proj.out_features for layer in model.model.decoder.layers}

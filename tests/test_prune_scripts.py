@@ -18,9 +18,9 @@ from transformers import AutoTokenizer
 
 import clover_peft
 from clover_peft.pruning import decompose, find_pairs, global_ratio, loading, pictures
-from clover_peft.pruning.calibration import batches_for, text_batches
 from clover_peft.pruning.options import figures
 from clover_peft.pruning.spectra import SHARES, Spectrum, labels, measure_spectra, suggest
+from clover_peft.pruning.text import batches_for, text_batches
 from tests.tiny import build, load_script, relative
 from tests.tiny_chat import make_tokenizer, rows
 

@@ -1,16 +1,20 @@
 """Pruning of attention heads along their own directions (arXiv 2411.17426), not along their coordinates."""
 
-from .directions import Directions, Pair, decompose, find_pairs, mask
+from .calibration import Calibration, calibrate
+from .directions import Directions, decompose, mask
+from .pairs import Pair, find_pairs
 from .pruner import prune
 from .ranks import by_layer, energy, global_ratio, rounded, threshold, uniform
 from .report import PrunedPair, PruningReport
 
 __all__ = [
+    "Calibration",
     "Directions",
     "Pair",
     "PrunedPair",
     "PruningReport",
     "by_layer",
+    "calibrate",
     "decompose",
     "energy",
     "find_pairs",

@@ -7,7 +7,6 @@ head (ours) cutting it to r directions is the map `P = E_r C_r` of its own featu
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -15,55 +14,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..architectures import HeadSlice, Partner, attention_block, base_of, default_targets, resolve
+from ..architectures import attention_block, base_of
 from ..bases import partner_weight
 from ..decomposition import gram, pair_bases, per_key_value_head
 from ..layer import CloverLayer, onloaded
-from ..moments import Moments, Probe, collect_moments, shrink
+from ..moments import Moments, shrink
+from .calibration import Calibration, measure
+from .pairs import Kind, Pair, beside_name, select_pairs
 
-Kind = Literal["qk", "vo"]
 Method = Literal["clover", "vanilla"]
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two projections that meet inside a head with nothing between them.
-
-    Attributes:
-        kind: "vo" (value and output) or "qk" (query and key, or the part of them that no position is put into).
-        path: the value or key projection.
-        heads: its features, H heads of d.
-        partner: the output or query projection, with G heads, a multiple of H.
-    """
-
-    kind: Kind
-    path: str
-    heads: HeadSlice
-    partner: Partner
-
-    @property
-    def name(self) -> str:
-        """Unique in a model: a fused projection has both kinds."""
-        return f"{self.path} ({self.kind})"
-
-    def is_named(self, target_modules: str | Sequence[str] | None) -> bool:
-        """Whether its path is matched by a regular expression, or has one of several ends; None names all."""
-        if isinstance(target_modules, str):
-            return re.fullmatch(target_modules, self.path) is not None
-        ends = target_modules
-        return ends is None or any(self.path == end or self.path.endswith("." + end) for end in ends)
-
-
-def find_pairs(model: nn.Module) -> list[Pair]:
-    """All pairs of a model that the table of architectures knows, modules that layers share once."""
-    pairs: dict[tuple[int, str], Pair] = {}
-    for path in default_targets(model):
-        for target in resolve(model, path):
-            if target.partner is not None and target.part in ("k", "v"):
-                kind: Kind = "vo" if target.part == "v" else "qk"
-                shared = (id(base_of(model.get_submodule(path))), kind)
-                pairs.setdefault(shared, Pair(kind, path, target.heads, target.partner))
-    return list(pairs.values())
 
 
 @dataclass(frozen=True)
@@ -132,45 +91,12 @@ class Directions:
         return torch.where(total > 0, (squares * kept).sum(1) / total.clamp(min=1e-300), torch.ones_like(total))
 
 
-def select_pairs(
-    model: nn.Module, kinds: Iterable[Kind], target_modules: str | Sequence[str] | None = None
-) -> list[Pair]:
-    """The pairs of these kinds.
-
-    Args:
-        model: a model of a known family, without adapters.
-        kinds: "qk", "vo" or both.
-        target_modules: which pairs, by the path of the key or value projection: a regular expression that matches all
-            of it, or ends of paths; None for all.
-
-    Raises:
-        ValueError: if there is none of some kind (queries and keys that are rotated are none).
-    """
-    wanted = set(kinds)
-    pairs = [pair for pair in find_pairs(model) if pair.kind in wanted]
-    for kind in sorted(wanted):
-        if not any(pair.kind == kind for pair in pairs):
-            raise ValueError(
-                f"{kind}: expected pairs to decompose, found none in {type(model).__name__}"
-                + ("; its queries and keys are rotated by their position" if kind == "qk" else "")
-            )
-    chosen = [pair for pair in pairs if pair.is_named(target_modules)]
-    for kind in sorted(wanted):
-        if not any(pair.kind == kind for pair in chosen):
-            raise ValueError(
-                f"target_modules={target_modules!r}: expected it to name a pair ({kind}), found none; they are "
-                + ", ".join(pair.path for pair in pairs[:4] if pair.kind == kind)
-                + ", ..."
-            )
-    return chosen
-
-
 @torch.no_grad()
 def decompose(
     model: nn.Module,
     kinds: Iterable[Kind] = ("qk", "vo"),
     method: Method = "clover",
-    calibration: Iterable[Mapping[str, Any]] | None = None,
+    calibration: Iterable[Mapping[str, Any]] | Calibration | None = None,
     target_modules: str | Sequence[str] | None = None,
 ) -> dict[str, tuple[Pair, Directions]]:
     """The directions of all pairs of a model.
@@ -180,8 +106,9 @@ def decompose(
         kinds: which pairs.
         method: "clover": singular directions; "vanilla": coordinates as they are, in the order of the product of the
             norms on both sides.
-        calibration: batches, keyword arguments of the model. With them moments of activations take the place of the
-            weights that compute them: of a value those of what the output projection reads, of a key the centred ones.
+        calibration: batches, keyword arguments of the model, or from `calibrate`. With them moments of activations
+            take the place of the weights that compute them: of a value those of what the output projection reads, of a
+            key the centred ones.
         target_modules: which of them, see `select_pairs`.
 
     Returns:
@@ -191,30 +118,13 @@ def decompose(
         ValueError: if there is no such pair (queries and keys that are rotated are none).
     """
     pairs = select_pairs(model, kinds, target_modules)
-    moments = {} if calibration is None else collect_moments(model, probes(model, pairs), calibration)
+    moments = measure(model, pairs, calibration).moments
     found = {}
     for pair in pairs:
         try:
             found[pair.name] = (pair, decompose_pair(model, pair, method, moments))
         except ValueError as error:
             raise ValueError(f"{pair.name}: {error}") from error
-    return found
-
-
-def beside_name(pair: Pair) -> str:
-    """The name of a pair's partner among its probes."""
-    return f"{pair.name} with {pair.partner.path}"
-
-
-def probes(model: nn.Module, pairs: Iterable[Pair]) -> dict[str, Probe]:
-    """What data can say of pairs: of each what its partner reads or computes, of a key what it computes itself."""
-    found = {}
-    for pair in pairs:
-        partner = base_of(model.get_submodule(pair.partner.path))
-        found[beside_name(pair)] = Probe(partner, pair.partner.reads, pair.partner.heads, pair.heads.dim)
-        if pair.kind == "qk":
-            own = base_of(model.get_submodule(pair.path))
-            found[pair.name] = Probe(own, False, pair.heads, pair.heads.dim)
     return found
 
 
@@ -236,11 +146,8 @@ def decompose_pair(model: nn.Module, pair: Pair, method: Method, moments: Mappin
         mean = own_bias.repeat_interleave(groups, dim=0)
     if pair.kind == "vo" and beside is not None:
         # Centred on what the weights say, not on the data: the mean of those is not that of what comes later.
-        seen = beside.second.to(g_in)
-        if mean is not None:
-            shift = beside.mean.to(g_in).unsqueeze(-1) * mean.unsqueeze(-2)
-            seen = seen - shift - shift.mT + mean.unsqueeze(-1) * mean.unsqueeze(-2)
-        seen = shrink(seen, g_in.repeat_interleave(groups, dim=0), beside.tokens)
+        seen = beside.second if mean is None else beside.about(mean.to(beside.sums))
+        seen = shrink(seen.to(g_in), g_in.repeat_interleave(groups, dim=0), beside.tokens)
         g_in = per_key_value_head(seen, count, groups)
     elif beside is not None and own is not None:
         if own.varies:

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import Any, cast
 
-from .calibration import DEFAULT_BATCH, DEFAULT_ROWS, batches_for
-from .directions import Kind
+from .pairs import Kind
+from .text import DEFAULT_BATCH, DEFAULT_ROWS, batches_for
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +41,7 @@ def calibration(
         processor: its tokenizer, or a processor that has one, or None.
 
     Raises:
-        ValueError: see `calibration.batches_for`.
+        ValueError: see `text.batches_for`.
     """
     sizes = {"rows": given.rows, "max_length": given.max_length, "batch_size": given.batch_size}
     chosen = {name: size for name, size in sizes.items() if size is not None}

@@ -8,50 +8,24 @@ import threading
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from numbers import Integral
-from typing import Any, Literal, cast
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from ..architectures import AttentionBlock, HeadSlice, attention_block, attention_blocks
-from . import ranks as rules
-from .directions import (
-    Directions,
-    Found,
-    Kind,
-    Method,
-    Pair,
-    check_ranks,
-    cut,
-    decompose,
-    find_pairs,
-    mask,
-    select_pairs,
-)
+from ..architectures import AttentionBlock, attention_block, attention_blocks
+from .calibration import Calibration, measure
+from .directions import Directions, Method, cut, decompose, mask
 from .loading import VERSION, read_record, relative_base, relative_prefix, write_record
-from .narrow import become_stock, check_projections, check_supported, narrow, padded_width, widths
+from .narrow import become_stock, check_projections, check_supported, padded_width, widths
+from .pairs import Kind, Pair, check_plain, find_pairs, select_pairs
 from .report import PrunedPair, PruningReport
-from .sensitivity import sensitivities
+from .rewriting import rewrite
+from .rule import Rule, choose_ranks, choose_rule
 from .sequential import refit
-
-Rule = Literal["global", "gradient", "layer", "uniform"]
-_RULES: dict[str, Callable[[rules.Spectra, Any], rules.Ranks]] = {
-    "global": rules.global_ratio,
-    "gradient": rules.by_layer,  # of values that are weighed
-    "layer": rules.by_layer,  # of values relative to the layer's
-    "uniform": rules.uniform,
-    "threshold": rules.threshold,
-    "energy": rules.energy,
-}
 
 
 @torch.inference_mode(False)
@@ -61,7 +35,7 @@ def prune(
     ratio: float | Mapping[Kind, float] | None = None,
     *,
     method: Method = "clover",
-    calibration: Iterable[Mapping[str, Any]] | None = None,
+    calibration: Iterable[Mapping[str, Any]] | Calibration | None = None,
     ranks: Rule | Mapping[str, Sequence[int]] = "global",
     threshold: float | Mapping[Kind, float] | None = None,
     energy: float | Mapping[Kind, float] | None = None,
@@ -84,8 +58,9 @@ def prune(
         ratio: share of directions to remove, for each kind of pair; one number is for all that the model has. 0.5 if
             no other rule is given; 0 removes none.
         method: "clover", or the baseline "vanilla", which drops coordinates by the norms on both sides.
-        calibration: batches, keyword arguments of the model. With them moments of activations take the place of the
-            weights that compute them, which is far better; some ten tokens for each dimension of a head are needed.
+        calibration: batches, keyword arguments of the model, or what `calibrate` made of them. With them moments of
+            activations take the place of the weights that compute them, which is far better; some ten tokens for each
+            dimension of a head are needed.
         ranks: how `ratio` is spread. "global": one threshold over all heads, which are padded to the widest of their
             layer. "layer": one rank for all heads of a layer, so that none is padded, by values relative to the
             layer's. "gradient": the same by values weighed by what an error there does to the model's predictions
@@ -107,7 +82,8 @@ def prune(
         ValueError: for a model, data or figures that do not fit, with the model as it was.
     """
     started = time.perf_counter()
-    _check_plain(model, masked)
+    check_plain(model)
+    _check_whole(model, masked)
     if method not in ("clover", "vanilla"):
         raise ValueError(f"method: expected 'clover' or 'vanilla', found {method!r}")
     if multiple < 1 or int(multiple) != multiple:
@@ -116,9 +92,12 @@ def prune(
     for option, wanted in {"sequential=True": sequential, "ranks='gradient'": ranks == "gradient"}.items():
         if wanted and calibration is None:
             raise ValueError(f"{option}: expected data to run the model on, found none; pass calibration")
-        if wanted:
-            calibration = list(cast("Iterable[Mapping[str, Any]]", calibration))
-    rule, there = _choose_rule(ratio, ranks, threshold, energy), find_pairs(model)
+    batches: list[Mapping[str, Any]] = []
+    if sequential:
+        if isinstance(calibration, Calibration):
+            raise ValueError("sequential=True: expected batches to run the model on again, found a Calibration")
+        calibration = batches = list(cast("Iterable[Mapping[str, Any]]", calibration))
+    rule, there = choose_rule(ratio, ranks, threshold, energy), find_pairs(model)
     if unknown := set(rule.given) - {pair.name for pair in there}:
         known = ", ".join(repr(pair.name) for pair in there[:2])
         raise ValueError(f"ranks: expected names of pairs such as {known}, found {sorted(unknown)[0]!r}")
@@ -129,11 +108,9 @@ def prune(
     pairs = select_pairs(model, kinds, target_modules)
     _check_untied(model, pairs)
     blocks = _blocks(model, pairs, masked)
-    found = decompose(model, kinds, method, calibration, target_modules)
-    weights = {}
-    if rule.name == "gradient" and (behind := [pair for pair in pairs if pair.kind == "vo"]):
-        weights = sensitivities(model, behind, cast("Iterable[Mapping[str, Any]]", calibration))
-    kept = _ranks(found, rule, multiple, weights)
+    data = measure(model, pairs, calibration, gradients=rule.name == "gradient")
+    found = decompose(model, kinds, method, None if calibration is None else data, target_modules)
+    kept = choose_ranks(found, rule, multiple, data.sensitivities if rule.name == "gradient" else {})
     if (
         calibration is None
         and method == "clover"
@@ -144,7 +121,7 @@ def prune(
             stacklevel=2,
         )
     if sequential:
-        found = refit(model, found, kept, method, cast("list[Mapping[str, Any]]", calibration))
+        found = refit(model, found, kept, method, batches)
     before = _sizes(model)
     if masked:
         wide = {name: directions.values.shape[1] for name, (_, directions) in found.items()}
@@ -161,7 +138,7 @@ def prune(
         step |= {"calibrated": calibration is not None, "sequential": sequential}
         with _uninterrupted(), _recorded(model, step) as done:
             for block, names in tqdm(blocks.values(), desc="CLOVER pruning", unit=" layers", delay=3, leave=False):
-                _rewrite(block, [(*found[name], *factors[name], wide[name]) for name in names])
+                rewrite(block, [(*found[name], *factors[name], wide[name]) for name in names])
                 done.append(block)
     after = _sizes(model)
     report = PruningReport(
@@ -189,97 +166,6 @@ def prune(
 # ---------------------------------------------------------------------- what is asked for
 
 
-@dataclass(frozen=True)
-class _Rule:
-    """A rule for ranks: "global", "layer", "uniform", "threshold" or "energy" with a figure for each kind of pair (or
-    one for all), or "given" with ranks by name."""
-
-    name: str
-    figures: float | Mapping[Kind, float] | None = None
-    given: Mapping[str, Sequence[int]] = field(default_factory=dict)
-
-    @property
-    def kinds(self) -> list[Kind] | None:
-        """The kinds of pairs that it speaks of; None for all."""
-        if self.name == "given":
-            return sorted({cast(Kind, name.rpartition("(")[2].rstrip(")")) for name in self.given})
-        return sorted(self.figures) if isinstance(self.figures, Mapping) else None
-
-    def ranks(self, kind: Kind, spectra: rules.Spectra) -> rules.Ranks:
-        """Ranks of all heads of one kind of pair."""
-        if self.name == "given":
-            full = {name: torch.full((len(values),), values.shape[1]) for name, values in spectra.items()}
-            found = full | {name: torch.tensor(list(self.given[name])) for name in spectra if name in self.given}
-            for name, values in spectra.items():
-                check_ranks(name, found[name], values)
-            return found
-        figure = self.figures[kind] if isinstance(self.figures, Mapping) else self.figures
-        return _RULES[self.name](spectra, figure)
-
-    def ratios(self, kinds: Iterable[Kind]) -> dict[Kind, float]:
-        """The shares that are to be removed, where they are said."""
-        if self.name not in ("global", "gradient", "layer", "uniform") or self.figures is None:
-            return {}
-        return {k: self.figures[k] if isinstance(self.figures, Mapping) else self.figures for k in kinds}
-
-    def to_dict(self) -> dict[str, Any]:
-        """For the report."""
-        if self.name == "given":
-            return {"ranks": "given"}
-        return {
-            "ranks": self.name,
-            "figure": dict(self.figures) if isinstance(self.figures, Mapping) else self.figures,
-        }
-
-
-def _choose_rule(
-    ratio: float | Mapping[Kind, float] | None,
-    ranks: Rule | Mapping[str, Sequence[int]],
-    threshold: float | Mapping[Kind, float] | None,
-    energy: float | Mapping[Kind, float] | None,
-) -> _Rule:
-    figures = {n: _plain(n, figure) for n, figure in (("ratio", ratio), ("threshold", threshold), ("energy", energy))}
-    given = [name for name, figure in figures.items() if figure is not None]
-    if not isinstance(ranks, str):
-        given.append("ranks by name")
-    if len(given) > 1:
-        raise ValueError(f"expected one rule for ranks, found {' and '.join(given)}; pass one of them")
-    for name, figure in figures.items():
-        if isinstance(figure, Mapping) and (not figure or set(figure) - {"qk", "vo"}):
-            raise ValueError(f"{name}: expected figures for 'qk' and 'vo', found {dict(figure)}")
-        shares = figure.values() if isinstance(figure, Mapping) else [] if figure is None else [figure]
-        for share in shares:
-            if name == "threshold" and not 0 <= share < float("inf"):
-                raise ValueError(f"threshold: expected a singular value, found {share}")
-            if name != "threshold":
-                rules.check_share(name, share, whole=name == "energy")
-    if not isinstance(ranks, str):
-        for name, each in ranks.items() if isinstance(ranks, Mapping) else [("ranks", ranks)]:
-            if not isinstance(each, Sequence) or not all(isinstance(r, Integral) for r in each):
-                raise ValueError(f"ranks: expected whole numbers by name of a pair, found {name!r}: {each!r}")
-        if not ranks:
-            raise ValueError("ranks: expected ranks by name of a pair, found none")
-        return _Rule("given", given=ranks)
-    if ranks not in ("global", "gradient", "layer", "uniform"):
-        raise ValueError(f"ranks: expected 'global', 'gradient', 'layer', 'uniform' or ranks by name, found {ranks!r}")
-    if ranks != "global" and (threshold is not None or energy is not None):
-        raise ValueError(f"ranks={ranks!r}: expected a ratio to spread, found {given[0]}")
-    for name in ("threshold", "energy"):
-        if figures[name] is not None:
-            return _Rule(name, figures[name])
-    return _Rule(ranks, 0.5 if ratio is None else figures["ratio"])
-
-
-def _plain(name: str, figure: Any) -> float | dict[Kind, float] | None:
-    """A figure, or figures by kind of pair, as Python's own numbers, which a config can hold."""
-    try:
-        if isinstance(figure, Mapping):
-            return {kind: float(value) for kind, value in figure.items()}
-        return None if figure is None else float(figure)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: expected a number, or one for each kind of pair, found {figure!r}") from error
-
-
 def _kinds(model: nn.Module, present: set[Kind], wanted: list[Kind] | None) -> tuple[list[Kind], dict[Kind, str]]:
     """The kinds of pairs to prune, and of those that the model does not have, why."""
     reasons: dict[Kind, str] = {
@@ -296,34 +182,10 @@ def _kinds(model: nn.Module, present: set[Kind], wanted: list[Kind] | None) -> t
     return kinds, skipped
 
 
-def _ranks(found: Found, rule: _Rule, multiple: int, weights: Mapping[str, float]) -> rules.Ranks:
-    for name, (pair, _) in found.items():
-        if multiple > pair.heads.dim:
-            raise ValueError(f"multiple: expected at most the {pair.heads.dim} directions of {name}, found {multiple}")
-    kept: rules.Ranks = {}
-    for kind in sorted({pair.kind for pair, _ in found.values()}):
-        spectra = {
-            name: directions.values * weights.get(name, 1.0)
-            for name, (pair, directions) in found.items()
-            if pair.kind == kind
-        }
-        if rule.name == "layer":
-            spectra = {name: values / values.norm().clamp(min=1e-300) for name, values in spectra.items()}
-        of_kind = rules.rounded(rule.ranks(kind, spectra), spectra, multiple)
-        if rule.name != "given" and not any(bool(part.any()) for part in of_kind.values()):
-            raise ValueError(f"{kind}: expected a rule that keeps some direction, found none kept by {rule.to_dict()}")
-        kept |= of_kind
-    return {name: kept[name] for name in found}
-
-
 # ---------------------------------------------------------------------- what a model must be
 
 
-def _check_plain(model: nn.Module, masked: bool) -> None:
-    if isinstance(model, PeftModel):
-        raise ValueError(
-            f"{type(model).__name__}: expected a model without adapters; call merge_and_unload() or unload() first"
-        )
+def _check_whole(model: nn.Module, masked: bool) -> None:
     whole = isinstance(model, PreTrainedModel) or hasattr(model, "register_to_config")
     if not masked and not whole:
         raise ValueError(
@@ -331,17 +193,6 @@ def _check_plain(model: nn.Module, masked: bool) -> None:
             "narrow, found another module; prune the whole model, or pass masked=True"
         )
     read_record(model)  # raises if it is damaged
-    for path, module in model.named_modules():
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            raise ValueError(
-                f"{path}: expected a model without adapters, found {type(module).__name__}; call merge_and_unload() "
-                "or unload() first"
-            )
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError(
-            f"{type(model).__name__}: expected all weights in memory, found some offloaded or on the meta device; "
-            "load it without offloading"
-        )
 
 
 def _check_untied(model: nn.Module, pairs: Iterable[Pair]) -> None:
@@ -421,63 +272,6 @@ def _recorded(model: nn.Module, step: Mapping[str, Any]) -> Iterator[list[Attent
         if getattr(config, "is_encoder_decoder", False) and not hasattr(relative_base(model), "decoder"):
             record = {**record, "tower": type(model).__name__}  # the config is that of the whole
         write_record(model, {**record, "blocks": known, "steps": [*record["steps"], dict(step)]})
-
-
-def _rewrite(block: AttentionBlock, pairs: list[tuple[Pair, Directions, Tensor, Tensor, int]]) -> None:
-    """Put narrower projections in place of a block's, those that change; in float64, one block at a time."""
-    at = pairs[0][2].device
-    changed = {part for pair, *_ in pairs for part in ("qk" if pair.kind == "qk" else "v")}
-    parts: dict[str, Tensor] = {}  # rows of a head's features, the bias as the last row: (D + 1, heads, d)
-    slices: dict[str, HeadSlice] = {}
-    for name in block.present():
-        layout = block.layout(block.prefix + name, name)
-        slices |= layout
-        if changed & set(layout):
-            projection = block.module_of(name)
-            rows = _rows(projection).to(at).double()
-            if projection.bias is not None:
-                rows = torch.cat([rows, projection.bias.to(rows).unsqueeze(0)])
-            parts |= {part: heads.blocks(rows, heads.dim) for part, heads in layout.items()}
-    output, read = block.module_of(block.family.output), None
-    bias = None if output.bias is None else output.bias.to(at).double()
-    for pair, directions, down, back, width in pairs:
-        down, back = down[:, :width], back[..., :width]
-        if pair.kind == "vo":
-            read = pair.partner.heads.blocks(_rows(output).mT.to(at).double(), pair.heads.dim)
-            if (constant := directions.constant(down, back)) is not None:
-                lost = torch.einsum("ogd,gd->o", read, constant)
-                bias = lost if bias is None else bias + lost
-            parts["v"] = torch.einsum("nhd,hwd->nhw", parts["v"], down)
-            read = torch.einsum("ogd,gdw->ogw", read, back)
-            continue
-        for part, heads, factor in (("k", pair.heads, down.mT), ("q", pair.partner.heads, back)):
-            start, whole = heads.offset - slices[part].offset, parts[part]
-            first, middle, last = whole.split([start, heads.dim, whole.shape[-1] - start - heads.dim], dim=-1)
-            parts[part] = torch.cat([first, torch.einsum("nhd,hdw->nhw", middle, factor), last], dim=-1)
-    if output.bias is None and bias is not None and not bool(bias.any()):
-        bias = None
-    dims = {part: parts[part].shape[-1] if part in parts else slices[part].dim for part in "kv"}
-    narrow(block, dims["k"], dims["v"], bias is not None)
-    for name in block.present():
-        layout = block.layout(block.prefix + name, name)
-        projection = block.module_of(name)
-        for part, heads in layout.items() if changed & set(layout) else ():
-            rows = _rows(projection)
-            place = heads.heads(rows)
-            place.copy_(parts[part][: len(rows)].reshape(place.shape))
-            if projection.bias is not None:
-                place = heads.heads(projection.bias)
-                place.copy_(parts[part][-1].reshape(place.shape))
-    output = block.module_of(block.family.output)
-    if read is not None:
-        _rows(output).copy_(read.flatten(1).mT)
-    if bias is not None:
-        output.bias.copy_(bias)
-
-
-def _rows(projection: Any) -> Tensor:
-    """The weight as (in, out), a view."""
-    return projection.weight if isinstance(projection, Conv1D) else projection.weight.mT
 
 
 def _summary(pair: Pair, directions: Directions, kept: Tensor, width: int) -> PrunedPair:

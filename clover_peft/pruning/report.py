@@ -8,7 +8,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from .directions import Kind, Method
+from .directions import Method
+from .pairs import Kind
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from ..architectures import base_of
 from ..moments import TokenReader, evaluating, hooks
-from .directions import Pair
+from .pairs import Pair
 
 
 def sensitivities(model: nn.Module, pairs: Iterable[Pair], batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..architectures import base_of
 from ..moments import Moments, TokenReader, add_blocks, evaluating, hooks
-from .directions import Directions, Found, Method, beside_name, decompose_pair, probes
+from .directions import Directions, Found, Method, decompose_pair
+from .pairs import beside_name, probes
 
 
 @dataclass

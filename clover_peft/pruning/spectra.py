@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..analysis.measures import effective_rank
-from ..moments import collect_moments
-from .directions import Directions, Kind, Method, Pair, decompose_pair, probes, select_pairs
+from .calibration import Calibration, measure
+from .directions import Directions, Method, decompose_pair
+from .pairs import Kind, Pair, select_pairs
 
 SHARES = (0.99, 0.95, 0.9)  # of the energy, that ratios are suggested for
 METHODS: tuple[Method, ...] = ("clover", "vanilla")
@@ -69,7 +70,7 @@ class PairSpectra:
 def measure_spectra(
     model: nn.Module,
     kinds: Iterable[Kind],
-    calibration: Iterable[Mapping[str, Any]] | None = None,
+    calibration: Iterable[Mapping[str, Any]] | Calibration | None = None,
     target_modules: str | Sequence[str] | None = None,
 ) -> dict[str, PairSpectra]:
     """The spectra of pairs by both methods, in one pass over the data.
@@ -87,7 +88,7 @@ def measure_spectra(
         ValueError: if there is no such pair.
     """
     pairs = select_pairs(model, kinds, target_modules)
-    moments = {} if calibration is None else collect_moments(model, probes(model, pairs), calibration)
+    moments = measure(model, pairs, calibration).moments
     found = {}
     for pair in pairs:
         clover, vanilla = (decompose_pair(model, pair, method, moments) for method in METHODS)

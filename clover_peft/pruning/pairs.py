@@ -1,0 +1,129 @@
+"""The pairs of projections that meet inside a model's heads, and what data can say of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ..architectures import HeadSlice, Partner, base_of, default_targets, resolve
+from ..moments import Probe
+
+Kind = Literal["qk", "vo"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two projections that meet inside a head with nothing between them.
+
+    Attributes:
+        kind: "vo" (value and output) or "qk" (query and key, or the part of them that no position is put into).
+        path: the value or key projection.
+        heads: its features, H heads of d.
+        partner: the output or query projection, with G heads, a multiple of H.
+    """
+
+    kind: Kind
+    path: str
+    heads: HeadSlice
+    partner: Partner
+
+    @property
+    def name(self) -> str:
+        """Unique in a model: a fused projection has both kinds."""
+        return f"{self.path} ({self.kind})"
+
+    def is_named(self, target_modules: str | Sequence[str] | None) -> bool:
+        """Whether its path is matched by a regular expression, or has one of several ends; None names all."""
+        if isinstance(target_modules, str):
+            return re.fullmatch(target_modules, self.path) is not None
+        ends = target_modules
+        return ends is None or any(self.path == end or self.path.endswith("." + end) for end in ends)
+
+
+def find_pairs(model: nn.Module) -> list[Pair]:
+    """All pairs of a model that the table of architectures knows, modules that layers share once."""
+    pairs: dict[tuple[int, str], Pair] = {}
+    for path in default_targets(model):
+        for target in resolve(model, path):
+            if target.partner is not None and target.part in ("k", "v"):
+                kind: Kind = "vo" if target.part == "v" else "qk"
+                shared = (id(base_of(model.get_submodule(path))), kind)
+                pairs.setdefault(shared, Pair(kind, path, target.heads, target.partner))
+    return list(pairs.values())
+
+
+def select_pairs(
+    model: nn.Module, kinds: Iterable[Kind], target_modules: str | Sequence[str] | None = None
+) -> list[Pair]:
+    """The pairs of these kinds.
+
+    Args:
+        model: a model of a known family, without adapters.
+        kinds: "qk", "vo" or both.
+        target_modules: which pairs, by the path of the key or value projection: a regular expression that matches all
+            of it, or ends of paths; None for all.
+
+    Raises:
+        ValueError: if there is none of some kind (queries and keys that are rotated are none).
+    """
+    wanted = set(kinds)
+    pairs = [pair for pair in find_pairs(model) if pair.kind in wanted]
+    for kind in sorted(wanted):
+        if not any(pair.kind == kind for pair in pairs):
+            raise ValueError(
+                f"{kind}: expected pairs to decompose, found none in {type(model).__name__}"
+                + ("; its queries and keys are rotated by their position" if kind == "qk" else "")
+            )
+    chosen = [pair for pair in pairs if pair.is_named(target_modules)]
+    for kind in sorted(wanted):
+        if not any(pair.kind == kind for pair in chosen):
+            raise ValueError(
+                f"target_modules={target_modules!r}: expected it to name a pair ({kind}), found none; they are "
+                + ", ".join(pair.path for pair in pairs[:4] if pair.kind == kind)
+                + ", ..."
+            )
+    return chosen
+
+
+def beside_name(pair: Pair) -> str:
+    """The name of a pair's partner among its probes."""
+    return f"{pair.name} with {pair.partner.path}"
+
+
+def probes(model: nn.Module, pairs: Iterable[Pair]) -> dict[str, Probe]:
+    """What data can say of pairs: of each what its partner reads or computes, of a key what it computes itself."""
+    found = {}
+    for pair in pairs:
+        partner = base_of(model.get_submodule(pair.partner.path))
+        found[beside_name(pair)] = Probe(partner, pair.partner.reads, pair.partner.heads, pair.heads.dim)
+        if pair.kind == "qk":
+            own = base_of(model.get_submodule(pair.path))
+            found[pair.name] = Probe(own, False, pair.heads, pair.heads.dim)
+    return found
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raises ValueError if the model has adapters, or weights that are not in memory."""
+    wrapped: list[tuple[str, object]] = [(type(model).__name__, model)] if isinstance(model, PeftModel) else []
+    wrapped += [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+    ]
+    for path, module in wrapped:
+        raise ValueError(
+            f"{path}: expected a model without adapters, found {type(module).__name__}; call merge_and_unload() or "
+            "unload() first"
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__}: expected all weights in memory, found some offloaded or on the meta device; "
+            "load it without offloading"
+        )

@@ -1,0 +1,71 @@
+"""New, narrower projections in place of an attention block's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from ..architectures import AttentionBlock, HeadSlice
+from .directions import Directions
+from .narrow import narrow
+from .pairs import Pair
+
+
+def rewrite(block: AttentionBlock, pairs: list[tuple[Pair, Directions, Tensor, Tensor, int]]) -> None:
+    """Put narrower projections in place of a block's, those that change; in float64, one block at a time."""
+    at = pairs[0][2].device
+    changed = {part for pair, *_ in pairs for part in ("qk" if pair.kind == "qk" else "v")}
+    parts: dict[str, Tensor] = {}  # rows of a head's features, the bias as the last row: (D + 1, heads, d)
+    slices: dict[str, HeadSlice] = {}
+    for name in block.present():
+        layout = block.layout(block.prefix + name, name)
+        slices |= layout
+        if changed & set(layout):
+            projection = block.module_of(name)
+            rows = _rows(projection).to(at).double()
+            if projection.bias is not None:
+                rows = torch.cat([rows, projection.bias.to(rows).unsqueeze(0)])
+            parts |= {part: heads.blocks(rows, heads.dim) for part, heads in layout.items()}
+    output, read = block.module_of(block.family.output), None
+    bias = None if output.bias is None else output.bias.to(at).double()
+    for pair, directions, down, back, width in pairs:
+        down, back = down[:, :width], back[..., :width]
+        if pair.kind == "vo":
+            read = pair.partner.heads.blocks(_rows(output).mT.to(at).double(), pair.heads.dim)
+            if (constant := directions.constant(down, back)) is not None:
+                lost = torch.einsum("ogd,gd->o", read, constant)
+                bias = lost if bias is None else bias + lost
+            parts["v"] = torch.einsum("nhd,hwd->nhw", parts["v"], down)
+            read = torch.einsum("ogd,gdw->ogw", read, back)
+            continue
+        for part, heads, factor in (("k", pair.heads, down.mT), ("q", pair.partner.heads, back)):
+            start, whole = heads.offset - slices[part].offset, parts[part]
+            first, middle, last = whole.split([start, heads.dim, whole.shape[-1] - start - heads.dim], dim=-1)
+            parts[part] = torch.cat([first, torch.einsum("nhd,hdw->nhw", middle, factor), last], dim=-1)
+    if output.bias is None and bias is not None and not bool(bias.any()):
+        bias = None
+    dims = {part: parts[part].shape[-1] if part in parts else slices[part].dim for part in "kv"}
+    narrow(block, dims["k"], dims["v"], bias is not None)
+    for name in block.present():
+        layout = block.layout(block.prefix + name, name)
+        projection = block.module_of(name)
+        for part, heads in layout.items() if changed & set(layout) else ():
+            rows = _rows(projection)
+            place = heads.heads(rows)
+            place.copy_(parts[part][: len(rows)].reshape(place.shape))
+            if projection.bias is not None:
+                place = heads.heads(projection.bias)
+                place.copy_(parts[part][-1].reshape(place.shape))
+    output = block.module_of(block.family.output)
+    if read is not None:
+        _rows(output).copy_(read.flatten(1).mT)
+    if bias is not None:
+        output.bias.copy_(bias)
+
+
+def _rows(projection: Any) -> Tensor:
+    """The weight as (in, out), a view."""
+    return projection.weight if isinstance(projection, Conv1D) else projection.weight.mT

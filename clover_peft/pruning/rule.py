@@ -1,0 +1,151 @@
+"""What `prune` is asked for as to ranks, checked, and the ranks that it makes of singular values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral
+from typing import Any, Literal, cast
+
+import torch
+
+from . import ranks as rules
+from .directions import Found, check_ranks
+from .pairs import Kind
+
+Rule = Literal["global", "gradient", "layer", "uniform"]
+_RULES: dict[str, Callable[[rules.Spectra, Any], rules.Ranks]] = {
+    "global": rules.global_ratio,
+    "gradient": rules.by_layer,  # of values that are weighed
+    "layer": rules.by_layer,  # of values relative to the layer's
+    "uniform": rules.uniform,
+    "threshold": rules.threshold,
+    "energy": rules.energy,
+}
+
+
+@dataclass(frozen=True)
+class RankRule:
+    """A rule for ranks: "global", "layer", "uniform", "threshold" or "energy" with a figure for each kind of pair (or
+    one for all), or "given" with ranks by name."""
+
+    name: str
+    figures: float | Mapping[Kind, float] | None = None
+    given: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+    @property
+    def kinds(self) -> list[Kind] | None:
+        """The kinds of pairs that it speaks of; None for all."""
+        if self.name == "given":
+            return sorted({cast(Kind, name.rpartition("(")[2].rstrip(")")) for name in self.given})
+        return sorted(self.figures) if isinstance(self.figures, Mapping) else None
+
+    def ranks(self, kind: Kind, spectra: rules.Spectra) -> rules.Ranks:
+        """Ranks of all heads of one kind of pair."""
+        if self.name == "given":
+            full = {name: torch.full((len(values),), values.shape[1]) for name, values in spectra.items()}
+            found = full | {name: torch.tensor(list(self.given[name])) for name in spectra if name in self.given}
+            for name, values in spectra.items():
+                check_ranks(name, found[name], values)
+            return found
+        figure = self.figures[kind] if isinstance(self.figures, Mapping) else self.figures
+        return _RULES[self.name](spectra, figure)
+
+    def ratios(self, kinds: Iterable[Kind]) -> dict[Kind, float]:
+        """The shares that are to be removed, where they are said."""
+        if self.name not in ("global", "gradient", "layer", "uniform") or self.figures is None:
+            return {}
+        return {k: self.figures[k] if isinstance(self.figures, Mapping) else self.figures for k in kinds}
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the report."""
+        if self.name == "given":
+            return {"ranks": "given"}
+        return {
+            "ranks": self.name,
+            "figure": dict(self.figures) if isinstance(self.figures, Mapping) else self.figures,
+        }
+
+
+def choose_rule(
+    ratio: float | Mapping[Kind, float] | None,
+    ranks: Rule | Mapping[str, Sequence[int]],
+    threshold: float | Mapping[Kind, float] | None,
+    energy: float | Mapping[Kind, float] | None,
+) -> RankRule:
+    """The rule that `prune`'s arguments of these names ask for.
+
+    Raises:
+        ValueError: if they are no figures, or more than one rule.
+    """
+    figures = {n: _plain(n, figure) for n, figure in (("ratio", ratio), ("threshold", threshold), ("energy", energy))}
+    given = [name for name, figure in figures.items() if figure is not None]
+    if not isinstance(ranks, str):
+        given.append("ranks by name")
+    if len(given) > 1:
+        raise ValueError(f"expected one rule for ranks, found {' and '.join(given)}; pass one of them")
+    for name, figure in figures.items():
+        if isinstance(figure, Mapping) and (not figure or set(figure) - {"qk", "vo"}):
+            raise ValueError(f"{name}: expected figures for 'qk' and 'vo', found {dict(figure)}")
+        shares = figure.values() if isinstance(figure, Mapping) else [] if figure is None else [figure]
+        for share in shares:
+            if name == "threshold" and not 0 <= share < float("inf"):
+                raise ValueError(f"threshold: expected a singular value, found {share}")
+            if name != "threshold":
+                rules.check_share(name, share, whole=name == "energy")
+    if not isinstance(ranks, str):
+        for name, each in ranks.items() if isinstance(ranks, Mapping) else [("ranks", ranks)]:
+            if not isinstance(each, Sequence) or not all(isinstance(r, Integral) for r in each):
+                raise ValueError(f"ranks: expected whole numbers by name of a pair, found {name!r}: {each!r}")
+        if not ranks:
+            raise ValueError("ranks: expected ranks by name of a pair, found none")
+        return RankRule("given", given=ranks)
+    if ranks not in ("global", "gradient", "layer", "uniform"):
+        raise ValueError(f"ranks: expected 'global', 'gradient', 'layer', 'uniform' or ranks by name, found {ranks!r}")
+    if ranks != "global" and (threshold is not None or energy is not None):
+        raise ValueError(f"ranks={ranks!r}: expected a ratio to spread, found {given[0]}")
+    for name in ("threshold", "energy"):
+        if figures[name] is not None:
+            return RankRule(name, figures[name])
+    return RankRule(ranks, 0.5 if ratio is None else figures["ratio"])
+
+
+def _plain(name: str, figure: Any) -> float | dict[Kind, float] | None:
+    """A figure, or figures by kind of pair, as Python's own numbers, which a config can hold."""
+    try:
+        if isinstance(figure, Mapping):
+            return {kind: float(value) for kind, value in figure.items()}
+        return None if figure is None else float(figure)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: expected a number, or one for each kind of pair, found {figure!r}") from error
+
+
+def choose_ranks(found: Found, rule: RankRule, multiple: int, weights: Mapping[str, float]) -> rules.Ranks:
+    """Ranks of all heads.
+
+    Args:
+        found: from `decompose`.
+        rule: from `choose_rule`.
+        multiple: see `ranks.rounded`.
+        weights: name of a pair -> factor of its values; 1 where there is none.
+
+    Raises:
+        ValueError: if no direction of some kind would be left, or the ranks do not fit.
+    """
+    for name, (pair, _) in found.items():
+        if multiple > pair.heads.dim:
+            raise ValueError(f"multiple: expected at most the {pair.heads.dim} directions of {name}, found {multiple}")
+    kept: rules.Ranks = {}
+    for kind in sorted({pair.kind for pair, _ in found.values()}):
+        spectra = {
+            name: directions.values * weights.get(name, 1.0)
+            for name, (pair, directions) in found.items()
+            if pair.kind == kind
+        }
+        if rule.name == "layer":
+            spectra = {name: values / values.norm().clamp(min=1e-300) for name, values in spectra.items()}
+        of_kind = rules.rounded(rule.ranks(kind, spectra), spectra, multiple)
+        if rule.name != "given" and not any(bool(part.any()) for part in of_kind.values()):
+            raise ValueError(f"{kind}: expected a rule that keeps some direction, found none kept by {rule.to_dict()}")
+        kept |= of_kind
+    return {name: kept[name] for name in found}
