@@ -1,11 +1,11 @@
-"""The pictures of docs/performance.md, drawn from the records in benchmarks/results.
+"""The pictures of docs/performance.md and docs/results.md, drawn from the records in benchmarks/results.
 
     python benchmarks/plots.py [RECORD ...]
 
-Of every benchmark it takes the record with the highest number (`decode-3.json` before `decode.json`), unless one is
-named. Written to docs/images: `step.png` (train_step), `decode.png`, `growth.png` (scaling), `adapter_io.png` and
-`start.png` (init_time); a benchmark without a record is left out. Every picture says which machine and revision its
-numbers are of. Needs the extra `plots`.
+Of every benchmark it takes the record with the highest number (`decode-3.json` before `decode.json`), of pruning that
+of a sweep, unless one is named. Written to docs/images: `step.png` (train_step), `decode.png`, `growth.png` (scaling),
+`adapter_io.png`, `start.png` (init_time) and `pruning_<model>.png`; a benchmark without a record is left out. Every
+picture says which machine and revision its numbers are of. Needs the extra `plots`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Record = dict[str, Any]
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Draws all pictures there are records for, and returns them."""
     arguments = _arguments(argv)
-    given = {record["benchmark"]: record for record in map(_read, arguments.records)}
+    given = {_name(record): record for record in map(_read, arguments.records)}
     if wrong := sorted(set(given) - set(PICTURES)):
         raise ValueError(f"{wrong[0]}: expected records of {', '.join(PICTURES)}")
     pyplot, save, made = canvas(arguments.out)
@@ -49,12 +49,22 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
 
 
 def newest(folder: Path, benchmark: str) -> Record | None:
-    """The benchmark's record with the highest number in its name; None if there is none."""
+    """The benchmark's record with the highest number in its name, that can be drawn; None if there is none."""
     found = {}
     for path in folder.glob(f"{benchmark}*.json"):
         if match := re.fullmatch(rf"{benchmark}(?:-(\d+))?\.json", path.name):
             found[int(match[1] or 1)] = path
-    return _read(found[max(found)]) if found else None
+    for _, path in sorted(found.items(), reverse=True):
+        record = _read(path)
+        if record["options"].get("sweep", True):
+            return record
+    return None
+
+
+def _name(record: Record) -> str:
+    """A record's benchmark, as its file is called."""
+    benchmark: str = record["benchmark"]
+    return f"{benchmark}_{record['options'].get('model')}" if benchmark == "pruning" else benchmark
 
 
 def _read(path: Path) -> Record:
@@ -143,12 +153,46 @@ def _start(pyplot: Any, record: Record) -> Any:
     return figure
 
 
+FIGURES = {  # of pruned models: what is drawn, its name, and the axis
+    "whisper": ("jfk_kl", "KL on unseen speech, nats a token", "log"),
+    "minilm": ("cosine", "cosine to the unpruned embedding", "linear"),
+    "smollm2": ("perplexity", "perplexity on WikiText-2 test", "log"),
+}
+KINDS = {(True, False): "Q-K", (False, True): "V-O", (True, True): "Q-K and V-O"}
+
+
+def _pruning(pyplot: Any, record: Record) -> Any:
+    figure_name, label, scale = FIGURES[record["options"]["model"]]
+    curves: dict[str, dict[str, list[tuple[float, float]]]] = {}  # kind -> name -> share and figure
+    for row in record["pruned"]:
+        setting = row["setting"]
+        shares = {share for share in (setting["qk"], setting["vo"]) if share is not None}
+        if len(shares) == 1 and setting["target_modules"] is None:
+            kind = KINDS[setting["qk"] is not None, setting["vo"] is not None]
+            name = f"{setting['method']}, {'data' if setting['calibrated'] else 'weights'}, {setting['ranks']}"
+            curves.setdefault(kind, {}).setdefault(name, []).append((shares.pop(), row["figures"][figure_name]))
+    figure, grid = pyplot.subplots(1, len(curves), figsize=(4 * len(curves) + 1, 4), sharey=True, squeeze=False)
+    for axes, (kind, found) in zip(grid[0], curves.items(), strict=True):
+        for name, points in found.items():
+            colour, line = CLOVER if name.startswith("clover") else OTHER, "-" if ", data" in name else ":"
+            marker = MARKERS[name.rpartition(" ")[2]]
+            axes.plot(*zip(*sorted(points), strict=True), line, marker=marker, color=colour, label=name)
+        if (unpruned := record["unpruned"].get(figure_name)) and scale == "log":
+            axes.axhline(unpruned, color="black", linewidth=1)
+        axes.set(xlabel=f"share of {kind} removed", yscale=scale)
+    grid[0][0].set_ylabel(label)
+    grid[0][-1].legend(fontsize="x-small")
+    return figure
+
+
+MARKERS = {"global": "o", "gradient": "s", "layer": "^", "uniform": "x"}  # by how ranks are spread
 PICTURES: dict[str, tuple[str, Callable[[Any, Record], Any]]] = {
     "train_step": ("step", _step),
     "decode": ("decode", _decode),
     "scaling": ("growth", _growth),
     "adapter_io": ("adapter_io", _adapter_io),
     "init_time": ("start", _start),
+    **{f"pruning_{model}": (f"pruning_{model}", _pruning) for model in FIGURES},
 }
 
 

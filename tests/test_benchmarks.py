@@ -286,9 +286,14 @@ def test_pictures_of_all_benchmarks(benchmark, plots, tmp_path):
     run(benchmark("adapter_io"), tmp_path / "adapter_io.json")
     run(benchmark("train_step"), tmp_path / "train_step.json")
     run(benchmark("init_time"), tmp_path / "init_time.json", "--skip-exact-pissa")
+    pruning = benchmark("pruning")
+    run(pruning, tmp_path / "pruning_minilm.json", "--model", "minilm", "--sweep", "--method", "clover")
+    run(pruning, tmp_path / "pruning_minilm-2.json", "--model", "minilm", "--ratio", "qk=0.5")  # newer, but no sweep
     made = plots.main(["--results", str(tmp_path), "--out", str(tmp_path / "images")])
-    assert [path.name for path in made] == ["step.png", "decode.png", "growth.png", "adapter_io.png", "start.png"]
+    names = ["step", "decode", "growth", "adapter_io", "start", "pruning_minilm"]
+    assert [path.stem for path in made] == names
     assert all(path.stat().st_size > 5000 for path in made)
+    assert plots.newest(tmp_path, "pruning_minilm")["file"] == "pruning_minilm.json"
 
 
 def test_pictures_are_of_the_newest_record_or_of_the_one_named(plots, tmp_path, capsys):
@@ -303,7 +308,7 @@ def test_pictures_are_of_the_newest_record_or_of_the_one_named(plots, tmp_path, 
     said = capsys.readouterr().out
     assert "step.png: train_step-old.json" in said
     assert "decode.png: no record of decode" in said
-    (tmp_path / "other.json").write_text(json.dumps({"benchmark": "recovery"}))
+    (tmp_path / "other.json").write_text(json.dumps({"benchmark": "recovery", "options": {}}))
     with pytest.raises(ValueError, match="recovery: expected records of train_step"):
         plots.main([str(tmp_path / "other.json"), *out])
 
