@@ -51,8 +51,9 @@ import clover_peft
 from clover_peft import records
 from clover_peft.pruning import Calibration
 from clover_peft.pruning.directions import Method
+from clover_peft.pruning.options import figures as shares
 from clover_peft.pruning.pairs import Kind
-from clover_peft.pruning.rule import Rule
+from clover_peft.pruning.rule import SPREADS, Rule
 
 Batch = dict[str, Tensor]
 SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
@@ -211,7 +212,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     command.add_argument("--sweep", action="store_true", help="targets, and 12.5 to 75 %% of Q-K, of V-O and of both")
     command.add_argument("--method", nargs="+", default=["clover", "vanilla"], choices=["clover", "vanilla"])
     command.add_argument("--calibration", nargs="+", default=["with", "without"], choices=["with", "without"])
-    command.add_argument("--ranks", nargs="+", default=["global"], choices=["global", "gradient", "layer", "uniform"])
+    command.add_argument("--ranks", nargs="+", default=["global"], choices=SPREADS)
     command.add_argument("--multiple", type=int, default=1, help="round ranks to multiples")
     command.add_argument("--sequential", action="store_true", help="calibrate layer by layer, wherever with data")
     command.add_argument("--target-modules", help="pattern of modules to prune, for --ratio and --sweep")
@@ -234,10 +235,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _settings(arguments: argparse.Namespace) -> list[Setting]:
     """What to measure, each once, in order."""
-    kinds = ("vo",) if arguments.model == "smollm2" else ("qk", "vo", "qk vo")
-    ratios: list[dict[str, float]] = [_parse_ratio(text) for text in arguments.ratio or ()]
+    kinds: list[tuple[Kind, ...]] = [("vo",)] if arguments.model == "smollm2" else [("qk",), ("vo",), ("qk", "vo")]
+    ratios: list[dict[Kind, float]] = [_parse_ratio(text) for text in arguments.ratio or ()]
     if arguments.sweep:
-        ratios += [dict.fromkeys(kind.split(), share) for kind in kinds for share in SHARES]
+        ratios += [dict.fromkeys(kind, share) for kind in kinds for share in SHARES]
     pattern = arguments.target_modules
     chosen = itertools.product(arguments.method, arguments.calibration, arguments.ranks, ratios)
     found = [] if arguments.ratio else [target.setting for target in TARGETS[arguments.model]]
@@ -253,15 +254,12 @@ def _settings(arguments: argparse.Namespace) -> list[Setting]:
     )
 
 
-def _parse_ratio(text: str) -> dict[str, float]:
+def _parse_ratio(text: str) -> dict[Kind, float]:
     """The shares in "qk=0.5,vo=0.25", of which one may be missing."""
-    try:
-        ratio = {kind: float(share) for kind, share in (part.split("=") for part in text.split(","))}
-    except ValueError:
-        ratio = {}
-    if not ratio or not ratio.keys() <= {"qk", "vo"}:
-        raise ValueError(f"--ratio {text}: expected qk=<share>, vo=<share> or both with a comma between them")
-    return ratio
+    found = shares("--ratio", text)
+    if not isinstance(found, Mapping):
+        raise ValueError(f"--ratio {text}: expected one for each kind as qk=0.5,vo=0.25, found one for all")
+    return dict(found)
 
 
 def _calibrated(
@@ -282,7 +280,7 @@ def _calibrated(
 def _prune(
     model: Any, setting: Setting, calibration: list[Batch] | Calibration | None, device: str
 ) -> tuple[dict[str, Any], float]:
-    """The report, and how many seconds it took beside calibration."""
+    """The report, and how many seconds it took; calibration only where `calibration` is batches."""
     reports: list[Any] = []
 
     def prune() -> None:

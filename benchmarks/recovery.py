@@ -30,6 +30,7 @@ from trl import SFTConfig, SFTTrainer
 
 import clover_peft
 from clover_peft import CloverConfig, records
+from clover_peft.pruning.rule import SPREADS
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 LORA_TARGETS = (*ATTENTION, "up_proj", "down_proj")
@@ -155,7 +156,7 @@ def _trained(model: PreTrainedModel, method: str, windows: Dataset, arguments: a
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     command = parser("Fine-tuning after pruning", "recovery")
     command.add_argument("--ratio", type=float, nargs="+", default=[JUDGED], help="shares of V-O to remove")
-    command.add_argument("--ranks", default="gradient", choices=["global", "gradient", "layer", "uniform"])
+    command.add_argument("--ranks", default="gradient", choices=SPREADS)
     command.add_argument("--methods", nargs="+", default=list(RATES), choices=list(RATES))
     command.add_argument("--steps", type=int, default=200)
     command.add_argument("--batch-size", type=int, default=1)

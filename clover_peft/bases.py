@@ -31,7 +31,7 @@ from .decomposition import (
     svd_bases,
 )
 from .layer import FROZEN, CloverLayer, onloaded
-from .moments import Moments, Probe, collect_moments, shrink
+from .moments import Moments, Probe, centred, collect_moments, shrink
 
 
 def clover_layers(model: nn.Module) -> list[tuple[str, CloverLayer]]:
@@ -182,7 +182,7 @@ def _bases(
     elif partner is not None:
         g = shrink(partner.second.to(g), g, partner.tokens)
     if own is not None:
-        g_in = shrink(own.covariance.to(g_in), g_in, own.tokens)
+        g_in = centred(own, g_in)
     bases = pair_bases(g_in, per_key_value_head(g, count, groups))
     return bases if spec.r == spec.size else bases.leading(spec.r)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .architectures import HeadSlice
+from .warn import warn
 
 # With fewer tokens for each feature of a block a moment is mostly noise.
 TOKENS_PER_FEATURE = 10
+TEXT = "input_ids"  # the main input of models of text
 
 
 @dataclass(frozen=True)
@@ -37,64 +39,70 @@ class Probe:
 
 @dataclass
 class Moments:
-    """Sums over tokens, of H blocks of d features, taken from near their mean: products are made in float32, in which
-    a large mean would drown what varies about it.
+    """Mean and scatter of tokens, of H blocks of d features.
+
+    Products are made in float32 about the mean of what is added, and merged in float64 (Chan, Golub and LeVeque,
+    1983): a large mean drowns nothing, and the order hardly matters.
 
     Attributes:
-        squares: (H, d, d) float64, sum of `(z - c) (z - c)^T`.
-        sums: (H, d) float64, sum of `z - c`.
+        scatter: (H, d, d) float64, sum of `(z - mean) (z - mean)^T`.
+        mean: (H, d) float64.
         tokens: how many.
-        near: (H, d) c, the mean of those that came first; None before any.
+        precision: machine epsilon of the dtype that they came in.
     """
 
-    squares: Tensor
-    sums: Tensor
+    scatter: Tensor
+    mean: Tensor
     tokens: int = 0
-    near: Tensor | None = None
+    precision: float = 0.0
 
     def add(self, blocks: Tensor) -> None:
         """Count more tokens: (tokens, H, d), any floating dtype. Costs tokens H d^2, in at least float32."""
-        rows = blocks.permute(1, 2, 0)
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        if self.near is None and len(blocks):
-            self.near = rows.mean(-1)
-        rows = rows if self.near is None else rows - self.near.to(rows).unsqueeze(-1)
-        self.squares += torch.bmm(rows, rows.mT).to(self.squares)
-        self.sums += rows.sum(-1).to(self.sums)
-        self.tokens += len(blocks)
+        count = len(blocks)
+        if not count:
+            return
+        self.precision = max(self.precision, torch.finfo(blocks.dtype).eps)
+        with torch.autocast(blocks.device.type, enabled=False):
+            rows = blocks.permute(1, 2, 0)
+            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+            near = rows.mean(-1)
+            rows = rows - near.unsqueeze(-1)
+            rest = rows.mean(-1).to(self.mean)  # by which the rounded mean is off
+            scatter = torch.bmm(rows, rows.mT).to(self.scatter) - count * _square(rest)
+        away = near.to(self.mean) + rest - self.mean
+        self.scatter += scatter + count * self.tokens / (self.tokens + count) * _square(away)
+        self.mean += count / (self.tokens + count) * away
+        self.tokens += count
 
     def check_finite(self, name: str) -> None:
         """Raises ValueError if they are not."""
-        if not torch.isfinite(self.squares).all():
+        if not torch.isfinite(self.scatter).all():
             raise ValueError(f"{name}: expected finite activations, found NaN or infinite ones; check model and data")
 
     @property
     def second(self) -> Tensor:
         """(H, d, d) float64, the mean of `z z^T`."""
-        return self.about(torch.zeros_like(self.sums))
+        return self.about(torch.zeros_like(self.mean))
 
     def about(self, point: Tensor) -> Tensor:
         """(H, d, d) float64, the mean of `(z - p) (z - p)^T`; p (H, d) float64."""
-        away = self.mean - point
-        return self.covariance + away.unsqueeze(-1) * away.unsqueeze(-2)
+        return self.covariance + _square(self.mean - point)
 
     @property
     def covariance(self) -> Tensor:
         """(H, d, d) float64, the same about the mean."""
-        away = self.sums / max(1, self.tokens)
-        return self.squares / max(1, self.tokens) - away.unsqueeze(-1) * away.unsqueeze(-2)
+        return self.scatter / max(1, self.tokens)
 
     @property
-    def varies(self) -> bool:
-        """Whether there is more than rounding behind the covariance: the tokens are not all alike."""
-        traces = [m.diagonal(dim1=-2, dim2=-1).sum(-1) for m in (self.covariance, self.second)]
-        return bool((traces[0] > 1e-5 * traces[1]).all())
+    def varies(self) -> Tensor:
+        """(H,) bool, whether there is more than the rounding of activations behind a block's covariance."""
+        around, whole = (m.diagonal(dim1=-2, dim2=-1).sum(-1) for m in (self.covariance, self.second))
+        return around > (4 * self.precision) ** 2 * whole
 
-    @property
-    def mean(self) -> Tensor:
-        """(H, d) float64."""
-        away = self.sums / max(1, self.tokens)
-        return away if self.near is None else away + self.near.to(away)
+
+def _square(vectors: Tensor) -> Tensor:
+    """(H, d) to (H, d, d), `v v^T`."""
+    return vectors.unsqueeze(-1) * vectors.unsqueeze(-2)
 
 
 class TokenReader:
@@ -107,17 +115,27 @@ class TokenReader:
 
     def __init__(self, model: nn.Module) -> None:
         self.device = next(model.parameters()).device
-        encoder: Any = model.get_encoder() if hasattr(model, "get_encoder") else None  # type: ignore[operator]
+        # Nobody reads keys and values that a model keeps for later.
+        unread = "use_cache" in inspect.signature(model.forward).parameters
+        self.defaults: dict[str, Any] = {"use_cache": False} if unread else {}
+        # BERT's layers are an "encoder", too, and its labels no decoder's.
+        both = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_encoder")
+        encoder: Any = model.get_encoder() if both else None  # type: ignore[operator]
         self.encoding = set(encoder.modules()) if encoder is not None and encoder is not model else set()
+        # The tower of another modality may be as long as the text, whose mask is not its own.
+        others = (m for m in model.modules() if m is not model and getattr(m, "main_input_name", TEXT) != TEXT)
+        self.unmasked = {module for tower in others for module in tower.modules()} - self.encoding
 
     def start(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """A batch on the model's device, and its masks by name."""
         if not isinstance(batch, Mapping):
             raise TypeError(
-                "expected batches of a model's keyword arguments, such as {'input_ids': <tensor>}, found "
-                f"{type(batch).__name__}"
+                "expected a list of batches, each of a model's keyword arguments, such as {'input_ids': <tensor>}, "
+                f"found {type(batch).__name__} for one"
             )
-        values = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        values = self.defaults | {
+            k: v.detach().to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()
+        }
         ids = values.get("input_ids")
         if "input_ids" in values and not (isinstance(ids, Tensor) and ids.ndim == 2):
             found = f"shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
@@ -134,6 +152,8 @@ class TokenReader:
     def blocks(self, probe: Probe, x: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
         """(tokens, H, d) of the activations (..., features) that a probe asks for."""
         blocks = probe.heads.blocks(x, probe.size)
+        if probe.module in self.unmasked:
+            return blocks.reshape(-1, *blocks.shape[-2:])
         both = ["decoder_attention_mask", "attention_mask"]
         for kind in both if self.encoding and probe.module not in self.encoding else both[1:]:
             if kind in masks and masks[kind].shape == blocks.shape[:-2]:
@@ -195,10 +215,7 @@ def collect_moments(
     if few:
         name = min(few, key=few.__getitem__)
         wanted = TOKENS_PER_FEATURE * probes[name].size
-        warnings.warn(
-            f"{name}: {few[name]} tokens for blocks of {probes[name].size} features are few; pass at least {wanted}",
-            stacklevel=3,
-        )
+        warn(f"{name}: {few[name]} tokens for blocks of {probes[name].size} features are few; pass at least {wanted}")
     return found
 
 
@@ -236,6 +253,20 @@ def hooks() -> Iterator[list[Any]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def centred(moments: Moments, weight_gram: Tensor) -> Tensor:
+    """The covariance, drawn towards what the weights say; those alone of blocks that all tokens leave alike.
+
+    Args:
+        moments: of H blocks of d features.
+        weight_gram: (H, d, d) float64, the Gram of the weights that compute the same features.
+
+    Returns:
+        (H, d, d) float64.
+    """
+    found = shrink(moments.covariance.to(weight_gram), weight_gram, moments.tokens)
+    return torch.where(moments.varies.to(found.device).view(-1, 1, 1), found, weight_gram)
 
 
 def shrink(moment: Tensor, weight_gram: Tensor, tokens: int) -> Tensor:

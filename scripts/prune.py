@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Makes the attention heads of a model narrower along their singular directions, and saves it like any model.
 
-    python scripts/prune.py my-model --ratio vo=0.25 --calibration text.txt.gz --out my-model-pruned
+    python scripts/prune.py my-model --ratio vo=0.25 --ranks layer --calibration text.txt.gz --out my-model-pruned
     python scripts/prune.py openai-community/gpt2 --ratio qk=0.5,vo=0.25 --ranks layer --multiple 8 \\
         --calibration Salesforce/wikitext:wikitext-2-raw-v1 --out gpt2-pruned
 
@@ -25,6 +25,7 @@ from clover_peft import PruningReport, prune
 from clover_peft.analysis.pictures import find_pyplot
 from clover_peft.pruning import options
 from clover_peft.pruning.card import needs_import, write_card
+from clover_peft.pruning.rule import SPREADS, check_figures
 from clover_peft.training.models import find_model, load_as_saved
 
 
@@ -52,6 +53,9 @@ def _run(given: argparse.Namespace) -> tuple[Any, PruningReport]:
     if given.ranks is not None and given.ratio is None:
         raise ValueError(f"--ranks {given.ranks}: expected --ratio with it, which it spreads, found none")
     figures = {name: options.figures(f"--{name}", getattr(given, name)) for name in ("ratio", "threshold", "energy")}
+    check_figures(figures)
+    if given.ranks == "gradient" and given.calibration is None:
+        raise ValueError("--ranks gradient: expected --calibration with it, found none")
     if not given.no_pictures:
         find_pyplot()
     source = find_model(given.model)
@@ -109,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     rule.add_argument("--energy", help="share of each head's energy to keep, in the same form")
     parser.add_argument(
         "--ranks",
-        choices=["global", "gradient", "layer", "uniform"],
+        choices=SPREADS,
         help="how --ratio is spread: one threshold over all heads, which pads them (the default); one rank for all "
         "heads of a layer, by values relative to the layer's or weighed by gradients (best for language models, needs "
         "--calibration); or the same rank everywhere",
@@ -121,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         "--sequential", action="store_true", help="fit each layer to what the pruned ones before it pass on"
     )
     parser.add_argument(
-        "--masked", action="store_true", help="zero directions and keep all sizes: for analysis, it saves nothing"
+        "--masked", action="store_true", help="zero directions and keep all sizes: for analysis, nothing gets smaller"
     )
     parser.add_argument("--no-pictures", action="store_true", help="leave out pruning.png, which needs matplotlib")
     parser.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")

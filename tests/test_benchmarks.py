@@ -405,11 +405,11 @@ def test_decoding_with_narrower_heads(benchmark, tmp_path, capsys):
     assert "tokens/s" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("wrong", ["qk", "qk=a", "kq=0.5", "qk=0.5;vo=0.5"])
+@pytest.mark.parametrize("wrong", ["qk", "qk=a", "kq=0.5", "qk=0.5;vo=0.5", "0.5"])
 def test_pruning_refuses_what_is_no_ratio(pruning, capsys, wrong):
     with pytest.raises(SystemExit):
         pruning.main(["--model", "minilm", "--ratio", wrong])
-    assert f"--ratio {wrong}: expected qk=<share>" in capsys.readouterr().err
+    assert f"--ratio {wrong}: expected" in capsys.readouterr().err
 
 
 def test_targets_are_judged_on_all_of_the_data(pruning):

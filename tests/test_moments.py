@@ -11,7 +11,7 @@ from clover_peft import CloverConfig, explicit_factors, initialize_from_activati
 from clover_peft.architectures import HeadSlice
 from clover_peft.bases import clover_layers
 from clover_peft.decomposition import gram
-from clover_peft.moments import Moments, Probe, collect_moments, shrink
+from clover_peft.moments import Moments, Probe, centred, collect_moments, shrink
 from tests.tiny import VOCAB, build, inputs, logits, perturb, relative
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tokens for blocks of")
@@ -59,7 +59,7 @@ def test_moments_are_those_of_the_tokens_that_count():
 
 
 def test_a_large_mean_drowns_nothing():
-    """Products are float32: without a shift they err by more than what varies."""
+    """Products are float32: about zero they would err by more than what varies."""
     generator = torch.Generator().manual_seed(2)
     rows = torch.randn(3, 500, 2, 4, generator=generator) * torch.tensor([1.0, 0.5, 2.0, 0.1]) + 3e3
     moments = Moments(torch.zeros(2, 4, 4).double(), torch.zeros(2, 4).double())
@@ -73,6 +73,66 @@ def test_a_large_mean_drowns_nothing():
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(moments.mean, z.mean(0), rtol=1e-9, atol=0)
     assert moments.tokens == 1500
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_far_token_spoils_nothing_wherever_it_comes(first):
+    generator = torch.Generator().manual_seed(3)
+    rows, far = torch.randn(1000, 1, 8, generator=generator), torch.full((1, 1, 8), 1e4)
+    moments = Moments(torch.zeros(1, 8, 8).double(), torch.zeros(1, 8).double())
+    for part in (far, rows) if first else (rows, far):
+        moments.add(part)
+    z = torch.cat([rows, far]).double()[:, 0]
+    centred = z - z.mean(0)
+    assert relative(moments.covariance[0], centred.mT @ centred / len(z)) < 1e-11
+    with torch.autocast("cpu", torch.bfloat16):
+        under = Moments(torch.zeros(1, 8, 8).double(), torch.zeros(1, 8).double())
+        under.add(rows)
+    assert relative(under.covariance[0], rows[:, 0].double().mT.cov(correction=0)) < 1e-6
+
+
+def test_blocks_that_vary_are_told_from_those_that_do_not():
+    """Block by block, by the rounding of the activations and not by how far from zero they are."""
+    generator = torch.Generator().manual_seed(4)
+    rows = torch.randn(200, 4, 3, generator=generator)
+    rows[:, 1] = 0
+    rows[:, 2] = torch.tensor([7.3, 0.1, 100.0])
+    rows[:, 3] += 1e3
+    for dtype, last in ((torch.float32, True), (torch.bfloat16, False)):
+        moments = Moments(torch.zeros(4, 3, 3).double(), torch.zeros(4, 3).double())
+        for part in rows.to(dtype).split(60):
+            moments.add(part)
+        assert moments.varies.tolist() == [True, False, False, last]
+    weights = torch.eye(3).double().expand(4, 3, 3)
+    found = centred(moments, weights)
+    assert torch.equal(found[1:], weights[1:])
+    assert relative(found[0], shrink(moments.covariance, weights, 200)[0]) == 0
+
+
+def test_the_mask_of_a_text_is_not_that_of_an_image_of_its_length():
+    model = build("clip").eval()
+    batch = inputs("clip")
+    patches = model.vision_model.embeddings.num_positions
+    ids = torch.randint(3, VOCAB, (len(batch["pixel_values"]), patches))
+    mask = torch.ones_like(ids)
+    mask[:, -2:] = 0
+    towers = {"image": model.vision_model.encoder, "text": model.text_model.encoder}
+    probes = {
+        name: Probe(tower.layers[0].self_attn.k_proj, False, HeadSlice.plain(4, 1), 1)
+        for name, tower in towers.items()
+    }
+    found = collect_moments(model, probes, [{**batch, "input_ids": ids, "attention_mask": mask}])
+    assert found["image"].tokens == ids.numel()
+    assert found["text"].tokens == ids.numel() - 2 * len(ids)
+
+
+def test_nobody_keeps_keys_and_values():
+    model, kept = build("llama").eval(), []
+    hook = model.register_forward_hook(lambda module, inputs, output: kept.append(output.past_key_values))
+    probes = {"k": Probe(model.model.layers[0].self_attn.k_proj, False, HeadSlice.plain(2, 12), 12)}
+    collect_moments(model, probes, batches())
+    hook.remove()
+    assert kept == [None] * len(batches())
 
 
 def test_an_encoder_and_a_decoder_have_masks_of_their_own(one_thread):

@@ -17,6 +17,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+import torch.nn.utils.prune
 import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -226,14 +227,14 @@ def test_cross_attention_of_decoders(family):
 
 
 def test_softmax_keeps_its_scale():
-    """Half of Q-K removed, in a model whose removed half is zero: the same attention."""
+    """Half of Q-K is zero and goes: the same attention."""
     model = build("opt", torch.float64)
     for layer in model.model.decoder.layers:
         rows = layer.self_attn.k_proj
         rows.weight.view(4, 12, -1)[:, 6:] = 0
         rows.bias.view(4, 12)[:, 6:] = 0
     before = logits(model, "opt")
-    prune(model, {"qk": 0.5}, ranks="uniform")
+    prune(model, {"qk": 0.0}, ranks="uniform")  # what is zero is no direction
     assert model.model.decoder.layers[0].self_attn.k_proj.out_features == 24
     assert relative(logits(model, "opt"), before) < 1e-9
 
@@ -244,7 +245,7 @@ def test_rules(rule):
     if rule == "given":
         names = [pair.name for pair in find_pairs(model)]
         report = prune(model, ranks={names[0]: [3, 4, 5, 6]})
-        assert list(report.pairs) == [n for n in names if n.endswith(names[0][-4:])]
+        assert list(report.pairs) == names[:1]
         assert report.pairs[names[0]].kept == [3, 4, 5, 6]
         assert report.pairs[names[0]].width == 6
         return
@@ -356,9 +357,10 @@ def test_calibrated_once_and_pruned_often(family, ranks):
 def test_what_was_calibrated_must_fit():
     model, data = build("bart"), batches("bart")
     measured = clover_peft.calibrate(model, data, target_modules=["v_proj"])
+    assert repr(measured) == f"Calibration({len(measured.moments)} moments of at least 456 tokens)"
     before = {name: p.clone() for name, p in model.named_parameters()}
     with pytest.raises(
-        ValueError, match=r"k_proj \(qk\).*expected moments of shape .* found None; calibrate this model"
+        ValueError, match=r"k_proj.*: expected moments, found none; calibrate with the same target_mod"
     ):
         prune(model, 0.5, calibration=measured)
     with pytest.raises(ValueError, match="expected a sensitivity, found none; calibrate with gradients=True"):
@@ -366,13 +368,29 @@ def test_what_was_calibrated_must_fit():
     with pytest.raises(ValueError, match="sequential=True: expected batches"):
         prune(model, {"vo": 0.5}, calibration=measured, sequential=True)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    prune(model, {"vo": 0.5}, calibration=measured, ranks="uniform")
-    with pytest.raises(ValueError, match="expected moments of shape"):  # the narrow heads are others
-        prune(model, {"vo": 0.5}, calibration=measured)
     with pytest.raises(ValueError, match="target_modules='nothing'"):
         clover_peft.calibrate(build("bart"), data, target_modules="nothing")
     with pytest.raises(ValueError, match="expected a model without adapters"):
         clover_peft.calibrate(peft.get_peft_model(build("llama"), clover_peft.CloverConfig()), data)
+
+
+@pytest.mark.parametrize("change", ["pruned", "masked", "trained", "cast", "another"])
+def test_a_calibration_belongs_to_its_weights(change):
+    model, data = build("opt"), batches("opt")
+    measured = clover_peft.calibrate(model, data)
+    prune(copy.deepcopy(model), {"qk": 0.5}, calibration=measured)  # a copy is the same
+    if change == "trained":
+        weight = model.model.decoder.layers[0].fc1.weight
+        weight.data += 1e-4 * torch.randn_like(weight)
+    elif change == "cast":
+        model.bfloat16()
+    elif change == "another":
+        torch.manual_seed(99)
+        model = type(model)(model.config)
+    else:
+        prune(model, {"vo": 0.5}, calibration=measured, masked=change == "masked")
+    with pytest.raises(ValueError, match="expected one of this model as it is, found other weights"):
+        prune(model, {"qk": 0.5}, calibration=measured)
 
 
 def test_gradient_spreads_by_weighed_values():
@@ -712,23 +730,144 @@ def test_what_has_no_config_of_its_own():
         assert unchanged(part, before)
 
 
-def test_a_failure_half_way_can_still_be_saved(monkeypatch, tmp_path):
-    from clover_peft.pruning import pruner as module
+@pytest.mark.parametrize("family", ["opt", "bert", "deepseek_v3", "unet"])
+def test_a_failure_half_way_can_still_be_saved(family, monkeypatch, tmp_path):
+    """Inside a block, whose projections are new and empty by then: it is as it was."""
+    from clover_peft.pruning import rewriting as module
 
-    model = build("opt")
-    rewrite, calls = module.rewrite, []
+    model, calls = build(family), []
+    before = {name: p.clone() for name, p in model.named_parameters()}
 
     def failing(*arguments):
-        calls.append(arguments)
+        narrow(*arguments)
+        calls.append(arguments[0].path)
         if len(calls) == 2:
             raise torch.OutOfMemoryError("out of memory")
-        rewrite(*arguments)
 
-    monkeypatch.setattr(module, "rewrite", failing)
+    monkeypatch.setattr(module, "narrow", failing)
     with pytest.raises(torch.OutOfMemoryError):
-        prune(model, 0.5, ranks="uniform")
-    assert [layer.self_attn.v_proj.out_features for layer in model.model.decoder.layers] == [24, 48]
-    assert torch.equal(logits(reload(model, tmp_path), "opt"), logits(model, "opt"))
+        prune(model, {"vo": 0.5}, ranks="uniform")
+    assert set(read_record(model)["blocks"]) == {calls[0].removeprefix("model.").removeprefix("bert.")}
+    now = dict(model.named_parameters())
+    changed = {name for name in before if now[name].shape != before[name].shape}
+    assert changed
+    assert all(name.startswith(calls[0].rpartition(".")[0]) for name in changed)
+    block = calls[0].removesuffix(".self") + "."
+    assert all(torch.equal(now[name], before[name]) for name in before if not name.startswith(block))
+    assert torch.isfinite(output(model, family)).all()
+    if family != "unet":
+        assert torch.equal(logits(reload(model, tmp_path), family), logits(model, family))
+
+
+def test_weights_that_cannot_be_written_are_refused():
+    with torch.inference_mode():
+        model = build("gpt2")
+    with pytest.raises(
+        ValueError, match="c_attn: expected a weight that can be written to, found an inference tensor"
+    ):
+        prune(model, 0.5)
+    for masked in (False, True):
+        model = build("opt")
+        projection = model.model.decoder.layers[0].self_attn.out_proj
+        torch.nn.utils.prune.l1_unstructured(projection, "weight", 0.3)
+        with pytest.raises(ValueError, match="out_proj: expected a weight of its own, found one that is computed"):
+            prune(model, 0.5, masked=masked)
+
+
+def test_a_second_ratio_counts_no_padding():
+    """Heads that are padded to the widest of their layer have no directions there that could be removed."""
+    model = build("opt")
+    first = prune(model, 0.5, calibration=batches("opt"))
+    assert any(min(pair.kept) < pair.width for pair in first.pairs.values())
+    expected = logits(model, "opt")
+    none = prune(model, 0.0)
+    assert {n: p.before for n, p in none.pairs.items()} == {n: p.kept for n, p in first.pairs.items()}
+    assert {n: p.kept for n, p in none.pairs.items()} == {n: p.kept for n, p in first.pairs.items()}
+    assert none.removed("qk") == none.removed("vo") == 0
+    assert relative(logits(model, "opt"), expected) < 1e-5
+    for ranks in ("global", "uniform", "layer"):
+        again = copy.deepcopy(model)
+        report = prune(again, 0.25, calibration=batches("opt"), ranks=ranks)
+        assert report.removed("vo") == pytest.approx(0.25, abs=0.1)
+        assert sum(p.numel() for p in again.parameters()) < sum(p.numel() for p in model.parameters())
+    assert report.summary().count("directions, padding counted") == 2
+    with pytest.raises(ValueError, match="kind: expected 'qk' or 'vo', found 'zz'"):
+        report.removed("zz")
+
+
+def test_ranks_by_name_leave_other_layers_alone():
+    model, data = build("opt"), batches("opt")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    name = next(pair.name for pair in find_pairs(model) if pair.kind == "vo")
+    with pytest.raises(ValueError, match=r"expected 4 ranks from 0 to 12, found \[3\]"):
+        prune(model, ranks={name: [3]}, calibration=iter_fails())
+    with pytest.raises(ValueError, match="multiple: expected at most the 12 directions"):
+        prune(model, 0.5, multiple=16, calibration=iter_fails())
+    report = prune(model, ranks={name: [3, 4, 5, 6]}, calibration=data)
+    assert list(report.pairs) == [name]
+    assert list(read_record(model)["blocks"]) == ["decoder.layers.0.self_attn"]
+    now = dict(model.named_parameters())
+    assert all(torch.equal(p, now[n]) for n, p in before.items() if "layers.0.self_attn" not in n)
+    assert type(model.model.decoder.layers[1].self_attn) is transformers.models.opt.modeling_opt.OPTAttention
+
+
+def iter_fails():
+    raise AssertionError("data were read")
+    yield
+
+
+def test_options_of_wrong_types():
+    model = build("opt")
+    for wrong in ("8", None, float("nan"), 1.5):
+        with pytest.raises(ValueError, match="multiple: expected a positive whole number"):
+            prune(model, 0.5, multiple=wrong)
+    with pytest.raises(ValueError, match=r"ratio: expected a number, or one for each kind of pair, found '0\.5'"):
+        prune(model, "0.5")
+    with pytest.raises(ValueError, match="ratio: expected a figure for 'qk', for 'vo' or for both"):
+        prune(model, {"kv": 0.5})
+    with pytest.raises(TypeError, match="expected batches, found one batch; pass a list of them"):
+        prune(model, 0.5, calibration=batches("opt")[0])
+    with pytest.raises(ValueError, match=r"target_modules='\(': expected a regular expression"):
+        prune(model, 0.5, target_modules="(")
+    with pytest.raises(TypeError, match="model: expected a module, found str"):
+        prune("my-model", 0.5)
+    report = prune(model, 0.5, calibration=batches("opt"), sequential=np.bool_(True), multiple=np.int64(2))
+    json.dumps(report.to_dict())
+    json.dumps(read_record(model))
+
+
+def test_the_base_of_any_name_is_taken_back():
+    model = build("opt")
+    model.name_or_path = model.config._name_or_path = "base (v2)"
+    for _ in range(2):
+        prune(model, 0.25)
+        assert model.name_or_path == "base (v2) (pruned: save it, and load it from there)"
+
+
+def test_warnings_point_at_the_users_line():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        clover_peft.prune(build("llama"), 0.5)
+        clover_peft.calibrate(build("llama"), batches("llama", 1))
+    assert len(caught) >= 3
+    assert {Path(warning.filename).name for warning in caught} == {Path(__file__).name}
+
+
+def test_labels_do_not_matter_to_an_encoder():
+    model = build("bert")
+    ids = inputs("bert", batch=2, length=12)["input_ids"]
+    padded = torch.ones_like(ids)
+    padded[0, 5:] = 0
+    pairs = [pair for pair in find_pairs(model) if pair.kind == "vo"]
+    batch = {"input_ids": ids, "attention_mask": padded}
+    assert sensitivities(model, pairs, [batch]) == sensitivities(model, pairs, [{**batch, "labels": ids}])
+
+
+def test_no_gradients_are_left_on_inputs():
+    model = build("llama")
+    embedded = torch.randn(2, 8, 48, requires_grad=True)
+    clover_peft.calibrate(model, [{"inputs_embeds": embedded}], gradients=True)
+    assert embedded.grad is None
 
 
 def test_gradients_with_labels_and_without_values():
@@ -757,15 +896,15 @@ def unchanged(model, before) -> bool:
     [
         ({"ratio": 1.0}, "ratio: expected a share"),
         ({"ratio": -0.1}, "ratio: expected a share"),
-        ({"ratio": {"kv": 0.5}}, "expected figures for 'qk' and 'vo'"),
-        ({"ratio": {}}, "expected figures for 'qk' and 'vo'"),
+        ({"ratio": {"kv": 0.5}}, "expected a figure for 'qk', for 'vo' or for both"),
+        ({"ratio": {}}, "expected a figure for 'qk', for 'vo' or for both"),
         ({"ratio": 0.5, "energy": 0.9}, "expected one rule"),
         ({"energy": 1.5}, "energy: expected a share"),
         ({"ranks": "local"}, "ranks: expected 'global'"),
         ({"ranks": {"nothing (vo)": [1]}}, "expected names of pairs such as"),
         ({"ratio": 0.5, "method": "magic"}, "method: expected 'clover' or 'vanilla'"),
         ({"ratio": 0.5, "calibration": []}, "expected batches to run the model on, found none"),
-        ({"ratio": 0.5, "multiple": 2.5}, "multiple: expected a positive number"),
+        ({"ratio": 0.5, "multiple": 2.5}, "multiple: expected a positive whole number"),
         ({"ratio": "half"}, "ratio: expected a number"),
         ({"ranks": {}}, "ranks: expected ranks by name"),
         ({"ranks": {"x (vo)": [1.5]}}, "ranks: expected whole numbers"),
@@ -778,7 +917,7 @@ def unchanged(model, before) -> bool:
         ({"ratio": 0.5, "ranks": "gradient"}, "ranks='gradient': expected data"),
         ({"energy": 0.5, "ranks": "uniform"}, "ranks='uniform': expected a ratio to spread, found energy"),
         ({"ratio": 0.5, "sequential": True, "calibration": []}, "expected batches to run the model on, found none"),
-        ({"ratio": 0.5, "multiple": 0}, "multiple: expected a positive number"),
+        ({"ratio": 0.5, "multiple": 0}, "multiple: expected a positive whole number"),
         ({"ratio": 0.5, "target_modules": "nothing"}, "expected it to name a pair"),
     ],
 )
@@ -843,9 +982,9 @@ def test_what_cannot_work_is_said_before_the_data_are_read():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (["text"], "expected batches of a model's keyword arguments.*found str"),
-        ({"input_ids": torch.ones(1, 4, dtype=torch.long)}, "expected batches.*found str"),
-        ([torch.ones(1, 4)], "expected batches.*found Tensor"),
+        (["text"], "expected a list of batches, each of a model's keyword arguments.*found str"),
+        ({"input_ids": torch.ones(1, 4, dtype=torch.long)}, "expected batches, found one batch; pass a list"),
+        ([torch.ones(1, 4)], "expected a list of batches.*found Tensor"),
         ([{"input_ids": [1, 2]}], "input_ids: expected a tensor of .rows, tokens., found list"),
         ([{"input_ids": torch.arange(4)}], "found shape"),
     ],

@@ -96,7 +96,7 @@ def test_the_folder_is_the_pruned_model(family, tmp_path, text, capsys):
     assert {"config.json", "model.safetensors", "pruning.json", "pruning.png", "README.md"} <= made
     card = (out / "README.md").read_text()
     assert "import clover_peft  #" in card
-    assert "base_model: model" in card
+    assert "base_model" not in card  # a folder's name
     assert "10 windows of 48 tokens from text.txt" in card
     assert str(tmp_path) not in card
     assert f"| parameters | {report.parameters[0]:,} | {report.parameters[1]:,} |" in shown
@@ -227,7 +227,7 @@ def test_every_option_counts(options, tmp_path, text):
         ("--threshold vo=", "--threshold vo=: expected a figure"),
         ("--energy 2", "energy: expected a share"),
         ("--energy 0.9 --ranks layer", "--ranks layer: expected --ratio with it"),
-        ("--ratio 0.5 --multiple 0", "multiple: expected a positive number"),
+        ("--ratio 0.5 --multiple 0", "multiple: expected a positive whole number"),
         ("--ratio 0.5 --sequential", "expected data to run the model on, found none"),
         ("--ratio 0.5 --rows 3", "--rows: expected --calibration with it, found none"),
         ("--ratio 0.5 --max-length 3", "--max-length: expected --calibration with it, found none"),
@@ -545,7 +545,9 @@ def test_heads_without_energy_need_nothing():
     nothing = torch.zeros(1, 4, dtype=torch.float64)
     spectrum = Spectrum(nothing, nothing)
     assert spectrum.needed(0.9).tolist() == [0]
-    assert suggest([spectrum], 0.9)["ratio"] == 0.75
+    assert suggest([spectrum], 0.9) == {"ratio": 0.0, "threshold": 0.0}
+    values = torch.tensor([[3.0, 2.0, 1.0, 0.0, 0.0]]).double()  # padded
+    assert suggest([Spectrum(values, values.square())], 0.9)["ratio"] == pytest.approx(1 / 3)
 
 
 def test_the_pictures_of_spectra(tmp_path, text, capsys):
@@ -581,7 +583,7 @@ def test_one_kind_of_pair_and_some_modules(tmp_path, capsys):
     [
         ("--threshold qk=1", "expected pairs for --threshold qk=1, found vo"),
         ("--threshold many", "--threshold many: expected a figure"),
-        ("--kinds qk", "qk: expected pairs to decompose, found none in LlamaForCausalLM"),
+        ("--kinds qk", "qk: expected pairs of projections, found none in LlamaForCausalLM"),
         ("--layers 5", "layers: expected 0 to 1 for vo, found 5"),
         ("--layers 1 --no-pictures", "--layers: expected pictures to draw them in"),
         ("--rows 3", "--rows: expected --calibration with it"),

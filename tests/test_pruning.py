@@ -10,7 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from clover_peft.pruning import decompose, energy, find_pairs, global_ratio, mask, rounded, threshold, uniform
+from clover_peft.decomposition import gram
+from clover_peft.moments import Moments
+from clover_peft.pruning import (
+    by_layer,
+    decompose,
+    energy,
+    find_pairs,
+    global_ratio,
+    mask,
+    rounded,
+    threshold,
+    uniform,
+)
+from clover_peft.pruning.directions import decompose_pair
+from clover_peft.pruning.pairs import beside_name
 from tests.tiny import FAMILIES, VOCAB, build, logits, relative
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -121,6 +135,75 @@ def test_data_make_a_better_cut_of_what_is_read(family):
     assert errors["data"] < errors["weights"]
 
 
+def scores(model, block: str, batches: list[dict]) -> Tensor:
+    """(batches, heads, tokens, tokens), with the mean over keys taken out, which softmax does not see."""
+    attention, seen = model.get_submodule(block), {}
+    hooks = [
+        getattr(attention, name).register_forward_hook(
+            lambda module, i, output, name=name: seen.update({name: output})
+        )
+        for name in ("q_proj", "k_proj")
+    ]
+    found = []
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+            q, k = (
+                seen[name].unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for name in ("q_proj", "k_proj")
+            )
+            found.append(q @ k.mT)
+    for hook in hooks:
+        hook.remove()
+    found = torch.cat(found)
+    return found - found.mean(-1, keepdim=True)
+
+
+def test_data_make_a_better_cut_of_what_keys_and_queries_make():
+    batches, errors = text(), {}
+    block = "model.decoder.layers.0.self_attn"
+    expected = scores(build("opt", torch.float64).eval(), block, batches)
+    for label, calibration in (("weights", None), ("data", batches)):
+        model = build("opt", torch.float64).eval()
+        found = decompose(model, ["qk"], calibration=calibration)
+        mask(model, found, {name: kept // 2 for name, kept in whole(found).items()})
+        errors[label] = relative(scores(model, block, batches), expected)
+    assert errors["data"] < errors["weights"]
+
+
+@pytest.mark.parametrize("change", ["a dead head", "a large bias"])
+def test_what_softmax_does_not_see_in_keys_changes_no_directions(change):
+    """A head of zero keys is none of the others' business, nor is a vector added to all keys."""
+    values = []
+    for changed in (False, True):
+        model = build("opt").eval()
+        key = model.model.decoder.layers[0].self_attn.k_proj
+        if changed and change == "a dead head":
+            key.weight.data[:12], key.bias.data[:12] = 0, 0
+        elif changed:
+            key.bias.data += 1000
+        found = decompose(model, ["qk"], calibration=text())
+        values.append(next(directions.values for name, (_, directions) in found.items() if ".0." in name))
+    assert values[0].shape == (4, 12)
+    start = 1 if change == "a dead head" else 0
+    assert relative(values[1][start:], values[0][start:]) < 1e-3
+    assert bool(values[1][:start].sum() == 0)
+
+
+def test_the_energy_of_a_group_is_that_of_its_query_heads():
+    """As of as many heads with keys and values of their own: what all of them read, times what each of them writes."""
+    model = build("llama", torch.float64).eval()
+    pair = find_pairs(model)[0]
+    heads, groups, size = pair.partner.heads.count, pair.partner.heads.count // pair.heads.count, pair.heads.dim
+    assert groups > 1
+    seen = gram(torch.randn(40, 1, size, generator=torch.Generator().manual_seed(1)).double())
+    tokens = 10**12  # the weights have no say
+    moments = Moments(seen.repeat(heads, 1, 1) * tokens, torch.zeros(heads, size).double(), tokens, 1e-16)
+    found = decompose_pair(model, pair, "clover", {beside_name(pair): moments}).values
+    o = model.get_submodule(pair.partner.path).weight.detach().unflatten(1, (heads, size))
+    each = torch.einsum("ohd,ohe,ed->h", o, o, seen[0])
+    torch.testing.assert_close(found.square().sum(1), each.unflatten(0, (-1, groups)).sum(1))
+
+
 def test_too_few_tokens_are_warned_of():
     with pytest.warns(UserWarning, match="6 tokens for blocks of 12 features are few; pass at least 120"):
         decompose(build("llama"), ["vo"], calibration=[{"input_ids": torch.arange(3, 9).unsqueeze(0)}])
@@ -147,9 +230,14 @@ def test_every_query_head_of_a_group_fits_its_own_way_back():
 
 def test_what_cannot_be_cut_is_said():
     with pytest.raises(
-        ValueError, match="qk: expected pairs to decompose, found none in LlamaForCausalLM; its queries"
+        ValueError, match="qk: expected pairs of projections, found none in LlamaForCausalLM; its queries"
     ):
-        decompose(build("llama"))
+        decompose(build("llama"), ["qk"])
+    assert {pair.kind for pair, _ in decompose(build("llama")).values()} == {"vo"}
+    with pytest.raises(ValueError, match="method: expected 'clover' or 'vanilla', found 'magic'"):
+        decompose(build("llama"), method="magic")
+    with pytest.raises(ValueError, match=r"they are called .*k_proj, \.\.\. \(qk\), .*v_proj, \.\.\. \(vo\)"):
+        decompose(build("opt"), target_modules=["nothing"])
     model = build("opt")
     before = {name: p.clone() for name, p in model.named_parameters()}
     found = decompose(model)
@@ -172,14 +260,20 @@ SPECTRA = st.lists(
 @given(SPECTRA, st.floats(0, 0.99))
 def test_a_ratio_is_the_share_of_directions_removed(lists, ratio):
     spectra = {str(i): torch.tensor(rows).sort(dim=1, descending=True).values for i, rows in enumerate(lists)}
-    total = sum(values.numel() for values in spectra.values())
+    total = sum(int((values > 0).sum()) for values in spectra.values())  # the others pad their heads
     ranks = global_ratio(spectra, ratio)
     assert sum(int(kept.sum()) for kept in ranks.values()) == total - round(ratio * total)
     kept = [spectra[n][h, : int(r)] for n, part in ranks.items() for h, r in enumerate(part)]
     cut = [spectra[n][h, int(r) :] for n, part in ranks.items() for h, r in enumerate(part)]
     if (kept := torch.cat(kept)).numel() and (cut := torch.cat(cut)).numel():
         assert kept.min() >= cut.max()
-    assert all(set(part.tolist()) == {4 - round(4 * ratio)} for part in uniform(spectra, ratio).values())
+    for name, part in uniform(spectra, ratio).items():
+        there = (spectra[name] > 0).sum(1).tolist()
+        assert part.tolist() == [n - round(n * ratio) for n in there]
+    for name, part in by_layer(spectra, ratio).items():
+        assert int(part.max()) <= int((spectra[name] > 0).sum(1).max())
+    full = by_layer(spectra, 0.0)
+    assert all(int(part.max()) == int((spectra[name] > 0).sum(1).max()) for name, part in full.items())
 
 
 def test_rules():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,22 +11,33 @@ import torch
 from torch import nn
 
 from ..moments import Moments, collect_moments
-from .pairs import Pair, check_plain, find_pairs, probes, select_pairs
+from .pairs import Pair, check_plain, probes, select_pairs
 from .sensitivity import sensitivities
 
+_SAME = 1e-9  # of a sum, relative to that of the magnitudes: what the order of adding makes of it in float64
+_CHUNK = 2**24  # numbers that are held in float64 at a time
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Calibration:
-    """What `calibrate` measured. It belongs to the weights that were measured: those of a model before it is pruned.
+    """What `calibrate` measured. It belongs to the weights it was measured with: a model that was trained or pruned
+    since is another one.
 
     Attributes:
         moments: second moments of activations, d x d for every head, by the names of `probes`.
         sensitivities: name of a value-output pair -> how much the loss minds an error behind it; empty if it was not
             measured.
+        weights: name of a parameter of the model -> the sums of its numbers and of their squares.
     """
 
     moments: Mapping[str, Moments] = field(default_factory=dict)
     sensitivities: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        tokens = min((moments.tokens for moments in self.moments.values()), default=0)
+        more = ", gradients" if self.sensitivities else ""
+        return f"Calibration({len(self.moments)} moments of at least {tokens:,} tokens{more})"
 
 
 @torch.inference_mode(False)
@@ -38,7 +50,7 @@ def calibrate(
 ) -> Calibration:
     """Run a model over data once, for `prune` at several ratios, by several rules, of several copies.
 
-    Costs one pass over the data, and H d^2 numbers in float64 for every pair.
+    Costs one pass over the data, and d^2 numbers in float64 for every query head, and of Q-K for every key head, too.
 
     Args:
         model: the model that is to be pruned, or a copy; it is not changed.
@@ -53,8 +65,7 @@ def calibrate(
         ValueError: if the model has adapters or no such pair, there is no batch, or the data do not reach a pair.
     """
     check_plain(model)
-    kinds = {pair.kind for pair in find_pairs(model) if pair.is_named(target_modules)}
-    return measure(model, select_pairs(model, kinds or ("vo",), target_modules), batches, gradients)
+    return measure(model, select_pairs(model, None, target_modules), batches, gradients)
 
 
 def measure(
@@ -78,18 +89,42 @@ def measure(
         return Calibration()
     wanted, behind = probes(model, pairs), [pair for pair in pairs if pair.kind == "vo"] if gradients else []
     if not isinstance(calibration, Calibration):
+        if isinstance(calibration, Mapping):
+            raise TypeError("calibration: expected batches, found one batch; pass a list of them")
         if gradients:
             calibration = list(calibration)
         moments = collect_moments(model, wanted, calibration)
-        return Calibration(moments, sensitivities(model, behind, calibration) if behind else {})
-    for name, probe in wanted.items():
-        shape = (probe.heads.count * probe.heads.dim // probe.size, probe.size, probe.size)
-        found = calibration.moments[name].squares.shape if name in calibration.moments else None
-        if found != shape:
-            raise ValueError(
-                f"{name}: expected moments of shape {shape}, found {found and tuple(found)}; calibrate this model, as "
-                "it is, with the same target_modules"
-            )
+        return Calibration(moments, sensitivities(model, behind, calibration) if behind else {}, _sums(model))
+    if changed := _changed(model, calibration.weights):
+        raise ValueError(
+            f"calibration: expected one of this model as it is, found other weights ({changed}); calibrate again"
+        )
+    if missing := [name for name in wanted if name not in calibration.moments]:
+        raise ValueError(f"{missing[0]}: expected moments, found none; calibrate with the same target_modules")
     if missing := [pair.name for pair in behind if pair.name not in calibration.sensitivities]:
         raise ValueError(f"{missing[0]}: expected a sensitivity, found none; calibrate with gradients=True")
     return calibration
+
+
+def _sums(model: nn.Module) -> dict[str, tuple[float, float]]:
+    """Of every parameter, by name: enough to tell a model from one that was trained, pruned or cast."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            parts = [part.cpu() if part.device.type == "mps" else part for part in parameter.flatten().split(_CHUNK)]
+            sums = torch.stack([torch.stack([p.sum(), p.square().sum()]) for p in (part.double() for part in parts)])
+            found[name] = tuple(sums.sum(0).tolist())
+    return found
+
+
+def _changed(model: nn.Module, known: Mapping[str, tuple[float, float]]) -> str | None:
+    """The name of a parameter that is not as it was; None if all are."""
+    here, sizes = _sums(model), {name: parameter.numel() for name, parameter in model.named_parameters()}
+    for name in {**known, **here}:
+        if name not in known or name not in here:
+            return name
+        (total, squares), (total_then, squares_then) = here[name], known[name]
+        most = math.sqrt(sizes[name] * squares)  # at least the sum of magnitudes
+        if abs(total - total_then) > _SAME * most or abs(squares - squares_then) > _SAME * squares:
+            return name
+    return None

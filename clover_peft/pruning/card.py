@@ -37,7 +37,8 @@ def write_card(
 
     importing = _REGISTER if needs_import(model) else ""
     kind = type(model).__name__
-    card = ModelCardData(base_model=base, library_name="transformers", tags=["pruning", "clover_peft"])
+    named = base if "/" in base else None  # a folder's name is none on the hub, or another model's
+    card = ModelCardData(base_model=named, library_name="transformers", tags=["pruning", "clover_peft"])
     versions = (
         f"clover_peft {clover_peft.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
     )
@@ -70,7 +71,7 @@ their own.
 
 def _needs(model: Any, report: PruningReport) -> str:
     if report.masked:
-        return "Directions are zeroed and all sizes are as they were: for analysis, this saves nothing."
+        return "Directions are zeroed and all sizes are as they were: for analysis, nothing is smaller."
     if needs_import(model):
         return (
             "Heads have other widths than the model's class gives them: without `import clover_peft` transformers "

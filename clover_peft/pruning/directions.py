@@ -18,7 +18,7 @@ from ..architectures import attention_block, base_of
 from ..bases import partner_weight
 from ..decomposition import gram, pair_bases, per_key_value_head
 from ..layer import CloverLayer, onloaded
-from ..moments import Moments, shrink
+from ..moments import Moments, centred, shrink
 from .calibration import Calibration, measure
 from .pairs import Kind, Pair, beside_name, select_pairs
 
@@ -33,16 +33,17 @@ class Directions:
         values: (H, d) float64, singular values, or importances of coordinates; descending.
         down: (H, d, d) float64, C: coordinates of a head's features in its directions.
         back: (H, d, d) float64, E: back from them; `back @ down = I`.
-        seen: (G, d, d) float64, second moments of what every query head reads, if its own way back is to be fitted.
-        mean: (G, d) float64, a constant in what the output projection reads of every query head, from the value's
-            bias. Directions that are cut take no part of it with them, it goes into the output's bias. None without.
+        seen: (G, d, d) float64, second moments about the bias of what every query head reads, drawn towards the
+            weights, if its own way back is to be fitted.
+        bias: (G, d) float64, the value's, a constant in what the output projection reads of every query head.
+            Directions that are cut take no part of it with them, it goes into the output's bias. None without.
     """
 
     values: Tensor
     down: Tensor
     back: Tensor
     seen: Tensor | None = None
-    mean: Tensor | None = None
+    bias: Tensor | None = None
 
     def factors(self, ranks: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         """The ways into the leading directions and back.
@@ -78,10 +79,10 @@ class Directions:
         return back @ down.repeat_interleave(len(back) // len(down), dim=0)
 
     def constant(self, down: Tensor, back: Tensor) -> Tensor | None:
-        """(G, d), the part of the mean that is cut, `(I - E C) mean`; None without a mean."""
-        if self.mean is None:
+        """(G, d), the part of the bias that is cut, `(I - E C) b`; None without one."""
+        if self.bias is None:
             return None
-        return self.mean - (self.product(down, back) @ self.mean.unsqueeze(-1)).squeeze(-1)
+        return self.bias - (self.product(down, back) @ self.bias.unsqueeze(-1)).squeeze(-1)
 
     def energy(self, ranks: Tensor) -> Tensor:
         """(H,), the share of the sum of squared values that the leading directions hold; 1 where all are zero."""
@@ -91,19 +92,22 @@ class Directions:
         return torch.where(total > 0, (squares * kept).sum(1) / total.clamp(min=1e-300), torch.ones_like(total))
 
 
+Found = dict[str, tuple[Pair, Directions]]  # by name of a pair
+
+
 @torch.no_grad()
 def decompose(
     model: nn.Module,
-    kinds: Iterable[Kind] = ("qk", "vo"),
+    kinds: Iterable[Kind] | None = None,
     method: Method = "clover",
     calibration: Iterable[Mapping[str, Any]] | Calibration | None = None,
     target_modules: str | Sequence[str] | None = None,
-) -> dict[str, tuple[Pair, Directions]]:
+) -> Found:
     """The directions of all pairs of a model.
 
     Args:
         model: a model of a known family, without adapters.
-        kinds: which pairs.
+        kinds: which pairs; None for all that the model has.
         method: "clover": singular directions; "vanilla": coordinates as they are, in the order of the product of the
             norms on both sides.
         calibration: batches, keyword arguments of the model, or from `calibrate`. With them moments of activations
@@ -115,10 +119,16 @@ def decompose(
         Name -> the pair and its directions.
 
     Raises:
-        ValueError: if there is no such pair (queries and keys that are rotated are none).
+        ValueError: if there is no such pair (queries and keys that are rotated are none), or no such method.
     """
     pairs = select_pairs(model, kinds, target_modules)
-    moments = measure(model, pairs, calibration).moments
+    return decompose_pairs(model, pairs, method, measure(model, pairs, calibration).moments)
+
+
+def decompose_pairs(model: nn.Module, pairs: Iterable[Pair], method: Method, moments: Mapping[str, Moments]) -> Found:
+    """The same of these pairs; `moments` by the names of `probes`, none for directions by weights alone."""
+    if method not in ("clover", "vanilla"):
+        raise ValueError(f"method: expected 'clover' or 'vanilla', found {method!r}")
     found = {}
     for pair in pairs:
         try:
@@ -136,31 +146,31 @@ def decompose_pair(model: nn.Module, pair: Pair, method: Method, moments: Mappin
         g_in, own_bias = gram(pair.heads.blocks(reader.transposed_weight(), size)), reader.original_bias
         if own_bias is not None:
             own_bias = pair.heads.blocks(own_bias, size).to(g_in)
-    with partner_weight(model, pair.partner) as (rows, bias):
+    with partner_weight(model, pair.partner) as (rows, query_bias):
         heads = pair.partner.heads
-        g_out = gram(heads.blocks(rows, size), None if bias is None else heads.blocks(bias, size)).to(g_in.device)
+        added = None if query_bias is None else heads.blocks(query_bias, size)
+        g_out = gram(heads.blocks(rows, size), added).to(g_in.device)
     count, groups = len(g_in), len(g_out) // len(g_in)
     beside, own = moments.get(beside_name(pair)), moments.get(pair.name)
-    seen, mean = None, None
+    seen, bias = None, None
     if pair.kind == "vo" and own_bias is not None and _takes_bias(model, pair):
-        mean = own_bias.repeat_interleave(groups, dim=0)
+        bias = own_bias.repeat_interleave(groups, dim=0)
     if pair.kind == "vo" and beside is not None:
         # Centred on what the weights say, not on the data: the mean of those is not that of what comes later.
-        seen = beside.second if mean is None else beside.about(mean.to(beside.sums))
+        seen = beside.second if bias is None else beside.about(bias.to(beside.mean))
         seen = shrink(seen.to(g_in), g_in.repeat_interleave(groups, dim=0), beside.tokens)
-        g_in = per_key_value_head(seen, count, groups)
+        g_in = per_key_value_head(seen, count, groups) / groups  # a mean: the other side is the sum over the group
     elif beside is not None and own is not None:
-        if own.varies:
-            g_in = shrink(own.covariance.to(g_in), g_in, own.tokens)
+        g_in = centred(own, g_in)
         g_out = shrink(beside.second.to(g_in), g_out, beside.tokens)
     g_out = per_key_value_head(g_out, count, groups)
     if method == "vanilla":
-        return replace(_coordinates(g_in, g_out), mean=mean)
+        return replace(_coordinates(g_in, g_out), bias=bias)
     bases = pair_bases(g_in, g_out)
     assert bases.back is not None  # a pair's never is the identity
     root = bases.singular_values.sqrt()
     down, back = root.unsqueeze(-1) * bases.coordinates, bases.back * root.unsqueeze(-2)
-    return Directions(bases.singular_values, down, back, seen if groups > 1 else None, mean)
+    return Directions(bases.singular_values, down, back, seen if groups > 1 else None, bias)
 
 
 def _takes_bias(model: nn.Module, pair: Pair) -> bool:
@@ -180,7 +190,6 @@ def _coordinates(g_in: Tensor, g_out: Tensor) -> Directions:
     return Directions(values, down, down.mT)
 
 
-Found = dict[str, tuple[Pair, Directions]]  # by name of a pair
 Factors = dict[str, tuple[Tensor, Tensor]]  # name of a pair -> C (H, d, d), E (G, d, d)
 
 
@@ -196,21 +205,16 @@ def cut(found: Mapping[str, tuple[Pair, Directions]], ranks: Mapping[str, Tensor
     """
     factors = {}
     for name, (pair, directions) in found.items():
-        kept = check_ranks(name, ranks.get(name), directions.values)
-        factors[name] = directions.factors(kept, pair.partner.heads.count // len(kept))
+        check_ranks(name, ranks.get(name), *directions.values.shape)
+        factors[name] = directions.factors(ranks[name], pair.partner.heads.count // len(ranks[name]))
     return factors
 
 
-def check_ranks(name: str, ranks: Tensor | None, values: Tensor) -> Tensor:
-    """Returns the ranks (H,) if they fit singular values (H, d).
-
-    Raises:
-        ValueError: if they do not.
-    """
-    count, size = values.shape
-    if ranks is None or ranks.shape != (count,) or bool((ranks < 0).any()) or bool((ranks > size).any()):
-        raise ValueError(f"{name}: expected {count} ranks from 0 to {size}, found {ranks}")
-    return ranks
+def check_ranks(name: str, ranks: Sequence[int] | Tensor | None, count: int, size: int) -> None:
+    """Raises ValueError if these are not ranks of so many heads of this size."""
+    found = ranks.tolist() if isinstance(ranks, Tensor) else ranks
+    if found is None or len(found) != count or not all(0 <= rank <= size for rank in found):
+        raise ValueError(f"{name}: expected {count} ranks from 0 to {size}, found {found and list(found)}")
 
 
 @torch.no_grad()

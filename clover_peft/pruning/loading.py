@@ -16,13 +16,14 @@ from .narrow import check_supported, narrow, widths
 # The entry of a model's config that says how it was pruned, and its form.
 RECORD = "clover_pruning"
 VERSION = 1
+_IN_MEMORY = " (pruned: save it, and load it from there)"  # behind the name of a model's base
 
 
 def write_record(model: Any, record: Mapping[str, Any]) -> None:
     """Enter how a model was pruned in its config, which no longer names a base that adapters could be loaded onto."""
     name = getattr(model, "name_or_path", "")
-    if name and hasattr(model, "config") and not name.endswith(")"):
-        model.name_or_path = f"{name} (pruned: save it, and load it from there)"
+    if name and hasattr(model, "config") and not name.endswith(_IN_MEMORY):
+        model.name_or_path = name + _IN_MEMORY
         model.config._name_or_path = model.name_or_path
     if hasattr(model, "register_to_config"):
         model.register_to_config(**{RECORD: dict(record)})

@@ -5,13 +5,15 @@ A narrow module is the model's own with smaller projections and another forward:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from ..architectures import WIDTHS, AttentionBlock
@@ -29,6 +31,16 @@ def check_projections(block: AttentionBlock) -> None:
             raise ValueError(
                 f"{path}: expected nn.Linear or Conv1D, found {type(projection).__name__}; prune before adapters are "
                 "added or weights quantised"
+            )
+        if "weight" not in projection._parameters or is_parametrized(projection):
+            raise ValueError(
+                f"{path}: expected a weight of its own, found one that is computed from others; remove the "
+                "parametrization (weight_norm, torch.nn.utils.prune, ...) first"
+            )
+        if cast(nn.Linear, projection).weight.is_inference():
+            raise ValueError(
+                f"{path}: expected a weight that can be written to, found an inference tensor; load the model outside "
+                "of torch.inference_mode()"
             )
 
 
@@ -58,6 +70,25 @@ def check_supported(block: AttentionBlock) -> None:
             f"{block.path}: expected diffusers' plain attention processor, found {processor}; call "
             "set_default_attn_processor() first"
         )
+
+
+@contextlib.contextmanager
+def undone_on_error(block: AttentionBlock) -> Iterator[None]:
+    """Within it a block may be made narrow; after an error it is as it was."""
+    module: Any = block.modules[0]
+    kind, attributes = type(module), dict(vars(module))
+    paths = [block.prefix + name for name in (*block.present(), block.family.output)]
+    projections = {path: block.model.get_submodule(path) for path in paths}
+    try:
+        yield
+    except BaseException:
+        for path, projection in projections.items():
+            block.model.set_submodule(path, projection)
+        for name in set(vars(module)) - set(attributes):
+            delattr(module, name)
+        vars(module).update(attributes)
+        module.__class__ = kind
+        raise
 
 
 def _stock_class(module: nn.Module) -> type[nn.Module]:

@@ -42,7 +42,12 @@ class Pair:
     def is_named(self, target_modules: str | Sequence[str] | None) -> bool:
         """Whether its path is matched by a regular expression, or has one of several ends; None names all."""
         if isinstance(target_modules, str):
-            return re.fullmatch(target_modules, self.path) is not None
+            try:
+                return re.fullmatch(target_modules, self.path) is not None
+            except re.error as error:
+                raise ValueError(
+                    f"target_modules={target_modules!r}: expected a regular expression, found one that says: {error}"
+                ) from error
         ends = target_modules
         return ends is None or any(self.path == end or self.path.endswith("." + end) for end in ends)
 
@@ -60,35 +65,34 @@ def find_pairs(model: nn.Module) -> list[Pair]:
 
 
 def select_pairs(
-    model: nn.Module, kinds: Iterable[Kind], target_modules: str | Sequence[str] | None = None
+    model: nn.Module, kinds: Iterable[Kind] | None = None, target_modules: str | Sequence[str] | None = None
 ) -> list[Pair]:
     """The pairs of these kinds.
 
     Args:
         model: a model of a known family, without adapters.
-        kinds: "qk", "vo" or both.
+        kinds: "qk", "vo" or both; None for those that the model has and `target_modules` names.
         target_modules: which pairs, by the path of the key or value projection: a regular expression that matches all
             of it, or ends of paths; None for all.
 
     Raises:
         ValueError: if there is none of some kind (queries and keys that are rotated are none).
     """
-    wanted = set(kinds)
-    pairs = [pair for pair in find_pairs(model) if pair.kind in wanted]
-    for kind in sorted(wanted):
-        if not any(pair.kind == kind for pair in pairs):
-            raise ValueError(
-                f"{kind}: expected pairs to decompose, found none in {type(model).__name__}"
-                + ("; its queries and keys are rotated by their position" if kind == "qk" else "")
-            )
-    chosen = [pair for pair in pairs if pair.is_named(target_modules)]
-    for kind in sorted(wanted):
-        if not any(pair.kind == kind for pair in chosen):
-            raise ValueError(
-                f"target_modules={target_modules!r}: expected it to name a pair ({kind}), found none; they are "
-                + ", ".join(pair.path for pair in pairs[:4] if pair.kind == kind)
-                + ", ..."
-            )
+    there = find_pairs(model)
+    wanted = {pair.kind for pair in there} if kinds is None else set(kinds)
+    for kind in [*sorted(wanted - {pair.kind for pair in there}), *([] if wanted else ["pairs"])]:
+        raise ValueError(
+            f"{kind}: expected pairs of projections, found none in {type(model).__name__}"
+            + ("; its queries and keys are rotated by their position" if kind == "qk" else "")
+        )
+    chosen = [pair for pair in there if pair.kind in wanted and pair.is_named(target_modules)]
+    missing = sorted(wanted - {pair.kind for pair in chosen})
+    if missing and (kinds is not None or not chosen):
+        first = [f"{next(p.path for p in there if p.kind == kind)}, ... ({kind})" for kind in missing]
+        raise ValueError(
+            f"target_modules={target_modules!r}: expected it to name a pair, found none; they are called "
+            + ", ".join(first)
+        )
     return chosen
 
 
@@ -110,7 +114,9 @@ def probes(model: nn.Module, pairs: Iterable[Pair]) -> dict[str, Probe]:
 
 
 def check_plain(model: nn.Module) -> None:
-    """Raises ValueError if the model has adapters, or weights that are not in memory."""
+    """Raises TypeError if this is no model, and ValueError if it has adapters, or weights that are not in memory."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a module, found {type(model).__name__}; load the model first")
     wrapped: list[tuple[str, object]] = [(type(model).__name__, model)] if isinstance(model, PeftModel) else []
     wrapped += [
         (path, module)

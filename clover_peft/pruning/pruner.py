@@ -6,9 +6,9 @@ import contextlib
 import signal
 import threading
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any, cast
 
 import torch
@@ -17,14 +17,15 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..architectures import AttentionBlock, attention_block, attention_blocks
+from ..warn import warn
 from .calibration import Calibration, measure
-from .directions import Directions, Method, cut, decompose, mask
+from .directions import Directions, Method, cut, decompose_pairs, mask
 from .loading import VERSION, read_record, relative_base, relative_prefix, write_record
 from .narrow import become_stock, check_projections, check_supported, padded_width, widths
 from .pairs import Kind, Pair, check_plain, find_pairs, select_pairs
 from .report import PrunedPair, PruningReport
-from .rewriting import rewrite
-from .rule import Rule, choose_ranks, choose_rule
+from .rewriting import Change, rewrite
+from .rule import Rule, check_pairs, choose_ranks, choose_rule
 from .sequential import refit
 
 
@@ -64,8 +65,9 @@ def prune(
         ranks: how `ratio` is spread. "global": one threshold over all heads, which are padded to the widest of their
             layer. "layer": one rank for all heads of a layer, so that none is padded, by values relative to the
             layer's. "gradient": the same by values weighed by what an error there does to the model's predictions
-            (needs `calibration`, and a backward pass over it). "uniform". Or ranks by name of a pair (as in the
-            report), for every key-value head; other pairs stay whole.
+            (needs `calibration`, and a backward pass over it); of Q-K, where a value is an error of attention's
+            scores, by values as they are. "uniform". Or ranks by name of a pair (as in the report), for every
+            key-value head; other pairs are left alone.
         threshold: instead of `ratio`, the smallest singular value to keep (the paper's rule for Whisper).
         energy: instead of `ratio`, the share of each head's sum of squared singular values to keep.
         multiple: round every rank to the nearest multiple of this; kernels like 8.
@@ -84,11 +86,11 @@ def prune(
     started = time.perf_counter()
     check_plain(model)
     _check_whole(model, masked)
-    if method not in ("clover", "vanilla"):
+    if method not in ("clover", "vanilla"):  # before any data are read
         raise ValueError(f"method: expected 'clover' or 'vanilla', found {method!r}")
-    if multiple < 1 or int(multiple) != multiple:
-        raise ValueError(f"multiple: expected a positive number, found {multiple}")
-    multiple = int(multiple)  # NumPy's, too
+    if not isinstance(cast(Any, multiple), Integral) or multiple < 1:
+        raise ValueError(f"multiple: expected a positive whole number, found {multiple!r}")
+    multiple, sequential, masked = int(multiple), bool(sequential), bool(masked)  # NumPy's, too
     for option, wanted in {"sequential=True": sequential, "ranks='gradient'": ranks == "gradient"}.items():
         if wanted and calibration is None:
             raise ValueError(f"{option}: expected data to run the model on, found none; pass calibration")
@@ -106,20 +108,24 @@ def prune(
         named = {pair.kind for pair in there if pair.is_named(target_modules)}
         kinds = [kind for kind in kinds if kind in named] or kinds
     pairs = select_pairs(model, kinds, target_modules)
+    if rule.given:
+        pairs = [pair for pair in pairs if pair.name in rule.given]
+        if not pairs:
+            raise ValueError(
+                f"ranks: expected names of pairs that target_modules={target_modules!r} names, found none"
+            )
+    check_pairs(rule, pairs, multiple)
     _check_untied(model, pairs)
     blocks = _blocks(model, pairs, masked)
     data = measure(model, pairs, calibration, gradients=rule.name == "gradient")
-    found = decompose(model, kinds, method, None if calibration is None else data, target_modules)
+    found = decompose_pairs(model, pairs, method, data.moments)
     kept = choose_ranks(found, rule, multiple, data.sensitivities if rule.name == "gradient" else {})
     if (
         calibration is None
         and method == "clover"
         and any(bool((k < found[n][1].values.shape[1]).any()) for n, k in kept.items())
     ):
-        warnings.warn(
-            "directions are chosen by weights alone, which models bear badly; pass calibration=<batches of data>",
-            stacklevel=2,
-        )
+        warn("directions are chosen by weights alone, which models bear badly; pass calibration=<batches of data>")
     if sequential:
         found = refit(model, found, kept, method, batches)
     before = _sizes(model)
@@ -138,7 +144,7 @@ def prune(
         step |= {"calibrated": calibration is not None, "sequential": sequential}
         with _uninterrupted(), _recorded(model, step) as done:
             for block, names in tqdm(blocks.values(), desc="CLOVER pruning", unit=" layers", delay=3, leave=False):
-                rewrite(block, [(*found[name], *factors[name], wide[name]) for name in names])
+                rewrite(block, [Change(*found[name], *factors[name], wide[name]) for name in names])
                 done.append(block)
     after = _sizes(model)
     report = PruningReport(
@@ -155,10 +161,9 @@ def prune(
     )
     for kind, share in rule.ratios(kinds).items() if multiple > 1 else ():
         if abs(report.removed(kind) - share) > 0.05:
-            warnings.warn(
+            warn(
                 f"{kind}: {report.removed(kind):.0%} of the directions are removed, not {share:.0%}, by rounding "
-                f"ranks to multiples of {multiple}",
-                stacklevel=2,
+                f"ranks to multiples of {multiple}"
             )
     return report
 
@@ -178,7 +183,7 @@ def _kinds(model: nn.Module, present: set[Kind], wanted: list[Kind] | None) -> t
         said = "; ".join(f"{kind}: {reason}" for kind, reason in skipped.items())
         raise ValueError(f"{type(model).__name__}: expected pairs of projections to prune, found none ({said})")
     for kind, reason in skipped.items():
-        warnings.warn(f"{kind}: not pruned, {reason}; pruning {', '.join(kinds)} alone", stacklevel=3)
+        warn(f"{kind}: not pruned, {reason}; pruning {', '.join(kinds)} alone")
     return kinds, skipped
 
 
@@ -278,6 +283,7 @@ def _summary(pair: Pair, directions: Directions, kept: Tensor, width: int) -> Pr
     return PrunedPair(
         pair.kind,
         pair.heads.dim,
+        (directions.values > 0).sum(1).tolist(),
         kept.tolist(),
         width,
         [round(e, 6) for e in directions.energy(kept).tolist()],

@@ -14,6 +14,8 @@ Ranks = dict[str, Tensor]  # name of a pair -> (H,) int64
 def uniform(spectra: Spectra, ratio: float) -> Ranks:
     """The same share of directions removed from every head.
 
+    Directions whose value is 0, which pad a head that was pruned before, are none, here and below.
+
     Args:
         spectra: singular values of every pair.
         ratio: share to remove; 0 removes none.
@@ -22,10 +24,7 @@ def uniform(spectra: Spectra, ratio: float) -> Ranks:
         ValueError: if `ratio` is no share, 0 <= ratio < 1.
     """
     check_share("ratio", ratio)
-    return {
-        name: torch.full((len(values),), values.shape[1] - round(ratio * values.shape[1]))
-        for name, values in spectra.items()
-    }
+    return {name: there - (ratio * there).round().long() for name, there in _there(spectra).items()}
 
 
 def global_ratio(spectra: Spectra, ratio: float) -> Ranks:
@@ -40,8 +39,9 @@ def global_ratio(spectra: Spectra, ratio: float) -> Ranks:
     """
     check_share("ratio", ratio)
     values = torch.cat([part.flatten().cpu() for part in spectra.values()])
-    kept = torch.ones_like(values, dtype=torch.bool)
-    kept[values.argsort(stable=True)[: round(ratio * len(values))]] = False
+    kept = values > 0
+    there = int(kept.sum())
+    kept[values.argsort(stable=True)[: len(values) - there + round(ratio * there)]] = False
     parts = kept.split([part.numel() for part in spectra.values()])
     return {name: part.view(spectra[name].shape).sum(1) for name, part in zip(spectra, parts, strict=True)}
 
@@ -62,11 +62,17 @@ def by_layer(spectra: Spectra, ratio: float) -> Ranks:
     squares = {name: values.double().square().mean(0).cpu() for name, values in spectra.items()}
     values = torch.cat(list(squares.values()))
     heads = torch.cat([torch.full_like(part, len(spectra[name])) for name, part in squares.items()])
+    heads = torch.where(values > 0, heads, 0)
     order = values.argsort(stable=True)
     removed = torch.zeros_like(values, dtype=torch.bool)
     removed[order] = heads[order].cumsum(0) <= ratio * float(heads.sum()) + heads[order] / 2
-    parts = (~removed).split([len(part) for part in squares.values()])
+    parts = (~removed & (values > 0)).split([len(part) for part in squares.values()])
     return {name: part.sum().repeat(len(spectra[name])) for name, part in zip(spectra, parts, strict=True)}
+
+
+def _there(spectra: Spectra) -> Ranks:
+    """How many directions every head has."""
+    return {name: (values > 0).sum(1).cpu() for name, values in spectra.items()}
 
 
 def threshold(spectra: Spectra, smallest: float) -> Ranks:

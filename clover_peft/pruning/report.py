@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -18,7 +19,8 @@ class PrunedPair:
 
     Attributes:
         kind: "qk" or "vo".
-        size: directions of a head before.
+        size: width of a head before.
+        before: directions that every key-value head had, without those that padded it.
         kept: directions that every key-value head keeps.
         width: of all its heads, after those with fewer directions were padded.
         energy: share of the sum of squared singular values that each head keeps.
@@ -26,6 +28,7 @@ class PrunedPair:
 
     kind: Kind
     size: int
+    before: list[int]
     kept: list[int]
     width: int
     energy: list[float]
@@ -45,7 +48,7 @@ class PruningReport:
         skipped: kind of pair -> why nothing was done to it.
         parameters: of the model, before and after.
         cache_bytes: of keys and values, for a token, in the dtype of the weights, before and after.
-        seconds: that it took, calibration included.
+        seconds: that it took, with calibration where batches were given.
     """
 
     method: Method
@@ -74,14 +77,13 @@ class PruningReport:
             rows.append(["KV cache, bytes a token", *_change(*self.cache_bytes)])
         for kind in sorted({pair.kind for pair in self.pairs.values()}):
             pairs = [pair for pair in self.pairs.values() if pair.kind == kind]
-            before = sum(pair.size * len(pair.kept) for pair in pairs)
+            before = sum(sum(pair.before) for pair in pairs)
             rows.append([f"{kind} directions", *_change(before, sum(sum(pair.kept) for pair in pairs))])
-            padded = sum(pair.width * len(pair.kept) for pair in pairs)
-            rows.append([f"{kind} directions, padding counted", *_change(before, padded)])
-            narrowest, widest = min(pair.width for pair in pairs), max(pair.width for pair in pairs)
-            width = str(widest) if narrowest == widest else f"{narrowest} to {widest}"
+            sizes = (sum(pair.size * len(pair.kept) for pair in pairs), sum(p.width * len(p.kept) for p in pairs))
+            rows.append([f"{kind} directions, padding counted", *_change(*sizes)])
             energy = [share for pair in pairs for share in pair.energy]
-            rows.append([f"{kind} width of a head", str(pairs[0].size), width, ""])
+            widths = (_span(pair.size for pair in pairs), _span(pair.width for pair in pairs))
+            rows.append([f"{kind} width of a head", *widths, ""])
             least = f"{sum(energy) / len(energy):.1%}, {min(energy):.1%}"
             rows.append([f"{kind} energy, mean and least", "", least, ""])
         return "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -98,11 +100,21 @@ class PruningReport:
 
     def removed(self, kind: Kind) -> float:
         """The share of directions of this kind that was removed; padding counts as removed, and costs as if it was not
-        (`parameters` and `cache_bytes` say what is saved). 0 if the kind was not pruned."""
+        (`parameters` and `cache_bytes` say what is saved). 0 if the kind was not pruned.
+
+        Raises:
+            ValueError: if there is no such kind.
+        """
+        if kind not in ("qk", "vo"):
+            raise ValueError(f"kind: expected 'qk' or 'vo', found {kind!r}")
         pairs = [pair for pair in self.pairs.values() if pair.kind == kind]
-        if not pairs:
-            return 0.0
-        return 1 - sum(sum(p.kept) for p in pairs) / sum(p.size * len(p.kept) for p in pairs)
+        before = sum(sum(pair.before) for pair in pairs)
+        return 1 - sum(sum(pair.kept) for pair in pairs) / before if before else 0.0
+
+
+def _span(sizes: Iterable[int]) -> str:
+    low, *_, high = sorted([*sizes] * 2)
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def _change(before: int, after: int) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,14 +11,40 @@ from transformers.pytorch_utils import Conv1D
 
 from ..architectures import AttentionBlock, HeadSlice
 from .directions import Directions
-from .narrow import narrow
+from .narrow import narrow, undone_on_error
 from .pairs import Pair
 
 
-def rewrite(block: AttentionBlock, pairs: list[tuple[Pair, Directions, Tensor, Tensor, int]]) -> None:
-    """Put narrower projections in place of a block's, those that change; in float64, one block at a time."""
-    at = pairs[0][2].device
-    changed = {part for pair, *_ in pairs for part in ("qk" if pair.kind == "qk" else "v")}
+class Change(NamedTuple):
+    """What becomes of one pair of a block.
+
+    Attributes:
+        pair: the pair.
+        directions: its directions.
+        down: (H, d, d) float64, C, from `Directions.factors`.
+        back: (G, d, d) float64, E.
+        width: directions that all heads of the pair are given room for.
+    """
+
+    pair: Pair
+    directions: Directions
+    down: Tensor
+    back: Tensor
+    width: int
+
+
+def rewrite(block: AttentionBlock, pairs: Sequence[Change]) -> None:
+    """Put narrower projections in place of a block's, those that change; in float64, one block at a time.
+
+    After an error the block is as it was.
+    """
+    with undone_on_error(block):
+        _rewrite(block, pairs)
+
+
+def _rewrite(block: AttentionBlock, pairs: Sequence[Change]) -> None:
+    at = pairs[0].down.device
+    changed = {part for change in pairs for part in ("qk" if change.pair.kind == "qk" else "v")}
     parts: dict[str, Tensor] = {}  # rows of a head's features, the bias as the last row: (D + 1, heads, d)
     slices: dict[str, HeadSlice] = {}
     for name in block.present():
@@ -52,7 +79,9 @@ def rewrite(block: AttentionBlock, pairs: list[tuple[Pair, Directions, Tensor, T
     for name in block.present():
         layout = block.layout(block.prefix + name, name)
         projection = block.module_of(name)
-        for part, heads in layout.items() if changed & set(layout) else ():
+        if not changed & set(layout):
+            continue
+        for part, heads in layout.items():
             rows = _rows(projection)
             place = heads.heads(rows)
             place.copy_(parts[part][: len(rows)].reshape(place.shape))

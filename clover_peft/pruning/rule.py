@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 
 from . import ranks as rules
 from .directions import Found, check_ranks
-from .pairs import Kind
+from .pairs import Kind, Pair
 
 Rule = Literal["global", "gradient", "layer", "uniform"]
+SPREADS: tuple[Rule, ...] = get_args(Rule)
 _RULES: dict[str, Callable[[rules.Spectra, Any], rules.Ranks]] = {
     "global": rules.global_ratio,
     "gradient": rules.by_layer,  # of values that are weighed
@@ -26,8 +27,13 @@ _RULES: dict[str, Callable[[rules.Spectra, Any], rules.Ranks]] = {
 
 @dataclass(frozen=True)
 class RankRule:
-    """A rule for ranks: "global", "layer", "uniform", "threshold" or "energy" with a figure for each kind of pair (or
-    one for all), or "given" with ranks by name."""
+    """A rule for ranks.
+
+    Attributes:
+        name: one of `Rule`, or "threshold" or "energy", or "given".
+        figures: the ratio, threshold or share, for all kinds of pairs or for each.
+        given: ranks by name of a pair.
+    """
 
     name: str
     figures: float | Mapping[Kind, float] | None = None
@@ -43,17 +49,13 @@ class RankRule:
     def ranks(self, kind: Kind, spectra: rules.Spectra) -> rules.Ranks:
         """Ranks of all heads of one kind of pair."""
         if self.name == "given":
-            full = {name: torch.full((len(values),), values.shape[1]) for name, values in spectra.items()}
-            found = full | {name: torch.tensor(list(self.given[name])) for name in spectra if name in self.given}
-            for name, values in spectra.items():
-                check_ranks(name, found[name], values)
-            return found
+            return {name: torch.tensor(list(self.given[name])) for name in spectra}
         figure = self.figures[kind] if isinstance(self.figures, Mapping) else self.figures
         return _RULES[self.name](spectra, figure)
 
     def ratios(self, kinds: Iterable[Kind]) -> dict[Kind, float]:
         """The shares that are to be removed, where they are said."""
-        if self.name not in ("global", "gradient", "layer", "uniform") or self.figures is None:
+        if self.name not in SPREADS or self.figures is None:
             return {}
         return {k: self.figures[k] if isinstance(self.figures, Mapping) else self.figures for k in kinds}
 
@@ -84,24 +86,17 @@ def choose_rule(
         given.append("ranks by name")
     if len(given) > 1:
         raise ValueError(f"expected one rule for ranks, found {' and '.join(given)}; pass one of them")
-    for name, figure in figures.items():
-        if isinstance(figure, Mapping) and (not figure or set(figure) - {"qk", "vo"}):
-            raise ValueError(f"{name}: expected figures for 'qk' and 'vo', found {dict(figure)}")
-        shares = figure.values() if isinstance(figure, Mapping) else [] if figure is None else [figure]
-        for share in shares:
-            if name == "threshold" and not 0 <= share < float("inf"):
-                raise ValueError(f"threshold: expected a singular value, found {share}")
-            if name != "threshold":
-                rules.check_share(name, share, whole=name == "energy")
+    check_figures(figures)
     if not isinstance(ranks, str):
         for name, each in ranks.items() if isinstance(ranks, Mapping) else [("ranks", ranks)]:
-            if not isinstance(each, Sequence) or not all(isinstance(r, Integral) for r in each):
+            whole = isinstance(each, Sequence) and all(isinstance(rank, Integral) for rank in each)
+            if not whole or not isinstance(name, str):
                 raise ValueError(f"ranks: expected whole numbers by name of a pair, found {name!r}: {each!r}")
         if not ranks:
             raise ValueError("ranks: expected ranks by name of a pair, found none")
         return RankRule("given", given=ranks)
-    if ranks not in ("global", "gradient", "layer", "uniform"):
-        raise ValueError(f"ranks: expected 'global', 'gradient', 'layer', 'uniform' or ranks by name, found {ranks!r}")
+    if ranks not in SPREADS:
+        raise ValueError(f"ranks: expected {', '.join(map(repr, SPREADS))} or ranks by name, found {ranks!r}")
     if ranks != "global" and (threshold is not None or energy is not None):
         raise ValueError(f"ranks={ranks!r}: expected a ratio to spread, found {given[0]}")
     for name in ("threshold", "energy"):
@@ -110,14 +105,48 @@ def choose_rule(
     return RankRule(ranks, 0.5 if ratio is None else figures["ratio"])
 
 
+def check_figures(figures: Mapping[str, float | Mapping[Kind, float] | None]) -> None:
+    """Raises ValueError if a ratio, threshold or share, by these names, is out of its range."""
+    for name, figure in figures.items():
+        if isinstance(figure, Mapping) and (not figure or set(figure) - {"qk", "vo"}):
+            raise ValueError(f"{name}: expected a figure for 'qk', for 'vo' or for both, found {dict(figure)}")
+        shares = figure.values() if isinstance(figure, Mapping) else [] if figure is None else [figure]
+        for share in shares:
+            if name == "threshold" and not 0 <= share < float("inf"):
+                raise ValueError(f"threshold: expected a singular value, found {share}")
+            if name != "threshold":
+                rules.check_share(name, share, whole=name == "energy")
+
+
 def _plain(name: str, figure: Any) -> float | dict[Kind, float] | None:
     """A figure, or figures by kind of pair, as Python's own numbers, which a config can hold."""
     try:
         if isinstance(figure, Mapping):
-            return {kind: float(value) for kind, value in figure.items()}
-        return None if figure is None else float(figure)
+            return {kind: _number(value) for kind, value in figure.items()}
+        return None if figure is None else _number(figure)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: expected a number, or one for each kind of pair, found {figure!r}") from error
+
+
+def _number(figure: Any) -> float:
+    if isinstance(figure, (str, bytes)):
+        raise TypeError("a number in quotes")
+    return float(figure)
+
+
+def check_pairs(rule: RankRule, pairs: Iterable[Pair], multiple: int) -> None:
+    """Before any data are read.
+
+    Raises:
+        ValueError: if the rule's ranks, or the multiple they are rounded to, do not fit the heads of these pairs.
+    """
+    for pair in pairs:
+        if multiple > pair.heads.dim:
+            raise ValueError(
+                f"multiple: expected at most the {pair.heads.dim} directions of {pair.name}, found {multiple}"
+            )
+        if pair.name in rule.given:
+            check_ranks(pair.name, rule.given[pair.name], pair.heads.count, pair.heads.dim)
 
 
 def choose_ranks(found: Found, rule: RankRule, multiple: int, weights: Mapping[str, float]) -> rules.Ranks:
@@ -130,11 +159,8 @@ def choose_ranks(found: Found, rule: RankRule, multiple: int, weights: Mapping[s
         weights: name of a pair -> factor of its values; 1 where there is none.
 
     Raises:
-        ValueError: if no direction of some kind would be left, or the ranks do not fit.
+        ValueError: if no direction of some kind would be left.
     """
-    for name, (pair, _) in found.items():
-        if multiple > pair.heads.dim:
-            raise ValueError(f"multiple: expected at most the {pair.heads.dim} directions of {name}, found {multiple}")
     kept: rules.Ranks = {}
     for kind in sorted({pair.kind for pair, _ in found.values()}):
         spectra = {

@@ -18,9 +18,10 @@ def sensitivities(model: nn.Module, pairs: Iterable[Pair], batches: Iterable[Map
     """The root of the sum of squares, over tokens, of the loss's gradient behind every output projection.
 
     To second order, and with errors and gradients taken as independent, cutting a direction of singular value s raises
-    the loss by s^2 times the square of this (the Fisher information, in one number for each block). The loss is that
-    of the model's own predictions: an answer drawn from its logits; of a model without logits, its hidden states drawn
-    out at random. Costs a forward and a backward pass over the data, whose activations are held a batch at a time.
+    the loss in proportion to s^2 times the square of this (the Fisher information, in one number for each block). The
+    loss is that of the model's own predictions: an answer drawn from its logits; of a model without logits, its hidden
+    states drawn out at random. Costs a forward and a backward pass over the data, whose activations are held a batch
+    at a time.
 
     Args:
         model: the model; it is run in evaluation mode, and no weight gets a gradient.

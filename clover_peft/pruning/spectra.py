@@ -126,6 +126,9 @@ def suggest(spectra: Iterable[Spectrum], share: float) -> dict[str, float]:
         (spectrum.values.flip(1).flatten().cpu(), spectrum.energy.flip(1).flatten().cpu()) for spectrum in spectra
     ]
     values, energy = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    values, energy = values[values > 0], energy[values > 0]  # what pads a head is no direction, to prune neither
+    if not len(values):
+        return {"ratio": 0.0, "threshold": 0.0}
     order = values.argsort(stable=True)
     kept = 1 - energy[order].cumsum(0) / energy.sum().clamp(min=1e-300)
     count = int((kept >= share).long().cumprod(0).sum())

@@ -73,7 +73,7 @@ def find_model(model: str | None) -> ModelSource:
         return ModelSource(str(path), model, _license(_card(str(path))), origin)
     raise ValueError(
         f"model={model}: expected a folder or a model on the hub, found no such folder, and the hub cannot be "
-        f"reached; pass the path of a model folder, or leave model out for {DEFAULT_MODEL}"
+        f"reached; pass the path of a model folder, or {DEFAULT_MODEL}, which can be had without the hub"
     )
 
 
