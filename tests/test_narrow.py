@@ -400,6 +400,11 @@ def test_gradient_spreads_by_weighed_values():
     spectra = {
         name: d.values * weights[name] for name, (_, d) in decompose(model, calibration=data, kinds=["vo"]).items()
     }
+    both = build("opt"), build("opt")
+    given = batches("opt")
+    kept = [prune(m, 0.4, ranks=r, calibration=given).pairs for m, r in zip(both, ("gradient", "layer"), strict=True)]
+    keys = [{n: p.kept for n, p in pairs.items() if p.kind == "qk"} for pairs in kept]
+    assert keys[0] == keys[1]  # queries with keys are not weighed
     report = prune(model, {"vo": 0.4}, ranks="gradient", calibration=data)
     assert {n: p.kept for n, p in report.pairs.items()} == {n: k.tolist() for n, k in by_layer(spectra, 0.4).items()}
 

@@ -65,9 +65,8 @@ def prune(
         ranks: how `ratio` is spread. "global": one threshold over all heads, which are padded to the widest of their
             layer. "layer": one rank for all heads of a layer, so that none is padded, by values relative to the
             layer's. "gradient": the same by values weighed by what an error there does to the model's predictions
-            (needs `calibration`, and a backward pass over it); of Q-K, where a value is an error of attention's
-            scores, by values as they are. "uniform". Or ranks by name of a pair (as in the report), for every
-            key-value head; other pairs are left alone.
+            (needs `calibration`, and a backward pass over it); of Q-K, which is not weighed, as "layer". "uniform". Or
+            ranks by name of a pair (as in the report), for every key-value head; other pairs are left alone.
         threshold: instead of `ratio`, the smallest singular value to keep (the paper's rule for Whisper).
         energy: instead of `ratio`, the share of each head's sum of squared singular values to keep.
         multiple: round every rank to the nearest multiple of this; kernels like 8.

@@ -17,7 +17,7 @@ Rule = Literal["global", "gradient", "layer", "uniform"]
 SPREADS: tuple[Rule, ...] = get_args(Rule)
 _RULES: dict[str, Callable[[rules.Spectra, Any], rules.Ranks]] = {
     "global": rules.global_ratio,
-    "gradient": rules.by_layer,  # of values that are weighed
+    "gradient": rules.by_layer,  # of values that are weighed; of kinds that are not as "layer"
     "layer": rules.by_layer,  # of values relative to the layer's
     "uniform": rules.uniform,
     "threshold": rules.threshold,
@@ -156,7 +156,7 @@ def choose_ranks(found: Found, rule: RankRule, multiple: int, weights: Mapping[s
         found: from `decompose`.
         rule: from `choose_rule`.
         multiple: see `ranks.rounded`.
-        weights: name of a pair -> factor of its values; 1 where there is none.
+        weights: name of a value-output pair -> factor of its values, for "gradient".
 
     Raises:
         ValueError: if no direction of some kind would be left.
@@ -168,7 +168,7 @@ def choose_ranks(found: Found, rule: RankRule, multiple: int, weights: Mapping[s
             for name, (pair, directions) in found.items()
             if pair.kind == kind
         }
-        if rule.name == "layer":
+        if rule.name == "layer" or (rule.name == "gradient" and not weights.keys() & spectra.keys()):
             spectra = {name: values / values.norm().clamp(min=1e-300) for name, values in spectra.items()}
         of_kind = rules.rounded(rule.ranks(kind, spectra), spectra, multiple)
         if rule.name != "given" and not any(bool(part.any()) for part in of_kind.values()):
