@@ -158,6 +158,7 @@ FIGURES = {  # of pruned models: what is drawn, its name, and the axis
     "minilm": ("cosine", "cosine to the unpruned embedding", "linear"),
     "smollm2": ("perplexity", "perplexity on WikiText-2 test", "log"),
 }
+MOST = 10  # times the unpruned perplexity, that is drawn
 KINDS = {(True, False): "Q-K", (False, True): "V-O", (True, True): "Q-K and V-O"}
 
 
@@ -171,15 +172,18 @@ def _pruning(pyplot: Any, record: Record) -> Any:
             kind = KINDS[setting["qk"] is not None, setting["vo"] is not None]
             name = f"{setting['method']}, {'data' if setting['calibrated'] else 'weights'}, {setting['ranks']}"
             curves.setdefault(kind, {}).setdefault(name, []).append((shares.pop(), row["figures"][figure_name]))
+    unpruned = record["unpruned"].get(figure_name) if scale == "log" else None
     figure, grid = pyplot.subplots(1, len(curves), figsize=(4 * len(curves) + 1, 4), sharey=True, squeeze=False)
     for axes, (kind, found) in zip(grid[0], curves.items(), strict=True):
         for name, points in found.items():
             colour, line = CLOVER if name.startswith("clover") else OTHER, "-" if ", data" in name else ":"
             marker = MARKERS[name.rpartition(" ")[2]]
-            axes.plot(*zip(*sorted(points), strict=True), line, marker=marker, color=colour, label=name)
-        if (unpruned := record["unpruned"].get(figure_name)) and scale == "log":
-            axes.axhline(unpruned, color="black", linewidth=1)
+            above = " (above)" if unpruned and min(value for _, value in points) > MOST * unpruned else ""
+            axes.plot(*zip(*sorted(points), strict=True), line, marker=marker, color=colour, label=name + above)
         axes.set(xlabel=f"share of {kind} removed", yscale=scale)
+        if unpruned:
+            axes.axhline(unpruned, color="black", linewidth=1)
+            axes.set_ylim(0.9 * unpruned, MOST * unpruned)
     grid[0][0].set_ylabel(label)
     grid[0][-1].legend(fontsize="x-small")
     return figure
