@@ -289,8 +289,8 @@ def test_pictures_of_all_benchmarks(benchmark, plots, tmp_path):
     pruning = benchmark("pruning")
     run(pruning, tmp_path / "pruning_minilm.json", "--model", "minilm", "--sweep", "--method", "clover")
     run(pruning, tmp_path / "pruning_minilm-2.json", "--model", "minilm", "--ratio", "qk=0.5")  # newer, but no sweep
-    made = plots.main(["--results", str(tmp_path), "--out", str(tmp_path / "images")])
     run(pruning, tmp_path / "pruning_smollm2.json", "--model", "smollm2", "--sweep", "--method", "clover")
+    made = plots.main(["--results", str(tmp_path), "--out", str(tmp_path / "images")])
     names = ["step", "decode", "growth", "adapter_io", "start", "pruning_minilm", "pruning_smollm2"]
     assert [path.stem for path in made] == names
     assert all(path.stat().st_size > 5000 for path in made)
