@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -63,9 +63,10 @@ def calibrate(
 
     Raises:
         ValueError: if the model has adapters or no such pair, there is no batch, or the data do not reach a pair.
+        TypeError: if this is one batch, not several, or no model.
     """
     check_plain(model)
-    return measure(model, select_pairs(model, None, target_modules), batches, gradients)
+    return replace(measure(model, select_pairs(model, None, target_modules), batches, gradients), weights=_sums(model))
 
 
 def measure(
@@ -83,7 +84,7 @@ def measure(
         gradients: whether sensitivities of the value-output pairs are wanted.
 
     Raises:
-        ValueError: if the calibration is another model's or lacks a pair, or what `calibrate` raises.
+        ValueError: if the calibration is of other weights or lacks a pair, or what `calibrate` raises.
     """
     if calibration is None:
         return Calibration()
@@ -94,7 +95,7 @@ def measure(
         if gradients:
             calibration = list(calibration)
         moments = collect_moments(model, wanted, calibration)
-        return Calibration(moments, sensitivities(model, behind, calibration) if behind else {}, _sums(model))
+        return Calibration(moments, sensitivities(model, behind, calibration) if behind else {})
     if changed := _changed(model, calibration.weights):
         raise ValueError(
             f"calibration: expected one of this model as it is, found other weights ({changed}); calibrate again"
@@ -106,6 +107,7 @@ def measure(
     return calibration
 
 
+@torch.no_grad()
 def _sums(model: nn.Module) -> dict[str, tuple[float, float]]:
     """Of every parameter, by name: enough to tell a model from one that was trained, pruned or cast."""
     found = {}

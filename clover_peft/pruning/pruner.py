@@ -80,7 +80,7 @@ def prune(
         `PruningReport`.
 
     Raises:
-        ValueError: for a model, data or figures that do not fit, with the model as it was.
+        ValueError, TypeError: for a model, data or figures that do not fit, with the model as it was.
     """
     started = time.perf_counter()
     check_plain(model)
