@@ -116,8 +116,8 @@ class TokenReader:
     def __init__(self, model: nn.Module) -> None:
         self.device = next(model.parameters()).device
         # Nobody reads keys and values that a model keeps for later.
-        unread = "use_cache" in inspect.signature(model.forward).parameters
-        self.defaults: dict[str, Any] = {"use_cache": False} if unread else {}
+        has_cache = "use_cache" in inspect.signature(model.forward).parameters
+        self.defaults: dict[str, Any] = {"use_cache": False} if has_cache else {}
         # BERT's layers are an "encoder", too, and its labels no decoder's.
         both = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_encoder")
         encoder: Any = model.get_encoder() if both else None  # type: ignore[operator]

@@ -79,11 +79,13 @@ def select_pairs(
         ValueError: if there is none of some kind (queries and keys that are rotated are none).
     """
     there = find_pairs(model)
-    wanted = {pair.kind for pair in there} if kinds is None else set(kinds)
-    for kind in [*sorted(wanted - {pair.kind for pair in there}), *([] if wanted else ["pairs"])]:
+    present = {pair.kind for pair in there}
+    wanted = present if kinds is None else set(kinds)
+    if not present or wanted - present:
+        absent = ", ".join(sorted(wanted - present)) or type(model).__name__
         raise ValueError(
-            f"{kind}: expected pairs of projections, found none in {type(model).__name__}"
-            + ("; its queries and keys are rotated by their position" if kind == "qk" else "")
+            f"{absent}: expected pairs of projections, found none in {type(model).__name__}"
+            + ("; its queries and keys are rotated by their position" if absent == "qk" else "")
         )
     chosen = [pair for pair in there if pair.kind in wanted and pair.is_named(target_modules)]
     missing = sorted(wanted - {pair.kind for pair in chosen})
@@ -117,17 +119,12 @@ def check_plain(model: nn.Module) -> None:
     """Raises TypeError if this is no model, and ValueError if it has adapters, or weights that are not in memory."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module, found {type(model).__name__}; load the model first")
-    wrapped: list[tuple[str, object]] = [(type(model).__name__, model)] if isinstance(model, PeftModel) else []
-    wrapped += [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
-    ]
-    for path, module in wrapped:
-        raise ValueError(
-            f"{path}: expected a model without adapters, found {type(module).__name__}; call merge_and_unload() or "
-            "unload() first"
-        )
+    for path, module in model.named_modules():  # the model itself comes first
+        if isinstance(module, (PeftModel, BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            raise ValueError(
+                f"{path or 'model'}: expected a model without adapters, found {type(module).__name__}; call "
+                "merge_and_unload() or unload() first"
+            )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(
             f"{type(model).__name__}: expected all weights in memory, found some offloaded or on the meta device; "
