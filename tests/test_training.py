@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gzip
 import json
@@ -33,6 +34,7 @@ from transformers import (
 from clover_peft.commonsense import PROTOCOLS
 from clover_peft.training import data, downloads
 from clover_peft.training import models as base_models
+from clover_peft.training import run as training_run
 from clover_peft.training.arguments import JobArguments, parse
 from clover_peft.training.optimizer import Muon, orthogonalize
 from clover_peft.training.run import first_and_last, run
@@ -550,6 +552,32 @@ def test_the_end_token_is_trained_and_prompt_and_padding_are_not(settings, tiny,
         first = int(trained.nonzero()[0])
         assert (row_labels[:first] == -100).all()
         assert tokenizer.decode(row_ids[:first]).endswith("assistant\n" if template else "### Response:")
+
+
+def test_on_a_cpu_tokens_with_labels_alone_are_scored(settings, monkeypatch):
+    """TRL has a tenth of the work then, and finds the same losses."""
+    from trl.trainer import utils
+
+    scored: list[int] = []
+    function = utils._ChunkedLogProbFunction
+
+    class Counted(function):
+        @staticmethod
+        def forward(ctx, hidden, *args):
+            scored.append(len(hidden))
+            return function.forward(ctx, hidden, *args)
+
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", Counted)
+    ours = run(settings(out="ours"))["loss"]
+    with_labels = scored.copy()
+    scored.clear()
+    monkeypatch.setattr(training_run, "_scoring_labels_alone", lambda device: contextlib.nullcontext())
+    plain = run(settings(out="plain"))["loss"]
+    assert len(scored) == len(with_labels)
+    assert all(a < b for a, b in zip(with_labels, scored, strict=True))
+    for one, other in zip(ours["log"], plain["log"], strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    assert ours["held_out_after"] == pytest.approx(plain["held_out_after"], rel=1e-5)
 
 
 @pytest.mark.parametrize("method", ["clover_full", "pissa", "full"])
