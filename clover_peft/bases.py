@@ -33,6 +33,8 @@ from .decomposition import (
 from .layer import FROZEN, CloverLayer, onloaded
 from .moments import Moments, Probe, centred, collect_moments, shrink
 
+_COMPARED = 8  # features of every block
+
 
 def clover_layers(model: nn.Module) -> list[tuple[str, CloverLayer]]:
     """Every CLOVER layer of a model and its path."""
@@ -126,23 +128,25 @@ def _computed(
 
 @torch.no_grad()
 def fingerprint(model: nn.Module, layer: CloverLayer, spec: BlockSpec) -> Tensor | None:
-    """(H, d): norms of the weight's rows, for a pair times those of the partner's columns; None without whole weights.
+    """`clover_norm` of the first features of every block, (H, 8) or (H, d) if less; None without whole weights.
 
-    They tell base models apart: cheap, and hardly moved by rounding, which averages out over a row.
+    It tells base models apart, and is hardly moved by rounding, which averages out over a row. Reading all rows would
+    take longer than all the rest of loading.
     """
     with onloaded(layer.get_base_layer()):
         if layer.weight.is_meta or isinstance(layer.weight, DTensor) or not layer.can_read_weight:
             return None
-        return _norms(model, spec, layer.transposed_weight())
+        return _norms(model, spec, layer.transposed_weight(), _COMPARED)
 
 
-def _norms(model: nn.Module, spec: BlockSpec, weight: Tensor) -> Tensor:
-    own = norms(spec.heads.blocks(weight, spec.size))
+def _norms(model: nn.Module, spec: BlockSpec, weight: Tensor, features: int | None = None) -> Tensor:
+    """(H, d): norms of the weight's rows, for a pair times those of the partner's columns; of `features` of d."""
+    own = norms(spec.heads.blocks(weight, spec.size)[..., :features])
     if spec.partner is None:
         return own
     heads = spec.partner.heads
     with partner_weight(model, spec.partner) as (rows, _):
-        partner = norms(heads.blocks(rows, spec.size)).to(own)
+        partner = norms(heads.blocks(rows, spec.size)[..., :features]).to(own)
     shared = partner.unflatten(0, (spec.heads.count, heads.count // spec.heads.count, -1))
     return own * torch.linalg.vector_norm(shared, dim=1).flatten(0, 1)
 

@@ -25,7 +25,7 @@ class BlockTensors(NamedTuple):
         u: (H, r, d), C; None in a folded adapter.
         v: (H, d, r), E; None where it is the identity.
         s0: (H, r), the frozen singular values; None in a folded adapter.
-        norm: (H, d), the base model's fingerprint (`bases.fingerprint`).
+        norm: (H, d), norms of the base's rows, times those of the partner's columns; see `bases.fingerprint`.
     """
 
     s: Tensor

@@ -352,11 +352,19 @@ def _check_tensors(
 
 
 def check_fingerprint(layer: CloverLayer, spec: BlockSpec, config: CloverConfig, here: Tensor, there: Tensor) -> None:
-    """Compare the fingerprints (`bases.fingerprint`) of a layer's weights and of those an adapter was trained on.
+    """Compare the fingerprint of a layer's weights with that of those an adapter was trained on.
+
+    Args:
+        layer: the layer.
+        spec: one of its slices.
+        config: the adapter's.
+        here: `bases.fingerprint`, of some features of every block.
+        there: the adapter's `clover_norm`, (H, d).
 
     Raises:
         ValueError: naming the block that differs most, if rounding does not explain it.
     """
+    there = there[:, : here.shape[1]]
     error = (here - there).abs() / torch.maximum(here, there).clamp(min=1e-30)
     precisions = (layer.precision, config.base_precision or layer.precision)
     allowed = max(ROUNDING.get(precision, COARSE) for precision in precisions)

@@ -26,6 +26,7 @@ from tiny import TOLERANCE, build, inputs, logits, perturb, relative
 from torch import Tensor, nn
 
 from clover_peft import CloverConfig, CloverLayer
+from clover_peft.bases import fingerprint
 
 WEIGHTS = "adapter_model.safetensors"
 MODES = [True, False, "folded"]
@@ -817,6 +818,17 @@ def test_base_of_another_seed_is_refused_by_name(save_bases: bool, dtype: torch.
         _load(base, tmp_path)
     assert not _layers(base)
     assert torch.equal(logits(base, "llama"), before)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_load_compares_the_first_features_of_every_block(case: str) -> None:
+    family, choices = CASES[case]
+    model = get_peft_model(build(family), CloverConfig(**choices))
+    for layer in _layers(model):
+        for spec in layer.specs["default"]:
+            found, stored = fingerprint(model.base_model.model, layer, spec), layer.tensors("default", spec).norm
+            assert found.shape == (spec.blocks, min(8, spec.size))
+            torch.testing.assert_close(found, stored[:, :8], rtol=1e-6, atol=0)
 
 
 def test_first_module_that_differs_is_named(tmp_path: Path) -> None:
