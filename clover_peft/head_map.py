@@ -147,7 +147,7 @@ def _add_up(z: Tensor, places: Sequence[Place], matrices: Sequence[Tensor], inpu
         and not places[0].replaces
     ):
         # One token, as in decoding, is laid out as its blocks are: nothing needs to be copied first (a third faster).
-        own, matrix = places[0].tokens(z), matrices[0].to(z.dtype)
+        own, matrix = z.reshape(-1, 1, places[0].size), matrices[0].to(z.dtype)
         return torch.baddbmm(own, own if inputs[0] is None else inputs[0], matrix.mT).view(z.shape)
     y = z.clone(memory_format=torch.contiguous_format)
     for place, matrix, tokens in zip(places, matrices, inputs, strict=True):
