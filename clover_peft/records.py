@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import uuid
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+_LIST_OF_NUMBERS = re.compile(r"\[\n\s+[-+.\deE]+(,\n\s+[-+.\deE]+)*\n\s+\]")  # a line each, as json writes it
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes")
 
 
@@ -57,6 +59,7 @@ def write(path: str | os.PathLike[str], record: dict[str, Any]) -> Path:
     # Python's json writes and reads NaN, other readers do not
     plain = json.loads(json.dumps(record, default=str), parse_constant=str)
     text = json.dumps(plain, indent=2, allow_nan=False) + "\n"
+    text = _LIST_OF_NUMBERS.sub(lambda found: f"[{' '.join(found[0].strip('[]').split())}]", text)
     partial = wanted.with_name(f".{wanted.name}.{uuid.uuid4().hex}.partial")
     try:
         partial.write_text(text, encoding="utf-8")

@@ -50,6 +50,14 @@ def test_what_is_not_finite_is_written_as_text(tmp_path):
     assert json.loads(path.read_text(), parse_constant=pytest.fail) == {"loss": ["NaN", 1.0], "norm": "-Infinity"}
 
 
+def test_lists_of_numbers_take_one_line(tmp_path):
+    record = {"ranks": [[1, -2, 3], [4e-7]], "text": "[\n 1\n]", "mixed": [1, "a"], "empty": []}
+    text = records.write(tmp_path / "run.json", record).read_text()
+    assert json.loads(text) == record
+    assert "[1, -2, 3]," in text
+    assert "[4e-07]" in text
+
+
 def test_write_never_overwrites(tmp_path):
     paths = [records.write(tmp_path / "run.json", {"number": i}) for i in range(3)]
     assert [path.name for path in paths] == ["run.json", "run-2.json", "run-3.json"]
