@@ -24,6 +24,7 @@ import yaml
 
 pytest.importorskip("trl", reason="needs the train extra: pip install clover-peft[train]")
 
+from huggingface_hub import ModelCard
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -810,6 +811,14 @@ def test_record_card_and_summary(settings, tmp_path, capsys):
     for fact in ("import clover_peft", "base_model: someone/tiny", "licence: mit", "train.jsonl", "transformers "):
         assert fact in card
     assert "import clover_peft" not in (tmp_path / "run" / "merged" / "README.md").read_text()
+
+
+def test_a_folder_without_a_card_is_no_model_of_the_hub(settings, tiny, tmp_path):
+    shutil.copytree(tiny.model, tmp_path / "plain", ignore=shutil.ignore_patterns("README.md"))
+    run(settings(model=tmp_path / "plain", max_steps=1))
+    card = ModelCard.load(tmp_path / "run" / "adapter" / "README.md")
+    assert card.data.base_model is None
+    assert "| base model | plain, licence: not stated" in card.text
 
 
 def test_the_merged_model_needs_nothing_of_ours(settings, tmp_path):

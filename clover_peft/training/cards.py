@@ -38,7 +38,7 @@ def write_card(folder: Path, kind: str, record: dict[str, Any]) -> None:
             "the base in memory is changed, and disabling the adapter does not give it back.\n"
         )
     card = ModelCardData(
-        base_model=model["name"],
+        base_model=model["name"] if "/" in model["name"] else None,  # a folder's is none on the hub, or another's
         library_name="peft" if kind == "adapter" else "transformers",
         tags=["sft", "trl", "clover_peft", *([method.lower()] if method else ["full-fine-tuning"])],
     )
