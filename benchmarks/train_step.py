@@ -57,6 +57,7 @@ TARGETS = {  # CLOVER is to be at most this
     "peak_over_base_v_dora": 0.6,
     "peak_over_base_v_hira": 0.6,
 }
+METHODS = ["clover diagonal", "dora", "pissa", "hira", "oft", "lora on k v up"]
 
 
 @dataclass
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     base = llama(
         arguments.hidden_size, arguments.num_heads, arguments.mlp_size, arguments.layers, arguments.seed, dtype, device
     ).requires_grad_(False)
-    contenders = _contenders(base)
+    contenders = _contenders(base, arguments.methods)
     x = torch.randn(arguments.batch_size, arguments.tokens, arguments.hidden_size, device=device).to(dtype)
     x.requires_grad_(True)
     cotangent = torch.randn_like(x)
@@ -128,6 +129,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     command.add_argument("--batch-size", type=int, default=1)
     command.add_argument("--tokens", type=int, help="tokens a sequence; default 512, on cuda 2048")
     command.add_argument("--rounds", type=int, default=15, help="timed steps a method")
+    command.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="beside CLOVER and LoRA")
     arguments = command.parse_args(argv)
     fill_shape(arguments)
     if arguments.fast:
@@ -136,15 +138,16 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _contenders(base: nn.Module) -> dict[str, Contender]:
-    """The frozen base and one copy of it for each method, at the trainable parameters of CLOVER full."""
+def _contenders(base: nn.Module, methods: Sequence[str]) -> dict[str, Contender]:
+    """The frozen base and one copy of it for CLOVER, LoRA and each of `methods`, at CLOVER's trainable parameters."""
     contenders = {"frozen base": Contender(copy.deepcopy(base), "")}
 
-    def add(name: str, setting: str, config: PeftConfig) -> Contender:
-        contenders[name] = Contender(get_peft_model(copy.deepcopy(base), config), setting)
-        return contenders[name]
+    def add(name: str, setting: str, config: PeftConfig) -> None:
+        if name in ("clover", "lora", *methods):
+            contenders[name] = Contender(get_peft_model(copy.deepcopy(base), config), setting)
 
-    budget = add("clover", "full, k v up", CloverConfig()).parameters
+    add("clover", "full, k v up", CloverConfig())
+    budget = contenders["clover"].parameters
     add("clover diagonal", "k v up", CloverConfig(s_matrix="diagonal"))
     targets = list(PAPER_LORA_TARGETS)
     rank = rank_for(budget, base, targets)
@@ -232,6 +235,7 @@ def _fold_seconds(model: nn.Module, device: str) -> float:
 
 def _figures(contenders: dict[str, Contender]) -> dict[str, dict[str, Any]]:
     base, lora = contenders["frozen base"], contenders["lora"]
+    peaks = {name: contender.peak_bytes for name, contender in contenders.items()}
     return {
         name: {
             "setting": c.setting,
@@ -243,7 +247,7 @@ def _figures(contenders: dict[str, Contender]) -> dict[str, dict[str, Any]]:
             "saved_over_base_bytes": c.saved_bytes - base.saved_bytes,
             "saved_over_base_v_lora": over(c.saved_bytes, base.saved_bytes, lora.saved_bytes),
             **{
-                f"peak_over_base_v_{other}": over(c.peak_bytes, base.peak_bytes, contenders[other].peak_bytes)
+                f"peak_over_base_v_{other}": over(c.peak_bytes, base.peak_bytes, peaks.get(other))
                 for other in ("lora", "dora", "hira")
             },
         }

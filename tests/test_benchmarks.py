@@ -80,6 +80,11 @@ def test_train_step(benchmark, tmp_path, capsys):
     assert "frozen base" in capsys.readouterr().out
 
 
+def test_train_step_of_some_methods(benchmark, tmp_path):
+    record = run(benchmark("train_step"), tmp_path / "record.json", "--methods", "lora on k v up")
+    assert record["figures"].keys() == {"frozen base", "clover", "lora", "lora on k v up"}
+
+
 def test_ranks_match_the_papers_at_llama_2_7b(benchmark):
     harness, train_step = benchmark("harness"), benchmark("train_step")
     with torch.device("meta"):
