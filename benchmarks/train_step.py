@@ -129,7 +129,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     command.add_argument("--batch-size", type=int, default=1)
     command.add_argument("--tokens", type=int, help="tokens a sequence; default 512, on cuda 2048")
     command.add_argument("--rounds", type=int, default=15, help="timed steps a method")
-    command.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="beside CLOVER and LoRA")
+    command.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS, help="beside CLOVER and LoRA")
     arguments = command.parse_args(argv)
     fill_shape(arguments)
     if arguments.fast:
