@@ -286,9 +286,35 @@ def test_the_script_says_how_rows_differ(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("source", "message"),
-    [("somewhere", "expected hub, joined, wheel or folder:<path>"), ("folder:/nowhere", "expected one train*.jsonl")],
+    [("somewhere", "expected hub, joined, wheel or folder:<path>"), ("folder:/nowhere", "expected one of train*.jsonl")],
 )
 def test_a_source_that_is_none_is_refused_and_nothing_written(source, message, tmp_path, capsys):
     assert script.main([str(tmp_path / "out"), "--source", source]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_clone_of_llm_adapters_is_a_folder_too(tmp_path):
+    suite = small()
+    joined = [row for rows in suite.train.values() for row in rows]
+    (tmp_path / "ft-training_set").mkdir()
+    (tmp_path / "ft-training_set" / "commonsense_170k.json").write_text(json.dumps(joined))
+    for name, rows in suite.test.items():
+        (tmp_path / "dataset" / name).mkdir(parents=True)
+        (tmp_path / "dataset" / name / "test.json").write_text(json.dumps(rows))
+    assert sources.from_folder(tmp_path, "train") == suite.train
+    assert sources.from_folder(tmp_path, "test") == suite.test
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"instruction": "a", "answer"', "expected rows in JSON"),
+        ('{"instruction": "a"}', "expected an instruction and an answer in row 0"),
+        ("[1]", "expected an instruction and an answer in row 0"),
+    ],
+)
+def test_a_damaged_file_of_rows_is_named(text, message, tmp_path):
+    (tmp_path / "train.jsonl").write_text(text + "\n")
+    with pytest.raises(ValueError, match=f"train.jsonl: {message}"):
+        sources.from_folder(tmp_path, "train")

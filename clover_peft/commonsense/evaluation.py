@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import inspect
 import json
@@ -52,8 +51,7 @@ def read_rows(folder: Path, split: str, tasks: list[str], per_task: int | None, 
             raise ValueError(
                 f"{path}: expected validation rows, found none; prepare_data.py --validation N makes them"
             )
-        with gzip.open(path, "rt", encoding="utf-8") as lines:
-            rows = sources.by_task([json.loads(line) for line in lines])
+        rows = sources.by_task(sources.read_rows(path))
     chosen = []
     for name in tasks:
         if not (part := rows[name]):

