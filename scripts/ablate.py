@@ -5,10 +5,11 @@
     python scripts/ablate.py --config configs/ablations/smollm2.yaml --out runs/smollm2 data.source=folder:my_suite
     python scripts/ablate.py --table runs/smollm2/records      # the table again, from the records alone
 
-Every method tries as many learning rates, at the first seed, and keeps the one that answers most validation questions.
-Then come the other seeds, and each seed meets the test questions once. Each run is a process of its own; its output is
-in <out>/runs/<run>.log. Stop it at any time: the same command goes on where it was, in the middle of a run too. With
-other data options or settings it refuses to; methods, rates and seeds may be added.
+Every method tries as many learning rates, at the first seed, and keeps the one with the lowest loss on the validation
+questions (with evaluation.mode=generate: that answers most of them). Then come the other seeds, and each seed meets
+the test questions once. Each run is a process of its own; its output is in <out>/runs/<run>.log. Stop it at any time:
+the same command goes on where it was, in the middle of a run too. With other data, weights or settings it refuses to;
+methods and seeds may be added, and rates as long as the method has not met the test questions.
 
 Records, one a run, go to <out>/records (or --records); what is recorded there is not done again.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -24,26 +26,31 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from clover_peft.commonsense import ablation, report
+from clover_peft.commonsense import ablation, report, table
+from clover_peft.commonsense.grid import Grid, count_steps, read_grid
 
 
 def main(arguments: list[str] | None = None) -> int:
     given = _parser().parse_intermixed_args(arguments)
     try:
         if given.table is not None:
+            if given.config is not None or given.out is not None or given.step is not None:
+                raise ValueError(
+                    "--table: expected it alone or with --pictures, found --config, --out or --step beside it"
+                )
             return _show(given.table, given.pictures)
         if given.config is None or given.out is None:
             raise ValueError("expected --config and --out, or --table")
         if given.jobs < 1:
             raise ValueError(f"--jobs {given.jobs}: expected at least 1")
         records = given.records or given.out / "records"
-        grid = ablation.read(given.config, given.overrides)
+        grid = read_grid(given.config, given.overrides)
         ablation.check_records(grid, records)
         if given.step is not None:
             print(ablation.make(grid, given.step, given.out, records))
             return 0
         ablation.make_data(grid, given.out / "data")
-        if (status := _run(given, grid, records)) or not ablation.load(records):
+        if (status := _run(given, grid, records)) or not table.load(records):
             return status
         return _show(records, given.pictures or given.out / "pictures")
     except (ValueError, OSError) as error:
@@ -51,24 +58,27 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
-def _run(given: argparse.Namespace, grid: ablation.Ablation, records: Path) -> int:
-    """Makes record after record, each in a process of its own: memory and random numbers start anew."""
+def _run(given: argparse.Namespace, grid: Grid, records: Path) -> int:
+    """Makes record after record, each in a process of its own: memory and random numbers start anew.
+
+    One that fails does not stop those that can be made without it; it is named at the end.
+    """
     started = time.monotonic()
-    total = sum(len(method.learning_rates) + 2 * len(grid.seeds) - 1 for method in grid.methods) + 1
     running: dict[str, subprocess.Popen] = {}
-    with tqdm(total=total, initial=len(ablation.load(records)), unit="record") as bar:
+    failed: dict[str, str] = {}
+    with tqdm(total=count_steps(grid), initial=len(table.load(records)), unit="record") as bar:
         try:
             while True:
-                ready = [step for step in ablation.ready_steps(grid, records) if step not in running]
+                ready = [s for s in ablation.ready_steps(grid, records) if s not in running and s not in failed]
                 if ready and given.minutes is not None and time.monotonic() - started > 60 * given.minutes:
                     if not running:
                         bar.write(f"stopping after {given.minutes} minutes; next would be {ready[0]}")
-                        return 0
+                        break
                     ready = []
                 for step in ready[: given.jobs - len(running)]:
                     running[step] = _start(given, step, records)
                 if not running:
-                    return 0
+                    break
                 bar.set_description(", ".join(running))
                 while not (ended := [step for step, process in running.items() if process.poll() is not None]):
                     time.sleep(0.2)
@@ -76,13 +86,18 @@ def _run(given: argparse.Namespace, grid: ablation.Ablation, records: Path) -> i
                     if status := running.pop(step).returncode:
                         log = _log(given, step)
                         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:])
-                        raise ValueError(f"{step}: ended with status {status}, see {log}:\n{tail}")
-                    bar.update()
+                        failed[step] = f"{step}: ended with status {status}, see {log}:\n{tail}"
+                        bar.write(failed[step])
+                    else:
+                        bar.update()
         finally:  # those that still run go on from their checkpoints the next time
             for process in running.values():
                 process.terminate()
             for process in running.values():
                 process.wait()
+    if failed:
+        raise ValueError("\n".join([*failed.values(), "the same command tries again what failed"]))
+    return 0
 
 
 def _start(given: argparse.Namespace, step: str, records: Path) -> subprocess.Popen:
@@ -101,32 +116,39 @@ def _log(given: argparse.Namespace, step: str) -> Path:
     return Path(given.out / "runs" / f"{step}.log")
 
 
-def _show(records: Path, pictures: Path | None) -> int:
-    found = ablation.load(records)
+def _show(records: Path, folder: Path | None) -> int:
+    """Prints the table, and writes it with its pictures."""
+    found = table.load(records)
     if not found:
         raise ValueError(f"{records}: expected a folder of records, found none")
-    print(report.markdown(found))
-    if pictures is not None:
-        (pictures / "table.csv").unlink(missing_ok=True)
-        for path in report.plots(found, pictures):
-            print(path, file=sys.stderr)
-        (pictures / "table.csv").write_text(report.as_csv(found), encoding="utf-8")
+    shown = report.markdown(found)
+    print(shown)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "table.md").write_text(shown + "\n", encoding="utf-8")
+        (folder / "table.csv").write_text(report.as_csv(found), encoding="utf-8")
+        try:
+            for path in report.plots(found, folder):
+                print(path, file=sys.stderr)
+        except ValueError as error:  # no matplotlib
+            print(f"no pictures: {error}", file=sys.stderr)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, help="a YAML file of configs/ablations/")
+    parser.add_argument("--config", type=Path, help="a YAML file, as in configs/ablations/")
     parser.add_argument("--out", type=Path, help="folder for data, adapters, predictions, logs and pictures")
     parser.add_argument("--records", type=Path, help="folder for records; by default <out>/records")
     parser.add_argument("--minutes", type=float, help="start no further run after so many")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time, on one GPU or sharing the cores")
     parser.add_argument("--table", type=Path, metavar="RECORDS", help="only print the table of a folder of records")
-    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="for pictures and table.csv")
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="for pictures, table.md and table.csv")
     parser.add_argument("--step", help="make only this record: <method>-lr<rate>-seed<seed>, or the same with .test")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="on top of the file: seeds=[0,1]")
     return parser
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or its processes would outlive it
     sys.exit(main())

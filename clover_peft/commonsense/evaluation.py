@@ -84,17 +84,18 @@ def scorer(model: Any, tokenizer: Any, protocol: Protocol | None) -> Predict:
 
     def predict(rows: list[Row]) -> list[Prediction]:
         encoded = [_encode_options(row, tokenizer, protocol) for row in rows]
-        sequences = sorted({tuple(ids[:-1]) for choices in encoded for ids in choices.values()})
         starts = [_shared(list(choices.values())) - 1 for choices in encoded]
-        first = min(starts)
-        found = _log_probabilities(model, sequences, first)
-        index = {ids: i for i, ids in enumerate(sequences)}
+        first: dict[tuple[int, ...], int] = {}  # sequence -> the position from which its options are predicted
+        for choices, start in zip(encoded, starts, strict=True):
+            for ids in choices.values():
+                first[tuple(ids[:-1])] = min(start, first.get(tuple(ids[:-1]), start))
+        found = _log_probabilities(model, first)
         predictions = []
         for row, choices, start in zip(rows, encoded, starts, strict=True):
             scores = {}
             for word, ids in choices.items():
-                of_sequence = found[index[tuple(ids[:-1])]]
-                scores[word] = sum(float(of_sequence[at - first, ids[at + 1]]) for at in range(start, len(ids) - 1))
+                of_sequence, begin = found[tuple(ids[:-1])], first[tuple(ids[:-1])]
+                scores[word] = sum(float(of_sequence[at - begin, ids[at + 1]]) for at in range(start, len(ids) - 1))
             if all(map(math.isfinite, scores.values())):
                 best = max(scores, key=scores.__getitem__)
                 predictions.append(_prediction(row, best, {"log_probabilities": scores}))
@@ -171,6 +172,13 @@ def vllm_generator(model: str, tokenizer: Any, protocol: Protocol | None, beams:
     return predict
 
 
+def digest(rows: list[Row]) -> str:
+    """sha256 of questions with their right answers, in whatever order they are."""
+    rows = sorted(rows, key=lambda row: (-len(row["instruction"]), row["id"]))
+    text = json.dumps([[row[key] for key in ("id", "instruction", "answer")] for row in rows])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def evaluate(
     rows: list[Row], predict: Predict, batch_size: int, out: Path, settings: dict[str, Any]
 ) -> list[Prediction]:
@@ -189,8 +197,7 @@ def evaluate(
         ValueError: if `out` is another evaluation's, or damaged.
     """
     rows = sorted(rows, key=lambda row: (-len(row["instruction"]), row["id"]))
-    text = json.dumps([[row[key] for key in ("id", "instruction", "answer")] for row in rows])
-    more = {"batch_size": batch_size, "rows": len(rows), "questions": hashlib.sha256(text.encode()).hexdigest()}
+    more = {"batch_size": batch_size, "rows": len(rows), "questions": digest(rows)}
     settings = json.loads(json.dumps({**settings, **more}, default=str))
     out.mkdir(parents=True, exist_ok=True)
     kept, asked = out / "predictions.jsonl", out / "settings.json"
@@ -225,9 +232,10 @@ def summarise(predictions: list[Prediction]) -> dict[str, Any]:
     """Accuracies with 95 % intervals, as shares of 1.
 
     Returns:
-        `tasks` (name -> `questions`, `correct`, `unparsed`, `accuracy`, `interval` by Wilson's formula), and over the
-        tasks that were asked the unweighted `mean` with its `interval` (from the tasks' own, by the method of variance
-        estimates recovery: Zou and Donner, 2008).
+        `tasks` (name -> `questions`, `correct`, `unparsed`, `accuracy`, `interval` by Wilson's formula, and `right`,
+        "1" or "0" for every question in the order of their numbers), and over the tasks that were asked the unweighted
+        `mean` with its `interval` (from the tasks' own, by the method of variance estimates recovery: Zou and Donner,
+        2008).
         Where options were scored also `loss`, of each task and their mean: the negative log-probability of the right
         option among its question's, in nats, which tells models apart with far fewer questions than accuracy.
     """
@@ -235,13 +243,16 @@ def summarise(predictions: list[Prediction]) -> dict[str, Any]:
     for name in TASKS:
         part = [prediction for prediction in predictions if prediction["task"] == name]
         if part:
-            correct = sum(prediction["predicted"] == prediction["answer"] for prediction in part)
+            part.sort(key=lambda prediction: int(prediction["id"].rpartition("/")[2]))
+            right = [prediction["predicted"] == prediction["answer"] for prediction in part]
+            correct = sum(right)
             tasks[name] = {
                 "questions": len(part),
                 "correct": correct,
                 "unparsed": sum(prediction["predicted"] is None for prediction in part),
                 "accuracy": correct / len(part),
                 "interval": wilson(correct, len(part)),
+                "right": "".join(str(int(is_right)) for is_right in right),
             }
             if all("log_probabilities" in prediction for prediction in part):
                 tasks[name]["loss"] = sum(map(_loss, part)) / len(part)
@@ -295,9 +306,9 @@ def _shared(sequences: list[list[int]]) -> int:
     return min(same, min(map(len, sequences)) - 1)
 
 
-def _log_probabilities(model: Any, sequences: list[tuple[int, ...]], first: int) -> Tensor:
-    """Log-probabilities of the next token, (sequences, positions, vocabulary), from position `first` on."""
-    longest = max(map(len, sequences))
+def _log_probabilities(model: Any, first: dict[tuple[int, ...], int]) -> dict[tuple[int, ...], Tensor]:
+    """Sequence -> log-probabilities of the next token, (positions, vocabulary), from its position in `first` on."""
+    sequences, longest, earliest = sorted(first), max(map(len, first)), min(first.values())
     ids = torch.zeros(len(sequences), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for i, sequence in enumerate(sequences):
@@ -306,10 +317,15 @@ def _log_probabilities(model: Any, sequences: list[tuple[int, ...]], first: int)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     with torch.no_grad():
         if "logits_to_keep" in inspect.signature(inner.forward).parameters:
-            logits = model(**batch, logits_to_keep=longest - first).logits
+            logits = model(**batch, logits_to_keep=longest - earliest).logits
         else:
-            logits = model(**batch).logits[:, first:]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1).cpu()
+            logits = model(**batch).logits[:, earliest:]
+        wanted = [
+            of_sequence[first[sequence] - earliest : len(sequence) - earliest]
+            for sequence, of_sequence in zip(sequences, logits, strict=True)
+        ]
+        flat = torch.cat(wanted).to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1).cpu()
+    return dict(zip(sequences, flat.split([len(part) for part in wanted]), strict=True))
 
 
 def _prediction(row: Row, predicted: str | None, more: dict[str, Any]) -> Prediction:

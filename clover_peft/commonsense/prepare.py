@@ -51,12 +51,14 @@ class Suite:
         validation: task -> rows set aside of the training rows.
         test: task -> rows of the official test set.
         left_out: what was done -> task -> how many training rows that took.
+        source: where they come from, as for `sources.read`.
     """
 
     train: dict[str, list[Row]]
     test: dict[str, list[Row]]
     validation: dict[str, list[Row]] = field(default_factory=dict)
     left_out: dict[str, dict[str, int]] = field(default_factory=dict)
+    source: str | None = None
 
     def keep(self, what: str, kept: dict[str, list[Row]]) -> None:
         """Replace the training rows by fewer, and note how many went."""
@@ -71,9 +73,9 @@ def read(options: Options) -> Suite:
         ValueError: there is no such source, or see `check`.
     """
     check(options)
-    names = options.tasks or list(TASKS)
-    train, test = (number(sources.read(options.source, split, names), split) for split in ("train", "test"))
-    return Suite(train, test)
+    names, source = options.tasks or list(TASKS), sources.resolve(options.source)
+    train, test = (number(sources.read(source, split, names), split) for split in ("train", "test"))
+    return Suite(train, test, source=source)
 
 
 def check(options: Options, prefix: str = "") -> None:
@@ -210,7 +212,8 @@ def write(suite: Suite, folder: Path, options: dict[str, Any]) -> dict[str, Any]
     files |= {f"test/{name}.jsonl.gz": rows for name, rows in suite.test.items()}
     described = {name: {"rows": len(rows), "sha256": _write(folder / name, rows)} for name, rows in files.items()}
     counts = {name: len(rows) for name, rows in suite.train.items()}
-    record = {"options": options, "train_rows": counts, "left_out": suite.left_out, "files": described}
+    record: dict[str, Any] = {"options": options, "source": suite.source}
+    record |= {"train_rows": counts, "left_out": suite.left_out, "files": described}
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return record
 

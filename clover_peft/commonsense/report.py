@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import csv
 import io
+import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from clover_peft.analysis.pictures import canvas
 
-from .ablation import BASE, Record, difference, rows_of_table, trials
+from .grid import BASE
+from .table import Record, TableRow, difference, read_rows, trials
 from .tasks import TASKS
 
+_REFERENCE = "clover"  # what the others are compared with, where it is in the table
 _SHORT = {
     "boolq": "BoolQ",
     "piqa": "PIQA",
@@ -26,71 +30,93 @@ _SHORT = {
 
 
 def markdown(found: dict[str, Record]) -> str:
-    """The table in the paper's layout, what each method took, differences to the first, and where numbers are from."""
-    rows = list(rows_of_table(found))
+    """The table in the paper's layout, what each method took, differences to CLOVER, and where numbers are from."""
+    rows = read_rows(found)
     if not rows:
         return _trials(found)
-    tasks = [name for name in TASKS if name in rows[0]["tasks"]]
-    order = sorted(rows, key=lambda row: (row["method"] == BASE, -row["average"]))
+    tasks = [name for name in TASKS if name in rows[0].tasks]
+    order = sorted(rows, key=lambda row: (row.method == BASE, -row.average))
+    trained = [row for row in order if row.method != BASE]
     sections = [
         _table(
             ["method", "params", *(_SHORT[name] for name in tasks), "avg ± sd", "95 %"],
             [
                 [
-                    row["method"],
-                    f"{row['parameters']:,}" if row["parameters"] else "-",
-                    *(f"{row['tasks'][name]:.1%}".rstrip("%") for name in tasks),
-                    f"{100 * row['average']:.2f}" + (f" ± {100 * row['sd']:.2f}" if row["sd"] is not None else ""),
-                    "{:.1f} to {:.1f}".format(*(100 * bound for bound in row["interval"])),
+                    row.method,
+                    f"{row.parameters:,}" if row.parameters else "-",
+                    *(f"{row.tasks[name]:.1%}".rstrip("%") for name in tasks),
+                    f"{100 * row.average:.2f}" + (f" ± {100 * row.sd:.2f}" if row.sd is not None else ""),
+                    "{:.1f} to {:.1f}".format(*(100 * bound for bound in row.interval)),
                 ]
                 for row in order
             ],
         ),
         _scale(rows),
         _table(
-            ["method", "rate", "validation at each rate", "seeds", "init s", "train s", "peak MiB", "adapter MiB"],
+            [
+                *[
+                    "method",
+                    "rate",
+                    "validation at each rate",
+                    "seeds",
+                    "unparsed",
+                    "init s",
+                    "train s",
+                    "peak MiB",
+                    "adapter MiB",
+                ]
+            ],
             [
                 [
-                    row["method"],
-                    f"{row['learning_rate']:g}",
-                    ", ".join(f"{rate:g}: {_validation(*found)}" for rate, found in row["candidates"].items()),
-                    len(row["seeds"]),
-                    f"{row['init_seconds']:.1f}",
-                    f"{row['train_seconds']:.0f}",
-                    f"{row['peak_memory_bytes'] / 2**20:.0f}",
-                    f"{row['adapter_bytes'] / 2**20:.1f}" if row["adapter_bytes"] else "-",
+                    row.method,
+                    f"{row.learning_rate:g}" + " (edge)" * row.at_edge,
+                    ", ".join(f"{rate:g}: {_validation(*found)}" for rate, found in row.candidates.items()),
+                    len(row.seeds),
+                    row.unparsed,
+                    "-" if row.init_seconds is None else f"{row.init_seconds:.1f}",
+                    "-" if row.train_seconds is None else f"{row.train_seconds:.0f}",
+                    "-" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**20:.0f}",
+                    f"{row.adapter_bytes / 2**20:.1f}" if row.adapter_bytes else "-",
                 ]
-                for row in order
-                if row["learning_rate"] is not None and row["train_seconds"] is not None
+                for row in trained
             ],
         ),
+        "Losses are in nats. (edge): the best of the rates tried was the lowest or the highest of them. Seconds "
+        "compare where one run at a time had the machine; peak: of the GPU where there is one, else of the process.",
     ]
-    trained = [row for row in rows if row["method"] != BASE]
     if len(trained) > 1:
-        sections.append("\n".join(_versus(trained[0], other) for other in trained[1:]))
-    records = (f"- {row['method']}: {', '.join(f'`{name}.json`' for name in row['records'])}" for row in order)
+        reference = next((row for row in trained if row.method == _REFERENCE), trained[0])
+        sections.append("\n".join(_versus(reference, other) for other in trained if other is not reference))
+    sections.append(_made(rows))
+    records = (f"- {row.method}: {', '.join(f'`{name}.json`' for name in row.records)}" for row in order)
     sections.append("\n".join(["Records:", "", *records]))
     return "\n\n".join(sections)
 
 
 def as_csv(found: dict[str, Record]) -> str:
-    """The same numbers, one line a method and unrounded."""
-    rows = [
+    """The same numbers, one line a method and unrounded; of a search, one line a trial."""
+    rows: list[dict[str, Any]] = [
         {
-            "method": row["method"],
-            "parameters": row["parameters"],
-            "learning_rate": row["learning_rate"],
-            **{name: row["tasks"][name] for name in row["tasks"]},
-            **{key: row[key] for key in ("average", "sd")},
-            "low": row["interval"][0],
-            "high": row["interval"][1],
-            **{key: row[key] for key in ("init_seconds", "train_seconds", "peak_memory_bytes", "adapter_bytes")},
-            **{key: row[key] for key in ("train_rows", "questions", "unparsed")},
-            "seeds": " ".join(map(str, row["seeds"])),
-            "records": " ".join(row["records"]),
+            "method": row.method,
+            "parameters": row.parameters,
+            "learning_rate": row.learning_rate,
+            **row.tasks,
+            "average": row.average,
+            "sd": row.sd,
+            "low": row.interval[0],
+            "high": row.interval[1],
+            "init_seconds": row.init_seconds,
+            "train_seconds": row.train_seconds,
+            "peak_memory_bytes": row.peak_memory_bytes,
+            "adapter_bytes": row.adapter_bytes,
+            "train_rows": row.train_rows,
+            "questions": row.questions,
+            "unparsed": row.unparsed,
+            "seeds": " ".join(map(str, row.seeds)),
+            "records": " ".join(row.records),
         }
-        for row in rows_of_table(found)
-    ]
+        for row in read_rows(found)
+    ] or trials(found)
     text = io.StringIO()
     if rows:
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
@@ -100,40 +126,51 @@ def as_csv(found: dict[str, Record]) -> str:
 
 
 def plots(found: dict[str, Record], folder: Path) -> list[Path]:
-    """Draws loss curves, accuracies with their intervals, and accuracy against parameters.
+    """Draws validation losses by learning rate, and of what met the test questions loss curves, accuracies with their
+    intervals, and accuracy against parameters.
 
     Raises:
         ValueError: if matplotlib is not installed.
     """
     pyplot, save, made = canvas(folder)
-    rows = list(rows_of_table(found))
-    trained = [row for row in rows if row["method"] != BASE]
+    rows = read_rows(found)
+    trained = [row for row in rows if row.method != BASE]
+
+    figure, axes = pyplot.subplots()
+    tried = [trial for trial in trials(found) if trial["loss"] is not None]
+    for i, method in enumerate(sorted({trial["method"] for trial in tried})):
+        points = sorted((t["learning_rate"], t["loss"]) for t in tried if t["method"] == method)
+        axes.plot(*zip(*points, strict=True), "o-", color=f"C{i}", label=method)
+    axes.set(xlabel="learning rate", ylabel="validation loss, nats", xscale="log")
+    if tried:
+        axes.legend()
+    save("rates", figure)
+    if not rows:
+        return made
 
     figure, axes = pyplot.subplots()
     for i, row in enumerate(trained):
-        for k, losses in enumerate(row["losses"]):
-            axes.plot(*zip(*losses, strict=True), color=f"C{i}", alpha=0.7, label=row["method"] if k == 0 else None)
-    axes.set(xlabel="step", ylabel="training loss", yscale="log")
+        for k, losses in enumerate(row.losses):
+            axes.plot(*zip(*losses, strict=True), color=f"C{i}", alpha=0.7, label=row.method if k == 0 else None)
+    axes.set(xlabel="step", ylabel="training loss, nats", yscale="log")
     if trained:
         axes.legend()
     save("losses", figure)
 
     figure, axes = pyplot.subplots()
     for i, row in enumerate(rows):
-        low, high = (100 * bound for bound in row["interval"])
-        mean = 100 * row["average"]
-        axes.bar(i, mean, color="grey" if row["method"] == BASE else f"C{i}", yerr=[[mean - low], [high - mean]])
-        axes.plot([i] * len(row["averages"]), [100 * average for average in row["averages"]], "k.")
-    axes.set_xticks(range(len(rows)), [row["method"] for row in rows], rotation=30)
+        low, high = (100 * bound for bound in row.interval)
+        mean = 100 * row.average
+        axes.bar(i, mean, color="grey" if row.method == BASE else f"C{i}", yerr=[[mean - low], [high - mean]])
+        axes.plot([i] * len(row.averages), [100 * average for average in row.averages], "k.")
+    axes.set_xticks(range(len(rows)), [row.method for row in rows], rotation=30)
     axes.set(ylabel="mean accuracy of the tasks, % (bars: 95 %, dots: seeds)")
     save("accuracies", figure)
 
     figure, axes = pyplot.subplots()
     for i, row in enumerate(trained):
-        spread = 100 * row["sd"] if row["sd"] is not None else None
-        axes.errorbar(
-            row["parameters"], 100 * row["average"], yerr=spread, fmt="o", color=f"C{i}", label=row["method"]
-        )
+        spread = 100 * row.sd if row.sd is not None else None
+        axes.errorbar(row.parameters, 100 * row.average, yerr=spread, fmt="o", color=f"C{i}", label=row.method)
     axes.set(xlabel="trainable parameters", ylabel="mean accuracy, %", xscale="log")
     if trained:
         axes.legend()
@@ -141,22 +178,36 @@ def plots(found: dict[str, Record], folder: Path) -> list[Path]:
     return made
 
 
-def _scale(rows: Sequence[Record]) -> str:
+def _scale(rows: Sequence[TableRow]) -> str:
     """How much was trained on and asked, in words, so that nobody takes a small grid for a large one."""
-    trained = sorted({row["train_rows"] for row in rows if row["train_rows"]})
-    asked = sorted({row["questions"] for row in rows})
-    unparsed = sum(row["unparsed"] for row in rows)
-    seeds = sorted({len(row["seeds"]) for row in rows if row["seeds"]})
+    trained = sorted({row.train_rows for row in rows if row.train_rows})
+    asked = sorted({row.questions for row in rows})
+    seeds = sorted({len(row.seeds) for row in rows if row.seeds})
+    guessing = [TASKS[name].guessing for name in rows[0].tasks]
     return (
-        f"Trained on {_numbers(trained)} rows, {_numbers(seeds)} seed(s); {_numbers(asked)} test questions; answers "
-        f"that could not be parsed: {unparsed:,}. sd: of the seeds' averages; 95 %: of the questions."
+        f"Trained on {_numbers(trained)} rows, {_numbers(seeds)} seed(s); {_numbers(asked)} test questions, of which "
+        f"guessing answers {statistics.mean(guessing):.1%} (loss {-statistics.mean(map(math.log, guessing)):.3f}). "
+        "sd: of the seeds' averages; 95 %: of the questions."
     )
 
 
-def _versus(one: Record, other: Record) -> str:
-    gap, error = difference(one, other)
-    words = f"{one['method']} against {other['method']}: {100 * gap:+.2f} points"
-    return f"- {words}" + (f", standard error {100 * error:.2f}" if error is not None else " (one seed)")
+def _made(rows: Sequence[TableRow]) -> str:
+    """Where the numbers come from; more than one line of a kind means that they are not all comparable."""
+    found = {what: sorted(set().union(*(row.made[what] for row in rows))) for what in rows[0].made}
+    return "\n".join(["Made with:", "", *(f"- {what}: {'; '.join(texts)}" for what, texts in found.items() if texts)])
+
+
+def _versus(one: TableRow, other: TableRow) -> str:
+    found = difference(one, other)
+    words = f"- {one.method} against {other.method}: {100 * found.points:+.2f} points"
+    errors = [
+        f"{100 * error:.2f} {of}"
+        for error, of in ((found.of_seeds, "of the seeds"), (found.of_questions, "of the questions, in pairs"))
+        if error is not None
+    ]
+    if found.of_seeds is None:
+        errors.append("one seed")
+    return f"{words} (standard error: {', '.join(errors)})"
 
 
 def _trials(found: dict[str, Record]) -> str:

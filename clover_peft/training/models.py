@@ -135,7 +135,7 @@ def accelerator() -> torch.device:
 
 
 def load_trained(
-    source: ModelSource, adapter: str | Path | None, dtype: str = "float32", merge: bool = False
+    source: ModelSource, adapter: str | Path | None, dtype: str = "float32", merge: bool = False, **init_kwargs: Any
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """Loads a model for evaluation, with its adapter if there is one, and the tokenizer that it was trained with.
 
@@ -144,18 +144,23 @@ def load_trained(
         adapter: folder of a peft adapter.
         dtype: of the base's weights.
         merge: fold the adapter into them.
+        **init_kwargs: for the base's `from_pretrained`, such as `revision`.
 
     Returns:
         The model in evaluation mode, on the accelerator where there is one, and the tokenizer.
     """
-    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype)
-    model = model.to(accelerator())
+    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, **init_kwargs)
+    if not {"device_map", "quantization_config"} & init_kwargs.keys():  # which lie where they are to be already
+        model = model.to(accelerator())
     if adapter is not None:
         model = peft.PeftModel.from_pretrained(model, str(adapter))
         if merge:
             model = model.merge_and_unload(safe_merge=True)
     saved_with_it = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(str(adapter) if saved_with_it else source.path)
+    revision = None if saved_with_it else init_kwargs.get("revision")  # the adapter's folder has none
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(adapter) if saved_with_it else source.path, revision=revision or "main"
+    )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
