@@ -23,10 +23,19 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 import clover_peft  # noqa: F401  registers CLOVER
 from clover_peft import records
-from clover_peft.analysis import Change, adapter_changes, collect_inputs, measure, model_changes, pictures
+from clover_peft.analysis import (
+    Change,
+    adapter_changes,
+    collect_inputs,
+    measure,
+    model_changes,
+    moves_base,
+    pictures,
+)
 from clover_peft.training.models import find_adapter, find_model, load_trained
 
 
@@ -47,35 +56,44 @@ def main(arguments: list[str] | None = None) -> int:
             for label, path in zip(labels, given.adapter, strict=True):
                 found[label] = _measure_adapter(label, path, given)
         else:
-            found[(given.label or ["after"])[0]] = _measure_models(given)
-        made = [] if given.no_pictures else pictures.draw(found, given.out)
+            label = (given.label or ["after"])[0]
+            before, tokenizer = load_trained(find_model(given.before), None, given.dtype)
+            after = AutoModelForCausalLM.from_pretrained(find_model(given.after).path, dtype=given.dtype)
+            after = after.to(before.device)
+            found[label] = _measure_models(before, after, tokenizer, label, given)
+        print(_table(found))
+        options = {key: value for key, value in vars(given).items() if value is not None}
+        record = {"options": options, "environment": records.environment(), "modules": found}
+        print(records.write(given.out / "analysis.json", record))
+        for path in [] if given.no_pictures else pictures.draw(found, given.out):
+            print(path)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(_table(found))
-    options = {key: value for key, value in vars(given).items() if value is not None}
-    record = {"options": options, "environment": records.environment(), "modules": found}
-    for path in [*made, records.write(given.out / "analysis.json", record)]:
-        print(path)
     return 0
 
 
 def _measure_adapter(label: str, path: Path, given: argparse.Namespace) -> list[dict[str, Any]]:
-    base = given.model or find_adapter(path).base_model_name_or_path
-    model, tokenizer = load_trained(find_model(base), path, given.dtype)
+    config = find_adapter(path)
+    source = find_model(given.model or config.base_model_name_or_path)
+    if moves_base(config):
+        base, tokenizer = load_trained(source, None, given.dtype)
+        merged, _ = load_trained(source, path, given.dtype, merge=True)
+        return _measure_models(base, merged, tokenizer, label, given)
+    model, tokenizer = load_trained(source, path, given.dtype)
     layers = model.base_model.targeted_module_names
     inputs = _inputs(model, tokenizer, layers, given.texts)
     return [_measured(change, inputs, given) for change in _shown(adapter_changes(model), label, len(layers))]
 
 
-def _measure_models(given: argparse.Namespace) -> list[dict[str, Any]]:
-    before, tokenizer = load_trained(find_model(given.before), None, given.dtype)
-    after = AutoModelForCausalLM.from_pretrained(find_model(given.after).path, dtype=given.dtype).to(before.device)
-    names = [name for name, module in before.named_modules() if isinstance(module, torch.nn.Linear)]
+def _measure_models(
+    before: Any, after: Any, tokenizer: Any, label: str, given: argparse.Namespace
+) -> list[dict[str, Any]]:
+    names = [name for name, module in before.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
     inputs = _inputs(before, tokenizer, names, given.texts)
-    found = [_measured(change, inputs, given) for change in _shown(model_changes(before, after), "after", len(names))]
+    found = [_measured(change, inputs, given) for change in _shown(model_changes(before, after), label, len(names))]
     if not found:
-        raise ValueError(f"--after {given.after}: expected another model than --before, found the same weights")
+        raise ValueError(f"{label}: expected other weights than before, found the same")
     return found
 
 
@@ -100,9 +118,25 @@ def _shown(changes: Iterator[Change], label: str, count: int) -> Iterator[Change
 
 
 def _table(found: pictures.Found) -> str:
-    header = ["", "modules", "rank", "effective rank", "of", "relative size", "intruders", "share of input", "chance"]
-    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
-    for label, modules in found.items():
+    """Means over the layers, of each kind of module."""
+    header = [
+        "",
+        "",
+        "modules",
+        "rank",
+        "effective rank",
+        "of",
+        "relative size",
+        "intruders",
+        "share of input",
+        "chance",
+    ]
+    lines = [header, ["---", "---", *["---:"] * (len(header) - 2)]]
+    kinds: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for label, measured in found.items():
+        for module in measured:
+            kinds.setdefault((label, module["name"].rpartition(".")[2]), []).append(module)
+    for (label, kind), modules in kinds.items():
         updates = [module["update"] for module in modules]
         shares = [module["share"] for module in modules if "share" in module]
         rank, effective = (statistics.mean(update[key] for update in updates) for key in ("rank", "effective_rank"))
@@ -114,7 +148,7 @@ def _table(found: pictures.Found) -> str:
             for key in ("trained", "chance")
         )
         figures = [f"{rank:.1f}", f"{effective:.1f}", f"{narrowest:.1f}", f"{relative:.2%}", str(intruders)]
-        lines.append([label, str(len(modules)), *figures, trained, chance])
+        lines.append([label, kind, str(len(modules)), *figures, trained, chance])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

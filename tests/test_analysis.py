@@ -24,7 +24,7 @@ from tests.tiny import build, inputs, perturb, relative
 pytest.importorskip("trl", reason="needs the train extra: pip install clover-peft[train]")
 
 from tests.tiny import load_script
-from tests.tiny_chat import save_chat_model
+from tests.tiny_chat import make_tokenizer, save_chat_model
 
 script = load_script("analyze")
 
@@ -168,8 +168,8 @@ def test_the_script_compares_adapters_and_models(tmp_path, capsys):
     adapters = [o for name in ("clover", "lora") for o in ("--adapter", str(tmp_path / name / "adapter"))]
     assert script.main([*adapters, *common, "--out", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
-    assert "| clover | 6 |" in shown
-    assert "| lora | 14 | 2.0 |" in shown
+    assert "| clover | k_proj | 2 |" in shown
+    assert "| lora | down_proj | 2 | 2.0 |" in shown
     made = {path.name for path in (tmp_path / "out").iterdir()}
     assert made == {f"{n}.png" for n in ("update", "intruders", "similarities", "share", "singular_values")} | {
         "analysis.json"
@@ -186,10 +186,40 @@ def test_the_script_compares_adapters_and_models(tmp_path, capsys):
     assert "found an analysis in it" in capsys.readouterr().err
     same = ["--before", str(tmp_path / "model"), "--after", str(tmp_path / "model"), "--out", str(tmp_path / "none")]
     assert script.main(same) == 1
-    assert "expected another model than --before, found the same weights" in capsys.readouterr().err
+    assert "expected other weights than before, found the same" in capsys.readouterr().err
     assert script.main([*adapters, "--top", "0", "--out", str(tmp_path / "none")]) == 1
     assert "--top: expected at least 1, found 0" in capsys.readouterr().err
     assert script.main(["--out", str(tmp_path / "none")]) == 1
     assert "expected --adapter, or --before and --after" in capsys.readouterr().err
     assert script.main([*adapters, "--label", "a", "--label", "a", "--out", str(tmp_path / "none")]) == 1
     assert "expected a name of its own for each adapter" in capsys.readouterr().err
+
+
+def test_an_adapter_that_moves_the_base_is_compared_with_the_whole_base(tmp_path, capsys):
+    """PiSSA leaves a residual in the base's weights: against that, all of the principal part would be an update."""
+    base = build("llama")
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(r=2, init_lora_weights="pissa", target_modules=["q_proj", "v_proj"]))
+    with pytest.raises(ValueError, match="'default': expected one that leaves the base as it is"):
+        list(adapter_changes(model))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(1.001)
+    model.save_pretrained(tmp_path / "adapter")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    arguments = ["--adapter", str(tmp_path / "adapter"), "--model", str(tmp_path / "base"), "--no-pictures"]
+    assert script.main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    [record] = json.loads((tmp_path / "out" / "analysis.json").read_text())["modules"].values()
+    assert len(record) == 4
+    assert all(0 < module["update"]["relative"] < 1e-3 for module in record)  # of the principal part's
+    assert "| q_proj | 2 |" in capsys.readouterr().out
+
+
+def test_weights_that_diverged_are_named_and_zero_weights_measured():
+    weight = torch.randn(4, 3)
+    with pytest.raises(ValueError, match="up_proj: expected finite weights"):
+        measure(Change("up_proj", weight, weight * float("nan")))
+    found = measure(Change("up_proj", torch.zeros(4, 3), weight))
+    assert found["update"]["relative"] == float("inf")
+    assert set(found["intruders"]["similarities"]) == {0.0}

@@ -1,6 +1,6 @@
 """What a fine-tuning did to the weights: the paper's evidence, for any adapter of peft or any pair of models."""
 
-from .changes import Change, adapter_changes, collect_inputs, model_changes
+from .changes import Change, adapter_changes, collect_inputs, model_changes, moves_base
 from .measures import effective_rank, measure, projected_share
 
 __all__ = [
@@ -10,5 +10,6 @@ __all__ = [
     "effective_rank",
     "measure",
     "model_changes",
+    "moves_base",
     "projected_share",
 ]

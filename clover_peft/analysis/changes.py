@@ -27,17 +27,28 @@ class Change:
     after: Tensor
 
 
+def moves_base(config: Any) -> bool:
+    """Whether making or loading an adapter with this configuration of peft changes the base's own weights."""
+    return str(getattr(config, "init_lora_weights", None)).startswith(("pissa", "olora", "corda", "loftq"))
+
+
 def adapter_changes(model: Any) -> Iterator[Change]:
     """What merging the active adapters does to each adapted projection; one module is merged at a time and restored.
 
-    Works for every method of peft that merges into a weight.
+    Works for every method of peft that merges into a weight and does not move the base (see `moves_base`).
 
     Args:
         model: a `PeftModel` on float weights; load it in float32, as a merge in bfloat16 rounds the update.
 
     Raises:
-        ValueError: a projection is quantised or already merged, or the method does not merge.
+        ValueError: a projection is quantised or already merged, or the method does not merge, or moves the base.
     """
+    if moved := [name for name, config in model.peft_config.items() if moves_base(config)]:
+        raise ValueError(
+            f"adapter {moved[0]!r}: expected one that leaves the base as it is, found init_lora_weights="
+            f"{model.peft_config[moved[0]].init_lora_weights!r}, which moves a part of it into the adapter; merge it, "
+            "and compare two models with model_changes"
+        )
     found = False
     for name, module in model.base_model.model.named_modules():
         layer: Any = module if isinstance(module, BaseTunerLayer) else None

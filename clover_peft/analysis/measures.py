@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -27,7 +28,12 @@ def measure(change: Change, inputs: Tensor | None = None, top: int = 10, thresho
         `name`, `shape`; `update`: `norm`, `relative` (to the weight's), `rank`, `effective_rank`, `stable_rank`,
         `singular_values`; `before` and `after`: `singular_values`; `intruders`: `count`, `similarities` (top) and
         `matrix` (top x top); with inputs `share`: `trained` (see `projected_share`) and `chance` (rank / in features).
+
+    Raises:
+        ValueError: naming the module, if a weight is not finite.
     """
+    if not change.before.isfinite().all() or not change.after.isfinite().all():
+        raise ValueError(f"{change.name}: expected finite weights, found others; its training diverged")
     update = change.after - change.before
     _, values, vt = torch.linalg.svd(update, full_matrices=False)
     before, after = (torch.linalg.svd(w, full_matrices=False) for w in (change.before, change.after))
@@ -38,7 +44,7 @@ def measure(change: Change, inputs: Tensor | None = None, top: int = 10, thresho
         "shape": list(change.before.shape),
         "update": {
             "norm": float(values.norm()),
-            "relative": float(values.norm() / change.before.norm()),
+            "relative": float(values.norm() / change.before.norm()) if change.before.any() else math.inf,
             "rank": rank,
             "effective_rank": effective_rank(values),
             "stable_rank": float((values / values[0]).square().sum()) if rank else 0.0,
@@ -88,6 +94,8 @@ def _similarities(before: Any, after: Any, top: int) -> tuple[Tensor, Tensor]:
     """Largest cosine of each leading vector of `after` with any of `before`, (top,), and those of the leading ones."""
     real = ZERO * before.S[0] < before.S  # the vectors of zero singular values are anything
     cosines = (after.U[:, :top].T @ before.U[:, real]).abs()
+    if not real.any():  # the weight was zero
+        return cosines.new_zeros(len(cosines)), cosines
     return cosines.amax(dim=1), cosines[:, :top]
 
 
