@@ -63,11 +63,9 @@ def write(path: str | os.PathLike[str], record: dict[str, Any]) -> Path:
     partial = wanted.with_name(f".{wanted.name}.{uuid.uuid4().hex}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
-        target = _reserve(wanted)
-        os.replace(partial, target)
+        return _link(partial, wanted)
     finally:
         partial.unlink(missing_ok=True)
-    return target
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
@@ -90,15 +88,23 @@ def peak_memory_bytes() -> int:
     return _peak_resident_bytes() + cuda
 
 
-def _reserve(wanted: Path) -> Path:
-    """Create the first free name of `run.json`, `run-2.json`, ...; exclusive, so two processes never share one."""
+def _link(partial: Path, wanted: Path) -> Path:
+    """Give a file the first free name of `run.json`, `run-2.json`, ...: whole at once, and never one that is taken."""
     number = 1
     while True:
         candidate = wanted if number == 1 else wanted.with_name(f"{wanted.stem}-{number}{wanted.suffix}")
         try:
-            candidate.touch(exist_ok=False)
+            os.link(partial, candidate)
         except FileExistsError:
             number += 1
+        except OSError:  # a file system without links: empty for a moment
+            try:
+                candidate.touch(exist_ok=False)
+            except FileExistsError:
+                number += 1
+                continue
+            os.replace(partial, candidate)
+            return candidate
         else:
             return candidate
 

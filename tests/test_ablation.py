@@ -140,7 +140,7 @@ def test_an_adapter_that_is_gone_is_trained_again(tiny, tmp_path, one_thread):
     assert other["trial"] == first["trial"]
     assert sum(task["questions"] for task in other["test"]["tasks"].values()) == 24
     assert (out / "records" / f"{name}.json").read_bytes() == kept
-    assert other["adapter_sha256"] == first["adapter_sha256"]
+    assert other["weights_sha256"] == first["weights_sha256"]
     assert "run" not in other  # the same adapter: its training is in the first record
     assert other["data"] == first["data"]
     assert other["data"]["source"] == grid.data.source
@@ -233,7 +233,8 @@ def test_a_run_that_diverged_loses_and_stops_nothing(tiny, tmp_path, monkeypatch
 def test_all_questions_meet_the_model_in_the_dtype_of_training(tiny, tmp_path, monkeypatch):
     def train(settings):
         folder = Path(settings.sft.output_dir)
-        folder.mkdir(parents=True)
+        (folder / "adapter").mkdir(parents=True)
+        save_file({"clover_S": torch.zeros(1)}, folder / "adapter" / "adapter_model.safetensors")
         (folder / "record.json").write_text("{}")
         settings.sft.model_init_kwargs = None  # as the real one does
 
@@ -288,6 +289,7 @@ def test_a_grid_goes_on_with_its_own_data_and_settings_only(tiny, tmp_path, chan
     for step, parts in {
         name: {"trial": vars(trial), "run": {"settings": values}, "validation": {"evaluation": asked, "loss": 1.0}},
         "narrow-lr0.001-seed3": {"trial": {**vars(trial), "learning_rate": 0.001}, "validation": {"loss": 2.0}},
+        "of-something-else": {"data": {}, "model": "a name"},
         f"{name}.test": {"trial": vars(trial), "test": {"evaluation": asked}},
         "base.test": {"trial": None, "test": {"evaluation": asked}},
         "gone-lr0.1-seed3": {"trial": {"method": "gone"}, "run": {"settings": {"max_steps": 1}}},
@@ -296,6 +298,13 @@ def test_a_grid_goes_on_with_its_own_data_and_settings_only(tiny, tmp_path, chan
     changed = read_grid(tiny.path, [change])
     with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
         ablation.make_data(changed, tmp_path / "data")
+        ablation.check_records(changed, records)
+    if message is None:  # a record that was lost is made again
+        (records / "narrow-lr0.001-seed3.json").unlink()
+        with pytest.raises(ValueError, match=r"found narrow-lr0\.001-seed3 to try"):
+            ablation.check_records(changed, records)
+        test = {"trial": vars(trial), "test": {"evaluation": asked}, "chosen_from": ["narrow-lr0.001-seed3"]}
+        (records / f"{name}.test.json").write_text(json.dumps(test))
         ablation.check_records(changed, records)
     if change == "evaluation.rows=2":  # all validation rows are asked
         for path in records.glob("*.test.json"):
@@ -411,6 +420,10 @@ def test_the_table_is_arithmetic_on_records(tmp_path):
         ("settings=3", "settings: expected a block of settings, found 3"),
         ("base=x", "base: expected a list of files, found 'x'"),
         ("methods=3", "methods: expected a block of learning rates by name, found 3"),
+        ("settings.rows=3", "settings.rows: not a setting of a grid, set data.rows"),
+        ("methods.clover={learning_rates: [1, 2], seed: 3}", "methods.clover.seed: not a setting of a grid"),
+        ("data.tasks=[]", "data.tasks: expected some of boolq, piqa"),
+        ("data.seed=abc", "data.seed: expected a whole number from 0 on, found 'abc'"),
         ("methods.clover=[x, 1]", "methods.clover.learning_rates: expected a list of positive numbers"),
         ("methods.clover=[0.00123456, 0.001234561]", "that differ in six digits, found [0.00123456, 0.001234561]"),
         ("methods.clover={learning_rates: 0.1}", "methods.clover.learning_rates: expected a list of positive numbers"),
@@ -491,8 +504,8 @@ def test_a_step_waits_for_its_turn_and_for_other_processes(tiny, tmp_path):
     ):
         ablation.make(grid, "clover-lr0.3-seed3.test", tmp_path, records)
     try_others(grid, records)
-    with pytest.raises(ValueError, match="whose turn it is, found its record"):
-        ablation.make(grid, "clover-lr0.3-seed3", tmp_path, records)
+    there = records / "clover-lr0.3-seed3.json"
+    assert ablation.make(grid, "clover-lr0.3-seed3", tmp_path, records) == there  # what is there is not made again
     with (
         ablation._alone(tmp_path / "runs" / "base.test.lock"),
         pytest.raises(ValueError, match="expected no other process to make it, found one"),
@@ -508,6 +521,9 @@ def test_what_was_trained_otherwise_is_not_taken(tiny, tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     values = parse(grid.base, settings_of(grid, method, trial, tmp_path)).values
     (folder / "record.json").write_text(json.dumps({"settings": {**values, "max_steps": 4}}))
+    with pytest.raises(ValueError, match=r"expected an adapter or a model, found the record alone; delete the folder"):
+        ablation.make(grid, step, tmp_path, records)
+    (folder / "adapter").mkdir()
     with pytest.raises(ValueError, match=r"max_steps: expected 4 as in .*record.json, found 5"):
         ablation.make(grid, step, tmp_path, records)
     write(records, "gone-lr1-seed3", "gone", 1, 3, validation=result(0.1), model={"origin": "another place"})
@@ -549,13 +565,16 @@ def test_questions_that_both_answer_are_compared_in_pairs(tmp_path):
         for seed, right in enumerate(seeds):
             task = {"questions": 10, "correct": right.count("1"), "unparsed": 0, "accuracy": right.count("1") / 10}
             found = {"tasks": {"boolq": {**task, "right": right}}, "mean": task["accuracy"], "interval": [0, 1]}
+            found["questions"] = "a digest"
             write(tmp_path, f"{method}-lr1-seed{seed}", method, 1, seed, validation=result(0.5))
             write(tmp_path, f"{method}-lr1-seed{seed}.test", method, 1, seed, test=found)
     one, other = table.read_rows(table.load(tmp_path))
-    found = table.difference(one, other)
+    paired = table.difference(one, other)
     differences = [0, 0, 1, 0.5, 0, 0, 0, 0, 0, 0.5]
-    assert found.points == pytest.approx(0.2)
-    assert found.of_questions == pytest.approx(statistics.stdev(differences) / 10**0.5)
+    assert paired.points == pytest.approx(0.2)
+    assert paired.of_questions == pytest.approx(statistics.stdev(differences) / 10**0.5)
+    write(tmp_path, "b-lr1-seed0.test", "b", 1, 0, test={**found, "questions": "another"})
+    assert table.difference(*table.read_rows(table.load(tmp_path))).of_questions is None
     write(tmp_path, "a-lr2-seed0.test", "a", 2, 0, test=result(0.9))
     with pytest.raises(
         ValueError, match="a: expected test records at the one learning rate chosen for it, found 1, 2"

@@ -89,7 +89,14 @@ def test_rows_without_names_are_numbered_and_missing_files_named(given, tmp_path
     row = render(TASKS["piqa"], Example("q", ("a", "b"), 0))
     (tmp_path / "test" / "piqa.jsonl").write_text(json.dumps(row) + "\n")
     assert evaluation.read_rows(tmp_path, "test", ["piqa"], None, 0)[0]["id"] == "piqa/test/0"
-    with pytest.raises(ValueError, match=r"found none for .*boolq"):
+    (tmp_path / "test" / "piqa.jsonl").write_text(json.dumps({**row, "id": "Mercury_7175875"}) + "\n")
+    assert evaluation.read_rows(tmp_path, "test", ["piqa"], None, 0)[0]["id"] == "piqa/test/0"
+    for wrong in ({"answer": "Solution1"}, {"answer": "answer1", "instruction": "Please choose a/b"}):
+        (tmp_path / "test" / "piqa.jsonl").write_text(json.dumps({**row, **wrong}) + "\n")
+        with pytest.raises(ValueError, match=r"piqa/test/0: expected a question of piqa whose answer is one of its"):
+            evaluation.read_rows(tmp_path, "test", ["piqa"], None, 0)
+    (tmp_path / "test" / "piqa.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=r"expected one of test/boolq\.jsonl.*found none"):
         evaluation.read_rows(tmp_path, "test", NAMES, None, 0)
     with pytest.raises(ValueError, match=r"expected validation rows, found none; prepare_data.py --validation"):
         evaluation.read_rows(tmp_path, "validation", NAMES, None, 0)

@@ -1,6 +1,7 @@
 """Run records: complete, never overwritten, and honest about the machine and the revision."""
 
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -71,6 +72,33 @@ def test_concurrent_writers_get_a_name_each(tmp_path):
     assert sorted(json.loads(path.read_text())["number"] for path in paths) == list(range(32))
 
 
+def test_a_file_system_without_links_will_do(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError("no hard links here")
+
+    monkeypatch.setattr("os.link", refuse)
+    paths = [records.write(tmp_path / "run.json", {"number": i}) for i in range(2)]
+    assert [json.loads(path.read_text())["number"] for path in paths] == [0, 1]
+    assert sorted(tmp_path.iterdir()) == sorted(paths)
+
+
+def test_a_record_is_whole_as_soon_as_it_is_there(tmp_path, monkeypatch):
+    """Killed at any moment, or read by another process."""
+    sizes = []
+
+    def watched(*arguments, **options):
+        sizes.extend(path.stat().st_size for path in tmp_path.glob("run*.json"))
+        return link(*arguments, **options)
+
+    link = os.link
+    monkeypatch.setattr("os.link", watched)
+    monkeypatch.setattr("os.replace", watched)
+    for i in range(3):
+        records.write(tmp_path / "run.json", {"number": i})
+    assert sizes
+    assert 0 not in sizes
+
+
 def test_a_record_that_cannot_be_written_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match="Circular"):
         records.write(tmp_path / "run.json", _circular())
@@ -81,7 +109,7 @@ def test_a_failure_in_the_last_step_leaves_no_partial_file(tmp_path, monkeypatch
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(records, "_reserve", fail)
+    monkeypatch.setattr(records, "_link", fail)
     with pytest.raises(OSError, match="disk full"):
         records.write(tmp_path / "run.json", {})
     assert list(tmp_path.iterdir()) == []

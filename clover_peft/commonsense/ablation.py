@@ -11,15 +11,17 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from clover_peft import records
 from clover_peft.training.arguments import parse
 from clover_peft.training.downloads import build_once
-from clover_peft.training.models import ModelSource, find_model, load_trained
+from clover_peft.training.models import ModelSource, find_model, load_tokenizer, load_trained
 
 from . import evaluation, prepare
 from .grid import BASE, Grid, Trial, settings_of, trials_of
@@ -74,26 +76,33 @@ def check_records(grid: Grid, results: Path) -> None:
         if name in known and (settings := record.get("run", {}).get("settings")):
             now = parse(grid.base, settings_of(grid, *known[name], Path("runs"))).values
             _same(_shared(settings), _shared(now), file)
-        if "test" in record and (trial := record["trial"]):
-            _check_choice(grid, found, trial, file)
+        if "test" in record and record["trial"]:
+            _check_choice(grid, found, record, file)
 
 
-def _check_choice(grid: Grid, found: dict[str, Record], trial: dict[str, Any], file: Path) -> None:
+def _check_choice(grid: Grid, found: dict[str, Record], record: Record, file: Path) -> None:
     """Refuses a grid that may choose another learning rate than the one that a test record has."""
+    trial = record["trial"]
     for method in grid.methods:
         if method.name != trial["method"]:
             continue
         names = [Trial(method.name, rate, grid.seeds[0]).name for rate in method.learning_rates]
+        if set(names) - found.keys() <= set(record.get("chosen_from", ())):  # one that was lost is made again
+            names = [name for name in names if name in found]
         if missing := [name for name in names if name not in found]:
             raise ValueError(
                 f"{file}: {method.name} has met the test questions, expected no further choice of its learning rate, "
                 f"found {missing[0]} to try; keep its rates and the first seed, or choose another --out"
             )
-        chosen = choose([found[name] for name in names])["trial"]["learning_rate"]
-        if chosen != trial["learning_rate"]:
+        complete = len(names) == len(method.learning_rates)
+        if complete and (chosen := _chosen(found, names)) != trial["learning_rate"]:
             raise ValueError(
                 f"{file}: expected a test at the learning rate that was chosen, {chosen:g}; take this record out"
             )
+
+
+def _chosen(found: dict[str, Record], names: list[str]) -> float:
+    return float(choose([found[name] for name in names])["trial"]["learning_rate"])
 
 
 def ready_steps(grid: Grid, results: Path) -> list[str]:
@@ -113,8 +122,7 @@ def ready_steps(grid: Grid, results: Path) -> list[str]:
     ready = [f"{BASE}.test"]
     for seed in grid.seeds:
         for name, trials in candidates.items():
-            rate = choose([found[trial] for trial in trials])["trial"]["learning_rate"]
-            trial = Trial(name, rate, seed).name
+            trial = Trial(name, _chosen(found, trials), seed).name
             ready.append(f"{trial}.test" if trial in found else trial)
     return [step for step in ready if step not in found]
 
@@ -140,11 +148,12 @@ def make(grid: Grid, step: str, out: Path, results: Path) -> Path:
     known = trials_of(grid)
     if name not in known and step != f"{BASE}.test":
         raise ValueError(f"{step}: expected a run of the grid, <method>-lr<rate>-seed<seed>, or its .test")
-    if step not in (ready := ready_steps(grid, results)):
-        there = (results / f"{step}.json").is_file()
-        why = "its record" if there else f"others to be made first, such as {ready[0]}" if ready else "a full grid"
-        raise ValueError(f"{step}: expected a step whose turn it is, found {why}")
     with _alone(out / "runs" / f"{step}.lock"):
+        if (made := results / f"{step}.json").is_file():  # by a process that has ended since
+            return made
+        if step not in (ready := ready_steps(grid, results)):
+            why = f"others to be made first, such as {ready[0]}" if ready else "a full grid"
+            raise ValueError(f"{step}: expected a step whose turn it is, found {why}")
         return _make(grid, name, test, out, results)
 
 
@@ -163,10 +172,12 @@ def _make(grid: Grid, name: str, test: bool, out: Path, results: Path) -> Path:
     _check_origin(record, results)
     if name != BASE:
         trained = _train(grid, given, folder)
-        record["adapter_sha256"] = digest = _digest(folder)
+        record["weights_sha256"] = digest = _digest(folder)
         before = load(results).get(name, {})
-        if not test or before.get("adapter_sha256", digest) != digest:  # else the other record of this trial has it
+        if not test or before.get("weights_sha256", digest) != digest:  # else the other record of this trial has it
             record["run"] = trained
+        if test:
+            record["chosen_from"] = [Trial(method.name, rate, grid.seeds[0]).name for rate in method.learning_rates]
     split = "test" if test else "validation"
     settings = parse(grid.base, given)  # anew: training changes them
     record[split] = _evaluate(grid, settings, source, folder, split, out)
@@ -182,7 +193,9 @@ def _train(grid: Grid, given: list[str], folder: Path) -> Record:
         settings = parse(grid.base, given)
         settings.job.resume = folder.exists()
         run(settings)
-    trained = records.read_json(file, "delete its folder to train again")
+    trained = records.read_json(file, "delete it, and the run goes on from its last checkpoint")
+    if not (folder / "adapter").is_dir() and not (folder / "model").is_dir():
+        raise ValueError(f"{folder}: expected an adapter or a model, found the record alone; delete the folder")
     if "settings" in trained:
         _same(_shared(trained["settings"]), _shared(parse(grid.base, given).values), file)
     return trained
@@ -212,6 +225,8 @@ def _evaluate(grid: Grid, settings: Any, source: ModelSource, folder: Path, spli
         )  # its training diverged, and not every method would load it
     else:
         model, tokenizer = load_trained(source, adapter, **init_kwargs)
+        if adapter is None and not (folder / "model").is_dir():
+            tokenizer = load_tokenizer(source, settings.sft)  # the base is asked as the others are
         protocol = find_protocol(settings.job.prompt, tokenizer)
         if grid.evaluation.mode == "score":
             predict = evaluation.scorer(model, tokenizer, protocol)
@@ -220,7 +235,7 @@ def _evaluate(grid: Grid, settings: Any, source: ModelSource, folder: Path, spli
             predict = evaluation.generator(model, tokenizer, protocol, beams, tokens)
     rows = grid.evaluation.rows if split == "test" else None
     questions = evaluation.read_rows(out / "data", split, grid.data.tasks or list(TASKS), rows, seed=0)
-    determined = {"origin": source.origin, "prompt": settings.job.prompt, "adapter_sha256": _digest(folder)}
+    determined = {"origin": source.origin, "prompt": settings.job.prompt, "weights_sha256": _digest(folder)}
     predictions = evaluation.evaluate(
         questions, predict, grid.evaluation.batch_size, folder / split, {**asked, **init_kwargs, **determined}
     )
@@ -258,13 +273,22 @@ def _alone(lock: Path) -> Iterator[None]:
 
 
 def _digest(folder: Path) -> str | None:
-    """sha256 of an adapter's weights; None where there are none."""
-    file = folder / "adapter" / "adapter_model.safetensors"
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+    """sha256 of the weights that a run saved; None where it saved none."""
+    files = sorted(path for kind in ("adapter", "model") for path in folder.glob(f"{kind}/*.safetensors"))
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            for part in iter(partial(file.read, 2**24), b""):
+                digest.update(part)
+    return digest.hexdigest() if files else None
 
 
 def _is_finite(adapter: Path) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in load_file(adapter / "adapter_model.safetensors").values())
+    file = adapter / "adapter_model.safetensors"
+    try:
+        return all(bool(tensor.isfinite().all()) for tensor in load_file(file).values())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: expected an adapter's weights, found none that can be read ({error})") from error
 
 
 def _shared(settings: Record) -> Record:

@@ -7,6 +7,7 @@ import inspect
 import json
 import math
 import random
+import re
 from collections.abc import Callable, Iterator
 from itertools import takewhile
 from pathlib import Path
@@ -21,7 +22,7 @@ from clover_peft import records
 from . import prepare, sources
 from .protocols import Protocol
 from .sources import Row
-from .tasks import TASKS, extract, options
+from .tasks import TASKS, extract, options, task_of
 
 Prediction = dict[str, Any]
 Predict = Callable[[list[Row]], list[Prediction]]
@@ -39,12 +40,13 @@ def read_rows(folder: Path, split: str, tasks: list[str], per_task: int | None, 
         seed: of the draw.
 
     Raises:
-        ValueError: if a file is missing or has no rows of a task.
+        ValueError: if a file is missing, has no rows of a task, or rows that are no questions of it.
     """
     tasks = list(dict.fromkeys(tasks))
     if split == "test":
         found = sources.from_folder(folder, "test", tasks)
-        rows = found if all("id" in row for part in found.values() for row in part) else prepare.number(found, "test")
+        numbered = all(_is_numbered(row, name, split) for name, part in found.items() for row in part)
+        rows = found if numbered else prepare.number(found, split)
     else:
         path = folder / "validation.jsonl.gz"
         if not path.is_file():
@@ -56,11 +58,22 @@ def read_rows(folder: Path, split: str, tasks: list[str], per_task: int | None, 
     for name in tasks:
         if not (part := rows[name]):
             raise ValueError(f"{folder}: expected {split} questions of {name}, found none; leave the task out")
+        for row in part:
+            if name not in task_of(row) or row["answer"] not in options(row):
+                found = f"{row['answer']!r} to ...{row['instruction'][-60:]!r}"
+                raise ValueError(
+                    f"{folder}: {row.get('id', name)}: expected a question of {name} whose answer is one of its options, "
+                    f"found {found}"
+                )
         if per_task is not None and per_task < len(part):
             drawn = random.Random(f"{seed} evaluated {name}").sample(range(len(part)), per_task)
             part = [part[i] for i in sorted(drawn)]
         chosen += part
     return chosen
+
+
+def _is_numbered(row: Row, task: str, split: str) -> bool:
+    return row.get("task") == task and re.fullmatch(rf"{task}/{split}/\d+", str(row.get("id"))) is not None
 
 
 def ask(row: Row, protocol: Protocol | None, tokenizer: Any) -> str:
@@ -217,7 +230,9 @@ def evaluate(
     if [prediction["id"] for prediction in done] != [row["id"] for row in rows[: len(done)]]:
         raise ValueError(f"{kept}: expected answers to these questions, found others; delete it to ask all again")
     done = done[: len(done) if len(done) == len(rows) else len(done) // batch_size * batch_size]
-    kept.write_text("".join(json.dumps(prediction) + "\n" for prediction in done), encoding="utf-8")
+    partial = kept.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(prediction) + "\n" for prediction in done), encoding="utf-8")
+    partial.replace(kept)
     with kept.open("a", encoding="utf-8") as file, tqdm(total=len(rows), initial=len(done), unit="question") as bar:
         for start in range(len(done), len(rows), batch_size):
             predictions = predict(rows[start : start + batch_size])

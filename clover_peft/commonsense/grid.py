@@ -16,6 +16,17 @@ from . import prepare
 BASE = "base"  # the model that is not fine-tuned
 CONFIGS = Path(__file__).parents[2] / "configs"
 _MODES = ("score", "generate")
+# Keys of a run that the grid sets itself; accepting them would be ignoring them.
+_SAID_ELSEWHERE = {
+    "data": "set data.source",
+    "rows": "set data.rows",
+    "held_out_rows": "set data.validation",
+    "seed": "set seeds",
+    "learning_rate": "set the learning rates of its method",
+    "method": "set methods",
+    "questions": "set evaluation.rows",
+    "output_dir": "set --out",
+}
 
 
 @dataclass(frozen=True)
@@ -124,6 +135,10 @@ def read_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
     data = _fill(prepare.Options, values["data"], "data")
     prepare.check(data, "data.")
     _expect(data.validation > 0, "data.validation", "a number of rows a task to choose rates on", data.validation)
+    blocks = {"settings": values["settings"] or {}, **{f"methods.{m.name}": m.settings for m in methods}}
+    for name, block in blocks.items():
+        for key in block.keys() & _SAID_ELSEWHERE.keys():
+            raise ValueError(f"{name}.{key}: not a setting of a grid, {_SAID_ELSEWHERE[key]}")
     grid = Grid(
         base=[_find_base(path, name) for name in base],
         settings=values["settings"] or {},
@@ -152,7 +167,7 @@ def settings_of(grid: Grid, method: Method, trial: Trial, out: Path) -> list[str
         "questions": 0,
         "output_dir": str(out / "runs" / trial.name),
     }
-    return [f"{key}={json.dumps(value)}" for key, value in given.items()]
+    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items()]
 
 
 def trials_of(grid: Grid) -> dict[str, tuple[Method, Trial]]:

@@ -89,13 +89,14 @@ def check(options: Options, prefix: str = "") -> None:
         ValueError: naming the option, what was expected and what was found.
     """
     source, tasks, rows = options.source, options.tasks, options.rows
-    part = tasks is None or (isinstance(tasks, list) and all(name in list(TASKS) for name in tasks))
+    part = tasks is None or (isinstance(tasks, list) and tasks and all(name in list(TASKS) for name in tasks))
     for key, good, expected in (
         ("source", source is None or isinstance(source, str), "hub, joined, wheel, folder:<path> or none"),
         ("tasks", part, f"some of {', '.join(TASKS)}"),
         ("deduplicate", isinstance(options.deduplicate, bool), "true or false"),
         ("decontaminate", isinstance(options.decontaminate, bool), "true or false"),
         ("validation", is_count(options.validation, 0), "a whole number from 0 on"),
+        ("seed", is_count(options.seed, 0), "a whole number from 0 on"),
         ("rows", rows is None or is_count(rows, 1), "a whole number from 1 on, or none for all"),
     ):
         if not good:

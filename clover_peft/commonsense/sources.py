@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -245,11 +246,13 @@ def read_rows(path: Path) -> list[Row]:
     """
     opener: Any = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            rows = json.load(file) if path.suffix == ".json" else [json.loads(line) for line in file]
-    except (ValueError, EOFError, OSError) as error:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
+            rows = json.load(file) if path.suffix == ".json" else [json.loads(line) for line in file if line.strip()]
+    except (ValueError, EOFError, OSError, zlib.error) as error:
         raise ValueError(f"{path}: expected rows in JSON, found a damaged file ({error}); copy it again") from error
-    for i, row in enumerate(rows if isinstance(rows, list) else [rows]):
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: expected a list of rows, found {type(rows).__name__}")
+    for i, row in enumerate(rows):
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("instruction", "answer")):
             raise ValueError(f"{path}: expected an instruction and an answer in row {i}, found {str(row)[:80]}")
-    return list(rows)
+    return rows

@@ -33,6 +33,7 @@ class TableRow:
         init_seconds, train_seconds, peak_memory_bytes, adapter_bytes: means; None where there are none.
         train_rows: rows it was trained on.
         questions: how many were asked.
+        asked: digests of the questions, one where all seeds answered the same.
         unparsed: answers of all seeds that could not be parsed.
         losses: of each seed, (step, training loss).
         made: where its numbers come from: base weights, data, revisions, machines.
@@ -54,6 +55,7 @@ class TableRow:
     adapter_bytes: float | None
     train_rows: int
     questions: int
+    asked: set[str]
     unparsed: int
     losses: list[list[tuple[int, float]]]
     made: dict[str, set[str]]
@@ -92,13 +94,14 @@ class Difference:
 
 
 def load(results: Path) -> dict[str, Record]:
-    """Name -> record, of a folder of records.
+    """Name -> record, of a folder of records; other JSON files are passed over.
 
     Raises:
         ValueError: naming the file that is damaged.
     """
     remedy = "delete it, and the next run makes it again"
-    return {path.stem: records.read_json(path, remedy) for path in sorted(results.glob("*.json"))}
+    found = {path.stem: records.read_json(path, remedy) for path in sorted(results.glob("*.json"))}
+    return {name: record for name, record in found.items() if "trial" in record}
 
 
 def choose(candidates: Sequence[Record]) -> Record:
@@ -164,6 +167,7 @@ def _row(method: str, rate: float | None, names: list[str], found: dict[str, Rec
         adapter_bytes=_mean([run["adapter_bytes"] for run in runs if run["adapter_bytes"]]),
         train_rows=runs[0]["data"]["train_rows"] if runs else 0,
         questions=sum(task["questions"] for task in results[0]["tasks"].values()),
+        asked={result["questions"] for result in results if "questions" in result},
         unparsed=sum(task["unparsed"] for result in results for task in result["tasks"].values()),
         losses=[[(entry["step"], float(entry["loss"])) for entry in run["loss"]["log"]] for run in runs],
         made=_made(everything),
@@ -221,6 +225,8 @@ def difference(one: TableRow, other: TableRow) -> Difference:
 
 def _error_of_questions(one: TableRow, other: TableRow) -> float | None:
     """Standard error of the mean over tasks of paired differences; each question's is averaged over seeds first."""
+    if one.asked != other.asked or len(one.asked) != 1:
+        return None
     variances = []
     for task in one.tasks:
         shares = []

@@ -194,7 +194,8 @@ def render(task: Task, example: Example) -> dict[str, str]:
 
 def options(row: dict[str, Any]) -> list[str]:
     """The words that a row's instruction allows as answers."""
-    return str(row.get("instruction", "")).rpartition("Answer format: ")[2].split("/")
+    words = str(row.get("instruction", "")).rpartition("Answer format: ")[2]
+    return [word.strip() for word in words.split("/")]
 
 
 def task_of(row: dict[str, Any]) -> list[str]:
