@@ -82,10 +82,9 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
         ) from error
 
 
-def peak_memory_bytes() -> int:
-    """Return the most memory this process has held: resident set, plus what torch allocated on CUDA where it did."""
-    cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
-    return _peak_resident_bytes() + cuda
+def peak_gpu_bytes() -> int | None:
+    """Return the most memory that torch has allocated on the CUDA device; None where it has not used one."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None
 
 
 def _link(partial: Path, wanted: Path) -> Path:
@@ -141,7 +140,8 @@ def _git(folder: Path, *arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def _peak_resident_bytes() -> int:
+def peak_memory_bytes() -> int:
+    """Return the most memory of the host that this process has held: its resident set."""
     status = Path("/proc/self/status")
     if status.exists():  # not getrusage on Linux: that figure survives exec, so it would start at the parent's
         for line in status.read_text().splitlines():

@@ -31,6 +31,8 @@ from clover_peft.commonsense import TASKS, evaluation
 from clover_peft.commonsense.protocols import find_protocol
 from clover_peft.training.models import ModelSource, accelerator, find_adapter, find_model, load_trained
 
+_UNUSED_BY_HARNESS = ("data", "split", "tasks", "mode", "prompt", "beams", "new_tokens", "merge", "vllm")
+
 
 def main(arguments: list[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
@@ -40,8 +42,17 @@ def main(arguments: list[str] | None = None) -> int:
         for key in ("rows", "batch_size", "beams", "new_tokens"):
             if (value := getattr(given, key)) is not None and value < 1:
                 raise ValueError(f"--{key.replace('_', '-')}: expected at least 1, found {value}")
+        if unused := [key for key in _UNUSED_BY_HARNESS if given.harness and getattr(given, key) not in (None, False)]:
+            raise ValueError(
+                f"--harness: expected no --{unused[0].replace('_', '-')} beside it, which it does not use"
+            )
+        if given.merge and given.adapter is None:
+            raise ValueError("--merge: expected --adapter, found none to merge")
+        given.mode, given.split = given.mode or "generate", given.split or "test"
+        trained = _trained(given.adapter or given.model)
+        given.dtype = given.dtype or trained.get("model", {}).get("dtype", "torch.float32").removeprefix("torch.")
         source = find_model(given.model or _base(given.adapter))
-        result = _harness(given, source) if given.harness else _suite(given, source)
+        result = _harness(given, source) if given.harness else _suite(given, source, trained)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -51,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _suite(given: argparse.Namespace, source: ModelSource) -> dict[str, Any]:
+def _suite(given: argparse.Namespace, source: ModelSource, trained: dict[str, Any]) -> dict[str, Any]:
     if given.data is None:
         raise ValueError("--data: expected a folder of scripts/prepare_data.py, found none")
     rows = evaluation.read_rows(given.data, given.split, given.tasks or list(TASKS), given.rows, given.seed)
@@ -62,14 +73,17 @@ def _suite(given: argparse.Namespace, source: ModelSource) -> dict[str, Any]:
         tokenizer = AutoTokenizer.from_pretrained(source.path)
     else:
         model, tokenizer = load_trained(source, given.adapter, given.dtype, given.merge)
-    prompt = given.prompt or _trained_prompt(given.adapter or Path(source.path))
+    in_training = trained.get("settings", {}).get("prompt")
+    prompt = given.prompt or in_training
     protocol = find_protocol(prompt, tokenizer)
+    why = "as asked for" if given.prompt else "as in training" if in_training else "nothing says how it was trained"
+    print(f"prompt: {prompt or ('chat' if protocol is None else 'clover')} ({why}); weights: {given.dtype}")
     beams = given.beams or (protocol.beams if protocol else 1)
     new_tokens = given.new_tokens or (protocol.new_tokens if protocol else 32)
     if given.mode == "score":
         predict = evaluation.scorer(model, tokenizer, protocol)
     elif given.vllm:
-        predict = evaluation.vllm_generator(source.path, tokenizer, protocol, beams, new_tokens)
+        predict = evaluation.vllm_generator(source.path, tokenizer, protocol, beams, new_tokens, given.dtype)
     else:
         predict = evaluation.generator(model, tokenizer, protocol, beams, new_tokens)
     asked = {
@@ -77,7 +91,7 @@ def _suite(given: argparse.Namespace, source: ModelSource) -> dict[str, Any]:
         for key in ("adapter", "data", "split", "tasks", "seed", "mode", "prompt", "dtype", "merge", "vllm")
     }
     asked["prompt"] = prompt
-    if given.adapter:  # another may have been trained into the same folder
+    if given.adapter and given.adapter.is_dir():  # another may have been trained into the same folder
         weights = b"".join(path.read_bytes() for path in sorted(given.adapter.glob("adapter_*")))
         asked["adapter_sha256"] = hashlib.sha256(weights).hexdigest()
     if given.mode == "generate":
@@ -103,6 +117,7 @@ def _harness(given: argparse.Namespace, source: ModelSource) -> dict[str, Any]:
         model="hf",
         model_args=arguments,
         tasks=given.harness,
+        num_fewshot=0,
         batch_size=given.batch_size,
         device=str(accelerator()),  # its own default is CUDA
         limit=given.rows,
@@ -113,19 +128,14 @@ def _harness(given: argparse.Namespace, source: ModelSource) -> dict[str, Any]:
     return {key: found[key] for key in ("results", "versions", "n-samples", "higher_is_better") if key in found}
 
 
-def _trained_prompt(folder: Path) -> str | None:
-    """The prompt that a run of scripts/sft.py was trained with, by the record beside its adapter or model."""
-    record = folder.resolve().parent / "record.json"
-    if not record.is_file():
-        return None
-    prompt = records.read_json(record, "pass --prompt").get("settings", {}).get("prompt")
-    if prompt is not None:
-        print(f"prompt: {prompt}, as in training")
-    return prompt
+def _trained(folder: str | Path | None) -> dict[str, Any]:
+    """The record that scripts/sft.py left beside an adapter or a model; empty where there is none."""
+    record = Path(folder).resolve().parent / "record.json" if folder is not None else None
+    return records.read_json(record, "pass --prompt") if record is not None and record.is_file() else {}
 
 
 def _base(adapter: Path | None) -> str | None:
-    """The base that an adapter names, if it can be found; else the default model."""
+    """The base that an adapter names; None is the default model."""
     if adapter is None:
         return None
     name = find_adapter(adapter).base_model_name_or_path
@@ -140,10 +150,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--adapter", type=Path, help="folder of a peft adapter, CLOVER or any other")
     parser.add_argument("--merge", action="store_true", help="fold the adapter into the weights first")
     parser.add_argument("--data", type=Path, help="folder of scripts/prepare_data.py")
-    parser.add_argument("--split", choices=("test", "validation"), default="test")
+    parser.add_argument("--split", choices=("test", "validation"), help="by default test")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), metavar="task", help="a part of the suite")
     parser.add_argument("--rows", type=int, metavar="N", help="questions a task, drawn; by default all")
-    parser.add_argument("--mode", choices=("generate", "score"), default="generate")
+    parser.add_argument("--mode", choices=("generate", "score"), help="by default generate")
     parser.add_argument(
         "--prompt", help="clover, llm_adapters or chat; by default as in training, else chat where there is a template"
     )
@@ -151,7 +161,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--new-tokens", type=int, help="longest answer; by default the protocol's 32")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights; by default as in training, else float32",
     )
     parser.add_argument("--vllm", action="store_true", help="generate with vLLM, for a merged model")
     parser.add_argument("--harness", nargs="+", metavar="task", help="lm-evaluation-harness's tasks, instead")

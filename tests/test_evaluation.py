@@ -330,11 +330,17 @@ def test_the_script_in_both_modes(given, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
     assert script.main([*common[:2], "--out", str(tmp_path / "new")]) == 1
     assert "--data: expected a folder" in capsys.readouterr().err
+    assert script.main([*common, "--merge", "--out", str(tmp_path / "new")]) == 1
+    assert "--merge: expected --adapter, found none to merge" in capsys.readouterr().err
+    assert script.main([*common, "--harness", "mmlu", "--out", str(tmp_path / "new")]) == 1
+    assert "--harness: expected no --data beside it" in capsys.readouterr().err
 
 
 def test_the_prompt_is_that_of_training(given, tmp_path, capsys):
     shutil.copytree(given.folder / "adapter", tmp_path / "run" / "adapter")
-    (tmp_path / "run" / "record.json").write_text(json.dumps({"settings": {"prompt": "llm_adapters"}}))
+    (tmp_path / "run" / "record.json").write_text(
+        json.dumps({"settings": {"prompt": "llm_adapters"}, "model": {"dtype": "torch.bfloat16"}})
+    )
     command = [
         "--model",
         str(given.folder / "model"),
@@ -348,8 +354,10 @@ def test_the_prompt_is_that_of_training(given, tmp_path, capsys):
     command += ["--adapter", str(tmp_path / "run" / "adapter")]
     for out, more, expected in (("as trained", [], "llm_adapters"), ("chosen", ["--prompt", "clover"], "clover")):
         assert script.main([*command, *more, "--out", str(tmp_path / out)]) == 0
-        assert ("prompt: llm_adapters, as in training" in capsys.readouterr().out) == (out == "as trained")
-        assert json.loads((tmp_path / out / "record.json").read_text())["asked"]["prompt"] == expected
+        why = "as in training" if out == "as trained" else "as asked for"
+        assert f"prompt: {expected} ({why}); weights: bfloat16" in capsys.readouterr().out
+        asked = json.loads((tmp_path / out / "record.json").read_text())["asked"]
+        assert (asked["prompt"], asked["dtype"]) == (expected, "bfloat16")
 
 
 def test_the_script_goes_on_with_the_same_adapter_only(given, tmp_path, capsys):
@@ -384,8 +392,8 @@ def test_vllm_generates_where_it_is_installed(given, tmp_path, monkeypatch, beam
     calls = []
 
     class Engine:
-        def __init__(self, model):
-            calls.append(model)
+        def __init__(self, model, dtype):
+            calls.append((model, dtype))
 
         def generate(self, prompts, params):
             calls.append((params.temperature, params.max_tokens))
@@ -407,7 +415,7 @@ def test_vllm_generates_where_it_is_installed(given, tmp_path, monkeypatch, beam
     assert "pip install vllm" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "vllm", stub)
     assert script.main([*options, "--out", str(tmp_path / "out")]) == 0
-    assert calls[0] == str(given.folder / "model")
+    assert calls[0] == (str(given.folder / "model"), "float32")
     assert calls[1] == ((0.0, 32) if beams == 1 else (4, 32))
     found = json.loads((tmp_path / "out" / "record.json").read_text())
     assert {name: task["correct"] for name, task in found["tasks"].items()} == {

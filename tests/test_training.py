@@ -800,6 +800,7 @@ def test_record_card_and_summary(settings, tmp_path, capsys):
     # keys and values 2 heads of 16 x 16 each, up 1 block of 64 x 64, 2 layers
     assert record["parameters"]["trainable"] == 2 * (2 * 256 + 2 * 256 + 64 * 64)
     assert record["peak_memory_bytes"] > 0
+    assert (record["peak_gpu_bytes"] is None) == (not torch.cuda.is_initialized())
     assert record["tokens_per_second"] > 0
     assert record["seconds"]["init"] > 0
     assert record["loss"]["held_out_before"] > 0
@@ -918,6 +919,13 @@ def test_what_peft_and_trl_refuse_is_one_sentence(settings, monkeypatch):
     monkeypatch.setattr("peft.get_peft_model", refuse)
     with pytest.raises(ValueError, match="peft: expected a linear layer, found an Embedding"):
         run(settings())
+
+
+def test_several_gpus_in_one_process_are_refused(settings):
+    given = settings()
+    given.sft._n_gpu = 2
+    with pytest.raises(ValueError, match=r"expected one GPU a process, found 2, .*; use accelerate launch"):
+        run(given)
 
 
 def test_a_prompt_longer_than_max_length_is_said(settings, capsys):

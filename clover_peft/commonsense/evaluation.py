@@ -60,10 +60,10 @@ def read_rows(folder: Path, split: str, tasks: list[str], per_task: int | None, 
             raise ValueError(f"{folder}: expected {split} questions of {name}, found none; leave the task out")
         for row in part:
             if name not in task_of(row) or row["answer"] not in options(row):
-                found = f"{row['answer']!r} to ...{row['instruction'][-60:]!r}"
+                end = row["instruction"][-60:]
                 raise ValueError(
-                    f"{folder}: {row.get('id', name)}: expected a question of {name} whose answer is one of its options, "
-                    f"found {found}"
+                    f"{folder}: {row.get('id', name)}: expected a question of {name} whose answer is one of its "
+                    f"options, found {row['answer']!r} to ...{end!r}"
                 )
         if per_task is not None and per_task < len(part):
             drawn = random.Random(f"{seed} evaluated {name}").sample(range(len(part)), per_task)
@@ -152,7 +152,9 @@ def generator(model: Any, tokenizer: Any, protocol: Protocol | None, beams: int,
     return predict
 
 
-def vllm_generator(model: str, tokenizer: Any, protocol: Protocol | None, beams: int, new_tokens: int) -> Predict:
+def vllm_generator(
+    model: str, tokenizer: Any, protocol: Protocol | None, beams: int, new_tokens: int, dtype: str
+) -> Predict:
     """As `generator`, by vLLM, for a folder with an ordinary model (a merged one).
 
     Raises:
@@ -164,7 +166,7 @@ def vllm_generator(model: str, tokenizer: Any, protocol: Protocol | None, beams:
         raise ValueError(
             "--vllm: expected vllm, found it not installed; pip install vllm, or leave --vllm out"
         ) from error
-    engine = vllm.LLM(model=model)
+    engine = vllm.LLM(model=model, dtype=dtype)
 
     def predict(rows: list[Row]) -> list[Prediction]:
         add_special = protocol is not None

@@ -58,6 +58,11 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
         ValueError: `output_dir` is in use by other settings, or model, data or adapter settings do not fit.
     """
     job, sft = settings.job, settings.sft
+    if sft.n_gpu > 1:
+        raise ValueError(
+            f"expected one GPU a process, found {sft.n_gpu}, over which DataParallel would spread every batch; use "
+            "accelerate launch (docs/scale.md), or set CUDA_VISIBLE_DEVICES=0"
+        )
     out = Path(sft.output_dir)
     say = sft.distributed_state.print  # of several processes on a machine, one speaks
     checkpoint = _find_checkpoint(out, settings)
@@ -188,7 +193,7 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
     for i, (prompt, ids) in enumerate(zip(prompts, after, strict=True)):
         probe |= {f"prompt.{i}": prompt, f"answer.{i}": ids, f"logits.{i}": answer_logits(model, prompt, ids)}
     _save(trainer, model, settings, record, probe)
-    record["peak_memory_bytes"] = records.peak_memory_bytes()
+    record |= {"peak_memory_bytes": records.peak_memory_bytes(), "peak_gpu_bytes": records.peak_gpu_bytes()}
     if trainer.is_world_process_zero():
         print(f"record: {records.write(out / 'record.json', record)}")
         _print_summary(record)
