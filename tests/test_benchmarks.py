@@ -524,7 +524,7 @@ def test_rows_of_wikitext2(pruning, real_models, tmp_path, monkeypatch):
 
 def test_archives_are_checked(tmp_path):
     pytest.importorskip("trl", reason="needs the train extra")
-    from clover_peft.training.downloads import Archive, download_archive
+    from clover_peft.downloads import Archive, download_archive
 
     source, into = tmp_path / "a.tgz", tmp_path / "into"
     into.mkdir()

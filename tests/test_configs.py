@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 pytest.importorskip("trl", reason="needs the train extra: pip install clover-peft[train]")
 
-from clover_peft.commonsense import ablation
+from clover_peft.ablation.grid import Trial, read_grid, settings_of
 from clover_peft.training.arguments import parse
 from clover_peft.training.run import count_parameters
 
@@ -73,14 +73,14 @@ def test_every_method_trains_as_many_numbers_as_clover(model, method):
 
 
 def test_every_variant_of_the_search_trains_as_many_too():
-    grid = ablation.read(CONFIGS / "ablations" / "smollm2_search.yaml", ["settings.use_cpu=true"])
+    grid = read_grid(CONFIGS / "ablations" / "smollm2_search.yaml", ["settings.use_cpu=true"])
     families = ["clover", "lora", "dora", "pissa", "hira"]
     counts = {family: sum(method.name.split("_")[0] == family for method in grid.methods) for family in families}
     assert set(counts.values()) == {5}
     assert len(grid.methods) == 25
     for method in grid.methods:
-        trial = ablation.Trial(method.name, method.learning_rates[0], 0)
-        settings = parse(grid.base, ablation.settings_of(grid, method, trial, Path("runs")))
+        trial = Trial(method.name, method.learning_rates[0], 0)
+        settings = parse(grid.base, settings_of(grid, method, trial, Path("runs")))
         if hasattr(settings.peft, "init_lora_weights"):
             settings.peft.init_lora_weights = False
         adapted = peft.get_peft_model(on_meta("smollm2_135m"), settings.peft, low_cpu_mem_usage=True)

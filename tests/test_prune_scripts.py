@@ -401,7 +401,7 @@ def test_unusable_text_is_said(name, content, message, tmp_path):
 def test_data_sets_on_the_hub_are_read_as_far_as_needed(monkeypatch):
     import datasets
 
-    from clover_peft.training import downloads
+    from clover_peft import downloads
 
     asked, read = [], []
 

@@ -32,8 +32,9 @@ from transformers import (
     TrainerCallback,
 )
 
+from clover_peft import downloads
 from clover_peft.commonsense import PROTOCOLS
-from clover_peft.training import data, downloads
+from clover_peft.training import data
 from clover_peft.training import models as base_models
 from clover_peft.training import run as training_run
 from clover_peft.training.arguments import JobArguments, parse

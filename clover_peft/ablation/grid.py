@@ -9,9 +9,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from clover_peft.commonsense import prepare
 from clover_peft.training.arguments import apply_override, load_yaml, parse
-
-from . import prepare
 
 BASE = "base"  # the model that is not fine-tuned
 CONFIGS = Path(__file__).parents[2] / "configs"

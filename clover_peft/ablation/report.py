@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from clover_peft.analysis.pictures import canvas
+from clover_peft.commonsense import TASKS
 
 from .grid import BASE
 from .table import Record, TableRow, difference, read_rows, trials
-from .tasks import TASKS
 
 _REFERENCE = "clover"  # what the others are compared with, where it is in the table
 _SHORT = {

@@ -19,15 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from clover_peft import records
+from clover_peft.commonsense import TASKS, evaluation, prepare
+from clover_peft.commonsense.protocols import find_protocol
+from clover_peft.downloads import build_once
 from clover_peft.training.arguments import parse
-from clover_peft.training.downloads import build_once
 from clover_peft.training.models import ModelSource, find_model, load_tokenizer, load_trained
 
-from . import evaluation, prepare
 from .grid import BASE, Grid, Trial, settings_of, trials_of
-from .protocols import find_protocol
 from .table import Record, choose, load
-from .tasks import TASKS
 
 
 def make_data(grid: Grid, folder: Path) -> Record:
