@@ -129,3 +129,25 @@ def test_later_files_replace_keys_of_earlier_ones(tmp_path):
     settings = parse([PROTOCOLS["clover"], MODELS["smollm2_135m"], tmp_path / "more.yaml"], ["use_cpu=true"])
     assert (settings.sft.max_length, settings.sft.num_train_epochs) == (77, 3)
     assert settings.sft.output_dir == "runs/more-clover"
+
+
+def test_a_grid_of_ones_own_lies_anywhere_and_has_any_method_of_peft(tmp_path):
+    grid = {
+        "base": ["protocols/clover.yaml", "models/smollm2_135m.yaml"],
+        "settings": {"use_cpu": True},
+        "data": {"validation": 5},
+        "methods": {
+            "clover": [1e-3],
+            "vera": {"method": "vera", "learning_rates": [1e-3], "methods.vera": {"peft_type": "VERA", "r": 256}},
+        },
+        "seeds": [0],
+        "evaluation": {"mode": "score"},
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(grid))
+    found = read_grid(tmp_path / "mine.yaml")
+    method = found.methods[1]
+    settings = parse(found.base, settings_of(found, method, Trial("vera", 1e-3, 0), tmp_path))
+    assert (settings.peft.peft_type, settings.peft.r) == ("VERA", 256)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**grid, "base": ["none.yaml"]}))
+    with pytest.raises(ValueError, match=r"mine.yaml: base: expected a file in .*, found no none.yaml"):
+        read_grid(tmp_path / "mine.yaml")
