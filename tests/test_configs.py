@@ -76,8 +76,8 @@ def test_every_variant_of_the_search_trains_as_many_too():
     grid = read_grid(CONFIGS / "ablations" / "smollm2_search.yaml", ["settings.use_cpu=true"])
     families = ["clover", "lora", "dora", "pissa", "hira"]
     counts = {family: sum(method.name.split("_")[0] == family for method in grid.methods) for family in families}
-    assert set(counts.values()) == {5}
-    assert len(grid.methods) == 25
+    assert set(counts.values()) == {7}
+    assert len(grid.methods) == 35
     for method in grid.methods:
         trial = Trial(method.name, method.learning_rates[0], 0)
         settings = parse(grid.base, settings_of(grid, method, trial, Path("runs")))

@@ -86,15 +86,13 @@ def _check_choice(grid: Grid, found: dict[str, Record], record: Record, file: Pa
         if method.name != trial["method"]:
             continue
         names = [Trial(method.name, rate, grid.seeds[0]).name for rate in method.learning_rates]
-        if set(names) - found.keys() <= set(record.get("chosen_from", ())):  # one that was lost is made again
-            names = [name for name in names if name in found]
-        if missing := [name for name in names if name not in found]:
+        missing = [name for name in names if name not in found]
+        if further := [name for name in missing if name not in record.get("chosen_from", ())]:
             raise ValueError(
                 f"{file}: {method.name} has met the test questions, expected no further choice of its learning rate, "
-                f"found {missing[0]} to try; keep its rates and the first seed, or choose another --out"
+                f"found {further[0]} to try; keep its rates and the first seed, or choose another --out"
             )
-        complete = len(names) == len(method.learning_rates)
-        if complete and (chosen := _chosen(found, names)) != trial["learning_rate"]:
+        if not missing and (chosen := _chosen(found, names)) != trial["learning_rate"]:  # what was lost is made again
             raise ValueError(
                 f"{file}: expected a test at the learning rate that was chosen, {chosen:g}; take this record out"
             )
