@@ -556,6 +556,20 @@ def test_the_end_token_is_trained_and_prompt_and_padding_are_not(settings, tiny,
         assert tokenizer.decode(row_ids[:first]).endswith("assistant\n" if template else "### Response:")
 
 
+def test_llm_adapters_trains_the_prompt_too_and_cuts_what_is_long(settings):
+    seen = Batch()
+    given = {"prompt": "llm_adapters", "completion_only_loss": "false", "max_length": 96, "max_steps": 1}
+    run(settings("lora", **given), callbacks=[seen])
+    ids, labels, mask = (seen.batch[key] for key in ("input_ids", "labels", "attention_mask"))
+    assert ids.shape[1] == 96
+    for row_ids, row_labels, row_mask in zip(ids, labels, mask, strict=True):
+        assert torch.equal(row_labels[row_mask == 1], row_ids[row_mask == 1])
+        assert (row_labels[row_mask == 0] == -100).all()
+    text = make_tokenizer().decode(ids[0])
+    assert text.startswith("Below is an instruction that describes a task.")
+    assert "the correct answer is" not in text  # cut off, as published
+
+
 def test_on_a_cpu_tokens_with_labels_alone_are_scored(settings, monkeypatch):
     """TRL has a tenth of the work then, and finds the same losses."""
     from trl.trainer import utils
