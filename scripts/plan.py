@@ -3,6 +3,7 @@
 
     scripts/plan.py --config-name meta-llama/Llama-2-70b-hf [key=value ...]
     scripts/plan.py --config-name my_model/config.json r=64 s_matrix=diagonal --measure
+    scripts/plan.py --config-name my_model --match q_proj k_proj v_proj up_proj down_proj    # ranks of a LoRA as large
 
 The configuration is a name on the hub, a folder or a config.json. Keys are fields of CloverConfig, values in YAML.
 Nothing of the model is allocated, but with --measure the weights that one layer's bases are made of.
@@ -27,7 +28,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from clover_peft import CloverConfig, CloverLayer
-from clover_peft.architectures import base_of
+from clover_peft.architectures import base_of, out_features
 from clover_peft.bases import clover_layers, frozen_tensors, inner_model
 from clover_peft.blocks import BlockSpec
 
@@ -79,6 +80,46 @@ def plan(config: transformers.PretrainedConfig, adapter: CloverConfig) -> dict[s
         "adapter_file": {name: BYTES * count for name, count in files.items()},
         "layers": layers,
     }
+
+
+def match(config: transformers.PretrainedConfig, budget: int, targets: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Ranks at which low-rank methods train as many numbers as CLOVER.
+
+    One rank for all modules comes in steps of their whole size, so the module that is smallest in all gets its own.
+
+    Args:
+        config: of the base model.
+        budget: the trainable parameters to match.
+        targets: last parts of the names of the modules, linear ones.
+
+    Returns:
+        "lora" (also PiSSA), "dora" (which trains a magnitude for every output, too) -> `r`, `rank_pattern`,
+        `parameters`.
+
+    Raises:
+        ValueError: the model has no such module, or they are too large for the budget at rank 1.
+    """
+    sizes, outputs = dict.fromkeys(targets, 0), 0
+    for name, module in _empty(config).named_modules():
+        if (last := name.rpartition(".")[2]) in sizes and isinstance(module, (nn.Linear, Conv1D)):
+            sizes[last] += sum(module.weight.shape)
+            outputs += out_features(module, name)
+    if missing := [name for name, size in sizes.items() if not size]:
+        raise ValueError(f"--match {missing[0]}: expected a linear module of the model, found none")
+    smallest, found = min(sizes, key=lambda name: sizes[name]), {}
+    for method, beside in (("lora", 0), ("dora", outputs)):
+        if (low := (budget - beside) // sum(sizes.values())) < 1:
+            raise ValueError(
+                f"--match: expected modules that fit {budget:,} parameters at rank 1, found too large ones"
+            )
+        choices = []
+        for r in (low, low + 1):
+            rest = budget - beside - r * (sum(sizes.values()) - sizes[smallest])
+            ranks = dict.fromkeys(sizes, r) | {smallest: max(1, round(rest / sizes[smallest]))}
+            choices.append((r, ranks[smallest], beside + sum(ranks[name] * size for name, size in sizes.items())))
+        r, own, count = min(choices, key=lambda choice: (abs(choice[2] - budget), abs(choice[1] - choice[0])))
+        found[method] = {"r": r, "rank_pattern": {} if own == r else {smallest: own}, "parameters": count}
+    return found
 
 
 def measure(config: transformers.PretrainedConfig, adapter: CloverConfig) -> tuple[str, float]:
@@ -175,11 +216,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--config-name", required=True, help="hub name, folder or config.json")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("--measure", action="store_true", help="also time the bases of one layer on this machine")
+    parser.add_argument("--match", nargs="+", metavar="module", help="ranks of low-rank methods on these, as large")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     given = parser.parse_intermixed_args(arguments)
     try:
         config = transformers.AutoConfig.from_pretrained(given.config_name)
         result = plan(config, _overrides(given.overrides))
+        if given.match:
+            result["match"] = match(config, result["parameters"]["trainable"], given.match)
         if given.measure:
             result["measured"] = dict(
                 zip(("layer", "seconds"), measure(config, _overrides(given.overrides)), strict=True)
@@ -206,6 +250,10 @@ def main(arguments: list[str] | None = None) -> int:
             blocks = f"{one['blocks']} blocks of {one['size']}, r={one['r']}, {one['basis']}"
             print(f"  {path} ({one['part']}): {blocks}, {one['parameters']:,} parameters")
     print(f"  Gram matrices: {sum(m['gram_flops'] for m in modules.values()) / 1e9:,.1f} GFLOP in float64")
+    for method, found in result.get("match", {}).items():
+        own = "".join(f", rank_pattern={{{name}: {r}}}" for name, r in found["rank_pattern"].items())
+        off = found["parameters"] / parameters["trainable"] - 1
+        print(f"as large: {method} with r={found['r']}{own}, {found['parameters']:,} parameters ({off:+.2%})")
     if given.measure:
         print(f"  bases made in {result['measured']['seconds']:.2f} s on this machine")
     return 0

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+import transformers as hf
 from peft import get_peft_model
 from safetensors.torch import load_file
-from transformers import LlamaConfig
 
 from clover_peft import CloverConfig
 from tests.tiny import build, load_script
@@ -16,7 +17,7 @@ script = load_script("plan")
 
 
 def test_llama_2_70b_is_planned_without_weights(tmp_path, capsys):
-    LlamaConfig(
+    hf.LlamaConfig(
         hidden_size=8192,
         intermediate_size=28672,
         num_hidden_layers=80,
@@ -79,3 +80,31 @@ def test_what_cannot_be_planned_is_said_in_one_sentence(arguments, message, tmp_
     build("llama").config.save_pretrained(tmp_path)
     assert script.main(["--config-name", str(tmp_path), *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_ranks_that_match_are_those_of_real_adapters(tmp_path, capsys):
+    from peft import LoraConfig
+
+    config = hf.LlamaConfig(
+        vocab_size=96, hidden_size=576, intermediate_size=1536, num_hidden_layers=3, num_attention_heads=9,
+        num_key_value_heads=3,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+    assert script.main(["--config-name", str(tmp_path), "--json", "--match", *targets]) == 0
+    found = json.loads(capsys.readouterr().out)
+    budget = found["parameters"]["trainable"]
+    for method, chosen in found["match"].items():
+        lora = LoraConfig(
+            r=chosen["r"], rank_pattern=chosen["rank_pattern"], target_modules=targets, use_dora=method == "dora"
+        )
+        with torch.device("meta"):
+            model = get_peft_model(hf.LlamaForCausalLM(config), lora)
+        assert chosen["parameters"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert abs(chosen["parameters"] / budget - 1) < 0.01
+    assert script.main(["--config-name", str(tmp_path), "--match", "q_proj"]) == 0
+    assert "as large: lora with r=" in capsys.readouterr().out
+    assert script.main(["--config-name", str(tmp_path), "--match", "zzz"]) == 1
+    assert "--match zzz: expected a linear module of the model, found none" in capsys.readouterr().err
+    assert script.main(["--config-name", str(tmp_path), "s_matrix=diagonal", "r=1", "--match", "q_proj"]) == 1
+    assert "expected modules that fit" in capsys.readouterr().err
