@@ -55,7 +55,7 @@ def main() -> int:
 def _keys() -> str:
     """The job's own keys, read from their file alone: importing the package would take seconds."""
     job = runpy.run_path(str(ROOT / "clover_peft" / "training" / "job.py"))["JobArguments"]
-    lines = [f"  {key.name:<16}{key.metadata['help']}" for key in dataclasses.fields(job)]
+    lines = [f"  {key.name:<18}{key.metadata['help']}" for key in dataclasses.fields(job)]
     return "\n".join(["keys of the job (any other is one of trl.SFTConfig, or peft.<field>):", *lines])
 
 
