@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,21 +28,6 @@ def parser(description: str, name: str) -> argparse.ArgumentParser:
     result.add_argument("--seed", type=int, default=0)
     result.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return result
-
-
-def keep_freed_memory() -> bool:
-    """Let the C library keep what is freed, as CUDA's allocator does; True if it will (glibc).
-
-    By default it gives tensors above 32 MiB back to the system, which clears every page of the next one: on a CPU that
-    takes longer than an adapter's own work, and whoever allocates most pays for it.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return False
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h
-    settings = {mmap_max: 0, trim_threshold: -1, top_pad: 2**28}
-    return all(mallopt(name, value) == 1 for name, value in settings.items())
 
 
 def add_shape(command: argparse.ArgumentParser, layers: int, cuda_layers: int) -> None:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import at_most, clock, finish, keep_freed_memory, llama, options, parser, randomise, ratio, table
+from harness import at_most, clock, finish, llama, options, parser, randomise, ratio, table
 from peft import get_peft_model
 from tqdm import tqdm
 from train_step import Contender, decode, saved_bytes, step
@@ -84,7 +84,6 @@ class Runner:
 def main(argv: Sequence[str] | None = None) -> Path:
     arguments = _arguments(argv)
     environment = records.environment()
-    kept = not arguments.fast and keep_freed_memory()
     point = FAST if arguments.fast else CUDA if arguments.device.startswith("cuda") else CPU
     dimensions: dict[str, dict[str, Any]] = {}
     for dimension in arguments.dimensions:
@@ -104,7 +103,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
             "benchmark": "scaling",
             "options": options(arguments),
             "environment": environment,
-            "keeps_freed_memory": kept,
             "point": asdict(point),
             "dimensions": dimensions,
             "targets": at_most({name: most for name, most in TARGETS.items() if name in reached}, reached),

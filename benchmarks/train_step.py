@@ -34,7 +34,6 @@ from harness import (
     decoder_of,
     fill_shape,
     finish,
-    keep_freed_memory,
     llama,
     options,
     parser,
@@ -82,7 +81,6 @@ class Contender:
 def main(argv: Sequence[str] | None = None) -> Path:
     arguments = _arguments(argv)
     environment = records.environment()
-    kept = not arguments.fast and keep_freed_memory()
     device, dtype = arguments.device, getattr(torch, arguments.dtype)
     base = llama(
         arguments.hidden_size, arguments.num_heads, arguments.mlp_size, arguments.layers, arguments.seed, dtype, device
@@ -117,7 +115,6 @@ def main(argv: Sequence[str] | None = None) -> Path:
             "benchmark": "train_step",
             "options": options(arguments),
             "environment": environment,
-            "keeps_freed_memory": kept,
             "figures": figures,
             "clover_folding_share": folding,
             "seconds": {name: contender.seconds for name, contender in contenders.items()},

@@ -5,10 +5,7 @@ import gzip
 import hashlib
 import importlib
 import json
-import platform
 import struct
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -81,21 +78,6 @@ def test_train_step(benchmark, tmp_path, capsys):
     assert figures["lora"]["saved_over_base_v_lora"] == 1.0
     assert record["clover_folding_share"] > 0
     assert "frozen base" in capsys.readouterr().out
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is about glibc's allocator")
-def test_freed_memory_is_kept():
-    """What was freed is used again, and no page cleared by the system. In its own process, since it lasts."""
-    code = (
-        "import resource, harness, torch\n"
-        "assert harness.keep_freed_memory()\n"
-        "torch.ones(2**26)\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "for _ in range(5): torch.ones(2**26)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
-    )
-    found = subprocess.run([sys.executable, "-c", code], cwd=FOLDER, capture_output=True, text=True, check=True)
-    assert int(found.stdout) < 1000  # of 327,680 pages
 
 
 def test_train_step_of_some_methods(benchmark, tmp_path):
