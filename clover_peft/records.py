@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -10,6 +12,7 @@ import re
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +85,16 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
         ) from error
 
 
+def digest(files: Iterable[Path]) -> str:
+    """sha256 of the contents of files, in their order, one after the other."""
+    result = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while part := file.read(2**24):
+                result.update(part)
+    return result.hexdigest()
+
+
 def peak_gpu_bytes() -> int | None:
     """Return the most memory that torch has allocated on the CUDA device; None where it has not used one."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None
@@ -89,23 +102,20 @@ def peak_gpu_bytes() -> int | None:
 
 def _link(partial: Path, wanted: Path) -> Path:
     """Give a file the first free name of `run.json`, `run-2.json`, ...: whole at once, and never one that is taken."""
-    number = 1
-    while True:
+    for number in itertools.count(1):
         candidate = wanted if number == 1 else wanted.with_name(f"{wanted.stem}-{number}{wanted.suffix}")
         try:
             os.link(partial, candidate)
         except FileExistsError:
-            number += 1
+            continue
         except OSError:  # a file system without links: empty for a moment
             try:
                 candidate.touch(exist_ok=False)
             except FileExistsError:
-                number += 1
                 continue
             os.replace(partial, candidate)
-            return candidate
-        else:
-            return candidate
+        return candidate
+    raise AssertionError
 
 
 def _version(name: str) -> str | None:

@@ -17,7 +17,6 @@ An evaluation that was cut off goes on with the same command. Writes predictions
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 import time
 from pathlib import Path
@@ -92,8 +91,7 @@ def _suite(given: argparse.Namespace, source: ModelSource, trained: dict[str, An
     }
     asked["prompt"] = prompt
     if given.adapter and given.adapter.is_dir():  # another may have been trained into the same folder
-        weights = b"".join(path.read_bytes() for path in sorted(given.adapter.glob("adapter_*")))
-        asked["adapter_sha256"] = hashlib.sha256(weights).hexdigest()
+        asked["adapter_sha256"] = records.digest(sorted(given.adapter.glob("adapter_*")))
     if given.mode == "generate":
         asked |= {"beams": beams, "new_tokens": new_tokens}
     started = time.perf_counter()

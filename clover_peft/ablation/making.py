@@ -7,11 +7,9 @@ then come the other seeds, and then each seed meets the test sets, once.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -272,12 +270,7 @@ def _alone(lock: Path) -> Iterator[None]:
 def _digest(folder: Path) -> str | None:
     """sha256 of the weights that a run saved; None where it saved none."""
     files = sorted(path for kind in ("adapter", "model") for path in folder.glob(f"{kind}/*.safetensors"))
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            for part in iter(partial(file.read, 2**24), b""):
-                digest.update(part)
-    return digest.hexdigest() if files else None
+    return records.digest(files) if files else None
 
 
 def _is_finite(adapter: Path) -> bool:

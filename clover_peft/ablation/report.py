@@ -17,6 +17,8 @@ from .grid import BASE
 from .table import Record, TableRow, difference, read_rows, trials
 
 _REFERENCE = "clover"  # what the others are compared with, where it is in the table
+_TOOK = ["method", "rate", "validation at each rate", "seeds", "unparsed"]
+_TOOK += ["init s", "train s", "peak MiB", "adapter MiB"]
 _SHORT = {
     "boolq": "BoolQ",
     "piqa": "PIQA",
@@ -53,19 +55,7 @@ def markdown(found: dict[str, Record]) -> str:
         ),
         _scale(rows),
         _table(
-            [
-                *[
-                    "method",
-                    "rate",
-                    "validation at each rate",
-                    "seeds",
-                    "unparsed",
-                    "init s",
-                    "train s",
-                    "peak MiB",
-                    "adapter MiB",
-                ]
-            ],
+            _TOOK,
             [
                 [
                     row.method,
