@@ -364,7 +364,8 @@ def test_the_table_is_arithmetic_on_records(tmp_path):
     folder = tmp_path / "records"
     for seed, accuracy in ((0, 0.5), (1, 0.6), (2, 0.7)):
         write(folder, f"a-lr0.1-seed{seed}", "a", 0.1, seed, validation=result(0.9))
-        write(folder, f"a-lr0.1-seed{seed}.test", "a", 0.1, seed, test=result(accuracy))
+        tried = ["a-lr0.1-seed0", "a-lr0.3-seed0"]
+        write(folder, f"a-lr0.1-seed{seed}.test", "a", 0.1, seed, test=result(accuracy), chosen_from=tried)
         write(folder, f"b-lr0.2-seed{seed}", "b", 0.2, seed, validation=result(0.3))
         write(folder, f"b-lr0.2-seed{seed}.test", "b", 0.2, seed, test=result(0.5))
     write(folder, "a-lr0.3-seed0", "a", 0.3, 0, validation={**result(0.8), "loss": 0.25})  # tried
@@ -384,7 +385,8 @@ def test_the_table_is_arithmetic_on_records(tmp_path):
     assert "| a | 0.1 (edge) | 0.1: 90.0%, 0.3: 80.0% (loss 0.250) | 3 | 3 | 1.0 | 2 | 1 | 1.0 |" in shown
     for seed in (2, 5):  # falling: rates were tried at the first, 5
         write(tmp_path / "falling", f"a-lr0.1-seed{seed}", "a", 0.1, seed, validation=result(seed / 10))
-        write(tmp_path / "falling", f"a-lr0.1-seed{seed}.test", "a", 0.1, seed, test=result(0.5))
+        tried = ["a-lr0.1-seed5", "a-lr0.3-seed5"]
+        write(tmp_path / "falling", f"a-lr0.1-seed{seed}.test", "a", 0.1, seed, test=result(0.5), chosen_from=tried)
     write(tmp_path / "falling", "a-lr0.3-seed5", "a", 0.3, 5, validation={**result(0.1), "loss": "NaN"})
     [row] = table.read_rows(table.load(tmp_path / "falling"))
     assert row.candidates == {0.1: (0.5, None), 0.3: (0.1, None)}

@@ -29,7 +29,7 @@ class TableRow:
         averages: a seed each, unweighted over the tasks.
         interval: 95 % of the mean, from the questions; the seeds answer the same ones.
         right: of each seed, task -> a character a question, "1" where it was right; empty where a record lacks it.
-        candidates: learning rate -> (accuracy, loss or None) on the validation questions, at the seed that chose.
+        candidates: learning rate -> (accuracy, loss or None) on the validation questions, from which it was chosen.
         init_seconds, train_seconds, peak_memory_bytes, adapter_bytes: means; None where there are none.
         train_rows: rows it was trained on.
         questions: how many were asked.
@@ -140,9 +140,7 @@ def _row(method: str, rate: float | None, names: list[str], found: dict[str, Rec
     tests = [found[f"{name}.test"] for name in names]
     results = [record["test"] for record in tests]
     runs = [run for name in names if (run := _run_of(name, found))]
-    validated = [r for r in found.values() if "validation" in r and r["trial"]["method"] == method]
-    seeds = sorted(record["trial"]["seed"] for record in validated)
-    tried = statistics.mode(seeds) if seeds else None  # the seed at which several rates were tried
+    tried = [found[name] for name in tests[0].get("chosen_from", ()) if name in found]
     everything = [*tests, *(found[name] for name in names if name in found)]
     return TableRow(
         method=method,
@@ -158,8 +156,7 @@ def _row(method: str, rate: float | None, names: list[str], found: dict[str, Rec
         right=[{name: task["right"] for name, task in r["tasks"].items() if "right" in task} for r in results],
         candidates={
             record["trial"]["learning_rate"]: (record["validation"]["mean"], _loss(record))
-            for record in sorted(validated, key=lambda record: record["trial"]["learning_rate"])
-            if record["trial"]["seed"] == tried
+            for record in sorted(tried, key=lambda record: record["trial"]["learning_rate"])
         },
         init_seconds=_mean([run["seconds"]["init"] for run in runs]),
         train_seconds=_mean([run["seconds"]["train"] for run in runs]),
