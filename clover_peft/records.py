@@ -85,6 +85,28 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
         ) from error
 
 
+def check_same(before: dict[str, Any], now: dict[str, Any], where: str, remedy: str, prefix: str = "") -> None:
+    """Refuses to go on with what was made with other values.
+
+    Args:
+        before: what it was made with, as JSON gives it back.
+        now: what is given now; values that JSON does not know are compared as text.
+        where: where `before` was found.
+        remedy: what to do if they differ.
+        prefix: put before a key in the message.
+
+    Raises:
+        ValueError: naming the first key, of the innermost block, that differs.
+    """
+    now = json.loads(json.dumps(now, default=str))
+    for key in sorted(before.keys() | now.keys()):
+        one, other = before.get(key), now.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            check_same(one, other, where, remedy, f"{prefix}{key}.")
+        elif one != other:
+            raise ValueError(f"{prefix}{key}: expected {one!r} as in {where}, found {other!r}; {remedy}")
+
+
 def digest(files: Iterable[Path]) -> str:
     """sha256 of the contents of files, in their order, one after the other."""
     result = hashlib.sha256()

@@ -227,7 +227,7 @@ def test_an_evaluation_that_was_cut_off_goes_on(given, tmp_path, cut):
         evaluation.evaluate(rows, predict, 7, tmp_path / "out", {"mode": "score"})
     kept = tmp_path / "out" / "predictions.jsonl"
     kept.write_text(kept.read_text() + cut)
-    with pytest.raises(ValueError, match="or the same evaluation, found one that differs in mode; choose another"):
+    with pytest.raises(ValueError, match=r"mode: expected .* as in .*, found .*; choose another folder"):
         evaluation.evaluate(rows, predict, 7, tmp_path / "out", {"mode": "generate"})
     asked.append("resumed")
     found = evaluation.evaluate(rows, predict, 7, tmp_path / "out", {"mode": "score"})
@@ -252,7 +252,7 @@ def test_an_evaluation_goes_on_with_the_same_questions_only(given, tmp_path):
     whole = kept.read_text()
     for key in ("id", "instruction", "answer"):
         other = [{**rows[0], key: rows[0][key] + "x"}, *rows[1:]]
-        with pytest.raises(ValueError, match="found one that differs in questions; choose another"):
+        with pytest.raises(ValueError, match=r"questions: expected .* as in .*, found .*; choose another folder"):
             evaluation.evaluate(other, predict, 4, out, {"mode": "score"})
     written = json.loads(settings.read_text())
     settings.write_text(json.dumps({key: value for key, value in written.items() if key != "questions"}))
@@ -370,7 +370,7 @@ def test_the_script_goes_on_with_the_same_adapter_only(given, tmp_path, capsys):
     weights = load_file(adapter / SAVED)
     save_file({name: 1.01 * t if "clover_S" in name else t for name, t in weights.items()}, adapter / SAVED)
     assert script.main(command) == 1
-    assert "found one that differs in adapter_sha256" in capsys.readouterr().err
+    assert "adapter_sha256: expected" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--rows", "--batch-size", "--beams", "--new-tokens"])

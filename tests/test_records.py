@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -155,3 +156,12 @@ def _circular() -> dict:
     record: dict = {}
     record["self"] = record
     return record
+
+
+def test_what_was_made_otherwise_is_named() -> None:
+    before = {"rate": 0.1, "block": {"r": 8, "kind": "full"}, "path": "runs/x"}
+    records.check_same(before, {**before, "path": Path("runs/x")}, "runs/a.json", "choose another")
+    with pytest.raises(ValueError, match=re.escape("data.block.r: expected 8 as in runs/a.json, found 4; stay")):
+        records.check_same(before, {**before, "block": {"r": 4, "kind": "full"}}, "runs/a.json", "stay", "data.")
+    with pytest.raises(ValueError, match=r"new: expected None as in .*, found 1;"):
+        records.check_same(before, {**before, "new": 1}, "runs/a.json", "stay")

@@ -36,7 +36,6 @@ from clover_peft import downloads
 from clover_peft.commonsense import PROTOCOLS
 from clover_peft.training import data
 from clover_peft.training import models as base_models
-from clover_peft.training import run as training_run
 from clover_peft.training.arguments import JobArguments, parse
 from clover_peft.training.optimizer import Muon, orthogonalize
 from clover_peft.training.run import first_and_last, run
@@ -587,7 +586,7 @@ def test_on_a_cpu_tokens_with_labels_alone_are_scored(settings, monkeypatch):
     ours = run(settings(out="ours"))["loss"]
     with_labels = scored.copy()
     scored.clear()
-    monkeypatch.setattr(training_run, "_scoring_labels_alone", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr("clover_peft.training.trainer.scoring_labels_alone", lambda device: contextlib.nullcontext())
     plain = run(settings(out="plain"))["loss"]
     assert len(scored) == len(with_labels)
     assert all(a < b for a, b in zip(with_labels, scored, strict=True))

@@ -7,7 +7,6 @@ then come the other seeds, and then each seed meets the test sets, once.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -284,18 +283,8 @@ def _is_finite(adapter: Path) -> bool:
 def _shared(settings: Record) -> Record:
     """A run's settings, less where it lies and what is done with it."""
     local = ("data", "output_dir", "resume", "merge")
-    return {key: value for key, value in settings.items() if key not in local and not key.endswith("hub_token")}
+    return {key: value for key, value in settings.items() if key not in local}
 
 
 def _same(before: Record, now: Record, file: Path, prefix: str = "") -> None:
-    """Refuses values other than those of a file that was made before, naming the key."""
-    now = json.loads(json.dumps(now))
-    for key in sorted(before.keys() | now.keys()):
-        one, other = before.get(key), now.get(key)
-        if isinstance(one, dict) and isinstance(other, dict):
-            _same(one, other, file, f"{prefix}{key}.")
-        elif one != other:
-            raise ValueError(
-                f"{prefix}{key}: expected {one!r} as in {file}, found {other!r}; set it as before, or choose another "
-                "--out"
-            )
+    records.check_same(before, now, str(file), "set it as before, or choose another --out", prefix)

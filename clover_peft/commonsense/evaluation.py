@@ -218,12 +218,8 @@ def evaluate(
     kept, asked = out / "predictions.jsonl", out / "settings.json"
     if asked.is_file():
         found = records.read_json(asked, f"delete {out} and evaluate again")
-        # those that it has: an earlier version wrote fewer
-        if different := sorted(key for key in found if found[key] != settings.get(key)):
-            raise ValueError(
-                f"{out}: expected a new folder or the same evaluation, found one that differs in {different[0]}; "
-                "choose another folder"
-            )
+        known = {key: settings.get(key) for key in found}  # an earlier version wrote fewer
+        records.check_same(found, known, str(out), "choose another folder, or delete this one to evaluate again")
     elif any(out.iterdir()):
         raise ValueError(f"{out}: expected a new or empty folder, found files; choose another")
     else:

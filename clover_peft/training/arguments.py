@@ -44,7 +44,8 @@ class Settings:
         peft: the adapter's configuration, or None for full fine-tuning.
         optimizer: "muon", or None for the one that `sft.optim` names.
         learning_rate_factors: see `optimizer.scale_learning_rates`.
-        values: the settings as given, after overrides: what a record shows and a resumed run must repeat.
+        values: the settings as given, after overrides and without secrets: what a record shows and a resumed run must
+            repeat.
     """
 
     job: JobArguments
@@ -127,7 +128,8 @@ def parse(config: str | Path | Sequence[str | Path], overrides: Sequence[str] = 
         raise ValueError("merge=true: full fine-tuning has nothing to merge; its model is saved in output_dir/model")
     if job.calibration_rows and (adapter is None or adapter.peft_type != "CLOVER"):
         raise ValueError("calibration_rows: expected peft_type: CLOVER, whose bases are made from them")
-    return Settings(job, sft, adapter, optimizer, factors, values)
+    shown = {key: value for key, value in values.items() if not key.endswith("hub_token")}
+    return Settings(job, sft, adapter, optimizer, factors, shown)
 
 
 def _read(path: Path) -> dict[str, Any]:

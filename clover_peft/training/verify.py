@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import clover_peft  # noqa: F401  registers CLOVER, which the adapter may need
+from clover_peft.training.answers import answer_logits, greedy_ids
 from clover_peft.training.cards import change
-from clover_peft.training.run import answer_logits, greedy_ids
 
 LOSS_RATIO = 0.8
 EXACT = 1e-4  # largest difference allowed in a float32 logit; the merge is computed in another order
