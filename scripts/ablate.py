@@ -34,13 +34,13 @@ def main(arguments: list[str] | None = None) -> int:
     given = _parser().parse_intermixed_args(arguments)
     try:
         if given.table is not None:
-            if given.config is not None or given.out is not None or given.step is not None:
-                raise ValueError(
-                    "--table: expected it alone or with --pictures, found --config, --out or --step beside it"
-                )
+            _refuse_unused(given, "--table", ("config", "out", "records", "minutes", "jobs", "step", "overrides"))
             return _show(given.table, given.pictures)
         if given.config is None or given.out is None:
             raise ValueError("expected --config and --out, or --table")
+        if given.step is not None:
+            _refuse_unused(given, "--step", ("minutes", "jobs", "pictures"))
+        given.jobs = 1 if given.jobs is None else given.jobs
         if given.jobs < 1:
             raise ValueError(f"--jobs {given.jobs}: expected at least 1")
         records = given.records or given.out / "records"
@@ -56,6 +56,11 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _refuse_unused(given: argparse.Namespace, what: str, keys: tuple[str, ...]) -> None:
+    if unused := [key for key in keys if getattr(given, key) not in (None, [])]:
+        raise ValueError(f"{unused[0]}: expected none beside {what}, which does not use it")
 
 
 def _run(given: argparse.Namespace, grid: Grid, records: Path) -> int:
@@ -141,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="folder for data, adapters, predictions, logs and pictures")
     parser.add_argument("--records", type=Path, help="folder for records; by default <out>/records")
     parser.add_argument("--minutes", type=float, help="start no further run after so many")
-    parser.add_argument("--jobs", type=int, default=1, help="processes at a time, on one GPU or sharing the cores")
+    parser.add_argument("--jobs", type=int, help="processes at a time, on one GPU or sharing the cores; by default 1")
     parser.add_argument("--table", type=Path, metavar="RECORDS", help="only print the table of a folder of records")
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="for pictures, table.md and table.csv")
     parser.add_argument("--step", help="make only this record: <method>-lr<rate>-seed<seed>, or the same with .test")

@@ -36,31 +36,34 @@ from clover_peft.analysis import (
     moves_base,
     pictures,
 )
+from clover_peft.commonsense import sources
 from clover_peft.training.models import find_adapter, find_model, load_trained
 
 
 def main(arguments: list[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     try:
-        if bool(given.adapter) == bool(given.before and given.after):
+        if not (given.adapter or (given.before and given.after)):
             raise ValueError("expected --adapter, or --before and --after")
+        unused = ("before", "after") if given.adapter else ("model",)
+        if useless := [key for key in unused if getattr(given, key) is not None]:
+            raise ValueError(f"--{useless[0]}: expected none with --{'adapter' if given.adapter else 'before'}")
+        labels = given.label or ([path.parent.name for path in given.adapter] if given.adapter else ["after"])
+        if len(set(labels)) != len(given.adapter or labels[:1]):
+            raise ValueError(f"--label: expected a name of its own for each adapter or model, found {labels}")
         if given.top < 1:
             raise ValueError(f"--top: expected at least 1, found {given.top}")
         if (given.out / "analysis.json").exists():
             raise ValueError(f"{given.out}: expected a new folder, found an analysis in it; choose another")
-        found = {}
+        found: dict[str, Any] = {}
         if given.adapter:
-            labels = given.label or [path.parent.name for path in given.adapter]
-            if len(set(labels)) != len(given.adapter):
-                raise ValueError(f"--label: expected a name of its own for each adapter, found {labels}")
             for label, path in zip(labels, given.adapter, strict=True):
                 found[label] = _measure_adapter(label, path, given)
         else:
-            label = (given.label or ["after"])[0]
             before, tokenizer = load_trained(find_model(given.before), None, given.dtype)
             after = AutoModelForCausalLM.from_pretrained(find_model(given.after).path, dtype=given.dtype)
             after = after.to(before.device)
-            found[label] = _measure_models(before, after, tokenizer, label, given)
+            found[labels[0]] = _measure_models(before, after, tokenizer, labels[0], given)
         print(_table(found))
         options = {key: value for key, value in vars(given).items() if value is not None}
         record = {"options": options, "environment": records.environment(), "modules": found}
@@ -104,9 +107,12 @@ def _measured(change: Change, inputs: dict[str, torch.Tensor], given: argparse.N
 def _inputs(model: Any, tokenizer: Any, names: list[str], texts: Path | None) -> dict[str, torch.Tensor]:
     if texts is None:
         return {}
-    opener: Any = gzip.open if texts.suffix == ".gz" else open
-    with opener(texts, "rt", encoding="utf-8") as lines:
-        chosen = list(islice((line.strip() for line in lines if line.strip()), 64))
+    if ".jsonl" in texts.suffixes:
+        chosen = [row["instruction"] for row in sources.read_rows(texts)[:64]]
+    else:
+        opener: Any = gzip.open if texts.suffix == ".gz" else open
+        with opener(texts, "rt", encoding="utf-8") as lines:
+            chosen = list(islice((line.strip() for line in lines if line.strip()), 64))
     if not chosen:
         raise ValueError(f"{texts}: expected a text a line, found none")
     batches = [tokenizer(t, return_tensors="pt", truncation=True, max_length=512).to(model.device) for t in chosen]
@@ -159,7 +165,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", help="base of the adapters; by default the one they name")
     parser.add_argument("--before", help="model, folder or hub name")
     parser.add_argument("--after", help="the same, fine-tuned")
-    parser.add_argument("--texts", type=Path, help="file with a text a line, .gz too; the first 64 are read")
+    parser.add_argument(
+        "--texts", type=Path, help="a text a line, or .jsonl rows of scripts/prepare_data.py; .gz too; 64 are read"
+    )
     parser.add_argument("--top", type=int, default=10, help="leading singular vectors to look for intruders among")
     parser.add_argument("--threshold", type=float, default=0.5, help="cosine below which one is an intruder")
     parser.add_argument(

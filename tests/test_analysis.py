@@ -143,6 +143,25 @@ def test_inputs_are_those_of_the_base_model_and_hooks_come_off():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("size", [1e-2, 1e-4, 3e-6])
+def test_the_rank_of_a_small_update_is_not_that_of_its_rounding(size):
+    generator = torch.Generator().manual_seed(0)
+    before = torch.randn(192, 576, generator=generator) * 0.05
+    low_rank = torch.randn(192, 5, generator=generator) @ torch.randn(5, 576, generator=generator)
+    after = before + low_rank * (size * before.norm() / low_rank.norm())
+    assert measure(Change("m", before, after))["update"]["rank"] == 5
+
+
+@pytest.mark.parametrize(("tokens", "kept"), [(8, (2, 7)), (4, (5,)), (12, (1, 5, 8)), (2, None)])
+def test_inputs_are_spread_over_all_batches_and_all_of_a_batch(tokens, kept):
+    """Not the first token of each, which has seen nothing before it, nor the first batches alone."""
+    batches = [torch.arange(10.0).reshape(1, 10, 1) + 100 * i for i in range(4)]
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1))
+    found = collect_inputs(model, ["0"], [{"input": batch} for batch in batches], tokens=tokens)["0"]
+    where = [divmod(int(row), 100) for row in found.flatten()]
+    assert where == ([(i, at) for i in range(4) for at in kept] if kept else [(1, 5), (3, 5)])
+
+
 def test_what_cannot_be_analysed_is_refused():
     model = get_peft_model(build("llama"), CONFIGS["lora"]())
     model.merge_adapter()

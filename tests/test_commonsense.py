@@ -211,10 +211,62 @@ def test_what_is_repeated_and_what_is_in_a_test_set(suite):
     assert whole.left_out["repeated"]["boolq"] == 0
     prepare.decontaminate(whole)
     taken = whole.left_out["in a test set"]
-    assert {name for name, count in taken.items() if count} == {"piqa", "ARC-Easy", "boolq"}
-    assert 5 <= sum(taken.values()) <= 8
+    assert {name: count for name, count in taken.items() if count} == {
+        "boolq": 1, "piqa": 4, "ARC-Easy": 4, "ARC-Challenge": 1, "openbookqa": 15,
+    }  # fmt: skip
     known = {row["instruction"] for rows in whole.test.values() for row in rows}
     assert not any(row["instruction"] in known for rows in whole.train.values() for row in rows)
+
+
+def test_what_a_test_row_asks_is_dropped_in_whatever_order_its_choices_are():
+    def row(question: str, *choices: str, gold: int = 0, task: str = "openbookqa") -> dict:
+        return render(TASKS[task], Example(question, choices, gold))
+
+    test = row("What is wet?", "Water", "Sand", "Fire", "Wood")
+    leaked = [
+        row("What is wet?", "Sand", "water.", "Fire", "Wood", gold=1),
+        row("What is wet", "Ice cream", "Dust", "Water", "Light", gold=2),  # the right answer alone
+        row("What is wet?", "Sand", "Water", "Fire", "Wood"),  # the same choices, another right one
+        row("What is wet?", "Water", "Sand", "Fire", "Wood", task="ARC-Easy"),
+    ]
+    other = [row("What is wet?", "Sand", "Milk", "Fire", "Wood", gold=1), row("What is dry?", "Water", "Sand")]
+    yes = row("is it so", task="boolq")
+    nothing: dict[str, list] = {name: [] for name in TASKS}
+    train = nothing | {"openbookqa": leaked[:3] + other, "ARC-Easy": leaked[3:], "boolq": [yes]}
+    suite = prepare.Suite(train, {"openbookqa": [test], "boolq": [row("Is it, so?", task="boolq")]})
+    prepare.decontaminate(suite)
+    assert suite.train == nothing | {"openbookqa": other}
+    suite = prepare.Suite({"openbookqa": [test, *leaked[:3], *other]}, {})
+    prepare.set_aside(suite, 1, seed=1)
+    [chosen] = suite.validation["openbookqa"]
+    assert chosen in [test, *leaked[:3]]  # of those that ask the same none is left to train on
+    assert suite.train["openbookqa"] == other
+
+
+GOLDEN = {
+    "boolq": "Please answer the following question with true or false, question: Q\n\nAnswer format: true/false",
+    "piqa": "Please choose the correct solution to the question: Q\n\nSolution1: a\n\nSolution2: b\n\nAnswer format: "
+    "solution1/solution2",
+    "social_i_qa": "Please choose the correct answer to the question: Q\n\nAnswer1: a Answer2: b Answer3: c\n\n"
+    "Answer format: answer1/answer2/answer3",
+    "hellaswag": "Please choose the correct ending to complete the given sentence: Q\n\nEnding1: a Ending2: b "
+    "Ending3: c Ending4: d\n\nAnswer format: ending1/ending2/ending3/ending4",
+    "winogrande": "Please choose the correct answer to fill in the blank to complete the given sentence: Q\n\n"
+    "Option1: a Option2: b Answer format: option1/option2",
+    "ARC-Easy": "Please choose the correct answer to the question: Q\n\nAnswer1: a Answer2: b Answer3: c Answer4: d "
+    "Answer5: e\n\nAnswer format: answer1/answer2/answer3/answer4/answer5",
+    "openbookqa": "Please choose the correct answer to the question: Q\n\nAnswer1: a Answer2: b Answer3: c Answer4: d"
+    "\n\nAnswer format: answer1/answer2/answer3/answer4",
+}
+GOLDEN["ARC-Challenge"] = GOLDEN["ARC-Easy"]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_templates(name):
+    task = TASKS[name]
+    row = render(task, Example("Q", tuple("abcde"[: task.most]) if task.word else (), 1))
+    assert row["instruction"] == GOLDEN[name]
+    assert row["output"] == f"the correct answer is {f'{task.word}2' if task.word else 'true'}"
 
 
 def test_rows_are_named_by_their_place_in_the_source():

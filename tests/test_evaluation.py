@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from clover_peft import CloverConfig
 from clover_peft.commonsense import PROTOCOLS, TASKS, Example, evaluation, prepare, render
 from tests.tiny import load_script, perturb
-from tests.tiny_chat import save_chat_model
+from tests.tiny_chat import CHATML, save_chat_model
 
 script = load_script("evaluate")
 NAMES = list(TASKS)
@@ -64,7 +64,7 @@ def exact(given) -> SimpleNamespace:
 
 
 def read(given, **options) -> list[dict]:
-    return evaluation.read_rows(given.data, "test", NAMES, **{"per_task": None, "seed": 0, **options})
+    return evaluation.read_questions(given.data, "test", NAMES, **{"per_task": None, "seed": 0, **options})
 
 
 # --- which questions --------------------------------------------------------------------------------
@@ -79,33 +79,33 @@ def test_questions_are_drawn_the_same_for_the_same_seed(given):
     assert drawn == [row["id"] for row in read(given, per_task=2)]
     assert drawn != [row["id"] for row in read(given, per_task=2, seed=1)]
     assert [row["id"] for row in read(given, per_task=99)] == [row["id"] for row in everything]
-    chosen = evaluation.read_rows(given.data, "validation", ["piqa"], None, 0)
+    chosen = evaluation.read_questions(given.data, "validation", ["piqa"], None, 0)
     assert [row["id"].rsplit("/", 1)[0] for row in chosen] == ["piqa/train", "piqa/train"]
-    assert len(evaluation.read_rows(given.data, "test", ["piqa", "piqa"], None, 0)) == 5
+    assert len(evaluation.read_questions(given.data, "test", ["piqa", "piqa"], None, 0)) == 5
 
 
 def test_rows_without_names_are_numbered_and_missing_files_named(given, tmp_path):
     (tmp_path / "test").mkdir()
     row = render(TASKS["piqa"], Example("q", ("a", "b"), 0))
     (tmp_path / "test" / "piqa.jsonl").write_text(json.dumps(row) + "\n")
-    assert evaluation.read_rows(tmp_path, "test", ["piqa"], None, 0)[0]["id"] == "piqa/test/0"
+    assert evaluation.read_questions(tmp_path, "test", ["piqa"], None, 0)[0]["id"] == "piqa/test/0"
     (tmp_path / "test" / "piqa.jsonl").write_text(json.dumps({**row, "id": "Mercury_7175875"}) + "\n")
-    assert evaluation.read_rows(tmp_path, "test", ["piqa"], None, 0)[0]["id"] == "piqa/test/0"
+    assert evaluation.read_questions(tmp_path, "test", ["piqa"], None, 0)[0]["id"] == "piqa/test/0"
     for wrong in ({"answer": "Solution1"}, {"answer": "answer1", "instruction": "Please choose a/b"}):
         (tmp_path / "test" / "piqa.jsonl").write_text(json.dumps({**row, **wrong}) + "\n")
         with pytest.raises(ValueError, match=r"piqa/test/0: expected a question of piqa whose answer is one of its"):
-            evaluation.read_rows(tmp_path, "test", ["piqa"], None, 0)
+            evaluation.read_questions(tmp_path, "test", ["piqa"], None, 0)
     (tmp_path / "test" / "piqa.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(ValueError, match=r"expected one of test/boolq\.jsonl.*found none"):
-        evaluation.read_rows(tmp_path, "test", NAMES, None, 0)
+        evaluation.read_questions(tmp_path, "test", NAMES, None, 0)
     with pytest.raises(ValueError, match=r"expected validation rows, found none; prepare_data.py --validation"):
-        evaluation.read_rows(tmp_path, "validation", NAMES, None, 0)
+        evaluation.read_questions(tmp_path, "validation", NAMES, None, 0)
     (tmp_path / "test" / "boolq.jsonl").touch()
     with pytest.raises(ValueError, match="expected test questions of boolq, found none; leave the task out"):
-        evaluation.read_rows(tmp_path, "test", ["piqa", "boolq"], None, 0)
+        evaluation.read_questions(tmp_path, "test", ["piqa", "boolq"], None, 0)
     (tmp_path / "validation.jsonl.gz").write_bytes(gzip.compress(json.dumps({**row, "task": "piqa"}).encode()))
     with pytest.raises(ValueError, match="expected validation questions of boolq, found none"):
-        evaluation.read_rows(tmp_path, "validation", ["boolq"], None, 0)
+        evaluation.read_questions(tmp_path, "validation", ["boolq"], None, 0)
 
 
 # --- the two modes ----------------------------------------------------------------------------------
@@ -140,13 +140,42 @@ def test_options_are_scored_by_the_formula(given, exact, name):
     assert {len(p["log_probabilities"]) for p in found} == {2, 3, 4, 5}
 
 
-def test_a_model_that_keeps_all_logits_scores_the_same(given, exact, monkeypatch):
+class KeepsAllLogits(torch.nn.Module):
+    def __init__(self, model) -> None:
+        super().__init__()
+        self.model, self.device = model, model.device
+
+    def forward(self, input_ids, attention_mask):
+        return self.model(input_ids=input_ids, attention_mask=attention_mask)
+
+
+def test_a_model_that_keeps_all_logits_scores_the_same(given, exact):
     rows = read(given)
     found = evaluation.scorer(exact.model, exact.tokenizer, None)(rows)
-    monkeypatch.setattr(evaluation.inspect, "signature", lambda f: SimpleNamespace(parameters={}))
-    plain = evaluation.scorer(exact.model, exact.tokenizer, None)(rows)
+    plain = evaluation.scorer(KeepsAllLogits(exact.model), exact.tokenizer, None)(rows)
     for a, b in zip(found, plain, strict=True):
         assert a["log_probabilities"] == pytest.approx(b["log_probabilities"], abs=1e-9)
+
+
+def test_chat_answers_are_scored_as_they_are_trained(given, exact):
+    """Templates of models that think put an empty thought before an answer, which the prompt does not end with."""
+    tokenizer = copy.deepcopy(given.tokenizer)
+    tokenizer.chat_template = CHATML.replace(
+        "message['content']", "('<t></t>' if message['role'] == 'assistant' else '') + message['content']"
+    )
+    row = read(given, per_task=1)[0]
+    messages = [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]}]
+    trained = tokenizer.apply_chat_template(messages, tokenize=False).removesuffix("<|im_end|>\n")
+    assert trained.endswith(f"<|im_start|>assistant\n<t></t>the correct answer is {row['answer']}")
+    [other] = {"true", "false"} - {row["answer"]}
+    texts = (trained, trained.removesuffix(row["answer"]) + other)
+    ids, others = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
+    start = next(i for i, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b)
+    with torch.no_grad():
+        logits = exact.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    plain = sum(float(logits[i - 1, ids[i]]) for i in range(start, len(ids)))
+    [prediction] = evaluation.scorer(exact.model, tokenizer, None)([row])
+    assert prediction["log_probabilities"][row["answer"]] == pytest.approx(plain, abs=1e-9)
 
 
 def test_a_model_without_finite_probabilities_answers_nothing(given):
@@ -333,7 +362,7 @@ def test_the_script_in_both_modes(given, tmp_path, capsys):
     assert script.main([*common, "--merge", "--out", str(tmp_path / "new")]) == 1
     assert "--merge: expected --adapter, found none to merge" in capsys.readouterr().err
     assert script.main([*common, "--harness", "mmlu", "--out", str(tmp_path / "new")]) == 1
-    assert "--harness: expected no --data beside it" in capsys.readouterr().err
+    assert "--data: expected none with --harness" in capsys.readouterr().err
 
 
 def test_the_prompt_is_that_of_training(given, tmp_path, capsys):
@@ -421,7 +450,7 @@ def test_vllm_generates_where_it_is_installed(given, tmp_path, monkeypatch, beam
     assert {name: task["correct"] for name, task in found["tasks"].items()} == {
         name: 3 if name == "boolq" else 2 for name in TASKS
     }
-    assert script.main([*options, "--mode", "score", "--out", str(tmp_path / "no")]) == 1
+    assert script.main([*options[:-2], "--mode", "score", "--out", str(tmp_path / "no")]) == 1
     assert "pass its folder as --model" in capsys.readouterr().err
 
 

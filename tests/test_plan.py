@@ -44,9 +44,12 @@ def test_llama_2_70b_is_planned_without_weights(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "t5", "phi3", "deepseek_v2"])
-@pytest.mark.parametrize("choices", [{}, {"r": 4, "s_matrix": "diagonal"}])
+@pytest.mark.parametrize("choices", [{}, {"r": 4, "s_matrix": "diagonal"}, {"bias": "all"}, {"modules_to_save": True}])
 def test_the_plan_is_what_is_saved(family, choices, tmp_path):
     model = build(family)
+    if "modules_to_save" in choices:
+        head = model.get_output_embeddings()
+        choices = {"modules_to_save": [next(name for name, module in model.named_modules() if module is head)]}
     plan = script.plan(model.config, CloverConfig(**choices))
     assert plan["parameters"]["base"] == sum(p.numel() for p in model.parameters())
     for save_bases, planned in plan["adapter_file"].items():

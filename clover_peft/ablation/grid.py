@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from clover_peft.commonsense import prepare
-from clover_peft.training.arguments import apply_override, load_yaml, parse
+from clover_peft.settings_text import apply_override, load_yaml
+from clover_peft.training.arguments import parse
 
 BASE = "base"  # the model that is not fine-tuned
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -25,6 +26,8 @@ _SAID_ELSEWHERE = {
     "method": "set methods",
     "questions": "set evaluation.rows",
     "output_dir": "set --out",
+    "resume": "runs of a grid always go on",
+    "peft.learning_rate": "set the learning rates of its method",
 }
 
 
@@ -100,7 +103,7 @@ def read_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
     """Reads and checks a grid's file.
 
     Args:
-        path: a YAML file; what its `base` names is looked for one folder up, then in `configs/` of the repository.
+        path: a YAML file; its `base` is looked for beside it, one folder up, and in `configs/` of the repository.
         overrides: `key=value`, with dots into blocks.
 
     Raises:
@@ -136,7 +139,7 @@ def read_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
     _expect(data.validation > 0, "data.validation", "a number of rows a task to choose rates on", data.validation)
     blocks = {"settings": values["settings"] or {}, **{f"methods.{m.name}": m.settings for m in methods}}
     for name, block in blocks.items():
-        for key in block.keys() & _SAID_ELSEWHERE.keys():
+        for key in _paths(block) & _SAID_ELSEWHERE.keys():
             raise ValueError(f"{name}.{key}: not a setting of a grid, {_SAID_ELSEWHERE[key]}")
     grid = Grid(
         base=[_find_base(path, name) for name in base],
@@ -186,10 +189,11 @@ def count_steps(grid: Grid) -> int:
 
 
 def _find_base(path: Path, name: str) -> Path:
-    for folder in (path.resolve().parents[1], CONFIGS):
+    folders = (*path.resolve().parents[:2], CONFIGS)
+    for folder in folders:
         if (folder / name).is_file():
             return folder / name
-    raise ValueError(f"{path}: base: expected a file in {path.resolve().parents[1]} or {CONFIGS}, found no {name}")
+    raise ValueError(f"{path}: base: expected a file in {', '.join(map(str, folders))}, found no {name}")
 
 
 def _method(name: str, given: Any) -> Method:
@@ -217,6 +221,14 @@ def _evaluation(given: Any) -> Evaluation:
     )
     _expect(isinstance(found.test, bool), "evaluation.test", "true or false", found.test)
     return found
+
+
+def _paths(block: dict[str, Any], prefix: str = "") -> set[str]:
+    """The keys of a block and of those in it, with dots."""
+    paths = set()
+    for key, value in block.items():
+        paths |= {f"{prefix}{key}"} | (_paths(value, f"{prefix}{key}.") if isinstance(value, dict) else set())
+    return paths
 
 
 def _expect(good: bool, key: str, expected: str, found: Any) -> None:

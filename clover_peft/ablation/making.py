@@ -20,7 +20,7 @@ from clover_peft.commonsense import TASKS, evaluation, prepare
 from clover_peft.commonsense.protocols import find_protocol
 from clover_peft.downloads import build_once
 from clover_peft.training.arguments import parse
-from clover_peft.training.models import ModelSource, find_model, load_tokenizer, load_trained
+from clover_peft.training.models import ModelSource, find_model, load_tokenizer, load_trained, weights_digest
 
 from .grid import BASE, Grid, Trial, settings_of, trials_of
 from .table import Record, choose, load
@@ -71,7 +71,7 @@ def check_records(grid: Grid, results: Path) -> None:
             _same(validation, {**_asked(grid), "rows": validation.get("rows")}, file, "evaluation.")
         if name in known and (settings := record.get("run", {}).get("settings")):
             now = parse(grid.base, settings_of(grid, *known[name], Path("runs"))).values
-            _same(_shared(settings), _shared(now), file)
+            _same(_comparable(settings), _comparable(now), file)
         if "test" in record and record["trial"]:
             _check_choice(grid, found, record, file)
 
@@ -142,7 +142,7 @@ def make(grid: Grid, step: str, out: Path, results: Path) -> Path:
     known = trials_of(grid)
     if name not in known and step != f"{BASE}.test":
         raise ValueError(f"{step}: expected a run of the grid, <method>-lr<rate>-seed<seed>, or its .test")
-    with _alone(out / "runs" / f"{step}.lock"):
+    with _alone(results / f".{step}.lock"):
         if (made := results / f"{step}.json").is_file():  # by a process that has ended since
             return made
         if step not in (ready := ready_steps(grid, results)):
@@ -156,11 +156,17 @@ def _make(grid: Grid, name: str, test: bool, out: Path, results: Path) -> Path:
     data = make_data(grid, out / "data")
     method, trial = trials_of(grid).get(name) or next(iter(trials_of(grid).values()))
     given = settings_of(grid, method, trial, out)
-    source = find_model(parse(grid.base, given).job.model)
+    settings = parse(grid.base, given)
+    source = find_model(settings.job.model)
     record: Record = {
         "trial": None if name == BASE else vars(trial),
         "environment": records.environment(),
-        "model": {"name": source.name, "origin": source.origin},
+        "model": {
+            "name": source.name,
+            "origin": source.origin,
+            "revision": (settings.sft.model_init_kwargs or {}).get("revision"),
+            "weights_sha256": weights_digest(source.path),
+        },
         "data": {key: data.get(key) for key in ("options", "source", "files")},
     }
     _check_origin(record, results)
@@ -173,7 +179,6 @@ def _make(grid: Grid, name: str, test: bool, out: Path, results: Path) -> Path:
         if test:
             record["chosen_from"] = [Trial(method.name, rate, grid.seeds[0]).name for rate in method.learning_rates]
     split = "test" if test else "validation"
-    settings = parse(grid.base, given)  # anew: training changes them
     record[split] = _evaluate(grid, settings, source, folder, split, out)
     return records.write(results / f"{name}{'.test' * test}.json", record)
 
@@ -191,7 +196,7 @@ def _train(grid: Grid, given: list[str], folder: Path) -> Record:
     if not (folder / "adapter").is_dir() and not (folder / "model").is_dir():
         raise ValueError(f"{folder}: expected an adapter or a model, found the record alone; delete the folder")
     if "settings" in trained:
-        _same(_shared(trained["settings"]), _shared(parse(grid.base, given).values), file)
+        _same(_comparable(trained["settings"]), _comparable(parse(grid.base, given).values), file)
     return trained
 
 
@@ -199,7 +204,9 @@ def _check_origin(record: Record, results: Path) -> None:
     """Refuses to add a record of other weights or other rows to those that are there."""
     for name, other in load(results).items():
         file = results / f"{name}.json"
-        if model := other.get("model") or other.get("run", {}).get("model"):
+        if model := other.get("model"):
+            _same(model, {key: record["model"].get(key) for key in model}, file, "model.")  # older ones say less
+        elif model := other.get("run", {}).get("model"):
             _same({"origin": model["origin"]}, {"origin": record["model"]["origin"]}, file, "model.")
         if data := other.get("data"):
             _same(data["files"], record["data"]["files"], file, "data.")
@@ -228,7 +235,7 @@ def _evaluate(grid: Grid, settings: Any, source: ModelSource, folder: Path, spli
             beams, tokens = (protocol.beams, protocol.new_tokens) if protocol else (1, 32)
             predict = evaluation.generator(model, tokenizer, protocol, beams, tokens)
     rows = grid.evaluation.rows if split == "test" else None
-    questions = evaluation.read_rows(out / "data", split, grid.data.tasks or list(TASKS), rows, seed=0)
+    questions = evaluation.read_questions(out / "data", split, grid.data.tasks or list(TASKS), rows, seed=0)
     determined = {"origin": source.origin, "prompt": settings.job.prompt, "weights_sha256": _digest(folder)}
     predictions = evaluation.evaluate(
         questions, predict, grid.evaluation.batch_size, folder / split, {**asked, **init_kwargs, **determined}
@@ -261,15 +268,17 @@ def _alone(lock: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ValueError(
-                f"{lock.stem}: expected no other process to make it, found one; wait for it, or kill it"
+                f"{lock.stem[1:]}: expected no other process to make it, found one; wait for it, or kill it"
             ) from error
-        yield
+        try:
+            yield
+        finally:
+            lock.unlink()
 
 
 def _digest(folder: Path) -> str | None:
     """sha256 of the weights that a run saved; None where it saved none."""
-    files = sorted(path for kind in ("adapter", "model") for path in folder.glob(f"{kind}/*.safetensors"))
-    return records.digest(files) if files else None
+    return weights_digest(folder / "adapter") or weights_digest(folder / "model")
 
 
 def _is_finite(adapter: Path) -> bool:
@@ -280,7 +289,7 @@ def _is_finite(adapter: Path) -> bool:
         raise ValueError(f"{file}: expected an adapter's weights, found none that can be read ({error})") from error
 
 
-def _shared(settings: Record) -> Record:
+def _comparable(settings: Record) -> Record:
     """A run's settings, less where it lies and what is done with it."""
     local = ("data", "output_dir", "resume", "merge")
     return {key: value for key, value in settings.items() if key not in local}

@@ -14,7 +14,7 @@ from clover_peft.analysis.pictures import canvas
 from clover_peft.commonsense import TASKS
 
 from .grid import BASE
-from .table import Record, TableRow, difference, read_rows, trials
+from .table import Record, TableRow, difference, made_with, table_rows, trials
 
 _REFERENCE = "clover"  # what the others are compared with, where it is in the table
 _TOOK = ["method", "rate", "validation at each rate", "seeds", "unparsed"]
@@ -33,7 +33,7 @@ _SHORT = {
 
 def markdown(found: dict[str, Record]) -> str:
     """The table in the paper's layout, what each method took, differences to CLOVER, and where numbers are from."""
-    rows = read_rows(found)
+    rows = table_rows(found)
     if not rows:
         return _trials(found)
     tasks = [name for name in TASKS if name in rows[0].tasks]
@@ -41,7 +41,7 @@ def markdown(found: dict[str, Record]) -> str:
     trained = [row for row in order if row.method != BASE]
     sections = [
         _table(
-            ["method", "params", *(_SHORT[name] for name in tasks), "avg ± sd", "95 %"],
+            ["method", "params", *(_SHORT[name] for name in tasks), "avg ± sd", "95 %", "loss"],
             [
                 [
                     row.method,
@@ -49,6 +49,7 @@ def markdown(found: dict[str, Record]) -> str:
                     *(f"{row.tasks[name]:.1%}".rstrip("%") for name in tasks),
                     f"{100 * row.average:.2f}" + (f" ± {100 * row.sd:.2f}" if row.sd is not None else ""),
                     "{:.1f} to {:.1f}".format(*(100 * bound for bound in row.interval)),
+                    "-" if row.loss is None else f"{row.loss:.3f}",
                 ]
                 for row in order
             ],
@@ -71,13 +72,14 @@ def markdown(found: dict[str, Record]) -> str:
                 for row in trained
             ],
         ),
-        "Losses are in nats. (edge): the best of the rates tried was the lowest or the highest of them. Seconds "
-        "compare where one run at a time had the machine; peak: of the GPU where there is one, else of the process.",
+        "Losses are in nats, of the right option among its question's. (edge): the best of the rates tried was the "
+        "lowest or the highest of them. Seconds compare where one run at a time had the machine; peak: of the GPU "
+        "where there is one, else of the process.",
     ]
     if len(trained) > 1:
         reference = next((row for row in trained if row.method == _REFERENCE), trained[0])
         sections.append("\n".join(_versus(reference, other) for other in trained if other is not reference))
-    sections.append(_made(rows))
+    sections.append(_made([row.made for row in rows]))
     records = (f"- {row.method}: {', '.join(f'`{name}.json`' for name in row.records)}" for row in order)
     sections.append("\n".join(["Records:", "", *records]))
     return "\n\n".join(sections)
@@ -95,17 +97,19 @@ def as_csv(found: dict[str, Record]) -> str:
             "sd": row.sd,
             "low": row.interval[0],
             "high": row.interval[1],
+            "loss": row.loss,
             "init_seconds": row.init_seconds,
             "train_seconds": row.train_seconds,
             "peak_memory_bytes": row.peak_memory_bytes,
             "adapter_bytes": row.adapter_bytes,
             "train_rows": row.train_rows,
+            "steps": row.steps,
             "questions": row.questions,
             "unparsed": row.unparsed,
             "seeds": " ".join(map(str, row.seeds)),
             "records": " ".join(row.records),
         }
-        for row in read_rows(found)
+        for row in table_rows(found)
     ] or trials(found)
     text = io.StringIO()
     if rows:
@@ -123,7 +127,7 @@ def plots(found: dict[str, Record], folder: Path) -> list[Path]:
         ValueError: if matplotlib is not installed.
     """
     pyplot, save, made = canvas(folder)
-    rows = read_rows(found)
+    rows = table_rows(found)
     trained = [row for row in rows if row.method != BASE]
 
     figure, axes = pyplot.subplots()
@@ -171,19 +175,20 @@ def plots(found: dict[str, Record], folder: Path) -> list[Path]:
 def _scale(rows: Sequence[TableRow]) -> str:
     """How much was trained on and asked, in words, so that nobody takes a small grid for a large one."""
     trained = sorted({row.train_rows for row in rows if row.train_rows})
+    steps = sorted({row.steps for row in rows if row.steps})
     asked = sorted({row.questions for row in rows})
     seeds = sorted({len(row.seeds) for row in rows if row.seeds})
     guessing = [TASKS[name].guessing for name in rows[0].tasks]
     return (
-        f"Trained on {_numbers(trained)} rows, {_numbers(seeds)} seed(s); {_numbers(asked)} test questions, of which "
-        f"guessing answers {statistics.mean(guessing):.1%} (loss {-statistics.mean(map(math.log, guessing)):.3f}). "
-        "sd: of the seeds' averages; 95 %: of the questions."
+        f"Trained on {_numbers(trained)} rows in {_numbers(steps)} steps, {_numbers(seeds)} seed(s); "
+        f"{_numbers(asked)} test questions, of which guessing answers {statistics.mean(guessing):.1%} (loss "
+        f"{-statistics.mean(map(math.log, guessing)):.3f}). sd: of the seeds' averages; 95 %: of the questions."
     )
 
 
-def _made(rows: Sequence[TableRow]) -> str:
-    """Where the numbers come from; more than one line of a kind means that they are not all comparable."""
-    found = {what: sorted(set().union(*(row.made[what] for row in rows))) for what in rows[0].made}
+def _made(parts: Sequence[dict[str, set[str]]]) -> str:
+    """Where the numbers come from; more than one of a kind means that they are not all comparable."""
+    found = {what: sorted(set().union(*(part[what] for part in parts))) for what in parts[0]}
     return "\n".join(["Made with:", "", *(f"- {what}: {'; '.join(texts)}" for what, texts in found.items() if texts)])
 
 
@@ -204,7 +209,7 @@ def _trials(found: dict[str, Record]) -> str:
     """What a search found on the validation questions, every trial of it."""
     rows = trials(found)
     table = _table(
-        ["method", "params", "rate", "validation loss", "accuracy", "rows", "train s", "record"],
+        ["method", "params", "rate", "validation loss", "validation accuracy", "training rows", "train s", "record"],
         [
             [
                 row["method"],
@@ -220,7 +225,7 @@ def _trials(found: dict[str, Record]) -> str:
         ],
     )
     note = "No method has met the test questions."
-    return f"{note}\n\n{table}" if rows else note
+    return f"{note}\n\n{table}\n\n{_made([made_with(list(found.values()))])}" if rows else note
 
 
 def _validation(accuracy: float, loss: float | None) -> str:

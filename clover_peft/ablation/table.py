@@ -27,11 +27,13 @@ class TableRow:
         parameters: trainable ones.
         tasks: name -> mean accuracy.
         averages: a seed each, unweighted over the tasks.
+        loss: mean over tasks and seeds, in nats, of the right option among its question's; None where none has any.
         interval: 95 % of the mean, from the questions; the seeds answer the same ones.
         right: of each seed, task -> a character a question, "1" where it was right; empty where a record lacks it.
         candidates: learning rate -> (accuracy, loss or None) on the validation questions, from which it was chosen.
         init_seconds, train_seconds, peak_memory_bytes, adapter_bytes: means; None where there are none.
-        train_rows: rows it was trained on.
+        train_rows: rows that it was trained on some of.
+        steps: of the optimiser.
         questions: how many were asked.
         asked: digests of the questions, one where all seeds answered the same.
         unparsed: answers of all seeds that could not be parsed.
@@ -46,6 +48,7 @@ class TableRow:
     parameters: int
     tasks: dict[str, float]
     averages: list[float]
+    loss: float | None
     interval: list[float]
     right: list[dict[str, str]]
     candidates: dict[float, tuple[float, float | None]]
@@ -54,6 +57,7 @@ class TableRow:
     peak_memory_bytes: float | None
     adapter_bytes: float | None
     train_rows: int
+    steps: int
     questions: int
     asked: set[str]
     unparsed: int
@@ -109,13 +113,13 @@ def choose(candidates: Sequence[Record]) -> Record:
     one with the lower rate. One without a loss among others diverged."""
 
     def rank(record: Record) -> tuple[float, float, float]:
-        loss, rate = _loss(record), record["trial"]["learning_rate"]
+        loss, rate = _loss(record["validation"]), record["trial"]["learning_rate"]
         return (loss, 0.0, rate) if loss is not None else (math.inf, -record["validation"]["mean"], rate)
 
     return min(candidates, key=rank)
 
 
-def read_rows(found: dict[str, Record]) -> list[TableRow]:
+def table_rows(found: dict[str, Record]) -> list[TableRow]:
     """A row for every method that has a test record.
 
     Raises:
@@ -152,10 +156,11 @@ def _row(method: str, rate: float | None, names: list[str], found: dict[str, Rec
             for task in results[0]["tasks"]
         },
         averages=[result["mean"] for result in results],
+        loss=_mean([loss for result in results if (loss := _loss(result)) is not None]),
         interval=[statistics.mean(result["interval"][side] for result in results) for side in (0, 1)],
         right=[{name: task["right"] for name, task in r["tasks"].items() if "right" in task} for r in results],
         candidates={
-            record["trial"]["learning_rate"]: (record["validation"]["mean"], _loss(record))
+            record["trial"]["learning_rate"]: (record["validation"]["mean"], _loss(record["validation"]))
             for record in sorted(tried, key=lambda record: record["trial"]["learning_rate"])
         },
         init_seconds=_mean([run["seconds"]["init"] for run in runs]),
@@ -163,11 +168,12 @@ def _row(method: str, rate: float | None, names: list[str], found: dict[str, Rec
         peak_memory_bytes=_mean([run.get("peak_gpu_bytes") or run["peak_memory_bytes"] for run in runs]),
         adapter_bytes=_mean([run["adapter_bytes"] for run in runs if run["adapter_bytes"]]),
         train_rows=runs[0]["data"]["train_rows"] if runs else 0,
+        steps=runs[0]["steps"] if runs else 0,
         questions=sum(task["questions"] for task in results[0]["tasks"].values()),
         asked={result["questions"] for result in results if "questions" in result},
         unparsed=sum(task["unparsed"] for result in results for task in result["tasks"].values()),
         losses=[[(entry["step"], float(entry["loss"])) for entry in run["loss"]["log"]] for run in runs],
-        made=_made(everything),
+        made=made_with(everything),
         records=[name for n in names for name in (n, f"{n}.test") if name in found],
     )
 
@@ -177,7 +183,7 @@ def _run_of(name: str, found: dict[str, Record]) -> Record:
     return found[f"{name}.test"].get("run") or found.get(name, {}).get("run") or {}
 
 
-def _made(found: Sequence[Record]) -> dict[str, set[str]]:
+def made_with(found: Sequence[Record]) -> dict[str, set[str]]:
     """What -> where the numbers of some records come from, as far as they say."""
     made: dict[str, set[str]] = {"base": set(), "data": set(), "machine": set(), "revision": set()}
     for record in found:
@@ -201,7 +207,7 @@ def trials(found: dict[str, Record]) -> list[Record]:
             "name": name,
             **{key: record["trial"][key] for key in ("method", "learning_rate")},
             "accuracy": record["validation"]["mean"],
-            "loss": _loss(record),
+            "loss": _loss(record["validation"]),
             "parameters": record["run"]["parameters"]["trainable"],
             "train_rows": record["run"]["data"]["train_rows"],
             "train_seconds": record["run"]["seconds"]["train"],
@@ -238,9 +244,9 @@ def _error_of_questions(one: TableRow, other: TableRow) -> float | None:
     return math.sqrt(sum(variances)) / len(variances)
 
 
-def _loss(record: Record) -> float | None:
-    """Of the validation questions, if it is a number; a record has text for NaN."""
-    loss = record["validation"].get("loss")
+def _loss(result: Record) -> float | None:
+    """Of the questions, if it is a number; a record has text for NaN."""
+    loss = result.get("loss")
     return loss if isinstance(loss, (int, float)) and math.isfinite(loss) else None
 
 

@@ -100,21 +100,22 @@ def collect_inputs(
         model: a `PeftModel`, or a plain model.
         names: modules, as in `Change.name`.
         batches: inputs of the model; without padding, whose tokens would count.
-        tokens: how many rows to keep of each module, evenly out of all batches.
+        tokens: how many rows to keep of each module, evenly out of all batches and all of a batch.
 
     Returns:
         name -> (rows, in features), float32, on the CPU; at most `tokens` rows.
     """
     batches = list(batches)
     inner = model.base_model.model if hasattr(model, "peft_config") else model
-    share = max(1, tokens // max(1, len(batches)))
+    wanted = 0  # of the batch that runs
     kept: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             rows = inputs[0].detach().flatten(0, -2)
-            chosen = torch.linspace(0, len(rows) - 1, min(share, len(rows)), device=rows.device).long()
-            kept[name].append(rows[chosen].float().cpu())
+            if count := min(wanted, len(rows)):
+                chosen = (torch.arange(count, device=rows.device) + 0.5) * (len(rows) / count)
+                kept[name].append(rows[chosen.long()].float().cpu())
 
         return hook
 
@@ -123,7 +124,8 @@ def collect_inputs(
     model.eval()
     try:
         with torch.no_grad():
-            for batch in batches:
+            for i, batch in enumerate(batches):
+                wanted = tokens * (i + 1) // len(batches) - tokens * i // len(batches)
                 if hasattr(model, "peft_config"):
                     with model.disable_adapter():
                         model(**batch)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .changes import Change
 
 SHOWN = 128  # singular values kept of a spectrum, evenly spaced
-ZERO = 1e-4  # of the largest singular value: below are the rounding errors of a merge in float32
+ZERO = 1e-4  # of the largest singular value: smaller ones count as zero
 
 
 def measure(change: Change, inputs: Tensor | None = None, top: int = 10, threshold: float = 0.5) -> dict[str, Any]:
@@ -37,7 +37,9 @@ def measure(change: Change, inputs: Tensor | None = None, top: int = 10, thresho
     update = change.after - change.before
     _, values, vt = torch.linalg.svd(update, full_matrices=False)
     before, after = (torch.linalg.svd(w, full_matrices=False) for w in (change.before, change.after))
-    rank = int((values > ZERO * values[0]).sum()) if values[0] > 0 else 0
+    # The merged weight is rounded: noise of at most half a unit in the last place, whose norm is about that.
+    noise = torch.finfo(update.dtype).eps / 2 * change.after.square().mean().sqrt() * sum(s**0.5 for s in update.shape)
+    rank = int((values > max(ZERO * values[0], noise)).sum())
     similarities, matrix = _similarities(before, after, top)
     result: dict[str, Any] = {
         "name": change.name,

@@ -8,6 +8,7 @@ import json
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import takewhile
 from pathlib import Path
@@ -29,7 +30,7 @@ Predict = Callable[[list[Row]], list[Prediction]]
 _NORMAL = 1.959964  # two-sided 95 %
 
 
-def read_rows(folder: Path, split: str, tasks: list[str], per_task: int | None, seed: int) -> list[Row]:
+def read_questions(folder: Path, split: str, tasks: list[str], per_task: int | None, seed: int) -> list[Row]:
     """Reads the rows to be asked, each with `task` and `id`.
 
     Args:
@@ -97,7 +98,7 @@ def scorer(model: Any, tokenizer: Any, protocol: Protocol | None) -> Predict:
 
     def predict(rows: list[Row]) -> list[Prediction]:
         encoded = [_encode_options(row, tokenizer, protocol) for row in rows]
-        starts = [_shared(list(choices.values())) - 1 for choices in encoded]
+        starts = [_common_start(list(choices.values())) - 1 for choices in encoded]
         first: dict[tuple[int, ...], int] = {}  # sequence -> the position from which its options are predicted
         for choices, start in zip(encoded, starts, strict=True):
             for ids in choices.values():
@@ -202,7 +203,7 @@ def evaluate(
     An evaluation that was cut off goes on where it was, in the same batches.
 
     Args:
-        rows: from `read_rows`.
+        rows: from `read_questions`.
         predict: from `scorer` or `generator`.
         batch_size: rows at a time.
         out: folder; holds nothing, or the same evaluation unfinished.
@@ -245,10 +246,10 @@ def summarise(predictions: list[Prediction]) -> dict[str, Any]:
     """Accuracies with 95 % intervals, as shares of 1.
 
     Returns:
-        `tasks` (name -> `questions`, `correct`, `unparsed`, `accuracy`, `interval` by Wilson's formula, and `right`,
-        "1" or "0" for every question in the order of their numbers), and over the tasks that were asked the unweighted
-        `mean` with its `interval` (from the tasks' own, by the method of variance estimates recovery: Zou and Donner,
-        2008).
+        `tasks` (name -> `questions`, `correct`, `unparsed`, `accuracy`, `interval` by Wilson's formula, `chosen`,
+        answer -> how often it was given, and `right`, "1" or "0" for every question in the order of their numbers),
+        and over the tasks that were asked the unweighted `mean` with its `interval` (from the tasks' own, by the
+        method of variance estimates recovery: Zou and Donner, 2008).
         Where options were scored also `loss`, of each task and their mean: the negative log-probability of the right
         option among its question's, in nats, which tells models apart with far fewer questions than accuracy.
     """
@@ -265,6 +266,7 @@ def summarise(predictions: list[Prediction]) -> dict[str, Any]:
                 "unparsed": sum(prediction["predicted"] is None for prediction in part),
                 "accuracy": correct / len(part),
                 "interval": wilson(correct, len(part)),
+                "chosen": dict(sorted(Counter(prediction["predicted"] or "" for prediction in part).items())),
                 "right": "".join(str(int(is_right)) for is_right in right),
             }
             if all("log_probabilities" in prediction for prediction in part):
@@ -295,25 +297,37 @@ def wilson(correct: int, questions: int) -> list[float]:
 
 def show(summary: dict[str, Any]) -> str:
     """A summary as a Markdown table, in per cent."""
-    lines = ["| task | questions | accuracy | 95 % | unparsed |", "| --- | ---: | ---: | --- | ---: |"]
+    lines = ["| task | questions | accuracy | 95 % | unparsed | loss |", "| --- | ---: | ---: | --- | ---: | ---: |"]
     for name, task in summary["tasks"].items():
         low, high = task["interval"]
-        figures = f"{task['accuracy']:.1%} | {low:.1%} to {high:.1%} | {task['unparsed']}"
+        figures = f"{task['accuracy']:.1%} | {low:.1%} to {high:.1%} | {task['unparsed']} | {_shown(task)}"
         lines.append(f"| {name} | {task['questions']:,} | {figures} |")
     low, high = summary["interval"]
-    lines.append(f"| mean | | {summary['mean']:.1%} | {low:.1%} to {high:.1%} | |")
+    lines.append(f"| mean | | {summary['mean']:.1%} | {low:.1%} to {high:.1%} | | {_shown(summary)} |")
     return "\n".join(lines)
+
+
+def _shown(scored: dict[str, Any]) -> str:
+    return f"{scored['loss']:.4f}" if "loss" in scored else "-"
 
 
 def _encode_options(row: Row, tokenizer: Any, protocol: Protocol | None) -> dict[str, list[int]]:
     """Option -> token ids of the prompt and the answer."""
-    prompt = ask(row, protocol, tokenizer) + ("" if protocol is None else protocol.before_answer)
-    texts = {word: f"{prompt}the correct answer is {word}" for word in options(row)}
+    texts = {word: _answered(row, f"the correct answer is {word}", protocol, tokenizer) for word in options(row)}
     encoded = tokenizer(list(texts.values()), add_special_tokens=protocol is not None)["input_ids"]
     return dict(zip(texts, encoded, strict=True))
 
 
-def _shared(sequences: list[list[int]]) -> int:
+def _answered(row: Row, answer: str, protocol: Protocol | None, tokenizer: Any) -> str:
+    """A row's prompt and an answer, as in training: a template may put more between them than `ask` ends with."""
+    if protocol is not None:
+        return ask(row, protocol, tokenizer) + protocol.before_answer + answer
+    messages = [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": answer}]
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    return text[: text.rindex(answer) + len(answer)]
+
+
+def _common_start(sequences: list[list[int]]) -> int:
     """How many tokens all sequences start with, leaving each at least one of its own."""
     same = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*sequences, strict=False)))
     return min(same, min(map(len, sequences)) - 1)

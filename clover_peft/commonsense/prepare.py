@@ -14,7 +14,7 @@ from typing import Any
 
 from . import sources
 from .sources import Row
-from .tasks import TASKS
+from .tasks import TASKS, Task
 
 RECORD = "data.json"
 
@@ -138,16 +138,16 @@ def deduplicate(suite: Suite) -> None:
 
 
 def decontaminate(suite: Suite) -> None:
-    """Drop training rows that ask what a test row asks; case and punctuation do not count."""
-    known = {_bare(row["instruction"]) for rows in suite.test.values() for row in rows}
-    suite.keep(
-        "in a test set",
-        {name: [row for row in rows if _bare(row["instruction"]) not in known] for name, rows in suite.train.items()},
-    )
+    """Drop training rows that ask what a test row asks: the same question, with the same choices or right answer.
+
+    The order of the choices, case and punctuation do not count.
+    """
+    suite.keep("in a test set", _without(suite.train, suite.test))
 
 
 def set_aside(suite: Suite, per_task: int, seed: int) -> None:
-    """Draw a validation set from the training rows of every task; no row that asks the same is trained on.
+    """Draw a validation set from the training rows of every task; no row that asks the same (see
+    `decontaminate`) is trained on.
 
     Raises:
         ValueError: if a task has too few rows.
@@ -158,11 +158,7 @@ def set_aside(suite: Suite, per_task: int, seed: int) -> None:
             raise ValueError(f"validation={per_task}: expected fewer than the {len(unique)} questions of {name}")
         chosen = random.Random(f"{seed} validation {name}").sample(unique, per_task if rows else 0)
         suite.validation[name] = chosen
-    asked = {row["instruction"] for rows in suite.validation.values() for row in rows}
-    suite.keep(
-        "set aside",
-        {name: [row for row in rows if row["instruction"] not in asked] for name, rows in suite.train.items()},
-    )
+    suite.keep("set aside", _without(suite.train, suite.validation))
 
 
 def draw(suite: Suite, per_task: int, seed: int) -> None:
@@ -199,7 +195,7 @@ def write(suite: Suite, folder: Path, options: dict[str, Any]) -> dict[str, Any]
         options: what was asked for, for the record.
 
     Returns:
-        The record: options, what was left out, and rows and sha256 of every file.
+        The record: options, what was left out, and rows of every file and the sha256 of its text, uncompressed.
 
     Raises:
         ValueError: if the folder has files in it.
@@ -234,6 +230,22 @@ def _is_new(key: str, seen: set[str]) -> bool:
     new = key not in seen
     seen.add(key)
     return new
+
+
+def _without(rows: dict[str, list[Row]], others: dict[str, list[Row]]) -> dict[str, list[Row]]:
+    """The rows that ask nothing that one of the others asks, of whatever task."""
+    known = {key for name, part in others.items() for row in part for key in _asked(TASKS[name], row)}
+    return {name: [row for row in part if known.isdisjoint(_asked(TASKS[name], row))] for name, part in rows.items()}
+
+
+def _asked(task: Task, row: Row) -> set[tuple[Any, ...]]:
+    """What a row asks, twice: the question with its choices, and with its right answer."""
+    body = row["instruction"].removeprefix(task.ask).rpartition("Answer format: ")[0]
+    if not task.word:
+        return {(_bare(body),)}
+    question, *choices = map(_bare, re.split(rf"{task.word.capitalize()}\d: ", body))
+    right = [choice for word, choice in zip(task.answers, choices, strict=False) if word == row["answer"]]
+    return {(question, frozenset(choices)), (question, *right)}
 
 
 def _bare(text: str) -> str:

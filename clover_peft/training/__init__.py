@@ -1,6 +1,6 @@
 """Supervised fine-tuning with TRL: one job, any peft method, a record of every run.
 
-Needs the `train` extra (`pip install "clover-peft[train]"`); the rest of the package never imports this.
+Needs the `train` extra (`pip install "clover-peft[train]"`); only `clover_peft.ablation` imports this.
 """
 
 from importlib.util import find_spec

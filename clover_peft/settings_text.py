@@ -1,0 +1,59 @@
+"""Settings as people write them: YAML, and `key=value` on top of it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Sets one value, in place; blocks on the way are copied first, or made.
+
+    Args:
+        values: settings, blocks in blocks.
+        override: `key=value`, the value in YAML (see `load_yaml`); dots reach into blocks, leading dashes are cut.
+
+    Raises:
+        ValueError: it has another form, or there is a plain value where a block is expected.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"{override}: expected key=value, as in max_steps=100 or peft.r=8")
+    *blocks, last = key.lstrip("-").split(".")
+    for name in blocks:
+        if not isinstance(values.get(name) or {}, dict):
+            raise ValueError(f"{override}: expected a block {name}, found {values[name]!r}")
+        values[name] = dict(values.get(name) or {})
+        values = values[name]
+    values[last] = load_yaml(text, override)
+
+
+def load_yaml(text: str, name: str) -> Any:
+    """Reads YAML safely, with scalars as in YAML 1.2: `1e-3` is a number, and the `no` of `save_strategy` a word.
+
+    Args:
+        text: the YAML.
+        name: what it is, for the message.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name}: expected YAML, found {' '.join(str(error).split())}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which knows YAML 1.1."""
+
+
+_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(_FLOAT, re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
