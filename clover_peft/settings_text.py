@@ -42,12 +42,18 @@ def load_yaml(text: str, name: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{name}: expected YAML, found {' '.join(str(error).split())}") from error
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which knows YAML 1.1."""
+    """PyYAML's safe loader, which knows YAML 1.1 and takes the last of equal keys."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice} twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"

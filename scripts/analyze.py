@@ -84,7 +84,7 @@ def _measure_adapter(label: str, path: Path, given: argparse.Namespace) -> list[
         merged, _ = load_trained(source, path, given.dtype, merge=True)
         return _measure_models(base, merged, tokenizer, label, given)
     model, tokenizer = load_trained(source, path, given.dtype)
-    layers = model.base_model.targeted_module_names
+    layers = getattr(model.base_model, "targeted_module_names", [])  # prompt methods adapt none, and are refused
     inputs = _inputs(model, tokenizer, layers, given.texts)
     return [_measured(change, inputs, given) for change in _shown(adapter_changes(model), label, len(layers))]
 

@@ -86,7 +86,7 @@ def _suite(given: argparse.Namespace, source: ModelSource, trained: dict[str, An
         tokenizer = AutoTokenizer.from_pretrained(source.path)
     else:
         model, tokenizer = load_trained(source, given.adapter, given.dtype, given.merge, **_revision(trained))
-    in_training = trained.get("settings", {}).get("prompt")
+    in_training = (trained.get("settings") or {}).get("prompt")
     prompt = given.prompt or in_training
     protocol = find_protocol(prompt, tokenizer)
     why = "as asked for" if given.prompt else "as in training" if in_training else "nothing says how it was trained"
@@ -144,13 +144,15 @@ def _harness(given: argparse.Namespace, source: ModelSource, trained: dict[str, 
 
 def _trained(folder: str | Path | None) -> dict[str, Any]:
     """The record that scripts/sft.py left beside an adapter or a model; empty where there is none."""
-    record = Path(folder).resolve().parent / "record.json" if folder is not None else None
-    return records.read_json(record, "pass --prompt") if record is not None and record.is_file() else {}
+    record = None if folder is None else Path(folder).resolve().parent / "record.json"
+    if record is None or not record.is_file():
+        return {}
+    return records.read_json(record, "move it away, and pass --prompt")
 
 
 def _revision(trained: dict[str, Any]) -> dict[str, str]:
     """The base's revision that an adapter was trained on, where it was pinned."""
-    revision = (trained.get("settings", {}).get("model_init_kwargs") or {}).get("revision")
+    revision = ((trained.get("settings") or {}).get("model_init_kwargs") or {}).get("revision")
     return {"revision": revision} if revision else {}
 
 

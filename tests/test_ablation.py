@@ -28,6 +28,8 @@ from clover_peft.ablation import making, report, table
 from clover_peft.ablation.grid import read_grid, settings_of, trials_of
 from clover_peft.commonsense import TASKS, Example, prepare, render
 from clover_peft.training.arguments import parse
+from clover_peft.training.models import find_model, load_tokenizer
+from clover_peft.training.run import load_rows
 from tests.tiny import load_script
 from tests.tiny_chat import save_chat_model
 
@@ -157,18 +159,20 @@ def try_others(grid, records: Path) -> None:
             )
 
 
+RUN = {
+    "parameters": {"trainable": 10},
+    "seconds": {"init": 1.0, "train": 2.0},
+    "peak_memory_bytes": 2**20,
+    "adapter_bytes": 2**20,
+    "data": {"train_rows": 5},
+    "steps": 2,
+    "loss": {"log": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]},
+}
+
+
 def write(folder: Path, name: str, method: str, rate: float, seed: int, **parts) -> None:
-    run = {
-        "parameters": {"trainable": 10},
-        "seconds": {"init": 1.0, "train": 2.0},
-        "peak_memory_bytes": 2**20,
-        "adapter_bytes": 2**20,
-        "data": {"train_rows": 5},
-        "steps": 2,
-        "loss": {"log": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]},
-    }
     trial = {"method": method, "learning_rate": rate, "seed": seed}
-    record = {"trial": trial, **({"run": run} if "validation" in parts else {}), **parts}
+    record = {"trial": trial, **({"run": RUN} if "validation" in parts else {}), **parts}
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(record))
 
@@ -186,7 +190,7 @@ def test_no_test_question_is_asked_before_every_rate_is_chosen(tiny, tmp_path):
         order.append(step := ready[0])
         name = step.removesuffix(".test")
         if name == "base":
-            write(folder, step, "x", 0, 0, test=result(0.1))
+            write(folder, step, "", 0, 0, test=result(0.1), trial=None)
             continue
         _, trial = trials_of(grid)[name]
         part = "test" if step.endswith(".test") else "validation"
@@ -214,12 +218,18 @@ def test_rates_are_chosen_by_loss_and_else_by_accuracy():
     assert table.choose(diverged[:2])["trial"]["learning_rate"] == 0.1
 
 
+def finished(settings) -> str:
+    """The record of a training, as far as it is read again."""
+    rows = load_rows(settings, load_tokenizer(find_model(settings.job.model), settings.sft))
+    return json.dumps({"settings": settings.values, "data": {"fingerprint": rows.fingerprint}})
+
+
 def test_a_run_that_diverged_loses_and_stops_nothing(tiny, tmp_path, monkeypatch):
     def train(settings):
         folder = Path(settings.sft.output_dir)
         (folder / "adapter").mkdir(parents=True)
         save_file({"clover_S": torch.tensor([1.0, float("nan")])}, folder / "adapter" / "adapter_model.safetensors")
-        (folder / "record.json").write_text("{}")
+        (folder / "record.json").write_text(finished(settings))
 
     monkeypatch.setattr("clover_peft.training.run.run", train)
     grid = read_grid(tiny.path)
@@ -237,8 +247,7 @@ def test_all_questions_meet_the_model_in_the_dtype_of_training(tiny, tmp_path, m
         folder = Path(settings.sft.output_dir)
         (folder / "adapter").mkdir(parents=True)
         save_file({"clover_S": torch.zeros(1)}, folder / "adapter" / "adapter_model.safetensors")
-        (folder / "record.json").write_text("{}")
-        settings.sft.model_init_kwargs = None  # as the real one does
+        (folder / "record.json").write_text(finished(settings))
 
     def load(source, adapter, dtype):
         loaded.append(dtype)
@@ -294,7 +303,11 @@ def test_a_grid_goes_on_with_its_own_data_and_settings_only(tiny, tmp_path, chan
         "of-something-else": {"data": {}, "model": "a name"},
         f"{name}.test": {"trial": vars(trial), "test": {"evaluation": asked}},
         "base.test": {"trial": None, "test": {"evaluation": asked}},
-        "gone-lr0.1-seed3": {"trial": {"method": "gone"}, "run": {"settings": {"max_steps": 1}}},
+        "gone-lr0.1-seed3": {
+            "trial": {**vars(trial), "method": "gone"},
+            "run": {"settings": {"max_steps": 1}},
+            "validation": {},
+        },
     }.items():
         (records / f"{step}.json").write_text(json.dumps(parts))
     changed = read_grid(tiny.path, [change])
@@ -357,7 +370,8 @@ def test_a_search_asks_no_test_question(tiny, tmp_path):
     names = making.ready_steps(grid, tmp_path)
     assert len(names) == 4
     for name in names:
-        write(tmp_path, name, "clover", 0.1, 3, validation=result(0.5))
+        trial = trials_of(grid)[name][1]
+        write(tmp_path, name, trial.method, trial.learning_rate, trial.seed, validation=result(0.5))
     assert making.ready_steps(grid, tmp_path) == []
 
 
@@ -423,15 +437,26 @@ def test_the_table_is_arithmetic_on_records(tmp_path):
         ("data=null", "data: expected some of source, tasks"),
         ("settings=3", "settings: expected a block of settings, found 3"),
         ("base=x", "base: expected a list of files, found 'x'"),
+        ("base=[]", "base: expected a list of files, found []"),
+        ("settings={max_steps: 3, max_steps: 4}", "found the key max_steps twice"),
+        ("settings.peft={learning_rate: 3}", "settings.peft.learning_rate: not a setting of a grid, set the learning"),
+        ("settings.resume=true", "settings.resume: not a setting of a grid, runs of a grid always go on"),
+        ("methods.clover={learning_rates: [1, 2], prompt: chat}", "methods.clover.prompt: not a setting of a method"),
+        ("methods.clover={learning_rates: [1, 2], model: x}", "set it for all methods in settings"),
+        ("methods.clover={learning_rates: [1, 2], method: [1]}", "method=[1]: expected one of clover"),
+        ("methods.-x=[1e-3, 2e-3]", "methods: expected names that can be those of files, without - or . in front"),
         ("methods=3", "methods: expected a block of learning rates by name, found 3"),
         ("settings.rows=3", "settings.rows: not a setting of a grid, set data.rows"),
-        ("methods.clover={learning_rates: [1, 2], seed: 3}", "methods.clover.seed: not a setting of a grid"),
+        (
+            "methods.clover={learning_rates: [1, 2], seed: 3}",
+            "clover.seed: not a setting of a method, set seeds",
+        ),
         ("data.tasks=[]", "data.tasks: expected some of boolq, piqa"),
         ("data.seed=abc", "data.seed: expected a whole number from 0 on, found 'abc'"),
         ("methods.clover=[x, 1]", "methods.clover.learning_rates: expected a list of positive numbers"),
         ("methods.clover=[0.00123456, 0.001234561]", "that differ in six digits, found [0.00123456, 0.001234561]"),
         ("methods.clover={learning_rates: 0.1}", "methods.clover.learning_rates: expected a list of positive numbers"),
-        ("methods={a/b: [1]}", "methods: expected names that can be those of files, found 'a/b'"),
+        ("methods={a/b: [1]}", "names that can be those of files, without - or . in front, found 'a/b'"),
         ("seeds=3", "seeds: expected a list"),
         ("seeds=[3, 3]", "seeds: expected a list of different whole numbers from 0 on, found [3, 3]"),
         ("seeds=[1.5]", "seeds: expected a list"),
@@ -448,12 +473,14 @@ def test_a_run_that_fails_is_named_with_its_log(tiny, tmp_path, capsys):
     out = tmp_path / "out"
     grid = read_grid(tiny.path)
     making.make_data(grid, out / "data")
-    (out / "data" / "train.jsonl.gz").write_bytes(b"no gzip")
-    assert script.main(["--config", str(tiny.path), "--out", str(out)]) == 1
+    assert script.main(["--config", str(tiny.path), "--out", str(out), "settings.max_length=1"]) == 1
     shown = capsys.readouterr().err
     for step in ("clover-lr0.001-seed3", "narrow-lr0.1-seed3"):  # it does not stop the others
         assert f"{step}: ended with status 1, see " in shown
-    assert "train.jsonl.gz: expected gzip'd JSON lines" in shown
+    assert "max_length=1: expected room for an answer" in shown
+    (out / "data" / "train.jsonl.gz").write_bytes(b"no gzip")
+    assert script.main(["--config", str(tiny.path), "--out", str(out)]) == 1
+    assert "train.jsonl.gz: expected the rows that were written, found others; delete" in capsys.readouterr().err
 
 
 def test_several_processes_at_a_time_keep_the_order_that_matters(tiny, tmp_path, monkeypatch):
@@ -530,6 +557,12 @@ def test_what_was_trained_otherwise_is_not_taken(tiny, tmp_path, monkeypatch):
     (folder / "adapter").mkdir()
     with pytest.raises(ValueError, match=r"max_steps: expected 4 as in .*record.json, found 5"):
         making.make(grid, step, tmp_path, records)
+    making.make_data(grid, tmp_path / "data")
+    record = json.loads(finished(parse(grid.base, settings_of(grid, method, trial, tmp_path))))
+    record["data"]["fingerprint"] = "of other rows"
+    (folder / "record.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"data.fingerprint: expected 'of other rows' as in .*record.json"):
+        making.make(grid, step, tmp_path, records)
     write(records, "gone-lr1-seed3", "gone", 1, 3, validation=result(0.1), model={"origin": "another place"})
     with pytest.raises(ValueError, match=r"model.origin: expected 'another place' as in .*gone-lr1-seed3.json"):
         making.make(grid, step, tmp_path, records)
@@ -545,6 +578,53 @@ def test_what_was_trained_otherwise_is_not_taken(tiny, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"data.test/\S+: expected None as in .*gone-lr1-seed3.json"):
         making.make(grid, step, tmp_path, records)
     assert [path.name for path in records.iterdir()] == ["gone-lr1-seed3.json"]
+
+
+def test_a_file_that_is_no_record_of_its_name_stops_the_grid(tiny, tmp_path):
+    grid, step = read_grid(tiny.path), "clover-lr0.001-seed3"
+    (tmp_path / f"{step}.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"{step}.json: expected a record or no file, found another; take it out"):
+        making.make(grid, step, tmp_path, tmp_path)
+    write(tmp_path, step, "clover", 0.001, 3, test=result(0.1))  # validation is missing
+    with pytest.raises(ValueError, match=f"{step}.json: expected the record of {step}, found one of"):
+        table.load(tmp_path)
+    (tmp_path / f"{step}.json").unlink()
+    write(tmp_path, "clover-lr0.001-seed4.test", "clover", 0.001, 3, test=result(0.1))
+    with pytest.raises(ValueError, match=r"the record of clover-lr0.001-seed4.test, found one of clover-lr0"):
+        table.load(tmp_path)
+    write(tmp_path, "clover-lr0.001-seed4.test", "clover", 0.001, 3, test=result(0.1), trial={"seed": 1})
+    with pytest.raises(ValueError, match=r"the record of clover-lr0.001-seed4.test, found one of {'seed': 1}"):
+        table.load(tmp_path)
+
+
+def test_records_that_were_asked_otherwise_are_not_one_table(tmp_path):
+    write(
+        tmp_path,
+        "a-lr1-seed0.test",
+        "a",
+        1,
+        0,
+        test={**result(0.1), "questions": "x", "evaluation": {"mode": "score"}},
+    )
+    write(tmp_path, "b-lr1-seed0.test", "b", 1, 0, test=result(0.1))  # an old one, which does not say
+    table.table_rows(table.load(tmp_path))
+    write(tmp_path, "b-lr1-seed0.test", "b", 1, 0, test={**result(0.1), "evaluation": {"mode": "generate"}})
+    with pytest.raises(ValueError, match=r"b-lr1-seed0.test: expected the evaluation of a-lr1-seed0.test, .*score"):
+        table.table_rows(table.load(tmp_path))
+    write(tmp_path, "b-lr1-seed0.test", "b", 1, 0, test={**result(0.1), "questions": "y"})
+    with pytest.raises(ValueError, match=r"expected the questions of a-lr1-seed0.test, x, found y; take out"):
+        table.table_rows(table.load(tmp_path))
+
+
+def test_what_runs_differ_in_and_what_is_missing_is_said(tmp_path):
+    for method, steps in (("a", 5), ("b", 9)):
+        run = {**RUN, "settings": {"max_steps": steps, "seed": steps, "save_steps": 3, "peft": {"r": steps}}}
+        write(tmp_path, f"{method}-lr1-seed0", method, 1, 0, validation=result(0.1), run=run)
+        tried = {"chosen_from": [f"{method}-lr1-seed0", f"{method}-lr2-seed0"]}
+        write(tmp_path, f"{method}-lr1-seed0.test", method, 1, 0, test=result(0.1), **tried)
+    shown = report.markdown(table.load(tmp_path))
+    assert "- settings: max_steps: 5; max_steps: 9\n" in shown + "\n"
+    assert "Rates were also chosen from records that are not here: a-lr2-seed0, b-lr2-seed0." in shown
 
 
 def test_a_grid_that_is_asked_to_end_takes_its_runs_with_it(tiny, tmp_path):
@@ -585,7 +665,8 @@ def test_questions_that_both_answer_are_compared_in_pairs(tmp_path):
     assert paired.points == pytest.approx(statistics.mean(map(statistics.mean, both)))
     squares = [statistics.variance(part) / len(part) for part in both]
     assert paired.of_questions == pytest.approx(sum(squares) ** 0.5 / 2)
-    write(tmp_path, "b-lr1-seed0.test", "b", 1, 0, test={**found, "questions": "another"})
+    del found["questions"]  # as in old records
+    write(tmp_path, "b-lr1-seed0.test", "b", 1, 0, test=found)
     assert table.difference(*table.table_rows(table.load(tmp_path))).of_questions is None
     write(tmp_path, "a-lr2-seed0.test", "a", 2, 0, test=result(0.9))
     with pytest.raises(

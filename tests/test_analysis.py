@@ -168,7 +168,11 @@ def test_what_cannot_be_analysed_is_refused():
     with pytest.raises(ValueError, match="expected an unmerged adapter on float weights"):
         list(adapter_changes(model))
     with pytest.raises(ValueError, match="expected two models of one architecture"):
-        list(model_changes(build("llama"), torch.nn.Linear(2, 2)))
+        list(model_changes(torch.nn.Sequential(), torch.nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match=r"0: expected the shape \(3, 2\) in both models, found \(4, 2\)"):
+        list(model_changes(torch.nn.Sequential(torch.nn.Linear(2, 3)), torch.nn.Sequential(torch.nn.Linear(2, 4))))
+    with pytest.raises(ValueError, match="found None in the other"):
+        list(model_changes(torch.nn.Sequential(torch.nn.Linear(2, 3)), torch.nn.Sequential()))
 
 
 # --- the script -------------------------------------------------------------------------------------

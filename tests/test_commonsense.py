@@ -243,6 +243,24 @@ def test_what_a_test_row_asks_is_dropped_in_whatever_order_its_choices_are():
     assert suite.train["openbookqa"] == other
 
 
+def test_no_validation_row_is_a_test_row():
+    suite = small()
+    leaked = suite.test["piqa"][0]
+    rows = [leaked, *suite.train["piqa"][:2]]
+    for seed in range(20):
+        again = prepare.Suite({"piqa": rows}, {"piqa": [leaked]})
+        prepare.set_aside(again, 1, seed=seed)
+        assert again.validation["piqa"] != [leaked]
+
+
+def test_rows_that_are_no_questions_of_their_task_are_named(tmp_path):
+    suite = small()
+    suite.train["piqa"][3]["answer"] = "Solution1"
+    folder = write_folder(tmp_path / "suite", suite)
+    with pytest.raises(ValueError, match=r"piqa/train/3: expected a question of piqa whose answer is one of"):
+        prepare.read(prepare.Options(source=f"folder:{folder}"))
+
+
 GOLDEN = {
     "boolq": "Please answer the following question with true or false, question: Q\n\nAnswer format: true/false",
     "piqa": "Please choose the correct solution to the question: Q\n\nSolution1: a\n\nSolution2: b\n\nAnswer format: "

@@ -17,7 +17,7 @@ import torch
 
 pytest.importorskip("trl", reason="needs the train extra: pip install clover-peft[train]")
 
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -222,6 +222,18 @@ def test_a_text_without_an_answer_is_unparsed(given):
     summary = evaluation.summarise([nothing])
     assert summary["tasks"]["boolq"]["unparsed"] == 1
     assert summary["mean"] == 0
+
+
+def test_an_adapter_of_another_base_is_named(given, tmp_path, capsys):
+    config = AutoModelForCausalLM.from_pretrained(given.folder / "model").config
+    config.num_hidden_layers, config.head_dim = 2, 32
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    given.tokenizer.save_pretrained(tmp_path / "model")
+    lora = get_peft_model(AutoModelForCausalLM.from_pretrained(given.folder / "model"), LoraConfig(r=2))
+    lora.save_pretrained(tmp_path / "lora")
+    options = ["--model", str(tmp_path / "model"), "--adapter", str(tmp_path / "lora"), "--data", str(given.data)]
+    assert script.main([*options, "--out", str(tmp_path / "out")]) == 1
+    assert "lora: expected an adapter of model, found another: Error(s) in loading" in capsys.readouterr().err
 
 
 def test_prompts_are_the_published_ones(given):

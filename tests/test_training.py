@@ -779,6 +779,40 @@ def test_a_run_killed_for_real_resumes_bit_for_bit(settings, tiny, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one | other)
 
 
+def test_a_run_goes_on_with_its_own_rows_only(settings, tiny, tmp_path):
+    """Wherever they lie: the rows are compared, not their path."""
+    options = {"max_steps": 4, "save_steps": 2}
+    with pytest.raises(KeyboardInterrupt):
+        run(settings(**options), callbacks=[Kill(3)])
+    other = write_jsonl(tmp_path / "other.jsonl", rows(60, seed=1))
+    with pytest.raises(ValueError, match=r"fingerprint of the rows: expected '\w+' as in the run to resume"):
+        run(settings(resume=True, data=other, **options))
+    moved = tmp_path / "moved.jsonl"
+    shutil.copy(tiny.data, moved)
+    assert run(settings(resume=True, data=moved, **options))["resumed_from_step"] == 2
+
+
+def test_a_checkpoint_of_the_last_step_is_not_trained_further(settings, tmp_path):
+    """Killed after it and before the record: transformers would train one step more."""
+    options = {"max_steps": 3, "save_steps": 3, "lr_scheduler_type": "constant"}
+    whole = run(settings(out="whole", **options))
+    run(settings(**options))
+    (tmp_path / "run" / "record.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    resumed = run(settings(resume=True, **options))
+    assert (resumed["steps"], resumed["resumed_from_step"]) == (3, 3)
+    one, other = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "run"))
+    assert all(torch.equal(one[name], other[name]) for name in one | other)
+    for key in ("loss", "answers"):
+        assert resumed[key] == whole[key]
+
+
+def test_the_callers_settings_stay_as_they_are(settings):
+    given = settings(max_steps=1, model_init_kwargs={"dtype": "float32"})
+    run(given)
+    assert given.sft.model_init_kwargs == {"dtype": "float32"}
+
+
 def test_resume_without_a_checkpoint_starts_over(settings, capsys):
     assert run(settings(resume=True, max_steps=1))["resumed_from_step"] is None
     assert "starting from the beginning" in capsys.readouterr().out

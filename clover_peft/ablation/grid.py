@@ -29,6 +29,7 @@ _SAID_ELSEWHERE = {
     "resume": "runs of a grid always go on",
     "peft.learning_rate": "set the learning rates of its method",
 }
+_OF_ALL = {"model", "prompt", "chat_template_path"}
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,8 @@ def read_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
         found = ", ".join(map(str, values)) if isinstance(values, dict) else repr(values)
         raise ValueError(f"{path}: expected the keys {', '.join(keys)}, found {found}")
     base, given, seeds = values["base"], values["methods"], values["seeds"]
-    _expect(isinstance(base, list) and all(isinstance(name, str) for name in base), "base", "a list of files", base)
+    files = isinstance(base, list) and base and all(isinstance(name, str) for name in base)
+    _expect(bool(files), "base", "a list of files", base)
     _expect(isinstance(values["settings"] or {}, dict), "settings", "a block of settings", values["settings"])
     _expect(isinstance(given, dict), "methods", "a block of learning rates by name", given)
     methods = [_method(str(name), block) for name, block in given.items()]
@@ -137,10 +139,12 @@ def read_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
     data = _fill(prepare.Options, values["data"], "data")
     prepare.check(data, "data.")
     _expect(data.validation > 0, "data.validation", "a number of rows a task to choose rates on", data.validation)
-    blocks = {"settings": values["settings"] or {}, **{f"methods.{m.name}": m.settings for m in methods}}
-    for name, block in blocks.items():
-        for key in _paths(block) & _SAID_ELSEWHERE.keys():
-            raise ValueError(f"{name}.{key}: not a setting of a grid, {_SAID_ELSEWHERE[key]}")
+    for key in _paths(values["settings"] or {}) & _SAID_ELSEWHERE.keys():
+        raise ValueError(f"settings.{key}: not a setting of a grid, {_SAID_ELSEWHERE[key]}")
+    for method in methods:
+        for key in _paths(method.settings) & (_SAID_ELSEWHERE.keys() | _OF_ALL):
+            remedy = _SAID_ELSEWHERE.get(key, "set it for all methods in settings, or they do not compare")
+            raise ValueError(f"methods.{method.name}.{key}: not a setting of a method, {remedy}")
     grid = Grid(
         base=[_find_base(path, name) for name in base],
         settings=values["settings"] or {},
@@ -169,7 +173,7 @@ def settings_of(grid: Grid, method: Method, trial: Trial, out: Path) -> list[str
         "questions": 0,
         "output_dir": str(out / "runs" / trial.name),
     }
-    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items()]
+    return [f"{key}={json.dumps(value, ensure_ascii=False, default=str)}" for key, value in given.items()]
 
 
 def trials_of(grid: Grid) -> dict[str, tuple[Method, Trial]]:
@@ -206,7 +210,8 @@ def _method(name: str, given: Any) -> Method:
     numbers = isinstance(rates, list) and all(type(rate) in (int, float) and 0 < rate < math.inf for rate in rates)
     different = numbers and len({f"{rate:g}" for rate in rates}) == len(rates)  # as records are named
     _expect(different, f"methods.{name}.learning_rates", "a list of positive numbers that differ in six digits", rates)
-    _expect(Path(name).name == name, "methods", "names that can be those of files", name)
+    plain = Path(name).name == name and not name.startswith(("-", "."))
+    _expect(plain, "methods", "names that can be those of files, without - or . in front", name)
     more = {key: value for key, value in given.items() if key not in ("learning_rates", "method")}
     return Method(name, given.get("method", name), tuple(float(rate) for rate in rates), more)
 

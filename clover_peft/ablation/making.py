@@ -38,6 +38,7 @@ def make_data(grid: Grid, folder: Path) -> Record:
     if (folder / prepare.RECORD).is_file():
         made = records.read_json(folder / prepare.RECORD, "delete the folder to write its rows again")
         _same(made["options"], vars(grid.data), folder / prepare.RECORD, "data.")
+        prepare.check_files(folder, made)
         return made
     if folder.exists():
         raise ValueError(f"{folder}: expected no folder or one with {prepare.RECORD}, found none in it; delete it")
@@ -143,8 +144,10 @@ def make(grid: Grid, step: str, out: Path, results: Path) -> Path:
     if name not in known and step != f"{BASE}.test":
         raise ValueError(f"{step}: expected a run of the grid, <method>-lr<rate>-seed<seed>, or its .test")
     with _alone(results / f".{step}.lock"):
-        if (made := results / f"{step}.json").is_file():  # by a process that has ended since
-            return made
+        if step in load(results):  # by a process that has ended since
+            return results / f"{step}.json"
+        if (made := results / f"{step}.json").exists():
+            raise ValueError(f"{made}: expected a record or no file, found another; take it out")
         if step not in (ready := ready_steps(grid, results)):
             why = f"others to be made first, such as {ready[0]}" if ready else "a full grid"
             raise ValueError(f"{step}: expected a step whose turn it is, found {why}")
@@ -185,18 +188,19 @@ def _make(grid: Grid, name: str, test: bool, out: Path, results: Path) -> Path:
 
 def _train(grid: Grid, given: list[str], folder: Path) -> Record:
     """The record of a training, which is done now unless it is there."""
-    from clover_peft.training.run import run
+    from clover_peft.training.run import load_rows, run
 
-    file = folder / "record.json"
+    file, settings = folder / "record.json", parse(grid.base, given)
     if not file.is_file():
-        settings = parse(grid.base, given)
         settings.job.resume = folder.exists()
         run(settings)
     trained = records.read_json(file, "delete it, and the run goes on from its last checkpoint")
     if not (folder / "adapter").is_dir() and not (folder / "model").is_dir():
         raise ValueError(f"{folder}: expected an adapter or a model, found the record alone; delete the folder")
-    if "settings" in trained:
-        _same(_comparable(trained["settings"]), _comparable(parse(grid.base, given).values), file)
+    _same(_comparable(trained.get("settings", {})), _comparable(settings.values), file)
+    rows = load_rows(settings, load_tokenizer(find_model(settings.job.model), settings.sft))
+    before = {"fingerprint": trained.get("data", {}).get("fingerprint")}
+    _same(before, {"fingerprint": rows.fingerprint}, file, "data.")
     return trained
 
 
@@ -286,7 +290,9 @@ def _is_finite(adapter: Path) -> bool:
     try:
         return all(bool(tensor.isfinite().all()) for tensor in load_file(file).values())
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: expected an adapter's weights, found none that can be read ({error})") from error
+        raise ValueError(
+            f"{file}: expected an adapter's weights, found none that can be read; delete {adapter.parent}"
+        ) from error
 
 
 def _comparable(settings: Record) -> Record:

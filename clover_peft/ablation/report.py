@@ -80,6 +80,8 @@ def markdown(found: dict[str, Record]) -> str:
         reference = next((row for row in trained if row.method == _REFERENCE), trained[0])
         sections.append("\n".join(_versus(reference, other) for other in trained if other is not reference))
     sections.append(_made([row.made for row in rows]))
+    if missing := [name for row in trained for name in row.missing]:
+        sections.append(f"Rates were also chosen from records that are not here: {', '.join(missing)}.")
     records = (f"- {row.method}: {', '.join(f'`{name}.json`' for name in row.records)}" for row in order)
     sections.append("\n".join(["Records:", "", *records]))
     return "\n\n".join(sections)
@@ -187,9 +189,15 @@ def _scale(rows: Sequence[TableRow]) -> str:
 
 
 def _made(parts: Sequence[dict[str, set[str]]]) -> str:
-    """Where the numbers come from; more than one of a kind means that they are not all comparable."""
-    found = {what: sorted(set().union(*(part[what] for part in parts))) for what in parts[0]}
-    return "\n".join(["Made with:", "", *(f"- {what}: {'; '.join(texts)}" for what, texts in found.items() if texts)])
+    """Where the numbers come from; more than one of a kind means that they are not all comparable.
+
+    Settings are shown where runs differ in them.
+    """
+    found = {what: set().union(*(part[what] for part in parts)) for what in parts[0]}
+    keys = [text.partition(":")[0] for text in found["settings"]]
+    found["settings"] = {text for text in found["settings"] if keys.count(text.partition(":")[0]) > 1}
+    lines = [f"- {what}: {'; '.join(sorted(texts))}" for what, texts in found.items() if texts]
+    return "\n".join(["Made with:", "", *lines])
 
 
 def _versus(one: TableRow, other: TableRow) -> str:

@@ -11,9 +11,10 @@ from typing import Any
 
 from clover_peft import records
 
-from .grid import BASE
+from .grid import BASE, Trial
 
 Record = dict[str, Any]
+_OWN = {"learning_rate", "seed", "data", "output_dir", "resume", "merge"}  # settings of a run of its own
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,16 @@ class TableRow:
         loss: mean over tasks and seeds, in nats, of the right option among its question's; None where none has any.
         interval: 95 % of the mean, from the questions; the seeds answer the same ones.
         right: of each seed, task -> a character a question, "1" where it was right; empty where a record lacks it.
+        missing: names of the records from which it was chosen, where they are not there.
         candidates: learning rate -> (accuracy, loss or None) on the validation questions, from which it was chosen.
         init_seconds, train_seconds, peak_memory_bytes, adapter_bytes: means; None where there are none.
         train_rows: rows that it was trained on some of.
         steps: of the optimiser.
         questions: how many were asked.
-        asked: digests of the questions, one where all seeds answered the same.
+        asked: digests of the questions, one where all seeds answered the same; None of a record that lacks it.
         unparsed: answers of all seeds that could not be parsed.
         losses: of each seed, (step, training loss).
-        made: where its numbers come from: base weights, data, revisions, machines.
+        made: where its numbers come from: base weights, data, revisions, machines, settings beside the method's own.
         records: names of its records.
     """
 
@@ -51,6 +53,7 @@ class TableRow:
     loss: float | None
     interval: list[float]
     right: list[dict[str, str]]
+    missing: list[str]
     candidates: dict[float, tuple[float, float | None]]
     init_seconds: float | None
     train_seconds: float | None
@@ -59,7 +62,7 @@ class TableRow:
     train_rows: int
     steps: int
     questions: int
-    asked: set[str]
+    asked: set[str | None]
     unparsed: int
     losses: list[list[tuple[int, float]]]
     made: dict[str, set[str]]
@@ -104,8 +107,17 @@ def load(results: Path) -> dict[str, Record]:
         ValueError: naming the file that is damaged.
     """
     remedy = "delete it, and the next run makes it again"
-    found = {path.stem: records.read_json(path, remedy) for path in sorted(results.glob("*.json"))}
-    return {name: record for name, record in found.items() if "trial" in record}
+    found = {path: records.read_json(path, remedy) for path in sorted(results.glob("*.json"))}
+    for path, record in found.items():
+        if "trial" in record:
+            try:
+                trial = Trial(**record["trial"]).name if record["trial"] else BASE
+            except TypeError:
+                trial = repr(record["trial"])
+            parts = {trial: "validation", f"{trial}.test": "test"}
+            if not isinstance(record.get(parts.get(path.stem, "")), dict):
+                raise ValueError(f"{path}: expected the record of {path.stem}, found one of {trial}; {remedy}")
+    return {path.stem: record for path, record in found.items() if "trial" in record}
 
 
 def choose(candidates: Sequence[Record]) -> Record:
@@ -123,9 +135,18 @@ def table_rows(found: dict[str, Record]) -> list[TableRow]:
     """A row for every method that has a test record.
 
     Raises:
-        ValueError: a method met the test questions at two learning rates: one of them was not chosen before.
+        ValueError: a method met the test questions at two learning rates, of which one was not chosen before; or
+            records were asked other questions, or in another way.
     """
     tests = {name.removesuffix(".test"): record for name, record in found.items() if name.endswith(".test")}
+    for key in ("evaluation", "prompt", "questions"):  # as far as records say
+        known = {name: record["test"][key] for name, record in tests.items() if key in record["test"]}
+        for name, value in known.items():
+            if value != (first := next(iter(known.values()))):
+                raise ValueError(
+                    f"{name}.test: expected the {key} of {next(iter(known))}.test, {first}, found {value}; "
+                    "take out the records that do not compare"
+                )
     groups: dict[str, dict[float | None, list[str]]] = {}
     for name, record in tests.items():
         trial = record["trial"] or {"method": BASE, "learning_rate": None}
@@ -159,6 +180,7 @@ def _row(method: str, rate: float | None, names: list[str], found: dict[str, Rec
         loss=_mean([loss for result in results if (loss := _loss(result)) is not None]),
         interval=[statistics.mean(result["interval"][side] for result in results) for side in (0, 1)],
         right=[{name: task["right"] for name, task in r["tasks"].items() if "right" in task} for r in results],
+        missing=[name for name in tests[0].get("chosen_from", ()) if name not in found],
         candidates={
             record["trial"]["learning_rate"]: (record["validation"]["mean"], _loss(record["validation"]))
             for record in sorted(tried, key=lambda record: record["trial"]["learning_rate"])
@@ -170,7 +192,7 @@ def _row(method: str, rate: float | None, names: list[str], found: dict[str, Rec
         train_rows=runs[0]["data"]["train_rows"] if runs else 0,
         steps=runs[0]["steps"] if runs else 0,
         questions=sum(task["questions"] for task in results[0]["tasks"].values()),
-        asked={result["questions"] for result in results if "questions" in result},
+        asked={result.get("questions") for result in results},
         unparsed=sum(task["unparsed"] for result in results for task in result["tasks"].values()),
         losses=[[(entry["step"], float(entry["loss"])) for entry in run["loss"]["log"]] for run in runs],
         made=made_with(everything),
@@ -185,8 +207,13 @@ def _run_of(name: str, found: dict[str, Record]) -> Record:
 
 def made_with(found: Sequence[Record]) -> dict[str, set[str]]:
     """What -> where the numbers of some records come from, as far as they say."""
-    made: dict[str, set[str]] = {"base": set(), "data": set(), "machine": set(), "revision": set()}
+    made: dict[str, set[str]] = {"base": set(), "data": set(), "machine": set(), "revision": set(), "settings": set()}
     for record in found:
+        made["settings"] |= {
+            f"{key}: {value}"
+            for key, value in record.get("run", {}).get("settings", {}).items()
+            if not isinstance(value, dict) and key not in _OWN
+        }
         if model := record.get("model") or record.get("run", {}).get("model"):
             made["base"].add(f"{model['name']}, {model['origin']}")
         if data := record.get("data"):
@@ -228,7 +255,7 @@ def difference(one: TableRow, other: TableRow) -> Difference:
 
 def _error_of_questions(one: TableRow, other: TableRow) -> float | None:
     """Standard error of the mean over tasks of paired differences; each question's is averaged over seeds first."""
-    if one.asked != other.asked or len(one.asked) != 1:
+    if one.asked != other.asked or len(one.asked) != 1 or None in one.asked:
         return None
     variances = []
     for task in one.tasks:

@@ -75,16 +75,19 @@ def model_changes(before: nn.Module, after: nn.Module) -> Iterator[Change]:
     """The projections that differ between two models of one architecture.
 
     Raises:
-        ValueError: the models share no projection of the same name and shape.
+        ValueError: a projection has another shape in the other model, or they share none.
     """
     others = {name: module for name, module in after.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     shared = 0
     for name, module in before.named_modules():
         other = others.get(name)
-        if not isinstance(module, (nn.Linear, Conv1D)) or other is None or module.weight.shape != other.weight.shape:
+        if not isinstance(module, (nn.Linear, Conv1D)):
             continue
+        shapes = tuple(module.weight.shape), None if other is None else tuple(other.weight.shape)
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{name}: expected the shape {shapes[0]} in both models, found {shapes[1]} in the other")
         shared += 1
-        one, two = _weight(module), _weight(other)
+        one, two = _weight(module), _weight(others[name])
         if not torch.equal(one, two):
             yield Change(name, one, two)
     if not shared:

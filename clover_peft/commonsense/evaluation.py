@@ -23,10 +23,11 @@ from clover_peft import records
 from . import prepare, sources
 from .protocols import Protocol
 from .sources import Row
-from .tasks import TASKS, extract, options, task_of
+from .tasks import TASKS, extract, options
 
 Prediction = dict[str, Any]
 Predict = Callable[[list[Row]], list[Prediction]]
+_KEPT = ("id", "task", "answer")  # of a row in its prediction
 _NORMAL = 1.959964  # two-sided 95 %
 
 
@@ -45,9 +46,7 @@ def read_questions(folder: Path, split: str, tasks: list[str], per_task: int | N
     """
     tasks = list(dict.fromkeys(tasks))
     if split == "test":
-        found = sources.from_folder(folder, "test", tasks)
-        numbered = all(_is_numbered(row, name, split) for name, part in found.items() for row in part)
-        rows = found if numbered else prepare.number(found, split)
+        rows = sources.from_folder(folder, "test", tasks)
     else:
         path = folder / "validation.jsonl.gz"
         if not path.is_file():
@@ -55,17 +54,14 @@ def read_questions(folder: Path, split: str, tasks: list[str], per_task: int | N
                 f"{path}: expected validation rows, found none; prepare_data.py --validation N makes them"
             )
         rows = sources.by_task(sources.read_rows(path))
+    if not all(_is_numbered(row, name) for name in tasks for row in rows[name]):
+        rows = prepare.number(rows, split)
     chosen = []
     for name in tasks:
         if not (part := rows[name]):
             raise ValueError(f"{folder}: expected {split} questions of {name}, found none; leave the task out")
         for row in part:
-            if name not in task_of(row) or row["answer"] not in options(row):
-                end = row["instruction"][-60:]
-                raise ValueError(
-                    f"{folder}: {row.get('id', name)}: expected a question of {name} whose answer is one of its "
-                    f"options, found {row['answer']!r} to ...{end!r}"
-                )
+            prepare.check_question(row, name, folder)
         if per_task is not None and per_task < len(part):
             drawn = random.Random(f"{seed} evaluated {name}").sample(range(len(part)), per_task)
             part = [part[i] for i in sorted(drawn)]
@@ -73,8 +69,8 @@ def read_questions(folder: Path, split: str, tasks: list[str], per_task: int | N
     return chosen
 
 
-def _is_numbered(row: Row, task: str, split: str) -> bool:
-    return row.get("task") == task and re.fullmatch(rf"{task}/{split}/\d+", str(row.get("id"))) is not None
+def _is_numbered(row: Row, task: str) -> bool:
+    return row.get("task") == task and re.fullmatch(rf"{task}/(train|test)/\d+", str(row.get("id"))) is not None
 
 
 def ask(row: Row, protocol: Protocol | None, tokenizer: Any) -> str:
@@ -226,7 +222,7 @@ def evaluate(
     else:
         asked.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     done = list(_complete(kept)) if kept.is_file() else []
-    if [prediction["id"] for prediction in done] != [row["id"] for row in rows[: len(done)]]:
+    if [[each[key] for key in _KEPT] for each in done] != [[row[key] for key in _KEPT] for row in rows[: len(done)]]:
         raise ValueError(f"{kept}: expected answers to these questions, found others; delete it to ask all again")
     done = done[: len(done) if len(done) == len(rows) else len(done) // batch_size * batch_size]
     partial = kept.with_suffix(".partial")
@@ -370,7 +366,7 @@ def _complete(path: Path) -> Iterator[Prediction]:
             return
         try:
             prediction = json.loads(line)
-            prediction["id"]
+            [prediction[key] for key in (*_KEPT, "predicted")]
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"{path}: expected a prediction in line {number}, found {line[:40]!r}; delete it to ask all again"

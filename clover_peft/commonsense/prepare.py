@@ -7,6 +7,7 @@ import hashlib
 import json
 import random
 import re
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 from . import sources
 from .sources import Row
-from .tasks import TASKS, Task
+from .tasks import TASKS, Task, options, task_of
 
 RECORD = "data.json"
 
@@ -75,6 +76,10 @@ def read(options: Options) -> Suite:
     check(options)
     names, source = options.tasks or list(TASKS), sources.resolve(options.source)
     train, test = (number(sources.read(source, split, names), split) for split in ("train", "test"))
+    for rows in (train, test):
+        for name, part in rows.items():
+            for row in part:
+                check_question(row, name, source)
     return Suite(train, test, source=source)
 
 
@@ -106,6 +111,24 @@ def check(options: Options, prefix: str = "") -> None:
 def is_count(value: Any, least: int) -> bool:
     """Whether it is a whole number, and not less."""
     return type(value) is int and value >= least
+
+
+def check_question(row: Row, name: str, where: str | Path) -> None:
+    """Refuses a row that is no question of a task.
+
+    Args:
+        row: with an `instruction`, an `answer` and maybe an `id`.
+        name: the task's.
+        where: where the row was found, for the message.
+
+    Raises:
+        ValueError: naming the row.
+    """
+    if name not in task_of(row) or row["answer"] not in options(row):
+        raise ValueError(
+            f"{where}: {row.get('id', name)}: expected a question of {name} whose answer is one of its options, found "
+            f"{row['answer']!r} to ...{row['instruction'][-60:]!r}"
+        )
 
 
 def clean(suite: Suite, options: Options) -> None:
@@ -146,13 +169,14 @@ def decontaminate(suite: Suite) -> None:
 
 
 def set_aside(suite: Suite, per_task: int, seed: int) -> None:
-    """Draw a validation set from the training rows of every task; no row that asks the same (see
-    `decontaminate`) is trained on.
+    """Draw a validation set from the training rows of every task, of those that no test row asks.
+
+    No row that asks the same (see `decontaminate`) is trained on.
 
     Raises:
         ValueError: if a task has too few rows.
     """
-    for name, rows in suite.train.items():
+    for name, rows in _without(suite.train, suite.test).items():
         unique = list({row["instruction"]: row for row in rows}.values())
         if rows and len(unique) <= per_task:
             raise ValueError(f"validation={per_task}: expected fewer than the {len(unique)} questions of {name}")
@@ -213,6 +237,22 @@ def write(suite: Suite, folder: Path, options: dict[str, Any]) -> dict[str, Any]
     record |= {"train_rows": counts, "left_out": suite.left_out, "files": described}
     (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return record
+
+
+def check_files(folder: Path, record: dict[str, Any]) -> None:
+    """Refuses rows that are not those that `write` left.
+
+    Raises:
+        ValueError: naming the file that was changed.
+    """
+    for name, described in record["files"].items():
+        try:
+            with gzip.open(folder / name) as file:
+                same = hashlib.sha256(file.read()).hexdigest() == described["sha256"]
+        except (OSError, EOFError, zlib.error):
+            same = False
+        if not same:
+            raise ValueError(f"{folder / name}: expected the rows that were written, found others; delete {folder}")
 
 
 def _joined(rows: dict[str, list[Row]]) -> list[Row]:

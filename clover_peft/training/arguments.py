@@ -146,7 +146,7 @@ def _choose(methods: Any, method: Any) -> dict[str, Any]:
         raise ValueError(f"methods: expected a block of peft blocks by name, found {methods!r}")
     if method is None:
         raise ValueError(f"method: expected one of {', '.join(map(str, methods))}, found none; pass method=<name>")
-    if method not in methods:
+    if not isinstance(method, str) or method not in methods:
         raise ValueError(f"method={method}: expected one of {', '.join(map(str, methods))}")
     return dict(methods[method])
 

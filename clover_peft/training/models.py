@@ -14,6 +14,7 @@ import torch
 import transformers
 from huggingface_hub import ModelCard, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
@@ -154,7 +155,11 @@ def load_trained(
     if not {"device_map", "quantization_config"} & init_kwargs.keys():  # which lie where they are to be already
         model = model.to(accelerator())
     if adapter is not None:
-        model = peft.PeftModel.from_pretrained(model, str(adapter))
+        try:
+            model = peft.PeftModel.from_pretrained(model, str(adapter))
+        except (RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"{adapter}: expected an adapter of {source.name}, found another: {reason}") from error
         if merge:
             model = model.merge_and_unload(safe_merge=True)
     saved_with_it = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()

@@ -19,6 +19,7 @@ from clover_peft.training.arguments import Settings
 
 _SETTINGS = "settings.json"
 _BEFORE = "before.json"
+_ROWS = "fingerprint of the rows"  # in the settings
 _SPENT = "seconds_so_far"  # in the log
 
 
@@ -41,6 +42,7 @@ def find_checkpoint(out: Path, settings: Settings) -> str | None:
     if saved_file.is_file():
         remedy = "delete it, to resume with the settings given now without comparing, or choose another output_dir=..."
         saved = records.read_json(saved_file, remedy)
+        saved.pop(_ROWS, None)  # see check_rows
         repeat = "repeat its settings, or choose another output_dir=..."
         records.check_same(saved, _repeatable(settings), "the run to resume", repeat)
     say = settings.sft.distributed_state.print
@@ -54,10 +56,22 @@ def find_checkpoint(out: Path, settings: Settings) -> str | None:
     return None
 
 
-def keep_settings(out: Path, settings: Settings) -> None:
-    """Writes down what a resumed run must repeat."""
+def keep_settings(out: Path, settings: Settings, fingerprint: str) -> None:
+    """Writes down what a resumed run must repeat: its settings, and its rows by their fingerprint."""
     out.mkdir(parents=True, exist_ok=True)
-    _write_json(out / _SETTINGS, _repeatable(settings))
+    _write_json(out / _SETTINGS, {**_repeatable(settings), _ROWS: fingerprint})
+
+
+def check_rows(out: Path, fingerprint: str) -> None:
+    """Refuses to resume with other rows than those the run has begun with.
+
+    Raises:
+        ValueError: naming both.
+    """
+    saved = records.read_json(out / _SETTINGS, "choose another output_dir=...") if (out / _SETTINGS).is_file() else {}
+    if _ROWS in saved:  # earlier versions did not write it
+        remedy = "give it the same rows, or choose another output_dir=..."
+        records.check_same({_ROWS: saved[_ROWS]}, {_ROWS: fingerprint}, "the run to resume", remedy)
 
 
 def _damaged(checkpoint: Path) -> str | None:
@@ -85,8 +99,12 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _repeatable(settings: Settings) -> dict[str, Any]:
-    """The settings that a resumed run must share with the one it continues, as JSON gives them back."""
-    values = {key: value for key, value in settings.values.items() if key not in {"resume", "merge", "output_dir"}}
+    """The settings that a resumed run must share with the one it continues, as JSON gives them back.
+
+    Of the data the rows are compared, wherever they lie.
+    """
+    local = {"resume", "merge", "output_dir", "data"}
+    values = {key: value for key, value in settings.values.items() if key not in local}
     return dict(json.loads(json.dumps(values, default=str)))
 
 

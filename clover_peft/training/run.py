@@ -16,7 +16,7 @@ from typing import Any
 import peft
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from clover_peft import broadcast_bases, initialize_from_activations, records
 from clover_peft.commonsense.protocols import find_protocol
@@ -25,7 +25,7 @@ from clover_peft.training.arguments import Settings
 from clover_peft.training.cards import change
 from clover_peft.training.data import Split, load_data
 from clover_peft.training.models import ModelSource, find_model, load_model, load_tokenizer
-from clover_peft.training.resuming import Before, Clock, bases_saved, find_checkpoint, keep_settings
+from clover_peft.training.resuming import Before, Clock, bases_saved, check_rows, find_checkpoint, keep_settings
 from clover_peft.training.saving import keep_start, save
 from clover_peft.training.trainer import Trainer
 
@@ -64,14 +64,9 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
     source = find_model(job.model)
     say(f"model: {source.name}, {source.origin}, licence: {source.license}")
     tokenizer = load_tokenizer(source, sft)
-    split = load_data(
-        job.data,
-        rows=job.rows,
-        held_out=job.held_out_rows,
-        seed=sft.seed,
-        protocol=find_protocol(job.prompt, tokenizer),
-        skip_bad_rows=job.skip_bad_rows,
-    )
+    split = load_rows(settings, tokenizer)
+    if job.resume:
+        check_rows(out, split.fingerprint)
     say(f"data: {len(split.train)} rows to train on, {len(split.held_out)} held out")
     model = load_model(source, sft)
     sft.model_init_kwargs = None  # used above; TRL warns that it ignores them
@@ -114,7 +109,7 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
     trainer.add_callback(before := Before(out, measure, resuming=checkpoint is not None))
     trainer.accelerator.wait_for_everyone()  # no process looks for another run's files any more
     if trainer.is_world_process_zero():
-        keep_settings(out, settings)
+        keep_settings(out, settings, split.fingerprint)
         keep_start(out, settings, model)
     if checkpoint:
         say(f"resuming from {checkpoint}")
@@ -146,6 +141,19 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
         print(f"record: {records.write(out / 'record.json', record)}")
         _print_summary(record)
     return record
+
+
+def load_rows(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Split:
+    """The rows of a run, as its settings draw and split them."""
+    job = settings.job
+    return load_data(
+        job.data,
+        rows=job.rows,
+        held_out=job.held_out_rows,
+        seed=settings.sft.seed,
+        protocol=find_protocol(job.prompt, tokenizer),
+        skip_bad_rows=job.skip_bad_rows,
+    )
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:

@@ -9,6 +9,8 @@ from unittest import mock
 
 import torch
 import trl.trainer.utils
+from transformers import TrainerCallback
+from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
 from clover_peft.training.arguments import Settings
@@ -44,12 +46,33 @@ class Trainer(SFTTrainer):
             scale_learning_rates(optimizer, self.model, self.learning_rate_factors)
         return optimizer
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As TRL's; but a checkpoint of the last step is loaded, where transformers would train one step more."""
+        self.add_callback(_StopIfDone)
+        try:
+            return super().train(*args, **kwargs)
+        except _IsDone:
+            self.is_in_train = False
+            return TrainOutput(self.state.global_step, 0.0, {"train_runtime": 0.0})
+
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         with scoring_labels_alone(self.args.device):
             return super().compute_loss(*args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes none: TRL's card cannot say how to load the adapter; ours is written beside it at the end."""
+
+
+class _IsDone(Exception):
+    pass
+
+
+class _StopIfDone(TrainerCallback):
+    """Called when a checkpoint has been loaded, and before the first step after it."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if 0 < state.max_steps <= state.global_step:
+            raise _IsDone
 
 
 @contextlib.contextmanager
