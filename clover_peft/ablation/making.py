@@ -176,8 +176,7 @@ def _make(grid: Grid, name: str, test: bool, out: Path, results: Path) -> Path:
     if name != BASE:
         trained = _train(grid, given, folder)
         record["weights_sha256"] = digest = _digest(folder)
-        before = load(results).get(name, {})
-        if not test or before.get("weights_sha256", digest) != digest:  # else the other record of this trial has it
+        if not test or load(results).get(name, {}).get("weights_sha256") != digest:  # else the validation's has it
             record["run"] = trained
         if test:
             record["chosen_from"] = [Trial(method.name, rate, grid.seeds[0]).name for rate in method.learning_rates]
