@@ -217,7 +217,7 @@ def made_with(found: Sequence[Record]) -> dict[str, set[str]]:
         if model := record.get("model") or record.get("run", {}).get("model"):
             made["base"].add(f"{model['name']}, {model['origin']}")
         if data := record.get("data"):
-            made["data"].add(str(data["source"]))
+            made["data"].add(str(data["source"] or data["options"]["source"]))
         if environment := record.get("environment"):
             made["machine"].add(
                 environment["cuda"] or f"{environment['torch_threads']} thread(s) of {environment['cpu']}"

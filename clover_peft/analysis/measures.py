@@ -56,8 +56,8 @@ def measure(change: Change, inputs: Tensor | None = None, top: int = 10, thresho
         "after": {"singular_values": _shown(after.S)},
         "intruders": {
             "count": int((similarities < threshold).sum()),
-            "similarities": similarities.tolist(),
-            "matrix": matrix.tolist(),
+            "similarities": [round(cosine, 4) for cosine in similarities.tolist()],
+            "matrix": [[round(cosine, 4) for cosine in row] for row in matrix.tolist()],
         },
     }
     if inputs is not None:

@@ -66,7 +66,7 @@ def draw(found: Found, folder: Path) -> list[Path]:
                 relative = [max(value / values[0], 1e-6) for value in values]
                 axes.plot(places, relative, color=f"C{i}", alpha=0.3, label=label if k == 0 else None)
         axes.set(title=kind, xlabel="place among the singular values", yscale="log")
-        axes.legend()
+        _legend(axes)
     grid[0][0].set_ylabel("size, of the largest")
     save("update", figure)
 
@@ -76,7 +76,7 @@ def draw(found: Found, folder: Path) -> list[Path]:
         counts = [sum(m["intruders"]["count"] for m in modules if _layer(m) == layer) for layer in layers]
         axes.plot(layers, counts, "o-", color=f"C{i}", label=f"{label} ({sum(counts)} in all)")
     axes.set(xlabel="layer", ylabel="intruder dimensions")
-    axes.legend()
+    _legend(axes)
     save("intruders", figure)
 
     figure, grid = pyplot.subplots(1, len(found), figsize=(4 * len(found), 3.5), squeeze=False)
@@ -95,7 +95,7 @@ def draw(found: Found, folder: Path) -> list[Path]:
                 shown = label if key == "trained" else f"{label}, random directions"
                 axes.plot(layers, means, style, color=f"C{i}", label=shown)
         axes.set(xlabel="layer", ylabel="share of the input on trained directions", ylim=(0, 1.05))
-        axes.legend()
+        _legend(axes)
         save("share", figure)
 
     figure, grid = pyplot.subplots(1, len(kinds), figsize=(4 * len(kinds), 3.5), squeeze=False)
@@ -108,9 +108,14 @@ def draw(found: Found, folder: Path) -> list[Path]:
                 axes.plot(middle["before"]["singular_values"], "--", color=f"C{i}", label=f"{name}, before")
                 axes.plot(middle["after"]["singular_values"], color=f"C{i}", label=f"{name}, after")
         axes.set(title=kind, xlabel="singular value", yscale="log")
-        axes.legend()
+        _legend(axes)
     save("singular_values", figure)
     return made
+
+
+def _legend(axes: Any) -> None:
+    """Below the axes: over them it hides curves."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), fontsize="small")
 
 
 def _kind(module: dict[str, Any]) -> str:
