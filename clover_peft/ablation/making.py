@@ -223,10 +223,9 @@ def _evaluate(grid: Grid, settings: Any, source: ModelSource, folder: Path, spli
     if settings.sft.trust_remote_code:
         init_kwargs["trust_remote_code"] = True
     asked = _asked(grid)
+    predict: evaluation.Predict
     if adapter is not None and not _is_finite(adapter):
-        predict: evaluation.Predict = (
-            evaluation.unanswered
-        )  # its training diverged, and not every method would load it
+        predict = evaluation.unanswered  # its training diverged, and not every method would load it
     else:
         model, tokenizer = load_trained(source, adapter, **init_kwargs)
         if adapter is None and not (folder / "model").is_dir():
