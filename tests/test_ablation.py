@@ -583,7 +583,7 @@ def test_what_was_trained_otherwise_is_not_taken(tiny, tmp_path, monkeypatch):
     )
     with pytest.raises(ValueError, match=r"data.test/\S+: expected None as in .*gone-lr1-seed3.json"):
         making.make(grid, step, tmp_path, records)
-    assert [path.name for path in records.iterdir()] == ["gone-lr1-seed3.json"]
+    assert [path.name for path in records.glob("*.json")] == ["gone-lr1-seed3.json"]
 
 
 def test_a_file_that_is_no_record_of_its_name_stops_the_grid(tiny, tmp_path):
@@ -624,12 +624,14 @@ def test_records_that_were_asked_otherwise_are_not_one_table(tmp_path):
 
 def test_what_runs_differ_in_and_what_is_missing_is_said(tmp_path):
     for method, steps in (("a", 5), ("b", 9)):
-        run = {**RUN, "settings": {"max_steps": steps, "seed": steps, "save_steps": 3, "peft": {"r": steps}}}
+        own = {"calibration_rows": 64} if method == "b" else {}
+        settings = {"max_steps": steps, "seed": steps, "save_steps": 3, "peft": {"r": steps}, **own}
+        run = {**RUN, "settings": settings}
         write(tmp_path, f"{method}-lr1-seed0", method, 1, 0, validation=result(0.1), run=run)
         tried = {"chosen_from": [f"{method}-lr1-seed0", f"{method}-lr2-seed0"]}
         write(tmp_path, f"{method}-lr1-seed0.test", method, 1, 0, test=result(0.1), **tried)
     shown = report.markdown(table.load(tmp_path))
-    assert "- settings: max_steps: 5; max_steps: 9\n" in shown + "\n"
+    assert "- settings: calibration_rows 64 or null; max_steps 5 or 9\n" in shown + "\n"
     assert "Rates were also chosen from records that are not here: a-lr2-seed0, b-lr2-seed0." in shown
 
 

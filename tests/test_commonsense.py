@@ -251,6 +251,8 @@ def test_no_validation_row_is_a_test_row():
         again = prepare.Suite({"piqa": rows}, {"piqa": [leaked]})
         prepare.set_aside(again, 1, seed=seed)
         assert again.validation["piqa"] != [leaked]
+    with pytest.raises(ValueError, match="validation=1: expected fewer than the 0 questions of piqa"):
+        prepare.set_aside(prepare.Suite({"piqa": [leaked]}, {"piqa": [leaked]}), 1, seed=0)
 
 
 def test_rows_that_are_no_questions_of_their_task_are_named(tmp_path):

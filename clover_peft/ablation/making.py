@@ -19,7 +19,7 @@ from clover_peft import records
 from clover_peft.commonsense import TASKS, evaluation, prepare
 from clover_peft.commonsense.protocols import find_protocol
 from clover_peft.downloads import build_once
-from clover_peft.training.arguments import parse
+from clover_peft.training.arguments import LOCAL, parse
 from clover_peft.training.models import ModelSource, find_model, load_tokenizer, load_trained, weights_digest
 
 from .grid import BASE, Grid, Trial, settings_of, trials_of
@@ -67,9 +67,9 @@ def check_records(grid: Grid, results: Path) -> None:
     for name, record in found.items():
         file = results / f"{name}.json"
         if test := record.get("test", {}).get("evaluation"):
-            _same(test, _asked(grid), file, "evaluation.")
+            _same(test, _evaluation_settings(grid), file, "evaluation.")
         if validation := record.get("validation", {}).get("evaluation"):  # which is asked all its rows
-            _same(validation, {**_asked(grid), "rows": validation.get("rows")}, file, "evaluation.")
+            _same(validation, {**_evaluation_settings(grid), "rows": validation.get("rows")}, file, "evaluation.")
         if name in known and (settings := record.get("run", {}).get("settings")):
             now = parse(grid.base, settings_of(grid, *known[name], Path("runs"))).values
             _same(_comparable(settings), _comparable(now), file)
@@ -143,7 +143,7 @@ def make(grid: Grid, step: str, out: Path, results: Path) -> Path:
     known = trials_of(grid)
     if name not in known and step != f"{BASE}.test":
         raise ValueError(f"{step}: expected a run of the grid, <method>-lr<rate>-seed<seed>, or its .test")
-    with _alone(results / f".{step}.lock"):
+    with _alone(results / f".{step}.lock"), _alone(out / "runs" / f".{name}.lock"):
         if step in load(results):  # by a process that has ended since
             return results / f"{step}.json"
         if (made := results / f"{step}.json").exists():
@@ -222,7 +222,7 @@ def _evaluate(grid: Grid, settings: Any, source: ModelSource, folder: Path, spli
     init_kwargs = {"dtype": "float32", **(settings.sft.model_init_kwargs or {})}  # as in training
     if settings.sft.trust_remote_code:
         init_kwargs["trust_remote_code"] = True
-    asked = _asked(grid)
+    asked = _evaluation_settings(grid)
     predict: evaluation.Predict
     if adapter is not None and not _is_finite(adapter):
         predict = evaluation.unanswered  # its training diverged, and not every method would load it
@@ -247,7 +247,7 @@ def _evaluate(grid: Grid, settings: Any, source: ModelSource, folder: Path, spli
     return {**summary, "evaluation": asked, "prompt": settings.job.prompt, "questions": evaluation.digest(questions)}
 
 
-def _asked(grid: Grid) -> Record:
+def _evaluation_settings(grid: Grid) -> Record:
     """How questions are asked, for their records."""
     return {key: value for key, value in vars(grid.evaluation).items() if key != "test"}
 
@@ -272,10 +272,7 @@ def _alone(lock: Path) -> Iterator[None]:
             raise ValueError(
                 f"{lock.stem[1:]}: expected no other process to make it, found one; wait for it, or kill it"
             ) from error
-        try:
-            yield
-        finally:
-            lock.unlink()
+        yield
 
 
 def _digest(folder: Path) -> str | None:
@@ -295,8 +292,7 @@ def _is_finite(adapter: Path) -> bool:
 
 def _comparable(settings: Record) -> Record:
     """A run's settings, less where it lies and what is done with it."""
-    local = ("data", "output_dir", "resume", "merge")
-    return {key: value for key, value in settings.items() if key not in local}
+    return {key: value for key, value in settings.items() if key not in LOCAL}
 
 
 def _same(before: Record, now: Record, file: Path, prefix: str = "") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -193,9 +194,10 @@ def _made(parts: Sequence[dict[str, set[str]]]) -> str:
 
     Settings are shown where runs differ in them.
     """
-    found = {what: set().union(*(part[what] for part in parts)) for what in parts[0]}
-    keys = [text.partition(":")[0] for text in found["settings"]]
-    found["settings"] = {text for text in found["settings"] if keys.count(text.partition(":")[0]) > 1}
+    found: dict[str, set[str]] = {what: set().union(*(part[what] for part in parts)) for what in parts[0]}
+    runs = [json.loads(text) for text in found["settings"]]
+    values = {key: {json.dumps(run.get(key)) for run in runs} for key in set().union(*runs)}
+    found["settings"] = {f"{key} {' or '.join(sorted(each))}" for key, each in values.items() if len(each) > 1}
     lines = [f"- {what}: {'; '.join(sorted(texts))}" for what, texts in found.items() if texts]
     return "\n".join(["Made with:", "", *lines])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -10,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from clover_peft import records
+from clover_peft.training.arguments import LOCAL
 
 from .grid import BASE, Trial
 
 Record = dict[str, Any]
-_OWN = {"learning_rate", "seed", "data", "output_dir", "resume", "merge"}  # settings of a run of its own
+_OWN = {"learning_rate", "seed", "peft", "method", *LOCAL}  # settings of a run of its own
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,13 @@ class TableRow:
         missing: names of the records from which it was chosen, where they are not there.
         candidates: learning rate -> (accuracy, loss or None) on the validation questions, from which it was chosen.
         init_seconds, train_seconds, peak_memory_bytes, adapter_bytes: means; None where there are none.
-        train_rows: rows that it was trained on some of.
+        train_rows: rows that it was given to train on; few steps do not see them all.
         steps: of the optimiser.
         questions: how many were asked.
         asked: digests of the questions, one where all seeds answered the same; None of a record that lacks it.
         unparsed: answers of all seeds that could not be parsed.
         losses: of each seed, (step, training loss).
-        made: where its numbers come from: base weights, data, revisions, machines, settings beside the method's own.
+        made: where its numbers come from: base weights, data, revisions, machines, settings (in JSON) beside its own.
         records: names of its records.
     """
 
@@ -209,11 +211,9 @@ def made_with(found: Sequence[Record]) -> dict[str, set[str]]:
     """What -> where the numbers of some records come from, as far as they say."""
     made: dict[str, set[str]] = {"base": set(), "data": set(), "machine": set(), "revision": set(), "settings": set()}
     for record in found:
-        made["settings"] |= {
-            f"{key}: {value}"
-            for key, value in record.get("run", {}).get("settings", {}).items()
-            if not isinstance(value, dict) and key not in _OWN
-        }
+        if settings := record.get("run", {}).get("settings"):
+            shared = {key: value for key, value in settings.items() if key not in _OWN}
+            made["settings"].add(json.dumps(shared, sort_keys=True))
         if model := record.get("model") or record.get("run", {}).get("model"):
             made["base"].add(f"{model['name']}, {model['origin']}")
         if data := record.get("data"):

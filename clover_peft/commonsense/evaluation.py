@@ -186,9 +186,14 @@ def vllm_generator(
 
 def digest(rows: list[Row]) -> str:
     """sha256 of questions with their right answers, in whatever order they are."""
-    rows = sorted(rows, key=lambda row: (-len(row["instruction"]), row["id"]))
+    rows = _in_order(rows)
     text = json.dumps([[row[key] for key in ("id", "instruction", "answer")] for row in rows])
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _in_order(rows: list[Row]) -> list[Row]:
+    """Long ones first: what a batch needs in memory shows at once, and the time that is left is overestimated."""
+    return sorted(rows, key=lambda row: (-len(row["instruction"]), row["id"]))
 
 
 def evaluate(
@@ -208,7 +213,7 @@ def evaluate(
     Raises:
         ValueError: if `out` is another evaluation's, or damaged.
     """
-    rows = sorted(rows, key=lambda row: (-len(row["instruction"]), row["id"]))
+    rows = _in_order(rows)
     more = {"batch_size": batch_size, "rows": len(rows), "questions": digest(rows)}
     settings = json.loads(json.dumps({**settings, **more}, default=str))
     out.mkdir(parents=True, exist_ok=True)

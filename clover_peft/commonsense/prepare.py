@@ -178,9 +178,10 @@ def set_aside(suite: Suite, per_task: int, seed: int) -> None:
     """
     for name, rows in _without(suite.train, suite.test).items():
         unique = list({row["instruction"]: row for row in rows}.values())
-        if rows and len(unique) <= per_task:
+        given = bool(suite.train[name])
+        if given and len(unique) <= per_task:
             raise ValueError(f"validation={per_task}: expected fewer than the {len(unique)} questions of {name}")
-        chosen = random.Random(f"{seed} validation {name}").sample(unique, per_task if rows else 0)
+        chosen = random.Random(f"{seed} validation {name}").sample(unique, per_task if given else 0)
         suite.validation[name] = chosen
     suite.keep("set aside", _without(suite.train, suite.validation))
 
@@ -274,11 +275,14 @@ def _is_new(key: str, seen: set[str]) -> bool:
 
 def _without(rows: dict[str, list[Row]], others: dict[str, list[Row]]) -> dict[str, list[Row]]:
     """The rows that ask nothing that one of the others asks, of whatever task."""
-    known = {key for name, part in others.items() for row in part for key in _asked(TASKS[name], row)}
-    return {name: [row for row in part if known.isdisjoint(_asked(TASKS[name], row))] for name, part in rows.items()}
+    known = {key for name, part in others.items() for row in part for key in _question_keys(TASKS[name], row)}
+    return {
+        name: [row for row in part if known.isdisjoint(_question_keys(TASKS[name], row))]
+        for name, part in rows.items()
+    }
 
 
-def _asked(task: Task, row: Row) -> set[tuple[Any, ...]]:
+def _question_keys(task: Task, row: Row) -> set[tuple[Any, ...]]:
     """What a row asks, twice: the question with its choices, and with its right answer."""
     body = row["instruction"].removeprefix(task.ask).rpartition("Answer format: ")[0]
     if not task.word:

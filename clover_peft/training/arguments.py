@@ -33,6 +33,9 @@ _HINTS = {"lr": "learning_rate", "batch_size": "per_device_train_batch_size", "e
 _PLAIN = {bool, int, float, str, list, dict, type(None)}
 
 
+LOCAL = ("data", "output_dir", "resume", "merge")  # where a run lies, and what is done with it: not what it is
+
+
 @dataclass
 class Settings:
     """A parsed run.

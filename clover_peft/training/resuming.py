@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
 
 from clover_peft import records
-from clover_peft.training.arguments import Settings
+from clover_peft.training.arguments import LOCAL, Settings
 
 _SETTINGS = "settings.json"
 _BEFORE = "before.json"
@@ -42,9 +42,9 @@ def find_checkpoint(out: Path, settings: Settings) -> str | None:
     if saved_file.is_file():
         remedy = "delete it, to resume with the settings given now without comparing, or choose another output_dir=..."
         saved = records.read_json(saved_file, remedy)
-        saved.pop(_ROWS, None)  # see check_rows
+        known = {key: value for key, value in saved.items() if key not in (*LOCAL, _ROWS)}
         repeat = "repeat its settings, or choose another output_dir=..."
-        records.check_same(saved, _repeatable(settings), "the run to resume", repeat)
+        records.check_same(known, _repeatable(settings), "the run to resume", repeat)
     say = settings.sft.distributed_state.print
     found = {int(folder.name[11:]): folder for folder in out.glob("checkpoint-*") if folder.name[11:].isdecimal()}
     for _, folder in sorted(found.items(), reverse=True):
@@ -101,10 +101,9 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 def _repeatable(settings: Settings) -> dict[str, Any]:
     """The settings that a resumed run must share with the one it continues, as JSON gives them back.
 
-    Of the data the rows are compared, wherever they lie.
+    Of the data the rows are compared, wherever they lie (see `check_rows`).
     """
-    local = {"resume", "merge", "output_dir", "data"}
-    values = {key: value for key, value in settings.values.items() if key not in local}
+    values = {key: value for key, value in settings.values.items() if key not in LOCAL}
     return dict(json.loads(json.dumps(values, default=str)))
 
 

@@ -50,7 +50,7 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
     Raises:
         ValueError: `output_dir` is in use by other settings, or model, data or adapter settings do not fit.
     """
-    settings = dataclasses.replace(settings, sft=copy.copy(settings.sft))  # the caller's stay as they are
+    settings = dataclasses.replace(settings, sft=copy.copy(settings.sft))  # TRL's are changed; the caller's stay
     job, sft = settings.job, settings.sft
     if sft.n_gpu > 1:
         raise ValueError(
