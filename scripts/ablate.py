@@ -9,8 +9,8 @@ Every method tries as many learning rates, at the first seed, and keeps the one 
 questions (with evaluation.mode=generate: that answers most of them). Then come the other seeds, and each seed meets
 the test questions once. Each run is a process of its own; its output is in <out>/runs/<run>.log. Stop it at any time:
 the same command goes on where it was, in the middle of a run too. With other rows, settings or weights (of a folder;
-of the hub: another revision) it refuses to; methods and seeds may be added, and rates as long as the method has not met
-the test questions.
+of the hub: another revision) it refuses to; methods and seeds may be added, and rates as long as the method has not
+met the test questions.
 
 Records, one a run, go to <out>/records (or --records); what is recorded there is not done again.
 """
