@@ -192,7 +192,7 @@ def _train(grid: Grid, given: list[str], folder: Path) -> Record:
     file, settings = folder / "record.json", parse(grid.base, given)
     if not file.is_file():
         settings.job.resume = folder.exists()
-        run(settings)
+        return run(settings)
     trained = records.read_json(file, "delete it, and the run goes on from its last checkpoint")
     if not (folder / "adapter").is_dir() and not (folder / "model").is_dir():
         raise ValueError(f"{folder}: expected an adapter or a model, found the record alone; delete the folder")
