@@ -105,10 +105,22 @@ class BlockSpec:
 
         Without `u` the left factor alone, (H, d, r).
         """
-        s, u, v, s0, _ = tensors
+        s, u, v, *_ = self._with_frozen_part(tensors)
+        return fold(s, u, v)
+
+    def stages(self, tensors: BlockTensors) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The factors of `map` one by one, from the left, as they are stored: what is added to a few tokens' features
+        is less work by these. E, S and C; S and C where E is the identity; S alone where both are (None for those
+        that are not there)."""
+        s, u, v, *_ = self._with_frozen_part(tensors)
+        return (s, None, u) if v is None else (v, s, u)
+
+    def _with_frozen_part(self, tensors: BlockTensors) -> BlockTensors:
+        """With S in the place of dS where the map replaces its input."""
+        s, s0 = tensors.s, tensors.s0
         if self.truncate and s0 is not None:
             s = s + (s0 if self.form == "diagonal" else torch.diag_embed(s0))
-        return fold(s, u, v)
+        return tensors._replace(s=s)
 
     def residual_map(self, tensors: BlockTensors) -> Tensor:
         """(H, d, d), what is added to a block's features in either case."""

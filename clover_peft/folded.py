@@ -56,8 +56,8 @@ class FoldedMaps:
         key: Hashable,
         adapters: Iterable[tuple[nn.ModuleDict, str]],
         fold: Callable[[], list[HeadMap]],
-    ) -> list[HeadMap]:
-        """The maps for `key`, folded now if they are not there or out of date.
+    ) -> list[HeadMap] | None:
+        """The maps for `key`, folded now if they are not there or out of date; None where they cannot be kept.
 
         Args:
             key: what they are for.
@@ -79,7 +79,7 @@ class FoldedMaps:
         sources = []
         for modules, adapter_name in adapters:
             if (of_adapter := _Source.of(modules, adapter_name)) is None:
-                return fold()
+                return None
             sources += of_adapter
         maps = fold()
         if all(type(m.matrix) is Tensor for m in maps):  # no stand-in of a tracer

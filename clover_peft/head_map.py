@@ -61,25 +61,31 @@ class HeadMap(NamedTuple):
 
     Attributes:
         place: the features, (H, d).
-        matrix: (H, d, d), M; or (H, d, r), its left factor E S, where there are coordinates.
-        coordinates: (H, r, d), C, for a map in two stages, M = (E S) C; None for one that is folded.
+        matrix: (H, d, d), M; or (H, d, r), its left factor, where there are coordinates.
+        coordinates: (H, r, d), C, for a map in stages, M = (E S) C or M = E S C; None for one that is folded.
+        middle: (H, r, r) or (H, r), S, for a map in three stages, whose `matrix` is E.
         dropout: what is applied to the map's input first.
     """
 
     place: Place
     matrix: Tensor
     coordinates: Tensor | None = None
+    middle: Tensor | None = None
     dropout: nn.Module | None = None
 
     def to(self, dtype: torch.dtype) -> HeadMap:
         """The map with its matrices in `dtype`."""
-        coordinates = None if self.coordinates is None else self.coordinates.to(dtype)
-        return self._replace(matrix=self.matrix.to(dtype), coordinates=coordinates)
+        coordinates, middle = (None if t is None else t.to(dtype) for t in (self.coordinates, self.middle))
+        return self._replace(matrix=self.matrix.to(dtype), coordinates=coordinates, middle=middle)
 
     def in_coordinates(self, tokens: Tensor) -> Tensor:
-        """`C z`, (H, tokens, r)."""
+        """What `matrix` is applied to, (H, tokens, r): `C z` or `S C z`."""
         assert self.coordinates is not None
-        return torch.bmm(tokens, self.coordinates.to(tokens.dtype).mT)
+        result = torch.bmm(tokens, self.coordinates.to(tokens.dtype).mT)
+        if self.middle is None:
+            return result
+        s = self.middle.to(tokens.dtype)
+        return result * s.unsqueeze(1) if s.ndim == 2 else torch.bmm(result, s.mT)
 
 
 def apply_maps(z: Tensor, maps: Sequence[HeadMap], output_is_kept: bool = False) -> Tensor:
@@ -248,8 +254,9 @@ def inverse_of_one_plus(matrix: Tensor, square: float) -> Tensor:
         (H, d, d).
     """
     result = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device) - matrix
-    rest = matrix @ matrix  # I - (I + M) result
+    rest = matrix  # its square is I - (I + M) result
     while square > torch.finfo(matrix.dtype).eps / 2:
+        rest = rest @ rest
         result = torch.baddbmm(result, result, rest)
-        rest, square = rest @ rest, square * square
+        square *= square
     return result

@@ -26,6 +26,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.integrations import gather_params_ctx
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from transformers.integrations import is_fsdp_enabled
 from transformers.pytorch_utils import Conv1D
 
@@ -437,14 +438,15 @@ class CloverLayer(nn.Module, BaseTunerLayer):
                 "weights, or create it on a base model whose weights are loaded"
             )
 
-    def maps(self, adapter_names: Iterable[str], dropout: bool = False) -> list[HeadMap]:
+    def maps(self, adapter_names: Iterable[str], dropout: bool = False, unfolded: bool = False) -> list[HeadMap]:
         """The adapters' maps, one a slice, in the precision of S and outside of autocast.
 
-        Maps of adapters that cut the same features alike are added up.
+        Maps of adapters that cut the same features alike are added up, if they are folded.
 
         Args:
             adapter_names: adapters, in any order; those that this layer does not have are passed over.
             dropout: with the adapters' dropout, in training.
+            unfolded: as E, S and C, one after the other.
 
         Returns:
             Those that replace their input come first.
@@ -459,34 +461,59 @@ class CloverLayer(nn.Module, BaseTunerLayer):
             for spec in self.specs[name]:
                 staged = len(names) == 1 and spec.is_staged
                 tensors = self.tensors(name, spec)
+                place = Place(spec.heads, spec.size, spec.truncate)
+                if unfolded:
+                    left, middle, coordinates = spec.stages(_in_one_dtype(tensors))
+                    result[name, spec] = HeadMap(place, left, coordinates, middle, drop)
+                    continue
 
                 def fold(
                     s: Tensor, spec: BlockSpec = spec, tensors: BlockTensors = tensors, staged: bool = staged
                 ) -> Tensor:
-                    # Without peft's `autocast_adapter_dtype` S has the dtype of the base weights.
-                    s = s if tensors.norm is None else s.to(tensors.norm.dtype)
                     with torch.autocast(device_type=s.device.type, enabled=False):
-                        return spec.map(tensors._replace(s=s, u=None if staged else tensors.u))
+                        return spec.map(_in_one_dtype(tensors._replace(s=s, u=None if staged else tensors.u)))
 
                 matrix = self.clover_S[name](spec.name, fold)
                 # Dropout draws its own mask for every adapter.
-                key = (spec.heads, spec.size, spec.truncate, drop and name)
+                key = (place, drop and name)
                 if key in result:
                     matrix = result[key].matrix + matrix
                 coordinates = tensors.u if staged else None
-                result[key] = HeadMap(Place(spec.heads, spec.size, spec.truncate), matrix, coordinates, drop)
+                result[key] = HeadMap(place, matrix, coordinates, None, drop)
         return sorted(result.values(), key=lambda m: not m.place.replaces)
 
     def _map(self, z: Tensor, adapter_names: list[str]) -> Tensor:
-        """`y` of the equations above, in training with the adapters' dropout; in inference from maps folded before."""
-        if self.training or torch.is_grad_enabled() or is_traced() or self.__dict__.get("_is_replica"):
-            if not torch.compiler.is_compiling():
-                self.forget_maps()
-            return apply_maps(z, self.maps(adapter_names, dropout=True), self._output_is_kept(adapter_names))
+        """`y` of the equations above, in training with the adapters' dropout; in inference from maps folded before, or
+        unfolded, where folding does not pay."""
         names = [name for name in adapter_names if name in self.specs]
-        adapters = ((getattr(self, a), name) for name in names for a in ("clover_S", *FROZEN))
-        fold = lambda: [m.to(z.dtype) for m in self.maps(names)]  # noqa: E731
-        return apply_maps(z, self._folded.get((*names, z.dtype), adapters, fold))
+        if not (self.training or torch.is_grad_enabled() or is_traced() or self.__dict__.get("_is_replica")):
+            adapters = ((getattr(self, a), name) for name in names for a in ("clover_S", *FROZEN))
+            fold = lambda: [m.to(z.dtype) for m in self.maps(names)]  # noqa: E731
+            if (kept := self._folded.get((*names, z.dtype), adapters, fold)) is not None:
+                return apply_maps(z, kept)
+        elif not torch.compiler.is_compiling():
+            self.forget_maps()
+        if not self._folding_pays(z, names):
+            # The factors are not worth casting, and rounding between them would be amplified.
+            wide = z.to(torch.promote_types(z.dtype, torch.float32))
+            return apply_maps(wide, self.maps(names, dropout=True, unfolded=True)).to(z.dtype)
+        return apply_maps(z, self.maps(names, dropout=True), self._output_is_kept(names))
+
+    def _folding_pays(self, z: Tensor, adapter_names: list[str]) -> bool:
+        """Whether E S C is to be multiplied out for one pass: always, but for a step of decoding (one token a
+        sequence, fewer in all than a block has features), for which E, S and C one after the other are less work.
+
+        Other passes of few tokens are folded too: they round as those of the same adapter when it is trained.
+        """
+        if torch.is_grad_enabled() or (is_traced() and not torch.compiler.is_compiling()):
+            return True
+        sizes = [spec.size for name in adapter_names for spec in self.specs[name]]
+        holders = [self.clover_S[name] for name in adapter_names]
+        sharded = any(type(h) is not SliceTensors or any(hasattr(s, "ds_id") for s in h.parameters()) for h in holders)
+        if sharded or not sizes:
+            return True  # S is whole within its module's call alone
+        few = z.ndim > 2 and z.shape[-2] == 1 and z.numel() < z.shape[-1] * min(sizes)
+        return not (statically_known_true(few) if torch.compiler.is_compiling() else few)
 
     def forget_maps(self) -> None:
         """Fold the maps again in the next pass, after a change that torch does not count."""
@@ -751,6 +778,11 @@ def filled_by_rank_0() -> bool:
 
 def _has_meta(module: nn.Module) -> bool:
     return any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
+
+
+def _in_one_dtype(tensors: BlockTensors) -> BlockTensors:
+    """With S in the dtype of the bases: without peft's `autocast_adapter_dtype` it has that of the base weights."""
+    return tensors if tensors.norm is None else tensors._replace(s=tensors.s.to(tensors.norm.dtype))
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ LAYOUTS = {
     "shards": (HeadSlice(0, 4, 12, 6, 3, 2, 3), 3, 24),
     "spread shards": (HeadSlice(0, 4, 12, 0, 2, 2, 3), 2, 24),
 }
-KINDS = ["folded", "staged", "replaces", "staged replaces"]
+KINDS = ["folded", "staged", "replaces", "staged replaces", "staged thrice", "staged thrice diagonal"]
 
 
 def random(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -38,7 +38,10 @@ def head_map(layout: str, kind: str = "folded", scale: float = 0.05, dtype: torc
     place = Place(heads, size, "replaces" in kind)
     if "staged" in kind:
         coordinates = random(blocks, r, size, seed=2, dtype=dtype).detach()
-        return HeadMap(place, random(blocks, size, r, scale=scale, seed=1, dtype=dtype), coordinates)
+        middle = None
+        if "thrice" in kind:
+            middle = random(blocks, *([r] if "diagonal" in kind else [r, r]), seed=3, dtype=dtype)
+        return HeadMap(place, random(blocks, size, r, scale=scale, seed=1, dtype=dtype), coordinates, middle)
     return HeadMap(place, random(blocks, size, size, scale=scale, seed=1, dtype=dtype))
 
 
@@ -50,7 +53,10 @@ def dense(m: HeadMap, features: int) -> Tensor:
         for i in range(h.count)
         for j in range(h.dim)
     ]
-    blocks = torch.block_diag(*(m.matrix if m.coordinates is None else m.matrix @ m.coordinates))
+    right = m.coordinates
+    if m.middle is not None:
+        right = (torch.diag_embed(m.middle) if m.middle.ndim == 2 else m.middle) @ right
+    blocks = torch.block_diag(*(m.matrix if right is None else m.matrix @ right))
     one = torch.eye(features, dtype=blocks.dtype)
     own = one[:, index]
     return one + own @ blocks @ own.mT - (own @ own.mT if replaces else 0)

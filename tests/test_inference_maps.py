@@ -194,6 +194,106 @@ def test_an_adapter_that_is_trained_is_always_folded(optimizer):
         assert torch.equal(unfolded(adapted), after)
 
 
+def a_step(model: nn.Module, sequences: int = 2) -> Tensor:
+    """As in decoding: one token of every sequence."""
+    torch.manual_seed(0)
+    return model(**inputs("llama", batch=sequences, length=1)).logits
+
+
+FORMS = {
+    "full": [{}],
+    "diagonal": [{"s_matrix": "diagonal"}],
+    "leading": [{"r": 4}],
+    "truncated": [{"r": 4, "truncate": True}],
+    "several": [{}, {"s_matrix": "diagonal"}, {"r": 4, "truncate": True}],
+    "beside a low rank": [{"low_rank": 2}],
+    "dropout": [{"clover_dropout": 0.3}],
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("configs", FORMS.values(), ids=FORMS)
+def test_a_step_of_decoding_with_an_adapter_that_is_trained_folds_nothing(folds, configs, training):
+    adapted = get_peft_model(build("llama"), CloverConfig(**configs[0]), adapter_name="0")
+    for number, config in enumerate(configs[1:], 1):
+        adapted.add_adapter(str(number), CloverConfig(**config))
+    adapted.base_model.set_adapter([str(number) for number in range(len(configs))])
+    perturb(adapted)
+    adapted.train(training)
+    with torch.no_grad():
+        step = a_step(adapted)
+        assert not folds
+        for layer in layers(adapted):
+            for name in layer.specs:
+                layer.clover_S[name].weight.data.mul_(2)  # is seen, whether torch counts it or not
+        twice = a_step(adapted)
+        assert not folds
+    assert relative(a_step(adapted).detach(), twice) < TOLERANCE[torch.float32]
+    assert folds
+    assert relative(twice, step) > 1e-3
+
+
+def test_a_step_of_more_sequences_than_features_is_folded(folds):
+    adapted = model()
+    adapted.set_adapter("a")
+    size = min(spec.size for layer in layers(adapted) for spec in layer.specs["a"])
+    with torch.no_grad():
+        a_step(adapted, size - 1)
+        assert not folds
+        a_step(adapted, size)
+        assert folds
+
+
+def test_a_step_of_decoding_starts_at_the_base_model_to_the_bit():
+    base = build("llama", torch.bfloat16)
+    with torch.no_grad():
+        expected = a_step(base)
+        assert torch.equal(a_step(get_peft_model(base, CloverConfig())), expected)
+
+
+def test_a_step_in_bfloat16_errs_no_more_than_a_folded_one():
+    exact = model().double()
+    exact.set_adapter("a")
+    errors = {}
+    for name, context in (("unfolded", torch.no_grad()), ("folded", torch.enable_grad())):
+        total = 0.0
+        with context:
+            for rough, fine in zip(layers(copy.deepcopy(exact).bfloat16()), layers(exact), strict=True):
+                torch.manual_seed(0)
+                z = torch.randn(3, 1, fine.out_features, dtype=torch.bfloat16)
+                wanted = fine._map(z.double(), ["a"]) - z
+                total += float(relative(rough._map(z, ["a"]).double() - z, wanted))
+        errors[name] = total
+    assert errors["unfolded"] <= 1.01 * errors["folded"]
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_compiled_step_folds_nothing(folds, trained):
+    torch._dynamo.reset()
+    adapted = model()
+    adapted.set_adapter("a", inference_mode=not trained)
+    with torch.no_grad():
+        expected = {length: adapted(**inputs("llama", length=length)).logits for length in (7, 1)}
+        folds.clear()
+        compiled = torch.compile(adapted, backend="eager", fullgraph=True)
+        for length, count in ((1, 0), (7, 6)):
+            answered = compiled(**inputs("llama", length=length)).logits
+            assert relative(answered, expected[length]) < TOLERANCE[torch.float32]
+            assert len(folds) == count
+        write(adapted)
+        assert relative(compiled(**inputs("llama", length=1)).logits, expected[1]) > 1e-3
+
+
+def test_what_is_whole_in_a_call_of_its_module_alone_is_folded_there(folds):
+    adapted = model()
+    adapted.set_adapter("a")
+    for layer in layers(adapted):
+        layer.clover_S["a"].weight.ds_id = 0  # as DeepSpeed's ZeRO-3 marks what it shards
+    with torch.no_grad():
+        a_step(adapted)
+    assert len(folds) == sum(len(layer.specs["a"]) for layer in layers(adapted))
+
+
 def test_replicas_do_not_share_maps():
     adapted = model()
     answer(adapted)
