@@ -3,12 +3,13 @@
     python benchmarks/decode.py
 
 Llama-shaped layers with random weights and adapters that are no longer at their start, in evaluation mode and without
-autograd. CLOVER at its defaults (key, value, up), the same merged, and CLOVER with a quarter of a head's directions;
-LoRA and DoRA on q, k, v, up, down, unmerged, at the rank with as many trainable parameters as CLOVER full. These two
-are in the precision of the base (peft's default float32 would cost them casts), DoRA also with what peft can cache of
-it. All live in one process; in every round each takes `--tokens` steps, in shuffled order, from a cache of `--context`
-tokens that is cut back afterwards, so that all see the same lengths. Ratios are taken within the round. The merged
-model runs the base model's code: how far its ratio is from 1 is the error of the others.
+autograd. CLOVER at its defaults (key, value, up), the same as it is in training (as rollouts run it), the same
+merged, and CLOVER with a quarter of a head's directions; LoRA and DoRA on q, k, v, up, down, unmerged, at the rank
+with as many trainable parameters as CLOVER full. These two are in the precision of the base (peft's default float32
+would cost them casts), DoRA also with what peft can cache of it. All live in one process; in every round each takes
+`--tokens` steps, in shuffled order, from a cache of `--context` tokens that is cut back afterwards, so that all see
+the same lengths. Ratios are taken within the round. The merged model runs the base model's code: how far its ratio is
+from 1 is the error of the others.
 
 Switching: a model with two adapters of one kind. Each round times a usual step, `set_adapter` to the adapter that is
 not active, the first step with it and another usual one; the cost is that of `set_adapter` and the first step beyond
@@ -32,9 +33,11 @@ from typing import Any
 import torch
 from harness import (
     PAPER_LORA_TARGETS,
+    add_compile,
     add_shape,
     at_most,
     clock,
+    compile_decoders,
     decoder_of,
     fill_shape,
     finish,
@@ -86,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     base.requires_grad_(False).eval()
     contenders = _contenders(base, arguments.seed)
     effects = _effects(contenders, base)
+    if arguments.compile:
+        compile_decoders(contender.model for contender in contenders.values())
     for batch in arguments.batch_sizes:
         _race(contenders, base, batch, arguments)
     figures = {f"batch {batch}": _figures(contenders, batch) for batch in arguments.batch_sizes}
@@ -124,6 +129,7 @@ def _arguments(argv: Sequence[str] | None) -> Namespace:
     command.add_argument("--context", type=int, default=128, help="tokens in the cache before the first step")
     command.add_argument("--tokens", type=int, default=8, help="steps a round")
     command.add_argument("--rounds", type=int, default=15)
+    add_compile(command)
     arguments = command.parse_args(argv)
     fill_shape(arguments)
     if arguments.fast:
@@ -167,6 +173,7 @@ def _contenders(base: nn.Module, seed: int) -> dict[str, Contender]:
         return contenders[name]
 
     clover = add("clover", "full, k v up", configs["clover"])
+    add("clover in training", "full, k v up", configs["clover"]).model.requires_grad_(True)
     merged = _wrapped(copy.deepcopy(base), configs["clover"], seed).merge_and_unload()
     contenders["clover merged"] = Contender(merged.eval(), "full, k v up", clover.parameters)
     quarter = decoder_of(base).get_submodule("layers.0.self_attn").head_dim // 4
@@ -221,12 +228,13 @@ def _race(contenders: dict[str, Contender], base: nn.Module, batch: int, argumen
     shuffle = random.Random(arguments.seed).shuffle
     for contender in order:
         contender.seconds[batch] = []
-    for number in tqdm(range(arguments.rounds + 1), desc=f"batch {batch}", unit="round"):
+    warm_up = 3 if arguments.compile else 1  # caches that were cut back are compiled for too
+    for number in tqdm(range(arguments.rounds + warm_up), desc=f"batch {batch}", unit="round"):
         shuffle(order)
         for contender in order:
             with contender.around():
                 seconds = _steps(contender.model, x, cache, arguments.tokens, arguments.device)
-            if number:  # the first is a warm-up
+            if number >= warm_up:
                 contender.seconds[batch].append(seconds / arguments.tokens)
 
 
@@ -269,6 +277,8 @@ def _switching(base: nn.Module, config: PeftConfig, arguments: Namespace) -> dic
     model.set_adapter("other")
     randomise(model, arguments.seed + 1)
     model.requires_grad_(False)
+    if arguments.compile:
+        compile_decoders([model])
     cache = _filled(base, 1, arguments.context)
     x = torch.randn(1, 1, arguments.hidden_size).to(next(base.parameters()))
     step = partial(_steps, model, x, cache, 1, arguments.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,18 @@ def llama(
     )
     with torch.device(device):
         return LlamaForCausalLM(config).to(dtype)
+
+
+def add_compile(command: argparse.ArgumentParser) -> None:
+    """The option for `compile_decoders`."""
+    command.add_argument("--compile", action="store_true", help="all decoders under torch.compile")
+
+
+def compile_decoders(models: Iterable[nn.Module]) -> None:
+    """Put the decoder layers of `llama`s under torch.compile, in place."""
+    torch._dynamo.config.recompile_limit = 64  # all models share one function, and its versions one limit
+    for model in models:
+        decoder_of(model).compile()
 
 
 def decoder_of(model: nn.Module) -> Any:

@@ -28,9 +28,11 @@ from typing import Any
 import torch
 from harness import (
     PAPER_LORA_TARGETS,
+    add_compile,
     add_shape,
     at_most,
     clock,
+    compile_decoders,
     decoder_of,
     fill_shape,
     finish,
@@ -88,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     contenders = _contenders(base, arguments.methods)
     x = torch.randn(arguments.batch_size, arguments.tokens, arguments.hidden_size, device=device).to(dtype)
     x.requires_grad_(True)
+    if arguments.compile:
+        compile_decoders(contender.model for contender in contenders.values())
     cotangent = torch.randn_like(x)
 
     for contender in tqdm(contenders.values(), desc="warm-up", unit="method"):
@@ -130,6 +134,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     command.add_argument("--tokens", type=int, help="tokens a sequence; default 512, on cuda 2048")
     command.add_argument("--rounds", type=int, default=15, help="timed steps a method")
     command.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS, help="beside CLOVER and LoRA")
+    add_compile(command)
     arguments = command.parse_args(argv)
     fill_shape(arguments)
     if arguments.fast:

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import importlib
 import json
+import shutil
 import struct
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -181,7 +182,16 @@ def test_targets_say_what_was_reached(benchmark):
 
 def test_decode(benchmark, tmp_path, capsys):
     record = run(benchmark("decode"), tmp_path / "record.json")
-    methods = {"base", "clover", "clover merged", "clover low rank", "lora", "dora", "dora cached"}
+    methods = {
+        "base",
+        "clover",
+        "clover in training",
+        "clover merged",
+        "clover low rank",
+        "lora",
+        "dora",
+        "dora cached",
+    }
     rounds = record["options"]["rounds"]
     assert record["figures"].keys() == {"batch 1", "batch 2"}
     for rows in record["figures"].values():
@@ -206,6 +216,18 @@ def test_decode(benchmark, tmp_path, capsys):
     assert targets["clover"]["reached"] == max(rows["clover"]["v_base"] for rows in record["figures"].values())
     assert targets["switching_ms_a_layer"]["reached"] == record["switching"]["clover"]["new"]["ms_a_layer"]
     assert "clover, to a new adapter" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize(("name", "arguments"), [("decode", []), ("train_step", ["--methods"])])
+def test_compiled(benchmark, tmp_path, name, arguments):
+    torch._dynamo.reset()
+    run(benchmark(name), tmp_path / "plain.json", *arguments)
+    assert not torch._dynamo.utils.counters["stats"]
+    record = run(benchmark(name), tmp_path / "record.json", "--compile", *arguments)
+    assert record["options"]["compile"] is True
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3
 
 
 def test_a_step_of_decoding_leaves_the_cache_as_it_was(benchmark):
