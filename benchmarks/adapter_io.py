@@ -33,11 +33,12 @@ from harness import (
     fill_shape,
     finish,
     llama,
+    measured,
     options,
     parser,
     randomise,
     rank_for,
-    ratio,
+    ratios,
     table,
     trainable,
 )
@@ -84,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         arguments.seed,
         getattr(torch, arguments.dtype),
         arguments.device,
+        key_value_heads=arguments.key_value_heads,
     )
     base.requires_grad_(False).eval()
     with tempfile.TemporaryDirectory() as folder:
@@ -194,8 +196,12 @@ def _figures(contender: Contender) -> dict[str, Any]:
     return {
         "bytes": contender.file.stat().st_size,
         **{f"{what}_seconds": statistics.median(values) for what, values in seconds.items()},
-        "save_v_write": ratio(seconds["save"], seconds["write"]),
-        **{f"{way}_v_read": ratio(seconds[way], seconds["read"]) for way in WAYS},
+        **measured("save_v_write", ratios(seconds["save"], seconds["write"])),
+        **{
+            key: value
+            for way in WAYS
+            for key, value in measured(f"{way}_v_read", ratios(seconds[way], seconds["read"])).items()
+        },
         "difference": contender.difference,
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,6 +35,7 @@ def add_shape(command: argparse.ArgumentParser, layers: int, cuda_layers: int) -
     """Options for the shape of `llama`; `fill_shape` gives those that were left out their defaults."""
     command.add_argument("--hidden-size", type=int, help="default 2048, on cuda 4096")
     command.add_argument("--num-heads", type=int, help="default hidden size / 128")
+    command.add_argument("--key-value-heads", type=int, help="default as many as heads")
     command.add_argument("--mlp-size", type=int, help="default as Llama-2-7B: hidden size x 2.6875")
     command.add_argument("--layers", type=int, help=f"default {layers}, on cuda {cuda_layers}")
     command.add_argument("--dtype", help="of the weights; default float32, on cuda bfloat16")
@@ -47,6 +49,7 @@ def fill_shape(arguments: argparse.Namespace) -> None:
         arguments.hidden_size, arguments.num_heads = 64, 4
     arguments.hidden_size = arguments.hidden_size or (4096 if cuda else 2048)
     arguments.num_heads = arguments.num_heads or arguments.hidden_size // 128
+    arguments.key_value_heads = arguments.key_value_heads or arguments.num_heads
     arguments.mlp_size = arguments.mlp_size or arguments.hidden_size * 43 // 16
     arguments.layers = arguments.layers or arguments.default_layers[cuda]
     arguments.dtype = arguments.dtype or ("bfloat16" if cuda else "float32")
@@ -62,6 +65,7 @@ def llama(
     dtype: torch.dtype,
     device: str,
     head_dim: int | None = None,
+    key_value_heads: int | None = None,
 ) -> LlamaForCausalLM:
     """Randomly initialised Llama of the given shape, as good as without a vocabulary."""
     torch.manual_seed(seed)
@@ -69,7 +73,7 @@ def llama(
         hidden_size=hidden_size,
         intermediate_size=mlp_size,
         num_attention_heads=num_heads,
-        num_key_value_heads=num_heads,
+        num_key_value_heads=key_value_heads or num_heads,
         num_hidden_layers=layers,
         vocab_size=16,
         head_dim=head_dim or hidden_size // num_heads,
@@ -79,8 +83,14 @@ def llama(
 
 
 def add_compile(command: argparse.ArgumentParser) -> None:
-    """The option for `compile_decoders`."""
+    """The option for `compile_decoders`, whose records have a name of their own."""
     command.add_argument("--compile", action="store_true", help="all decoders under torch.compile")
+    command.set_defaults(out=None)
+
+
+def fill_out(arguments: argparse.Namespace, name: str) -> None:
+    """Where the record of a benchmark with `add_compile` goes, if no option says so."""
+    arguments.out = arguments.out or RESULTS / f"{name}{'_compiled' if arguments.compile else ''}.json"
 
 
 def compile_decoders(models: Iterable[nn.Module]) -> None:
@@ -131,16 +141,52 @@ def synchronise(device: str) -> None:
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
     """Median of the ratios of values taken in the same round: what slows a whole round down cancels."""
-    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+    return statistics.median(ratios(numerator, denominator))
 
 
-def at_most(wanted: Mapping[str, float], reached: Mapping[str, float | None]) -> dict[str, dict[str, Any]]:
-    """Targets for the record: what each figure was to be at most, and what it is. None is neither met nor missed."""
+def ratios(numerator: Sequence[float], denominator: Sequence[float]) -> list[float]:
+    """Ratios of values taken in the same round."""
+    return [a / b for a, b in zip(numerator, denominator, strict=True)]
 
-    def judged(most: float, value: float | None) -> dict[str, Any]:
-        return {"wanted": most, "reached": value, "met": None if value is None else value <= most}
 
-    return {name: judged(most, reached[name]) for name, most in wanted.items()}
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Where the median is with 95 % confidence, whatever the distribution: between two of the values in order.
+
+    As many are left out at either end as a fair coin falls on one side in `len(values)` throws with a probability of
+    at most 2.5 %; below six values none are, and the confidence is less.
+    """
+    n, left_out, probability = len(values), 0, 0.5 ** len(values)
+    while probability <= 0.025:
+        left_out += 1
+        probability += math.comb(n, left_out) * 0.5**n
+    left_out = max(0, left_out - 1)
+    ordered = sorted(values)
+    return ordered[left_out], ordered[n - 1 - left_out]
+
+
+def measured(name: str, values: Sequence[float]) -> dict[str, Any]:
+    """A figure for the record: the median of values of all rounds, and its `interval`."""
+    return {name: statistics.median(values), f"{name}_interval": interval(values)}
+
+
+def told(figures: Mapping[str, Any], name: str) -> str:
+    """A figure of `measured`, for a table."""
+    low, high = figures[f"{name}_interval"]
+    return f"{figures[name]:.3f} ({low:.3f} to {high:.3f})"
+
+
+def at_most(wanted: Mapping[str, float], reached: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Targets for the record: what each figure was to be at most, and what it is.
+
+    One that was not measured is neither met nor missed (None), nor is one whose `interval` has the target in it.
+    """
+
+    def judged(most: float, value: float | None, around: tuple[float, float] | None) -> dict[str, Any]:
+        low, high = around or (value, value)
+        met = None if low is None or high is None or low <= most < high else high <= most
+        return {"wanted": most, "reached": value, "interval": around, "met": met}
+
+    return {name: judged(most, reached[name], reached.get(f"{name}_interval")) for name, most in wanted.items()}
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

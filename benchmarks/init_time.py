@@ -24,14 +24,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import PAPER_LORA_TARGETS, clock, finish, llama, options, parser, rank_for, ratio, table, trainable
+from harness import (
+    PAPER_LORA_TARGETS,
+    at_most,
+    clock,
+    finish,
+    llama,
+    options,
+    parser,
+    rank_for,
+    ratio,
+    table,
+    trainable,
+)
 from peft import LoraConfig, PeftConfig, get_peft_model
 from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 from clover_peft import CloverConfig, records
 
-TARGETS = {"textbook": 50.0, "pissa_niter_16": 5.0}  # CLOVER is to be at least this much faster
+TARGETS = {"textbook": 100.0, "pissa_niter_16": 5.0}  # CLOVER is to be at least this much faster
+SECONDS = 60.0  # and to make the adapters of Llama-2-7B's 32 layers in at most this
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -73,7 +86,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
             "trainable_parameters_per_layer": parameters,
             "rounds": rounds,
             "figures": figures,
-            "targets": {n: {"wanted": t, "met": figures[n]["v_clover"] >= t} for n, t in TARGETS.items()},
+            "targets": {
+                **{
+                    n: {"wanted": t, "reached": figures[n]["v_clover"], "met": figures[n]["v_clover"] >= t}
+                    for n, t in TARGETS.items()
+                },
+                **at_most({"seconds": SECONDS}, {"seconds": 32 * figures["clover"]["one_layer"]}),
+            },
         },
     )
 

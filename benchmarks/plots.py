@@ -56,7 +56,7 @@ def newest(folder: Path, benchmark: str) -> Record | None:
             found[int(match[1] or 1)] = path
     for _, path in sorted(found.items(), reverse=True):
         record = _read(path)
-        if record["options"].get("sweep", True):
+        if record["options"].get("sweep", True) and not record["options"].get("compile"):
             return record
     return None
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import at_most, clock, finish, llama, options, parser, randomise, ratio, table
+from harness import at_most, clock, finish, llama, measured, options, parser, randomise, ratios, table, told
 from peft import get_peft_model
 from tqdm import tqdm
 from train_step import Contender, decode, saved_bytes, step
@@ -200,7 +200,7 @@ def _row(size: int, point: Point, base: Contender, clover: Contender) -> dict[st
         "trainable_parameters": clover.parameters,
         "base_seconds": statistics.median(base.seconds),
         "extra_seconds": statistics.median(a - b for a, b in zip(clover.seconds, base.seconds, strict=True)),
-        "v_base": ratio(clover.seconds, base.seconds),
+        **measured("v_base", ratios(clover.seconds, base.seconds)),
         "base_saved_bytes": base.saved_bytes,
         "extra_saved_bytes": extra,
         "extra_saved_bytes_a_layer": extra / point.layers,
@@ -215,14 +215,14 @@ def _report(dimension: str, rows: Sequence[dict[str, Any]], exponents: dict[str,
             row["size"],
             1e3 * row["base_seconds"],
             1e3 * row["extra_seconds"],
-            row["v_base"],
+            told(row, "v_base"),
             row["extra_saved_bytes_a_layer"] / 2**20,
             row["base_saved_bytes"] / row["point"]["layers"] / 2**20,
         )
         for row in rows
     ]
-    told = [f"{what} {'none' if p is None else f'{p:.3f}'}" for what, p in exponents.items()]
-    return f"{table(header, cells)}\nexponents of what is extra: {', '.join(told)}"
+    powers = [f"{what} {'none' if p is None else f'{p:.3f}'}" for what, p in exponents.items()]
+    return f"{table(header, cells)}\nexponents of what is extra: {', '.join(powers)}"
 
 
 if __name__ == "__main__":

@@ -34,15 +34,18 @@ from harness import (
     clock,
     compile_decoders,
     decoder_of,
+    fill_out,
     fill_shape,
     finish,
     llama,
+    measured,
     options,
     parser,
     randomise,
     rank_for,
-    ratio,
+    ratios,
     table,
+    told,
     trainable,
 )
 from peft import HiraConfig, LoraConfig, OFTConfig, PeftConfig, PeftModel, get_peft_model
@@ -85,11 +88,22 @@ def main(argv: Sequence[str] | None = None) -> Path:
     environment = records.environment()
     device, dtype = arguments.device, getattr(torch, arguments.dtype)
     base = llama(
-        arguments.hidden_size, arguments.num_heads, arguments.mlp_size, arguments.layers, arguments.seed, dtype, device
+        arguments.hidden_size,
+        arguments.num_heads,
+        arguments.mlp_size,
+        arguments.layers,
+        arguments.seed,
+        dtype,
+        device,
+        key_value_heads=arguments.key_value_heads,
     ).requires_grad_(False)
     contenders = _contenders(base, arguments.methods)
     x = torch.randn(arguments.batch_size, arguments.tokens, arguments.hidden_size, device=device).to(dtype)
     x.requires_grad_(True)
+    if arguments.gradient_checkpointing:
+        for contender in contenders.values():
+            model: Any = contender.model.train()
+            model.gradient_checkpointing_enable()
     if arguments.compile:
         compile_decoders(contender.model for contender in contenders.values())
     cotangent = torch.randn_like(x)
@@ -134,8 +148,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     command.add_argument("--tokens", type=int, help="tokens a sequence; default 512, on cuda 2048")
     command.add_argument("--rounds", type=int, default=15, help="timed steps a method")
     command.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS, help="beside CLOVER and LoRA")
+    command.add_argument("--gradient-checkpointing", action="store_true", help="in all models, layer by layer")
     add_compile(command)
     arguments = command.parse_args(argv)
+    fill_out(arguments, "train_step")
     fill_shape(arguments)
     if arguments.fast:
         arguments.tokens, arguments.rounds = 8, 2
@@ -246,8 +262,8 @@ def _figures(contenders: dict[str, Contender]) -> dict[str, dict[str, Any]]:
             "setting": c.setting,
             "trainable_parameters": c.parameters,
             "median_seconds": statistics.median(c.seconds),
-            "step_v_base": ratio(c.seconds, base.seconds),
-            "step_v_lora": ratio(c.seconds, lora.seconds),
+            **measured("step_v_base", ratios(c.seconds, base.seconds)),
+            **measured("step_v_lora", ratios(c.seconds, lora.seconds)),
             "saved_bytes": c.saved_bytes,
             "saved_over_base_bytes": c.saved_bytes - base.saved_bytes,
             "saved_over_base_v_lora": over(c.saved_bytes, base.saved_bytes, lora.saved_bytes),
@@ -261,8 +277,8 @@ def _figures(contenders: dict[str, Contender]) -> dict[str, dict[str, Any]]:
 
 
 def over(value: int | None, base: int | None, other: int | None) -> float | None:
-    """What is beyond the base, against what another method is beyond it; None where it was not measured."""
-    return None if value is None or base is None or other is None else (value - base) / (other - base)
+    """What is beyond the base, against what another method is beyond it; None where that is nothing or unknown."""
+    return None if value is None or base is None or other in (None, base) else (value - base) / (other - base)
 
 
 def _report(figures: dict[str, dict[str, Any]]) -> str:
@@ -284,11 +300,11 @@ def _report(figures: dict[str, dict[str, Any]]) -> str:
             f["setting"],
             f"{f['trainable_parameters']:,}",
             f["median_seconds"],
-            f["step_v_base"],
-            f["step_v_lora"],
+            told(f, "step_v_base"),
+            told(f, "step_v_lora"),
             f["saved_bytes"] / 2**20,
             f["saved_over_base_bytes"] / 2**20,
-            f["saved_over_base_v_lora"],
+            "-" if f["saved_over_base_v_lora"] is None else f["saved_over_base_v_lora"],
             "-" if f["peak_over_base_v_lora"] is None else f["peak_over_base_v_lora"],
         )
         for name, f in figures.items()

@@ -43,7 +43,7 @@ def test_init_time(benchmark, tmp_path, capsys):
         assert ("extrapolated" in figure["how"]) == (name != "clover"), name
     assert sum(len(r["clover"]) for r in record["rounds"]) == record["options"]["layers"]
     assert record["figures"]["clover"]["v_clover"] == 1.0
-    assert record["targets"].keys() == {"textbook", "pissa_niter_16"}
+    assert record["targets"].keys() == {"textbook", "pissa_niter_16", "seconds"}
     counts = record["trainable_parameters_per_layer"]
     assert counts["pissa_niter_16"] == pytest.approx(counts["clover"], rel=0.15)
     assert "v CLOVER" in capsys.readouterr().out
@@ -84,6 +84,23 @@ def test_train_step(benchmark, tmp_path, capsys):
 def test_train_step_of_some_methods(benchmark, tmp_path):
     record = run(benchmark("train_step"), tmp_path / "record.json", "--methods")
     assert record["figures"].keys() == {"frozen base", "clover", "lora"}
+    for name in ("clover", "lora"):
+        low, high = record["figures"][name]["step_v_base_interval"]
+        assert low <= record["figures"][name]["step_v_base"] <= high
+
+
+def test_train_step_with_gradient_checkpointing_saves_a_layers_input_alone(benchmark, tmp_path):
+    plain = run(benchmark("train_step"), tmp_path / "plain.json", "--methods")["figures"]
+    record = run(benchmark("train_step"), tmp_path / "record.json", "--methods", "--gradient-checkpointing")
+    for name, found in record["figures"].items():
+        assert found["saved_bytes"] < plain[name]["saved_bytes"] / 4, name
+
+
+def test_train_step_of_grouped_key_value_heads(benchmark, tmp_path):
+    record = run(benchmark("train_step"), tmp_path / "record.json", "--methods", "--key-value-heads", "2")
+    assert record["options"]["key_value_heads"] == 2
+    blocks = {"k, v": 2 * 2 * 16**2, "up": 4 * 43**2}  # up has 172 features
+    assert record["figures"]["clover"]["trainable_parameters"] == sum(blocks.values())
 
 
 def test_ranks_match_the_papers_at_llama_2_7b(benchmark):
@@ -172,12 +189,38 @@ def test_ratio_is_taken_within_a_round(benchmark):
 
 
 def test_targets_say_what_was_reached(benchmark):
-    found = benchmark("harness").at_most({"a": 1.0, "b": 1.0, "c": 1.0}, {"a": 1.0, "b": 1.5, "c": None, "d": 0.0})
+    reached = {"met": 1.0, "missed": 1.5, "not measured": None, "beside": 0.0, "open": 0.9}
+    reached |= {"well met": 0.9, "well missed": 1.1}
+    reached |= {"open_interval": (0.8, 1.1), "well met_interval": (0.8, 1.0), "well missed_interval": (1.01, 1.2)}
+    found = benchmark("harness").at_most(
+        {name: 1.0 for name in reached if "_" not in name and name != "beside"}, reached
+    )
     assert {name: (target["reached"], target["met"]) for name, target in found.items()} == {
-        "a": (1.0, True),
-        "b": (1.5, False),
-        "c": (None, None),
+        "met": (1.0, True),
+        "missed": (1.5, False),
+        "not measured": (None, None),
+        "open": (0.9, None),
+        "well met": (0.9, True),
+        "well missed": (1.1, False),
     }
+
+
+@pytest.mark.parametrize(("count", "left_out"), [(1, 0), (5, 0), (6, 0), (9, 1), (15, 3), (40, 13)])
+def test_an_interval_leaves_out_what_a_coin_would(benchmark, count, left_out):
+    """As in tables of the sign test, at 95 %."""
+    values = list(range(count))[::-1]
+    assert benchmark("harness").interval(values) == (left_out, count - 1 - left_out)
+
+
+def test_records_of_compiled_models_have_a_name_of_their_own(benchmark, tmp_path, monkeypatch):
+    for name in ("decode", "train_step"):
+        assert benchmark(name)._arguments([]).out.name == f"{name}.json"
+        assert benchmark(name)._arguments(["--compile"]).out.name == f"{name}_compiled.json"
+        assert benchmark(name)._arguments(["--compile", "--out", "x.json"]).out.name == "x.json"
+    for number, compiled in ((1, False), (2, True)):
+        record = {"options": {"compile": compiled}}
+        (tmp_path / f"decode-{number}.json").write_text(json.dumps(record))
+    assert benchmark("plots").newest(tmp_path, "decode")["file"] == "decode-1.json"
 
 
 def test_decode(benchmark, tmp_path, capsys):
@@ -223,6 +266,7 @@ def test_decode(benchmark, tmp_path, capsys):
 @pytest.mark.parametrize(("name", "arguments"), [("decode", []), ("train_step", ["--methods"])])
 def test_compiled(benchmark, tmp_path, name, arguments):
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     run(benchmark(name), tmp_path / "plain.json", *arguments)
     assert not torch._dynamo.utils.counters["stats"]
     record = run(benchmark(name), tmp_path / "record.json", "--compile", *arguments)
