@@ -197,14 +197,17 @@ def _contenders(base: nn.Module, seed: int) -> dict[str, Contender]:
 
 
 def _effects(contenders: dict[str, Contender], base: nn.Module) -> dict[str, float]:
-    """How far each model's output is from the base's, relative to it: what is timed does something."""
+    """How far each model's output of one step is from the base's, relative to it: what is timed does something."""
     parameter = next(base.parameters())
     torch.manual_seed(0)
-    x = torch.randn(1, 4, decoder_of(base).config.hidden_size).to(parameter)
+    x = torch.randn(1, 1, decoder_of(base).config.hidden_size).to(parameter)
+    cache = _filled(base, 1, 4)
     outputs = {}
     for name, contender in contenders.items():
         with contender.around():
-            outputs[name] = decoder_of(contender.model)(inputs_embeds=x, use_cache=False).last_hidden_state.double()
+            decoded = decoder_of(contender.model)(inputs_embeds=x, past_key_values=cache, use_cache=True)
+        outputs[name] = decoded.last_hidden_state.double()
+        cache.crop(-1)
     norm = outputs["base"].norm()
     return {name: float((output - outputs["base"]).norm() / norm) for name, output in outputs.items()}
 

@@ -96,6 +96,7 @@ def fill_out(arguments: argparse.Namespace, name: str) -> None:
 def compile_decoders(models: Iterable[nn.Module]) -> None:
     """Put the decoder layers of `llama`s under torch.compile, in place."""
     torch._dynamo.config.recompile_limit = 64  # all models share one function, and its versions one limit
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # beyond it they would run as they are
     for model in models:
         decoder_of(model).compile()
 

@@ -145,7 +145,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     command = parser(__doc__.splitlines()[0] if __doc__ else "", "train_step")
     add_shape(command, 1, 1)
     command.add_argument("--batch-size", type=int, default=1)
-    command.add_argument("--tokens", type=int, help="tokens a sequence; default 512, on cuda 2048")
+    command.add_argument("--tokens", type=int, help="tokens a sequence; default 512, on cuda 4096")
     command.add_argument("--rounds", type=int, default=15, help="timed steps a method")
     command.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS, help="beside CLOVER and LoRA")
     command.add_argument("--gradient-checkpointing", action="store_true", help="in all models, layer by layer")
@@ -155,7 +155,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     fill_shape(arguments)
     if arguments.fast:
         arguments.tokens, arguments.rounds = 8, 2
-    arguments.tokens = arguments.tokens or (2048 if arguments.device.startswith("cuda") else 512)
+    arguments.tokens = arguments.tokens or (4096 if arguments.device.startswith("cuda") else 512)
     return arguments
 
 
@@ -208,8 +208,9 @@ def step(contender: Contender, x: torch.Tensor, cotangent: torch.Tensor, dtype: 
         contender.optimizer.zero_grad(set_to_none=True)
 
 
-def saved_bytes(model: nn.Module, forward: Callable[[], torch.Tensor]) -> int:
-    """Bytes of the distinct storages saved for the backward of `forward`, the model's own tensors excluded."""
+def saved_bytes(model: nn.Module, forward: Callable[[], torch.Tensor], output_is_kept: bool = False) -> int:
+    """Bytes of the distinct storages saved for the backward of `forward`, without the model's own tensors, and without
+    its output where that is kept in any case."""
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     saved: dict[int, int] = {}
 
@@ -220,8 +221,9 @@ def saved_bytes(model: nn.Module, forward: Callable[[], torch.Tensor]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = forward()
-    del output  # alive until here, so that no address was used twice
+        output = forward()  # alive until the end, so that no address is used twice
+    if output_is_kept:
+        saved.pop(output.untyped_storage().data_ptr(), None)
     return sum(saved.values())
 
 

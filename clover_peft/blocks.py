@@ -108,12 +108,12 @@ class BlockSpec:
         s, u, v, *_ = self._with_frozen_part(tensors)
         return fold(s, u, v)
 
-    def stages(self, tensors: BlockTensors) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The factors of `map` one by one, from the left, as they are stored: what is added to a few tokens' features
-        is less work by these. E, S and C; S and C where E is the identity; S alone where both are (None for those
-        that are not there)."""
+    def mapped(self, tensors: BlockTensors, tokens: Tensor) -> Tensor:
+        """`map` of features, (H, tokens, d), in the dtype of the tensors, but not multiplied out: E (S (C z))."""
         s, u, v, *_ = self._with_frozen_part(tensors)
-        return (s, None, u) if v is None else (v, s, u)
+        result = tokens.to(s.dtype) if u is None else torch.bmm(tokens.to(s.dtype), u.mT)
+        result = result * s.unsqueeze(1) if s.ndim == 2 else torch.bmm(result, s.mT)
+        return (result if v is None else torch.bmm(result, v.mT)).to(tokens.dtype)
 
     def _with_frozen_part(self, tensors: BlockTensors) -> BlockTensors:
         """With S in the place of dS where the map replaces its input."""

@@ -24,19 +24,18 @@ class _Source(NamedTuple):
     storage: Tensor  # kept alive, so that nothing else comes to lie at its address
 
     @classmethod
-    def of(cls, adapters: nn.ModuleDict, adapter_name: str) -> list[_Source] | None:
-        """Those of an adapter; None where changes may not be seen: trained, sharded, or made in inference mode."""
+    def of(cls, adapters: nn.ModuleDict, adapter_name: str, name: str) -> _Source | None:
+        """One of an adapter; None where changes may not be seen: trained, sharded, or made in inference mode."""
         module = adapters[adapter_name]
         holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        result = []
         for holder in holders:
-            for name, tensor in holder.items():
-                plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference()
-                if not plain or tensor.requires_grad or hasattr(tensor, "ds_id"):
-                    return None
+            tensor: Any = holder.get(name)
+            if type(tensor) in (Tensor, nn.Parameter) and not (
+                tensor.is_inference() or tensor.requires_grad or hasattr(tensor, "ds_id")
+            ):
                 place = (adapters._modules, adapter_name, module, holder, name)
-                result.append(cls(*place, tensor, tensor._version, tensor.data_ptr(), tensor.detach()))
-        return result
+                return cls(*place, tensor, tensor._version, tensor.data_ptr(), tensor.detach())
+        return None
 
 
 class FoldedMaps:
@@ -54,14 +53,14 @@ class FoldedMaps:
     def get(
         self,
         key: Hashable,
-        adapters: Iterable[tuple[nn.ModuleDict, str]],
+        read: Iterable[tuple[nn.ModuleDict, str, str]],
         fold: Callable[[], list[HeadMap]],
     ) -> list[HeadMap] | None:
         """The maps for `key`, folded now if they are not there or out of date; None where they cannot be kept.
 
         Args:
             key: what they are for.
-            adapters: where to find the modules whose tensors `fold` reads, and under which name.
+            read: the tensors that `fold` reads: of which modules, of which adapter, and their names.
             fold: makes them.
         """
         if (found := self._entries.get(key)) is not None:
@@ -70,6 +69,7 @@ class FoldedMaps:
                 if (
                     adapters_now.get(adapter_name) is not module
                     or tensors.get(name) is not tensor
+                    or tensor.requires_grad
                     or tensor._version != version
                     or tensor.data_ptr() != address
                 ):
@@ -77,10 +77,10 @@ class FoldedMaps:
             else:
                 return maps
         sources = []
-        for modules, adapter_name in adapters:
-            if (of_adapter := _Source.of(modules, adapter_name)) is None:
+        for modules, adapter_name, name in read:
+            if (source := _Source.of(modules, adapter_name, name)) is None:
                 return None
-            sources += of_adapter
+            sources.append(source)
         maps = fold()
         if all(type(m.matrix) is Tensor for m in maps):  # no stand-in of a tracer
             self._entries[key] = (maps, sources)

@@ -15,7 +15,7 @@ needs nothing but y: the d x d system is solved after the sum over tokens, so th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -61,34 +61,46 @@ class HeadMap(NamedTuple):
 
     Attributes:
         place: the features, (H, d).
-        matrix: (H, d, d), M; or (H, d, r), its left factor, where there are coordinates.
-        coordinates: (H, r, d), C, for a map in stages, M = (E S) C or M = E S C; None for one that is folded.
-        middle: (H, r, r) or (H, r), S, for a map in three stages, whose `matrix` is E.
+        matrix: (H, d, d), M; or (H, d, r), its left factor E S, where there are coordinates.
+        coordinates: (H, r, d), C, for a map in two stages, M = (E S) C; None for one that is folded.
         dropout: what is applied to the map's input first.
     """
 
     place: Place
     matrix: Tensor
     coordinates: Tensor | None = None
-    middle: Tensor | None = None
     dropout: nn.Module | None = None
 
     def to(self, dtype: torch.dtype) -> HeadMap:
         """The map with its matrices in `dtype`."""
-        coordinates, middle = (None if t is None else t.to(dtype) for t in (self.coordinates, self.middle))
-        return self._replace(matrix=self.matrix.to(dtype), coordinates=coordinates, middle=middle)
+        coordinates = None if self.coordinates is None else self.coordinates.to(dtype)
+        return self._replace(matrix=self.matrix.to(dtype), coordinates=coordinates)
 
     def in_coordinates(self, tokens: Tensor) -> Tensor:
-        """What `matrix` is applied to, (H, tokens, r): `C z` or `S C z`."""
+        """`C z`, (H, tokens, r)."""
         assert self.coordinates is not None
-        result = torch.bmm(tokens, self.coordinates.to(tokens.dtype).mT)
-        if self.middle is None:
-            return result
-        s = self.middle.to(tokens.dtype)
-        return result * s.unsqueeze(1) if s.ndim == 2 else torch.bmm(result, s.mT)
+        return torch.bmm(tokens, self.coordinates.to(tokens.dtype).mT)
+
+    def mapped(self, tokens: Tensor) -> Tensor:
+        """`M z`, (H, tokens, d), of features of the same shape."""
+        tokens = tokens if self.dropout is None else self.dropout(tokens)
+        tokens = tokens if self.coordinates is None else self.in_coordinates(tokens)
+        return torch.bmm(tokens, self.matrix.to(tokens.dtype).mT)
 
 
-def apply_maps(z: Tensor, maps: Sequence[HeadMap], output_is_kept: bool = False) -> Tensor:
+class UnfoldedMap(NamedTuple):
+    """A map that was not multiplied out, which is less work for a few tokens.
+
+    Attributes:
+        place: the features, (H, d).
+        mapped: `M z`, (H, tokens, d), of features of the same shape.
+    """
+
+    place: Place
+    mapped: Callable[[Tensor], Tensor]
+
+
+def apply_maps(z: Tensor, maps: Sequence[HeadMap | UnfoldedMap], output_is_kept: bool = False) -> Tensor:
     """`y` of all maps together, each of the same z.
 
     Args:
@@ -104,10 +116,11 @@ def apply_maps(z: Tensor, maps: Sequence[HeadMap], output_is_kept: bool = False)
     if torch.is_autocast_enabled(z.device.type):
         with torch.autocast(z.device.type, enabled=False):
             return apply_maps(z, maps, output_is_kept)
-    if any(m.dropout is not None for m in maps) or is_traced():
+    folded = [m for m in maps if isinstance(m, HeadMap) and m.dropout is None]
+    if len(folded) < len(maps) or is_traced():
         return formula(z, maps)
-    places, matrices = [m.place for m in maps], [m.matrix for m in maps]
-    inputs = [None if m.coordinates is None else m.in_coordinates(m.place.tokens(z)) for m in maps]
+    places, matrices = [m.place for m in folded], [m.matrix for m in folded]
+    inputs = [None if m.coordinates is None else m.in_coordinates(m.place.tokens(z)) for m in folded]
     if torch.is_grad_enabled() and (z.requires_grad or any(matrix.requires_grad for matrix in matrices)):
         return _ApplyMaps.apply(z, places, output_is_kept, *matrices, *inputs)
     return _add_up(z, places, matrices, inputs)
@@ -118,29 +131,37 @@ def is_traced() -> bool:
 
     It does not take writing in place then, and fuses plain operations by itself.
     """
-    if torch.compiler.is_compiling():
-        return True
+    return torch.compiler.is_compiling() or _is_transformed() or torch.jit.is_tracing()
+
+
+def _is_transformed() -> bool:
     transform: object = torch._C._functorch.peek_interpreter_stack()
-    return transform is not None or torch.jit.is_tracing()
+    return transform is not None
 
 
-def formula(z: Tensor, maps: Sequence[HeadMap]) -> Tensor:
+def is_captured(tensor: Tensor) -> bool:
+    """Whether what is done with the tensor goes into a CUDA graph, which will read the same addresses again."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def formula(z: Tensor, maps: Sequence[HeadMap | UnfoldedMap]) -> Tensor:
     """The same as `apply_maps`, in plain operations of torch."""
     whole = len(maps) == 1 and maps[0].place.heads.covers(z.shape[-1])
     result = z if whole else z.clone()
     for m in maps:
         heads, _, replaces = m.place
         tokens = m.place.tokens(z)
-        mapped = tokens if m.dropout is None else m.dropout(tokens)
-        if m.coordinates is not None:
-            mapped = m.in_coordinates(mapped)
-        mapped = torch.bmm(mapped, m.matrix.to(z.dtype).mT)
+        mapped = m.mapped(tokens)
         if whole:
             # The sum is laid out like its first operand, so that `mapped` is never copied into place.
             return (mapped if replaces else tokens + mapped).transpose(0, 1).reshape(z.shape)
-        target = heads.heads(result)
         change = (mapped - tokens if replaces else mapped).transpose(0, 1)
-        target.add_(change.reshape(target.shape))
+        if not torch.compiler.is_compiling() and _is_transformed():  # there only the change may have a batch
+            index = torch.tensor(heads.indices(), device=z.device)
+            result = result.index_add(-1, index, change.reshape(*z.shape[:-1], -1))
+        else:
+            target = heads.heads(result)
+            target.add_(change.reshape(target.shape))
     return result
 
 
@@ -175,13 +196,18 @@ class _ApplyMaps(torch.autograd.Function):
         of_z = {i: tensors[i] for i in range(count) if ctx.needs_input_grad[3 + i] and tensors[count + i] is None}
         ctx.places, ctx.squares = places, None
         if of_z and output_is_kept and not any(place.replaces for place in places) and _are_apart(tuple(places)):
-            ctx.squares = _squares_if_safe(of_z, torch.finfo(z.dtype).eps)
+            ctx.squares = _squares_if_safe(of_z, _eps(z.dtype))
         kept = None if not of_z else z if ctx.squares is None else output
         ctx.save_for_backward(kept, *tensors)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        kept, *tensors = ctx.saved_tensors
+        saved = ctx.saved_tensors  # what is checkpointed is computed again here
+        with torch.autocast(gradient.device.type, enabled=False):  # within which a backward pass may run
+            return _ApplyMaps._gradients(ctx, gradient, *saved)
+
+    @staticmethod
+    def _gradients(ctx: Any, gradient: Tensor, kept: Any, *tensors: Any) -> tuple[Tensor | None, ...]:
         count = len(ctx.places)
         for_z = gradient.clone(memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
         for_matrices: list[Tensor | None] = [None] * count
@@ -220,6 +246,15 @@ def _are_apart(places: tuple[Place, ...]) -> bool:
     return len(features) == len(set(features))
 
 
+def _eps(dtype: torch.dtype) -> float:
+    """The rounding of a product in `dtype`: of float32 more where torch may round the factors (`tf32=True`)."""
+    backends: Any = torch.backends
+    allowed = {of.fp32_precision for of in (backends, backends.cuda.matmul, backends.mkldnn.matmul)}
+    narrower = {"tf32": torch.float16, "bf16": torch.bfloat16}  # TF32 has as many bits as float16
+    rounded = [narrower[precision] for precision in allowed & narrower.keys() if dtype == torch.float32]
+    return max(torch.finfo(d).eps for d in (dtype, *rounded))
+
+
 def _squares_if_safe(matrices: Mapping[int, Tensor], eps: float) -> dict[int, float] | None:
     """Of each of the maps the largest `||M_h^2||`; None if y does not determine z well enough for one of them.
 
@@ -227,7 +262,7 @@ def _squares_if_safe(matrices: Mapping[int, Tensor], eps: float) -> dict[int, fl
     that is not possible (while a CUDA graph is captured, without numbers) z is kept.
     """
     some = next(iter(matrices.values()))
-    if type(some) is not Tensor or some.is_meta or (some.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if type(some) is not Tensor or some.is_meta or is_captured(some):
         return None
     norms = [
         torch.linalg.vector_norm(m, dim=(-2, -1)).amax()

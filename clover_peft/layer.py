@@ -13,6 +13,7 @@ of the projection's input is added to y: `clover_A`, and `clover_B`, zero at the
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ from transformers.pytorch_utils import Conv1D
 from .architectures import in_features, out_features
 from .blocks import BlockSpec, BlockTensors
 from .folded import FoldedMaps
-from .head_map import HeadMap, Place, apply_maps, is_traced
+from .head_map import HeadMap, Place, UnfoldedMap, apply_maps, is_captured, is_traced
 
 TRAINED = ("clover_S", "clover_A", "clover_B")
 FROZEN = ("clover_U", "clover_V", "clover_S0", "clover_norm")
@@ -438,15 +439,14 @@ class CloverLayer(nn.Module, BaseTunerLayer):
                 "weights, or create it on a base model whose weights are loaded"
             )
 
-    def maps(self, adapter_names: Iterable[str], dropout: bool = False, unfolded: bool = False) -> list[HeadMap]:
+    def maps(self, adapter_names: Iterable[str], dropout: bool = False) -> list[HeadMap]:
         """The adapters' maps, one a slice, in the precision of S and outside of autocast.
 
-        Maps of adapters that cut the same features alike are added up, if they are folded.
+        Maps of adapters that cut the same features alike are added up.
 
         Args:
             adapter_names: adapters, in any order; those that this layer does not have are passed over.
             dropout: with the adapters' dropout, in training.
-            unfolded: as E, S and C, one after the other.
 
         Returns:
             Those that replace their input come first.
@@ -461,43 +461,61 @@ class CloverLayer(nn.Module, BaseTunerLayer):
             for spec in self.specs[name]:
                 staged = len(names) == 1 and spec.is_staged
                 tensors = self.tensors(name, spec)
-                place = Place(spec.heads, spec.size, spec.truncate)
-                if unfolded:
-                    left, middle, coordinates = spec.stages(_in_one_dtype(tensors))
-                    result[name, spec] = HeadMap(place, left, coordinates, middle, drop)
-                    continue
 
                 def fold(
                     s: Tensor, spec: BlockSpec = spec, tensors: BlockTensors = tensors, staged: bool = staged
                 ) -> Tensor:
                     with torch.autocast(device_type=s.device.type, enabled=False):
-                        return spec.map(_in_one_dtype(tensors._replace(s=s, u=None if staged else tensors.u)))
+                        return spec.map(_with_s(tensors._replace(u=None if staged else tensors.u), s))
 
                 matrix = self.clover_S[name](spec.name, fold)
-                # Dropout draws its own mask for every adapter.
-                key = (place, drop and name)
+                place = Place(spec.heads, spec.size, spec.truncate)
+                key = (place, drop and name)  # dropout draws its own mask for every adapter
                 if key in result:
                     matrix = result[key].matrix + matrix
                 coordinates = tensors.u if staged else None
-                result[key] = HeadMap(place, matrix, coordinates, None, drop)
+                result[key] = HeadMap(place, matrix, coordinates, drop)
         return sorted(result.values(), key=lambda m: not m.place.replaces)
+
+    def unfolded_maps(self, adapter_names: Iterable[str]) -> list[UnfoldedMap]:
+        """The same as `maps`, without dropout, as E, S and C one after the other, for features in S's precision."""
+        result = []
+        for name in adapter_names:
+            if self._missing_bases:
+                self.check_bases(name, "run")
+            for spec in self.specs[name]:
+
+                def mapped(tokens: Tensor, name: str = name, spec: BlockSpec = spec) -> Tensor:
+                    tensors = self.tensors(name, spec)
+                    return self.clover_S[name](spec.name, lambda s: spec.mapped(_with_s(tensors, s), tokens))
+
+                result.append(UnfoldedMap(Place(spec.heads, spec.size, spec.truncate), mapped))
+        return sorted(result, key=lambda m: not m.place.replaces)
 
     def _map(self, z: Tensor, adapter_names: list[str]) -> Tensor:
         """`y` of the equations above, in training with the adapters' dropout; in inference from maps folded before, or
         unfolded, where folding does not pay."""
         names = [name for name in adapter_names if name in self.specs]
-        if not (self.training or torch.is_grad_enabled() or is_traced() or self.__dict__.get("_is_replica")):
-            adapters = ((getattr(self, a), name) for name in names for a in ("clover_S", *FROZEN))
-            fold = lambda: [m.to(z.dtype) for m in self.maps(names)]  # noqa: E731
-            if (kept := self._folded.get((*names, z.dtype), adapters, fold)) is not None:
+        differentiated = self.training or torch.is_grad_enabled()
+        if not (differentiated or is_traced() or is_captured(z) or self.__dict__.get("_is_replica")):
+            if (kept := self._kept_maps(names, z.dtype)) is not None:
                 return apply_maps(z, kept)
         elif not torch.compiler.is_compiling():
             self.forget_maps()
-        if not self._folding_pays(z, names):
-            # The factors are not worth casting, and rounding between them would be amplified.
-            wide = z.to(torch.promote_types(z.dtype, torch.float32))
-            return apply_maps(wide, self.maps(names, dropout=True, unfolded=True)).to(z.dtype)
-        return apply_maps(z, self.maps(names, dropout=True), self._output_is_kept(names))
+        if self._folding_pays(z, names):
+            return apply_maps(z, self.maps(names, dropout=True), self._output_is_kept(names))
+        wide = z.to(torch.promote_types(z.dtype, torch.float32))  # as E, S and C are, which are larger
+        return apply_maps(wide, self.unfolded_maps(names)).to(z.dtype)
+
+    def _kept_maps(self, adapter_names: list[str], dtype: torch.dtype) -> list[HeadMap] | None:
+        """The maps of frozen adapters, folded once; None for others."""
+        read = (
+            (getattr(self, attribute), name, spec.name)
+            for name in adapter_names
+            for spec in self.specs[name]
+            for attribute in ("clover_S", *spec.base_shapes)
+        )
+        return self._folded.get((*adapter_names, dtype), read, lambda: [m.to(dtype) for m in self.maps(adapter_names)])
 
     def _folding_pays(self, z: Tensor, adapter_names: list[str]) -> bool:
         """Whether E S C is to be multiplied out for one pass: always, but for a step of decoding (one token a
@@ -505,15 +523,15 @@ class CloverLayer(nn.Module, BaseTunerLayer):
 
         Other passes of few tokens are folded too: they round as those of the same adapter when it is trained.
         """
-        if torch.is_grad_enabled() or (is_traced() and not torch.compiler.is_compiling()):
+        if z.ndim < 3 or not statically_known_true(z.shape[-2] == 1) or torch.is_grad_enabled():
+            return True
+        if is_traced() and not torch.compiler.is_compiling():
+            return True
+        if self.training and any(getattr(self.clover_dropout[name], "p", 0.0) for name in adapter_names):
             return True
         sizes = [spec.size for name in adapter_names for spec in self.specs[name]]
-        holders = [self.clover_S[name] for name in adapter_names]
-        sharded = any(type(h) is not SliceTensors or any(hasattr(s, "ds_id") for s in h.parameters()) for h in holders)
-        if sharded or not sizes:
-            return True  # S is whole within its module's call alone
-        few = z.ndim > 2 and z.shape[-2] == 1 and z.numel() < z.shape[-1] * min(sizes)
-        return not (statically_known_true(few) if torch.compiler.is_compiling() else few)
+        few = math.prod(z.shape[:-2]) < min(sizes, default=0)
+        return not (statically_known_true(few) if torch.compiler.is_exporting() else few)
 
     def forget_maps(self) -> None:
         """Fold the maps again in the next pass, after a change that torch does not count."""
@@ -780,9 +798,9 @@ def _has_meta(module: nn.Module) -> bool:
     return any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
 
 
-def _in_one_dtype(tensors: BlockTensors) -> BlockTensors:
-    """With S in the dtype of the bases: without peft's `autocast_adapter_dtype` it has that of the base weights."""
-    return tensors if tensors.norm is None else tensors._replace(s=tensors.s.to(tensors.norm.dtype))
+def _with_s(tensors: BlockTensors, s: Tensor) -> BlockTensors:
+    """With this S, in the dtype of the bases: without peft's `autocast_adapter_dtype` it has that of the base."""
+    return tensors._replace(s=s if tensors.norm is None else s.to(tensors.norm.dtype))
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -13,8 +13,11 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from clover_peft import CloverConfig
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -182,10 +185,41 @@ def test_saved_bytes_counts_each_storage_once_and_no_parameter(benchmark):
     x = torch.ones(4, 8, requires_grad=True)
     assert train_step.saved_bytes(linear, lambda: linear(x)) == x.numel() * 4
     assert train_step.saved_bytes(linear, lambda: linear(x) + linear(x.view(4, 8))) == x.numel() * 4
+    assert train_step.saved_bytes(linear, lambda: linear(x).exp()) == 2 * x.numel() * 4
+    assert train_step.saved_bytes(linear, lambda: linear(x).exp(), output_is_kept=True) == x.numel() * 4
 
 
 def test_ratio_is_taken_within_a_round(benchmark):
     assert benchmark("harness").ratio([2.0, 20.0, 200.0], [1.0, 10.0, 100.0]) == 2.0
+
+
+def test_forms(benchmark, tmp_path, capsys):
+    record = run(benchmark("forms"), tmp_path / "record.json")
+    names = {f"{part}, {setting}" for part in ("key", "value", "up") for setting in ("full", "a quarter")}
+    assert record["training"].keys() == record["few_tokens"].keys() == names
+    for name, forms in record["training"].items():
+        assert forms.keys() == {"as it is", "keeps z", "plain operations", "unfolded", "(I + M) z"}
+        assert forms["as it is"]["v_first"] == 1.0
+        assert forms["as it is"]["kept_bytes"] <= forms["keeps z"]["kept_bytes"], name
+    kept = {name: forms["as it is"]["kept_bytes"] for name, forms in record["training"].items()}
+    assert kept["value, a quarter"] < kept["key, full"]
+    for sizes in record["few_tokens"].values():
+        assert sizes.keys() == {"1 tokens", "2 tokens"}
+        assert all(forms.keys() == {"folded before", "folded", "unfolded"} for forms in sizes.values())
+    assert "(I + M) z" in capsys.readouterr().out
+
+
+@torch.no_grad()
+def test_all_forms_compute_the_same(benchmark):
+    forms, harness = benchmark("forms"), benchmark("harness")
+    model = get_peft_model(harness.llama(64, 4, 172, 1, 0, torch.float64, "cpu"), CloverConfig())
+    harness.randomise(model, 0)
+    layer = harness.decoder_of(model).layers[0].self_attn.v_proj
+    z = forms._features(layer, 3)
+    expected = forms.apply_maps(z, layer.maps(["default"]))
+    assert float((expected - z).norm()) > 1e-3
+    for y in (forms._literal(layer, z), forms.formula(z, layer.unfolded_maps(["default"]))):
+        assert float((y - expected).norm()) < 1e-10
 
 
 def test_targets_say_what_was_reached(benchmark):
@@ -251,6 +285,7 @@ def test_decode(benchmark, tmp_path, capsys):
     assert effects["base"] == 0
     assert all(effect > 1e-5 for name, effect in effects.items() if name != "base"), effects
     assert effects["clover merged"] == pytest.approx(effects["clover"], rel=1e-3)
+    assert effects["clover in training"] == pytest.approx(effects["clover"], rel=1e-3)
     assert effects["dora cached"] == pytest.approx(effects["dora"], rel=1e-3)
     for kinds in record["switching"].values():
         assert [len(found["rounds"]) for found in kinds.values()] == [2 * rounds, 2 * rounds]

@@ -8,6 +8,7 @@ import pickle
 import weakref
 from functools import partial
 
+import accelerate
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -194,32 +195,37 @@ def test_an_adapter_that_is_trained_is_always_folded(optimizer):
         assert torch.equal(unfolded(adapted), after)
 
 
-def a_step(model: nn.Module, sequences: int = 2) -> Tensor:
+def a_step(model: nn.Module, sequences: int = 2, family: str = "llama") -> Tensor:
     """As in decoding: one token of every sequence."""
     torch.manual_seed(0)
-    return model(**inputs("llama", batch=sequences, length=1)).logits
+    return model(**inputs(family, batch=sequences, length=1)).logits
 
 
 FORMS = {
     "full": [{}],
     "diagonal": [{"s_matrix": "diagonal"}],
+    "svd": [{"basis": "svd"}],
     "leading": [{"r": 4}],
     "truncated": [{"r": 4, "truncate": True}],
     "several": [{}, {"s_matrix": "diagonal"}, {"r": 4, "truncate": True}],
     "beside a low rank": [{"low_rank": 2}],
-    "dropout": [{"clover_dropout": 0.3}],
 }
+
+
+def in_training(configs: list[dict], family: str = "llama") -> PeftModel:
+    """A model with adapters of these configs, all active and trained."""
+    result = get_peft_model(build(family), CloverConfig(**configs[0]), adapter_name="0")
+    for number, config in enumerate(configs[1:], 1):
+        result.add_adapter(str(number), CloverConfig(**config))
+    result.base_model.set_adapter([str(number) for number in range(len(configs))])
+    perturb(result)
+    return result
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("configs", FORMS.values(), ids=FORMS)
 def test_a_step_of_decoding_with_an_adapter_that_is_trained_folds_nothing(folds, configs, training):
-    adapted = get_peft_model(build("llama"), CloverConfig(**configs[0]), adapter_name="0")
-    for number, config in enumerate(configs[1:], 1):
-        adapted.add_adapter(str(number), CloverConfig(**config))
-    adapted.base_model.set_adapter([str(number) for number in range(len(configs))])
-    perturb(adapted)
-    adapted.train(training)
+    adapted = in_training(configs).train(training)
     with torch.no_grad():
         step = a_step(adapted)
         assert not folds
@@ -233,10 +239,42 @@ def test_a_step_of_decoding_with_an_adapter_that_is_trained_folds_nothing(folds,
     assert relative(twice, step) > 1e-3
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "qwen2", "deepseek_v3", "opt", "bart"])
+def test_a_step_of_every_kind_of_target_is_the_folded_one(family):
+    adapted = in_training([{}], family).eval()
+    with torch.no_grad():
+        step = a_step(adapted, family=family)
+    assert relative(step, a_step(adapted, family=family).detach()) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_step_under_autocast_is_as_exact_as_a_folded_one(dtype):
+    adapted = in_training([{}]).eval()
+    expected = a_step(adapted).detach()
+    with torch.autocast("cpu", dtype=dtype), torch.no_grad():
+        rough = a_step(adapted)
+    assert relative(rough.float(), expected) < 2 * TOLERANCE[dtype]
+
+
+def test_with_dropout_a_step_is_folded_as_in_a_pass_that_is_differentiated(folds):
+    adapted = in_training([{"clover_dropout": 0.3}]).train()
+    with torch.no_grad():
+        step = a_step(adapted)
+    assert folds
+    assert torch.equal(step, a_step(adapted).detach())
+
+
+def test_an_adapter_that_is_active_twice_counts_as_often_in_a_step():
+    adapted = in_training([{}]).eval()
+    adapted.base_model.set_adapter(["0", "0"])
+    with torch.no_grad():
+        step = a_step(adapted)
+    assert relative(step, a_step(adapted).detach()) < TOLERANCE[torch.float32]
+
+
 def test_a_step_of_more_sequences_than_features_is_folded(folds):
-    adapted = model()
-    adapted.set_adapter("a")
-    size = min(spec.size for layer in layers(adapted) for spec in layer.specs["a"])
+    adapted = in_training([{}])
+    size = min(spec.size for layer in layers(adapted) for spec in layer.specs["0"])
     with torch.no_grad():
         a_step(adapted, size - 1)
         assert not folds
@@ -251,9 +289,10 @@ def test_a_step_of_decoding_starts_at_the_base_model_to_the_bit():
         assert torch.equal(a_step(get_peft_model(base, CloverConfig())), expected)
 
 
-def test_a_step_in_bfloat16_errs_no_more_than_a_folded_one():
-    exact = model().double()
-    exact.set_adapter("a")
+@pytest.mark.parametrize("configs", [FORMS[name] for name in FORMS if name != "beside a low rank"])
+def test_a_step_in_bfloat16_errs_no_more_than_a_folded_one(configs):
+    exact = in_training(configs).double()
+    names = exact.active_adapters
     errors = {}
     for name, context in (("unfolded", torch.no_grad()), ("folded", torch.enable_grad())):
         total = 0.0
@@ -261,8 +300,8 @@ def test_a_step_in_bfloat16_errs_no_more_than_a_folded_one():
             for rough, fine in zip(layers(copy.deepcopy(exact).bfloat16()), layers(exact), strict=True):
                 torch.manual_seed(0)
                 z = torch.randn(3, 1, fine.out_features, dtype=torch.bfloat16)
-                wanted = fine._map(z.double(), ["a"]) - z
-                total += float(relative(rough._map(z, ["a"]).double() - z, wanted))
+                wanted = fine._map(z.double(), names) - z
+                total += float(relative(rough._map(z, names).double() - z, wanted))
         errors[name] = total
     assert errors["unfolded"] <= 1.01 * errors["folded"]
 
@@ -272,26 +311,70 @@ def test_a_compiled_step_folds_nothing(folds, trained):
     torch._dynamo.reset()
     adapted = model()
     adapted.set_adapter("a", inference_mode=not trained)
+    passes = [(1, 2, 0), (1, 5, 0), (7, 5, 6), (1, 12, 4), (1, 40, 6)]  # length, sequences, maps folded
     with torch.no_grad():
-        expected = {length: adapted(**inputs("llama", length=length)).logits for length in (7, 1)}
-        folds.clear()
+        expected = [adapted(**inputs("llama", batch=n, length=length)).logits for length, n, _ in passes]
         compiled = torch.compile(adapted, backend="eager", fullgraph=True)
-        for length, count in ((1, 0), (7, 6)):
-            answered = compiled(**inputs("llama", length=length)).logits
-            assert relative(answered, expected[length]) < TOLERANCE[torch.float32]
-            assert len(folds) == count
+        for (length, sequences, count), wanted in zip(passes, expected, strict=True):
+            folds.clear()
+            answered = compiled(**inputs("llama", batch=sequences, length=length)).logits
+            assert relative(answered, wanted) < TOLERANCE[torch.float32]
+            assert len(folds) == count, (length, sequences)
         write(adapted)
-        assert relative(compiled(**inputs("llama", length=1)).logits, expected[1]) > 1e-3
+        assert relative(compiled(**inputs("llama", length=1)).logits, expected[0]) > 1e-3
 
 
-def test_what_is_whole_in_a_call_of_its_module_alone_is_folded_there(folds):
+def test_a_step_can_be_exported_for_any_number_of_sequences():
+    adapted = in_training([{}]).eval()
+    layer = layers(adapted)[0]
+    sequences = torch.export.Dim("sequences", min=2, max=4096)
+    x = torch.randn(3, 1, layer.in_features)
+    with torch.no_grad():
+        exported = torch.export.export(layer, (x,), dynamic_shapes={"x": {0: sequences}}, strict=False)
+        for count in (2, 50):
+            x = torch.randn(count, 1, layer.in_features)
+            assert relative(exported.module()(x), layer(x)) < TOLERANCE[torch.float32]
+
+
+def test_s_is_read_in_a_call_of_its_module():
+    """As what shards or offloads parameters needs it: elsewhere they are empty, or not there."""
+    adapted = in_training([{}]).eval()
+    with torch.no_grad():
+        expected = a_step(adapted)
+        accelerate.cpu_offload(adapted, torch.device("cpu"))
+        assert all(s.is_meta for layer in layers(adapted) for s in layer.clover_S.parameters())
+        assert torch.equal(a_step(adapted), expected)
+
+
+def test_maps_of_an_adapter_that_becomes_trained_are_not_used_again():
     adapted = model()
+    before = answer(adapted)
     adapted.set_adapter("a")
     for layer in layers(adapted):
-        layer.clover_S["a"].weight.ds_id = 0  # as DeepSpeed's ZeRO-3 marks what it shards
-    with torch.no_grad():
-        a_step(adapted)
-    assert len(folds) == sum(len(layer.specs["a"]) for layer in layers(adapted))
+        layer.clover_S["a"].weight.data.mul_(2)  # torch counts no change
+    assert relative(answer(adapted), before) > 1e-3
+
+
+def test_maps_are_not_kept_of_what_is_not_where_it_was_registered():
+    """As FSDP puts plain tensors in the places of parameters."""
+    adapted = model()
+    for layer in layers(adapted):
+        s = layer.clover_S["a"]
+        plain = s._parameters.pop("weight").data.clone()
+        s.weight = plain
+    before = answer(adapted)
+    for layer in layers(adapted):
+        layer.clover_S["a"].weight.data.mul_(2)
+    assert relative(answer(adapted), before) > 1e-3
+
+
+def test_maps_are_not_kept_while_a_graph_is_captured(monkeypatch):
+    adapted = model()
+    expected = answer(adapted)
+    monkeypatch.setattr("clover_peft.layer.is_captured", lambda tensor: True)
+    for _ in range(2):
+        assert torch.equal(answer(adapted), expected)
+        assert not any(len(layer._folded) for layer in layers(adapted))
 
 
 def test_replicas_do_not_share_maps():
