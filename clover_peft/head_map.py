@@ -45,10 +45,8 @@ class Place(NamedTuple):
         return blocks.reshape(-1, *blocks.shape[-2:]).transpose(0, 1)
 
     def add_(self, result: Tensor, tokens: Tensor, weight: Tensor) -> None:
-        """Add `tokens @ weight`, (H, tokens, n) times (H, n, d), to the place's features of a contiguous `result`.
-
-        Where the map replaces its input it is put there instead, so such maps have to come first.
-        """
+        """Add `tokens @ weight`, (H, tokens, d) times (H, d, d), to the place's features of a contiguous `result`, or
+        put it there instead where the map replaces its input."""
         target = self.tokens(result)
         target.baddbmm_(tokens, weight, beta=0 if self.replaces else 1)
         if not self.heads.has_views(self.size):
@@ -76,15 +74,11 @@ class HeadMap(NamedTuple):
         coordinates = None if self.coordinates is None else self.coordinates.to(dtype)
         return self._replace(matrix=self.matrix.to(dtype), coordinates=coordinates)
 
-    def in_coordinates(self, tokens: Tensor) -> Tensor:
-        """`C z`, (H, tokens, r)."""
-        assert self.coordinates is not None
-        return torch.bmm(tokens, self.coordinates.to(tokens.dtype).mT)
-
     def mapped(self, tokens: Tensor) -> Tensor:
         """`M z`, (H, tokens, d), of features of the same shape."""
         tokens = tokens if self.dropout is None else self.dropout(tokens)
-        tokens = tokens if self.coordinates is None else self.in_coordinates(tokens)
+        if self.coordinates is not None:
+            tokens = torch.bmm(tokens, self.coordinates.to(tokens.dtype).mT)
         return torch.bmm(tokens, self.matrix.to(tokens.dtype).mT)
 
 
@@ -105,25 +99,28 @@ def apply_maps(z: Tensor, maps: Sequence[HeadMap | UnfoldedMap], output_is_kept:
 
     Args:
         z: (..., features), any floating dtype.
-        maps: those that replace their input come first.
+        maps: in any order.
         output_is_kept: what follows may keep y for its own backward, and does not write into it.
 
     Returns:
         (..., features), dtype of `z`, whatever autocast says.
     """
-    if not maps:
-        return z
     if torch.is_autocast_enabled(z.device.type):
         with torch.autocast(z.device.type, enabled=False):
             return apply_maps(z, maps, output_is_kept)
-    folded = [m for m in maps if isinstance(m, HeadMap) and m.dropout is None]
-    if len(folded) < len(maps) or is_traced():
+    if is_traced() or (len(maps) > 1 and not _are_apart(tuple(m.place for m in maps))):
         return formula(z, maps)
+    folded = [m for m in maps if isinstance(m, HeadMap) and m.coordinates is None and m.dropout is None]
+    if others := [
+        m for m in maps if all(m is not one for one in folded)
+    ]:  # being apart, maps may be applied one after the other
+        z = formula(z, others)
+    if not folded:
+        return z
     places, matrices = [m.place for m in folded], [m.matrix for m in folded]
-    inputs = [None if m.coordinates is None else m.in_coordinates(m.place.tokens(z)) for m in folded]
     if torch.is_grad_enabled() and (z.requires_grad or any(matrix.requires_grad for matrix in matrices)):
-        return _ApplyMaps.apply(z, places, output_is_kept, *matrices, *inputs)
-    return _add_up(z, places, matrices, inputs)
+        return _ApplyMaps.apply(z, places, output_is_kept, *matrices)
+    return _add_up(z, places, matrices)
 
 
 def is_traced() -> bool:
@@ -165,40 +162,34 @@ def formula(z: Tensor, maps: Sequence[HeadMap | UnfoldedMap]) -> Tensor:
     return result
 
 
-def _add_up(z: Tensor, places: Sequence[Place], matrices: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> Tensor:
-    """`y` of maps at these places, of which some read `inputs` (H, tokens, r), those in stages; the others read z."""
-    if (
-        z.numel() == z.shape[-1]
-        and len(places) == 1
-        and places[0].heads.covers(z.shape[-1])
-        and not places[0].replaces
-    ):
+def _add_up(z: Tensor, places: Sequence[Place], matrices: Sequence[Tensor]) -> Tensor:
+    """`y` of maps at places that are apart."""
+    if z.numel() == z.shape[-1] and places[0].heads.covers(z.shape[-1]) and not places[0].replaces:
         # One token, as in decoding, is laid out as its blocks are: nothing needs to be copied first (a third faster).
-        own, matrix = z.reshape(-1, 1, places[0].size), matrices[0].to(z.dtype)
-        return torch.baddbmm(own, own if inputs[0] is None else inputs[0], matrix.mT).view(z.shape)
+        own = z.reshape(-1, 1, places[0].size)
+        return torch.baddbmm(own, own, matrices[0].to(z.dtype).mT).view(z.shape)
     y = z.clone(memory_format=torch.contiguous_format)
-    for place, matrix, tokens in zip(places, matrices, inputs, strict=True):
-        place.add_(y, place.tokens(z) if tokens is None else tokens, matrix.to(z.dtype).mT)
+    for place, matrix in zip(places, matrices, strict=True):
+        place.add_(y, place.tokens(z), matrix.to(z.dtype).mT)
     return y
 
 
 class _ApplyMaps(torch.autograd.Function):
-    """`_add_up`, which keeps what the maps read, but y instead of z where that is safe. Twice differentiable."""
+    """`_add_up`, which keeps z for its backward pass, but y instead where that is safe. Twice differentiable."""
 
     @staticmethod
-    def forward(z: Tensor, places: Sequence[Place], output_is_kept: bool, *tensors: Any) -> Tensor:
-        return _add_up(z, places, tensors[: len(places)], tensors[len(places) :])
+    def forward(z: Tensor, places: Sequence[Place], output_is_kept: bool, *matrices: Any) -> Tensor:
+        return _add_up(z, places, matrices)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        z, places, output_is_kept, *tensors = inputs
-        count = len(places)
-        of_z = {i: tensors[i] for i in range(count) if ctx.needs_input_grad[3 + i] and tensors[count + i] is None}
+        z, places, output_is_kept, *matrices = inputs
+        trained = {i: matrix for i, matrix in enumerate(matrices) if ctx.needs_input_grad[3 + i]}
         ctx.places, ctx.squares = places, None
-        if of_z and output_is_kept and not any(place.replaces for place in places) and _are_apart(tuple(places)):
-            ctx.squares = _squares_if_safe(of_z, _eps(z.dtype))
-        kept = None if not of_z else z if ctx.squares is None else output
-        ctx.save_for_backward(kept, *tensors)
+        if trained and output_is_kept and not any(place.replaces for place in places):
+            ctx.squares = _squares_if_safe(trained, _eps(z.dtype))
+        kept = None if not trained else z if ctx.squares is None else output
+        ctx.save_for_backward(kept, *matrices)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -207,29 +198,21 @@ class _ApplyMaps(torch.autograd.Function):
             return _ApplyMaps._gradients(ctx, gradient, *saved)
 
     @staticmethod
-    def _gradients(ctx: Any, gradient: Tensor, kept: Any, *tensors: Any) -> tuple[Tensor | None, ...]:
-        count = len(ctx.places)
+    def _gradients(ctx: Any, gradient: Tensor, kept: Any, *matrices: Tensor) -> tuple[Tensor | None, ...]:
         for_z = gradient.clone(memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
-        for_matrices: list[Tensor | None] = [None] * count
-        for_inputs: list[Tensor | None] = [None] * count
-        for i, (place, matrix, tokens) in enumerate(zip(ctx.places, tensors[:count], tensors[count:], strict=True)):
-            of_y = place.tokens(gradient)
-            weight = matrix.to(gradient.dtype)
-            if ctx.needs_input_grad[3 + i] and tokens is None and ctx.squares is not None:
+        for_matrices: list[Tensor | None] = [None] * len(matrices)
+        for i, (place, matrix) in enumerate(zip(ctx.places, matrices, strict=True)):
+            of_y, weight = place.tokens(gradient), matrix.to(gradient.dtype)
+            if ctx.needs_input_grad[3 + i] and ctx.squares is None:
+                for_matrices[i] = torch.bmm(of_y.mT, place.tokens(kept)).to(matrix.dtype)
+            elif ctx.needs_input_grad[3 + i]:
                 # The map as it was applied, and a sum that is not rounded: what a feature with a large mean leaves of
                 # its rounding would else be more than the others have.
                 inverse = inverse_of_one_plus(weight.to(matrix.dtype), ctx.squares[i])
                 for_matrices[i] = torch.bmm(_sum_over_tokens(of_y, place.tokens(kept), matrix.dtype), inverse.mT)
-            elif ctx.needs_input_grad[3 + i]:
-                read = place.tokens(kept) if tokens is None else tokens
-                for_matrices[i] = torch.bmm(of_y.mT, read).to(matrix.dtype)
-            if tokens is not None:
-                for_inputs[i] = torch.bmm(of_y, weight)
-                if place.replaces and for_z is not None:
-                    place.heads.heads(for_z).zero_()
-            elif for_z is not None:
+            if for_z is not None:
                 place.add_(for_z, of_y, weight)
-        return for_z, None, None, *for_matrices, *for_inputs
+        return for_z, None, None, *for_matrices
 
 
 def _sum_over_tokens(g: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
@@ -283,7 +266,7 @@ def inverse_of_one_plus(matrix: Tensor, square: float) -> Tensor:
 
     Args:
         matrix: (H, d, d), M.
-        square: a bound on the norm of M^2, below 1.
+        square: a bound on the norms of M^2, below 1.
 
     Returns:
         (H, d, d).
@@ -293,5 +276,7 @@ def inverse_of_one_plus(matrix: Tensor, square: float) -> Tensor:
     while square > torch.finfo(matrix.dtype).eps / 2:
         rest = rest @ rest
         result = torch.baddbmm(result, result, rest)
-        square *= square
+        # The norm itself is well below its bound, and saves two products; on an accelerator it would be waited for.
+        norm = square if rest.device.type != "cpu" else float(torch.linalg.vector_norm(rest, dim=(-2, -1)).amax())
+        square = norm * norm
     return result

@@ -447,9 +447,6 @@ class CloverLayer(nn.Module, BaseTunerLayer):
         Args:
             adapter_names: adapters, in any order; those that this layer does not have are passed over.
             dropout: with the adapters' dropout, in training.
-
-        Returns:
-            Those that replace their input come first.
         """
         names = [name for name in adapter_names if name in self.clover_S]
         result: dict[tuple, HeadMap] = {}
@@ -475,7 +472,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
                     matrix = result[key].matrix + matrix
                 coordinates = tensors.u if staged else None
                 result[key] = HeadMap(place, matrix, coordinates, drop)
-        return sorted(result.values(), key=lambda m: not m.place.replaces)
+        return list(result.values())
 
     def unfolded_maps(self, adapter_names: Iterable[str]) -> list[UnfoldedMap]:
         """The same as `maps`, without dropout, as E, S and C one after the other, for features in S's precision."""
@@ -490,7 +487,7 @@ class CloverLayer(nn.Module, BaseTunerLayer):
                     return self.clover_S[name](spec.name, lambda s: spec.mapped(_with_s(tensors, s), tokens))
 
                 result.append(UnfoldedMap(Place(spec.heads, spec.size, spec.truncate), mapped))
-        return sorted(result, key=lambda m: not m.place.replaces)
+        return result
 
     def _map(self, z: Tensor, adapter_names: list[str]) -> Tensor:
         """`y` of the equations above, in training with the adapters' dropout; in inference from maps folded before, or
