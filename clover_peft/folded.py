@@ -25,14 +25,16 @@ class _Source(NamedTuple):
 
     @classmethod
     def of(cls, adapters: nn.ModuleDict, adapter_name: str, name: str) -> _Source | None:
-        """One of an adapter; None where changes may not be seen: trained, sharded, or made in inference mode."""
+        """One of an adapter; None where changes may not be seen: trained, sharded, shared, offloaded, or made in
+        inference mode."""
         module = adapters[adapter_name]
         holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for holder in holders:
             tensor: Any = holder.get(name)
-            if type(tensor) in (Tensor, nn.Parameter) and not (
-                tensor.is_inference() or tensor.requires_grad or hasattr(tensor, "ds_id")
-            ):
+            if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference() or tensor.requires_grad:
+                continue
+            shared = tensor.device.type == "cpu" and tensor.is_shared()  # with processes that may write to it
+            if not (shared or tensor.is_meta or hasattr(tensor, "ds_id")):
                 place = (adapters._modules, adapter_name, module, holder, name)
                 return cls(*place, tensor, tensor._version, tensor.data_ptr(), tensor.detach())
         return None
@@ -45,10 +47,14 @@ class FoldedMaps:
     writes is not counted: fused optimizers, collectives, `tensor.data`. Therefore maps are kept of frozen adapters
     alone, as `PeftModel.from_pretrained` loads them, and the layer clears them in `train()`, in `eval()` and in
     differentiated passes.
+
+    Attributes:
+        out_of_date: they are to be cleared at the next look, as compiled passes say, which cannot do it themselves.
     """
 
     def __init__(self) -> None:
         self._entries: dict[Hashable, tuple[list[HeadMap], list[_Source]]] = {}
+        self.out_of_date = False
 
     def get(
         self,
@@ -63,7 +69,9 @@ class FoldedMaps:
             read: the tensors that `fold` reads: of which modules, of which adapter, and their names.
             fold: makes them.
         """
-        if (found := self._entries.get(key)) is not None:
+        if self.out_of_date:
+            self.clear()
+        if (found := self._entries.pop(key, None)) is not None:
             maps, sources = found
             for adapters_now, adapter_name, module, tensors, name, tensor, version, address, _ in sources:
                 if (
@@ -75,6 +83,7 @@ class FoldedMaps:
                 ):
                     break
             else:
+                self._entries[key] = found
                 return maps
         sources = []
         for modules, adapter_name, name in read:
@@ -89,6 +98,7 @@ class FoldedMaps:
     def clear(self) -> None:
         """Forget all maps."""
         self._entries.clear()
+        self.out_of_date = False
 
     def __len__(self) -> int:
         return len(self._entries)

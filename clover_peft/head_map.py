@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .architectures import HeadSlice
 from .decomposition import MUCH_AMPLIFIED
@@ -124,11 +125,13 @@ def apply_maps(z: Tensor, maps: Sequence[HeadMap | UnfoldedMap], output_is_kept:
 
 
 def is_traced() -> bool:
-    """Whether torch records or transforms what runs (`torch.compile`, `torch.jit.trace`, `torch.func`).
+    """Whether torch records or transforms what runs (`torch.compile`, `torch.jit.trace`, `torch.func`, forward mode).
 
     It does not take writing in place then, and fuses plain operations by itself.
     """
-    return torch.compiler.is_compiling() or _is_transformed() or torch.jit.is_tracing()
+    if torch.compiler.is_compiling() or _is_transformed() or torch.jit.is_tracing():
+        return True
+    return forward_ad._current_level >= 0
 
 
 def _is_transformed() -> bool:
@@ -166,8 +169,9 @@ def _add_up(z: Tensor, places: Sequence[Place], matrices: Sequence[Tensor]) -> T
     """`y` of maps at places that are apart."""
     if z.numel() == z.shape[-1] and places[0].heads.covers(z.shape[-1]) and not places[0].replaces:
         # One token, as in decoding, is laid out as its blocks are: nothing needs to be copied first (a third faster).
-        own = z.reshape(-1, 1, places[0].size)
-        return torch.baddbmm(own, own, matrices[0].to(z.dtype).mT).view(z.shape)
+        own, y = z.reshape(-1, 1, places[0].size), torch.empty_like(z, memory_format=torch.contiguous_format)
+        torch.baddbmm(own, own, matrices[0].to(z.dtype).mT, out=y.view(own.shape))  # y itself is no view
+        return y
     y = z.clone(memory_format=torch.contiguous_format)
     for place, matrix in zip(places, matrices, strict=True):
         place.add_(y, place.tokens(z), matrix.to(z.dtype).mT)

@@ -457,20 +457,17 @@ class CloverLayer(nn.Module, BaseTunerLayer):
             drop = drop if getattr(drop, "p", 0.0) else None
             for spec in self.specs[name]:
                 staged = len(names) == 1 and spec.is_staged
-                tensors = self.tensors(name, spec)
 
-                def fold(
-                    s: Tensor, spec: BlockSpec = spec, tensors: BlockTensors = tensors, staged: bool = staged
-                ) -> Tensor:
-                    with torch.autocast(device_type=s.device.type, enabled=False):
-                        return spec.map(_with_s(tensors._replace(u=None if staged else tensors.u), s))
+                def fold(tensors: BlockTensors, spec: BlockSpec = spec, staged: bool = staged) -> tuple[Tensor, Any]:
+                    with torch.autocast(device_type=tensors.s.device.type, enabled=False):
+                        coordinates = tensors.u if staged else None
+                        return spec.map(tensors._replace(u=None) if staged else tensors), coordinates
 
-                matrix = self.clover_S[name](spec.name, fold)
+                matrix, coordinates = self._read(name, spec, fold)
                 place = Place(spec.heads, spec.size, spec.truncate)
                 key = (place, drop and name)  # dropout draws its own mask for every adapter
                 if key in result:
                     matrix = result[key].matrix + matrix
-                coordinates = tensors.u if staged else None
                 result[key] = HeadMap(place, matrix, coordinates, drop)
         return list(result.values())
 
@@ -483,11 +480,26 @@ class CloverLayer(nn.Module, BaseTunerLayer):
             for spec in self.specs[name]:
 
                 def mapped(tokens: Tensor, name: str = name, spec: BlockSpec = spec) -> Tensor:
-                    tensors = self.tensors(name, spec)
-                    return self.clover_S[name](spec.name, lambda s: spec.mapped(_with_s(tensors, s), tokens))
+                    return self._read(name, spec, lambda tensors: spec.mapped(tensors, tokens))
 
                 result.append(UnfoldedMap(Place(spec.heads, spec.size, spec.truncate), mapped))
         return result
+
+    def _read(self, adapter_name: str, spec: BlockSpec, use: Callable[[BlockTensors], Any]) -> Any:
+        """`use` of the tensors of a slice, S in the dtype of the bases, within calls of the modules that hold them:
+        elsewhere they may be empty (sharded) or not there (offloaded)."""
+        held = ["clover_S", *(a for a in spec.base_shapes if a != "clover_norm")]
+
+        def read(attributes: list[str], found: dict[str, Tensor | None]) -> Any:
+            if attributes:
+                module: SliceTensors = getattr(self, attributes[0])[adapter_name]
+                return module(spec.name, lambda tensor: read(attributes[1:], {**found, attributes[0]: tensor}))
+            tensors = BlockTensors.of(found)
+            # Without peft's `autocast_adapter_dtype` S has the dtype of the base weights.
+            norm = self.tensors(adapter_name, spec).norm
+            return use(tensors if norm is None else tensors._replace(s=tensors.s.to(norm.dtype)))
+
+        return read(held, {})
 
     def _map(self, z: Tensor, adapter_names: list[str]) -> Tensor:
         """`y` of the equations above, in training with the adapters' dropout; in inference from maps folded before, or
@@ -499,6 +511,8 @@ class CloverLayer(nn.Module, BaseTunerLayer):
                 return apply_maps(z, kept)
         elif not torch.compiler.is_compiling():
             self.forget_maps()
+        elif differentiated and not torch.compiler.is_exporting():
+            self._folded.out_of_date = True
         if self._folding_pays(z, names):
             return apply_maps(z, self.maps(names, dropout=True), self._output_is_kept(names))
         wide = z.to(torch.promote_types(z.dtype, torch.float32))  # as E, S and C are, which are larger
@@ -520,15 +534,19 @@ class CloverLayer(nn.Module, BaseTunerLayer):
 
         Other passes of few tokens are folded too: they round as those of the same adapter when it is trained.
         """
-        if z.ndim < 3 or not statically_known_true(z.shape[-2] == 1) or torch.is_grad_enabled():
+        compiled = torch.compiler.is_compiling()
+        if z.ndim < 3 or torch.is_grad_enabled() or (is_traced() and not compiled):
             return True
-        if is_traced() and not torch.compiler.is_compiling():
+        if not statically_known_true(z.shape[-2] == 1):
             return True
         if self.training and any(getattr(self.clover_dropout[name], "p", 0.0) for name in adapter_names):
             return True
         sizes = [spec.size for name in adapter_names for spec in self.specs[name]]
-        few = math.prod(z.shape[:-2]) < min(sizes, default=0)
-        return not (statically_known_true(few) if torch.compiler.is_exporting() else few)
+        smallest, sequences = min(sizes, default=0), math.prod(z.shape[:-2])
+        # What is not known while compiling is not asked for: the graph is to hold for any number of sequences.
+        if torch.compiler.is_exporting():
+            return not statically_known_true(sequences < smallest)
+        return statically_known_true(sequences >= smallest)
 
     def forget_maps(self) -> None:
         """Fold the maps again in the next pass, after a change that torch does not count."""
@@ -793,11 +811,6 @@ def filled_by_rank_0() -> bool:
 
 def _has_meta(module: nn.Module) -> bool:
     return any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
-
-
-def _with_s(tensors: BlockTensors, s: Tensor) -> BlockTensors:
-    """With this S, in the dtype of the bases: without peft's `autocast_adapter_dtype` it has that of the base."""
-    return tensors._replace(s=s if tensors.norm is None else s.to(tensors.norm.dtype))
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:

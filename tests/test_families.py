@@ -123,7 +123,12 @@ def test_a_reload_under_another_seed_is_the_same_function(family, kwargs, tmp_pa
     expected = logits(model, family)
     model.save_pretrained(tmp_path)
     torch.manual_seed(12345)
-    assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path), family), expected)
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True)
+    assert torch.equal(logits(again, family), expected)
+    frozen = logits(PeftModel.from_pretrained(base, tmp_path), family)
+    assert relative(frozen, expected) < TOLERANCE[torch.float32]
+    # Their attention pools with one query, which is as a step of decoding: folded for frozen adapters alone.
+    assert torch.equal(frozen, expected) or family in ("siglip", "siglip2")
 
 
 @pytest.mark.parametrize("s_matrix", ["full", "diagonal"])

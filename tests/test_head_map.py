@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from clover_peft import CloverConfig, layer
 from clover_peft.architectures import HeadSlice
@@ -160,6 +161,28 @@ def test_transforms_of_functions_take_it(layout, kind):
     assert relative(several[1], torch.func.grad(loss)(2 * matrix)) < TOLERANCE[torch.float64]
     found = torch.func.grad(loss)(matrix)
     assert relative(found, torch.func.grad(lambda matrix: loss(matrix, formula))(matrix)) < TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_mode_takes_it(kind):
+    m, z = head_map("plain", kind), random(5, 24)
+    direction = random(*m.matrix.shape, seed=7).detach()
+    with forward_ad.dual_level():
+        y = apply_maps(z, [m._replace(matrix=forward_ad.make_dual(m.matrix.detach(), direction))])
+        tangent = forward_ad.unpack_dual(y).tangent
+    wanted = torch.func.jvp(lambda matrix: formula(z, [m._replace(matrix=matrix)]), (m.matrix,), (direction,))[1]
+    assert relative(tangent, wanted) < TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_output_can_be_written_to(tokens, grad):
+    m, z = head_map("plain"), random(tokens, 24)
+    with torch.set_grad_enabled(grad):
+        y = apply_maps(z, [m])
+        expected = 2 * y.detach()
+    y.mul_(2)
+    assert torch.equal(y, expected)
 
 
 def test_several_maps_read_the_same_features():
