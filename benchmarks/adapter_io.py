@@ -47,7 +47,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from clover_peft import CloverConfig, records
+from clover_peft import CloverConfig
+from clover_peft.io import run_record as records
 
 BASES: dict[str, Any] = {"clover": True, "clover folded": "folded", "clover without bases": False}
 WAYS = {"load": False, "load_low_cpu": True}  # low_cpu_mem_usage

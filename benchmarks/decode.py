@@ -59,7 +59,8 @@ from torch import nn
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from clover_peft import CloverConfig, records
+from clover_peft import CloverConfig
+from clover_peft.io import run_record as records
 
 AGAINST_BASE = {"clover": 1.03, "clover low rank": 1.03, "clover merged": 1.0}  # in the worst of the batch sizes
 TARGETS = {**AGAINST_BASE, "switching_ms_a_layer": 1.0}  # at most this

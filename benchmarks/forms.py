@@ -1,4 +1,4 @@
-"""The forms in which a map of heads can be applied: what the choice in `clover_peft/head_map.py` rests on.
+"""The forms in which a map of heads can be applied: what the choice in `clover_peft/tuner/execution.py` rests on.
 
     python benchmarks/forms.py
 
@@ -40,8 +40,11 @@ from torch import Tensor
 from tqdm import tqdm
 from train_step import saved_bytes
 
-from clover_peft import CloverConfig, CloverLayer, records
-from clover_peft.head_map import apply_maps, formula
+from clover_peft import CloverConfig, CloverLayer
+from clover_peft.io import run_record as records
+from clover_peft.tuner.execution import output_is_kept
+from clover_peft.tuner.fused_maps import apply_maps
+from clover_peft.tuner.maps import formula
 
 Form = Callable[[CloverLayer, Tensor], Tensor]
 ACTIVE = ["default"]
@@ -111,17 +114,17 @@ def _literal(layer: CloverLayer, z: Tensor) -> Tensor:
 
 def _training(layer: CloverLayer, arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     forms: dict[str, Form] = {
-        "as it is": lambda layer, z: apply_maps(z, layer.maps(ACTIVE), layer._output_is_kept(ACTIVE)),
+        "as it is": lambda layer, z: apply_maps(z, layer.maps(ACTIVE), output_is_kept(layer, ACTIVE)),
         "keeps z": lambda layer, z: apply_maps(z, layer.maps(ACTIVE)),
         "plain operations": lambda layer, z: formula(z, layer.maps(ACTIVE)),
-        "unfolded": lambda layer, z: formula(z, layer.unfolded_maps(ACTIVE)),
+        "unfolded": lambda layer, z: formula(z, layer.staged_maps(ACTIVE)),
         "(I + M) z": _literal,
     }
     z = _features(layer, arguments.tokens).requires_grad_(True)
     cotangent = torch.randn_like(z)
     found = _race({name: partial(_pass, form, layer, z, cotangent) for name, form in forms.items()}, arguments)
     for name, form in forms.items():  # of values and up projections y is kept by what follows in any case
-        found[name]["kept_bytes"] = saved_bytes(layer, partial(form, layer, z), layer._output_is_kept(ACTIVE))
+        found[name]["kept_bytes"] = saved_bytes(layer, partial(form, layer, z), output_is_kept(layer, ACTIVE))
     return found
 
 
@@ -139,7 +142,7 @@ def _few(layer: CloverLayer, tokens: int, arguments: argparse.Namespace) -> dict
     forms = {
         "folded before": lambda: apply_maps(z, kept),
         "folded": lambda: apply_maps(z, layer.maps(ACTIVE)),
-        "unfolded": lambda: apply_maps(z.to(wide), layer.unfolded_maps(ACTIVE)).to(z.dtype),
+        "unfolded": lambda: apply_maps(z.to(wide), layer.staged_maps(ACTIVE)).to(z.dtype),
     }
     return _race(forms, arguments)
 

@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from clover_peft import records
+from clover_peft.io import run_record as records
 
 RESULTS = Path(__file__).parent / "results"
 PAPER_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")  # appendix A.2, arXiv 2411.17426

@@ -41,7 +41,8 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
-from clover_peft import CloverConfig, records
+from clover_peft import CloverConfig
+from clover_peft.io import run_record as records
 
 TARGETS = {"textbook": 100.0, "pissa_niter_16": 5.0}  # CLOVER is to be at least this much faster
 SECONDS = 60.0  # and to make the adapters of Llama-2-7B's 32 layers in at most this

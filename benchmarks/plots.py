@@ -18,8 +18,8 @@ from typing import Any
 
 from harness import RESULTS
 
-from clover_peft import records
-from clover_peft.analysis.pictures import canvas
+from clover_peft.io import run_record as records
+from clover_peft.io.figures import canvas
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 CLOVER, OTHER, LIMIT = "C0", "0.7", "C3"  # colours: ours, the others, what was aimed at

@@ -24,8 +24,8 @@ from tqdm import tqdm
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 import clover_peft
-from clover_peft import records
-from clover_peft.architectures import attention_blocks
+from clover_peft.base_model.resolve import attention_blocks
+from clover_peft.io import run_record as records
 
 SHARES = (0.25, 0.5)
 # Steps a second, at least, of the model with half of both removed, by batch and context.

@@ -28,9 +28,10 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from clover_peft import dequantize, merge_onto, records
-from clover_peft.training.arguments import parse
-from clover_peft.training.run import run
+from clover_peft import dequantize, merge_onto
+from clover_peft.experiments.training.arguments import parse
+from clover_peft.experiments.training.run import run
+from clover_peft.io import run_record as records
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NF4 = {

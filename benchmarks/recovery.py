@@ -29,7 +29,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 import clover_peft
-from clover_peft import CloverConfig, records
+from clover_peft import CloverConfig
+from clover_peft.io import run_record as records
 from clover_peft.pruning.rule import SPREADS
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

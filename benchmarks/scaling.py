@@ -35,7 +35,8 @@ from peft import get_peft_model
 from tqdm import tqdm
 from train_step import Contender, decode, saved_bytes, step
 
-from clover_peft import CloverConfig, records
+from clover_peft import CloverConfig
+from clover_peft.io import run_record as records
 
 FACTORS = (1 / 4, 1 / 2, 1, 2)
 LAYERS = (1, 2, 4, 8)

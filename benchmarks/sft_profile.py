@@ -34,7 +34,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from clover_peft import CloverConfig, records
+from clover_peft import CloverConfig
+from clover_peft.io import run_record as records
 
 PARTS = ("projections", "adapter", "attention", "activation", "norms", "optimizer", "elsewhere")
 PREFIX = "part: "

@@ -52,7 +52,8 @@ from peft import HiraConfig, LoraConfig, OFTConfig, PeftConfig, PeftModel, get_p
 from torch import nn
 from tqdm import tqdm
 
-from clover_peft import CloverConfig, CloverLayer, records
+from clover_peft import CloverConfig, CloverLayer
+from clover_peft.io import run_record as records
 
 TARGETS = {  # CLOVER is to be at most this
     "step_v_base": 1.05,

@@ -1,22 +1,27 @@
 """CLOVER (Cross-Layer Orthogonal Vectors, arXiv 2411.17426) as a PEFT method. Importing registers it with peft,
 and lets transformers and diffusers load models that `prune` made narrower."""
 
-from .bases import broadcast_bases, explicit_factors, initialize_from_activations
-from .config import CloverConfig
-from .layer import CloverLayer
-from .model import CloverModel
+from ._moved import keep_old_paths
+from ._version import __version__
 from .pruning import PruningReport, calibrate, prune
-from .pruning.loading import install
-from .registration import register
-from .serving import hotswap_adapter, lora_errors
-from .transfer import dequantize, merge_onto
+from .pruning.narrow.loading import install
+from .runtime.peft_registry import register
+from .tuner.activation_bases import initialize_from_activations
+from .tuner.bases import broadcast_bases
+from .tuner.config import CloverConfig
+from .tuner.dequantize import dequantize, merge_onto
+from .tuner.explicit_factors import explicit_factors
+from .tuner.hotswap import hotswap_adapter
+from .tuner.layer import CloverLayer
+from .tuner.lora_approximation import lora_errors
+from .tuner.model import CloverModel
 
-__version__ = "0.1.0"
 __all__ = [
     "CloverConfig",
     "CloverLayer",
     "CloverModel",
     "PruningReport",
+    "__version__",
     "broadcast_bases",
     "calibrate",
     "dequantize",
@@ -30,3 +35,4 @@ __all__ = [
 
 register(CloverConfig, CloverModel)
 install()
+keep_old_paths()

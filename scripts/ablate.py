@@ -27,8 +27,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from clover_peft.ablation import making, report, table
-from clover_peft.ablation.grid import Grid, count_steps, read_grid
+from clover_peft.experiments.ablation import making, report, table
+from clover_peft.experiments.ablation.grid import Grid, count_steps, read_grid
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -26,8 +26,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import clover_peft  # noqa: F401  registers CLOVER
-from clover_peft import records
-from clover_peft.analysis import (
+from clover_peft.experiments.analysis import (
     Change,
     adapter_changes,
     collect_inputs,
@@ -36,8 +35,9 @@ from clover_peft.analysis import (
     moves_base,
     pictures,
 )
-from clover_peft.commonsense import sources
-from clover_peft.training.models import find_adapter, find_model, load_trained
+from clover_peft.experiments.commonsense import sources
+from clover_peft.io import run_record as records
+from clover_peft.io.hub_models import find_adapter, find_model, load_trained
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -25,17 +25,10 @@ from typing import Any
 from transformers import AutoTokenizer
 
 import clover_peft  # noqa: F401  registers CLOVER
-from clover_peft import records
-from clover_peft.commonsense import TASKS, evaluation
-from clover_peft.commonsense.protocols import find_protocol
-from clover_peft.training.models import (
-    ModelSource,
-    accelerator,
-    find_adapter,
-    find_model,
-    load_trained,
-    weights_digest,
-)
+from clover_peft.experiments.commonsense import TASKS, evaluation
+from clover_peft.experiments.commonsense.protocols import find_protocol
+from clover_peft.io import run_record as records
+from clover_peft.io.hub_models import ModelSource, accelerator, find_adapter, find_model, load_trained, weights_digest
 
 _UNUSED_BY_HARNESS = ("data", "split", "tasks", "mode", "prompt", "beams", "new_tokens", "merge", "vllm")
 

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clover_peft import CloverConfig, lora_errors
-from clover_peft.bases import clover_layers
+from clover_peft.tuner.bases import clover_layers
 
 _KINDS = {
     "CAUSAL_LM": transformers.AutoModelForCausalLM,

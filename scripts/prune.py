@@ -22,11 +22,11 @@ from typing import Any
 import torch
 
 from clover_peft import PruningReport, prune
-from clover_peft.analysis.pictures import find_pyplot
+from clover_peft.io.figures import find_pyplot
+from clover_peft.io.hub_models import find_model, load_as_saved
 from clover_peft.pruning import options
 from clover_peft.pruning.card import needs_import, write_card
 from clover_peft.pruning.rule import SPREADS, check_figures
-from clover_peft.training.models import find_model, load_as_saved
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,8 +3,8 @@
 
     scripts/sft.py --config configs/clover_full.yaml [key=value ...]
 
-Keys are those of the configuration file: fields of clover_peft.training.arguments.JobArguments and of trl.SFTConfig,
-and `peft.<field>` for the adapter. Examples:
+Keys are those of the configuration file: fields of clover_peft.experiments.training.arguments.JobArguments and of
+trl.SFTConfig, and `peft.<field>` for the adapter. Examples:
 
     scripts/sft.py --config configs/clover_full.yaml model=Qwen/Qwen3-0.6B max_steps=500 merge=true
     scripts/sft.py --config configs/lora.yaml --data my_rows.jsonl peft.r=8 learning_rate=1e-3
@@ -41,8 +41,8 @@ def main() -> int:
     arguments, dashed = parser.parse_known_intermixed_args()  # --max_steps=1 means max_steps=1
     overrides = dashed + arguments.overrides + ([f"data={arguments.data}"] if arguments.data else [])
     try:
-        from clover_peft.training import arguments as settings
-        from clover_peft.training.run import run
+        from clover_peft.experiments.training import arguments as settings
+        from clover_peft.experiments.training.run import run
 
         run(settings.parse(arguments.config, overrides))
     except (ValueError, OSError, ImportError) as error:
@@ -54,7 +54,7 @@ def main() -> int:
 
 def _keys() -> str:
     """The job's own keys, read from their file alone: importing the package would take seconds."""
-    job = runpy.run_path(str(ROOT / "clover_peft" / "training" / "job.py"))["JobArguments"]
+    job = runpy.run_path(str(ROOT / "clover_peft" / "experiments" / "training" / "job.py"))["JobArguments"]
     lines = [f"  {key.name:<18}{key.metadata['help']}" for key in dataclasses.fields(job)]
     return "\n".join(["keys of the job (any other is one of trl.SFTConfig, or peft.<field>):", *lines])
 

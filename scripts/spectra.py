@@ -19,12 +19,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clover_peft import records
-from clover_peft.analysis.pictures import find_pyplot
+from clover_peft.io import run_record as records
+from clover_peft.io.figures import find_pyplot
+from clover_peft.io.hub_models import find_model, load_as_saved
 from clover_peft.pruning import find_pairs, options, ranks
-from clover_peft.pruning.pictures import plot_spectra
+from clover_peft.pruning.figures import plot_spectra
 from clover_peft.pruning.spectra import METHODS, SHARES, PairSpectra, labels, measure_spectra, suggest
-from clover_peft.training.models import find_model, load_as_saved
 
 _CALIBRATED = (
     "Energies are those of activations on this text. They say what attention loses, not what the model loses: measure "

@@ -1,4 +1,4 @@
-"""The table of supported model families in README.md, made from `clover_peft.architectures`.
+"""The table of supported model families in README.md, made from `clover_peft.base_model.families`.
 
 python scripts/support_matrix.py            prints it
 python scripts/support_matrix.py --write    puts it into README.md, between its two markers
@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from clover_peft.architectures import FAMILIES, Family, If
+from clover_peft.base_model.families import FAMILIES, Family, If
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- support matrix: scripts/support_matrix.py --write -->", "<!-- end of support matrix -->"

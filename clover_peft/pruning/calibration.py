@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..moments import Moments, collect_moments
+from ..base_model.activations import collect_moments
+from ..linalg.moments import Moments
 from .pairs import Pair, check_plain, probes, select_pairs
 from .sensitivity import sensitivities
 

@@ -9,7 +9,8 @@ import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
 
-from .loading import read_record
+from .._version import __version__
+from .narrow.loading import read_record
 from .report import PruningReport
 
 _REGISTER = "import clover_peft  # lets transformers make the heads narrow; needed before loading\n"
@@ -33,15 +34,11 @@ def write_card(
         license_name: its licence, "not stated" where that is so.
         calibration: one line on the data; None without any.
     """
-    import clover_peft
-
     importing = _REGISTER if needs_import(model) else ""
     kind = type(model).__name__
     named = base if "/" in base else None  # a folder's name is none on the hub, or another model's
     card = ModelCardData(base_model=named, library_name="transformers", tags=["pruning", "clover_peft"])
-    versions = (
-        f"clover_peft {clover_peft.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
-    )
+    versions = f"clover_peft {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
     text = f"""---
 {card.to_yaml()}
 ---

@@ -14,11 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..architectures import attention_block, base_of
-from ..bases import partner_weight
-from ..decomposition import gram, pair_bases, per_key_value_head
-from ..layer import CloverLayer, onloaded
-from ..moments import Moments, centred, shrink
+from ..base_model.resolve import attention_block
+from ..base_model.weight import base_of, base_weight, partner_weight
+from ..linalg.decomposition import gram, pair_bases, per_key_value_head
+from ..linalg.moments import Moments, centred, shrink
 from .calibration import Calibration, measure
 from .pairs import Kind, Pair, beside_name, select_pairs
 
@@ -140,10 +139,10 @@ def decompose_pairs(model: nn.Module, pairs: Iterable[Pair], method: Method, mom
 
 def decompose_pair(model: nn.Module, pair: Pair, method: Method, moments: Mapping[str, Moments]) -> Directions:
     """Directions of one pair; `moments` by the names of `probes`."""
-    module, size = base_of(model.get_submodule(pair.path)), pair.heads.dim
-    reader = CloverLayer(module, "", pair.path)
-    with onloaded(module):  # a key's bias drops out of softmax, a value's adds a constant
-        g_in, own_bias = gram(pair.heads.blocks(reader.transposed_weight(), size)), reader.original_bias
+    size = pair.heads.dim
+    reader = base_weight(model, pair.path)
+    with reader.whole():  # a key's bias drops out of softmax, a value's adds a constant
+        g_in, own_bias = gram(pair.heads.blocks(reader.transposed(), size)), reader.bias
         if own_bias is not None:
             own_bias = pair.heads.blocks(own_bias, size).to(g_in)
     with partner_weight(model, pair.partner) as (rows, query_bias):
@@ -235,7 +234,7 @@ def mask(model: nn.Module, found: Mapping[str, tuple[Pair, Directions]], ranks: 
     for name, (down, back) in cut(found, ranks).items():
         pair, directions = found[name]
         module: Any = base_of(model.get_submodule(pair.partner.path))
-        rows = CloverLayer(module, "", pair.partner.path).transposed_weight()  # (in, out), a view
+        rows = base_weight(model, pair.partner.path).transposed()  # (in, out), a view
         heads = pair.partner.heads
         p = directions.product(down, back)
         constant = directions.constant(down, back)

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import Any, cast
 
+from ..io.text_windows import DEFAULT_BATCH, DEFAULT_ROWS, batches_for
 from .pairs import Kind
-from .text import DEFAULT_BATCH, DEFAULT_ROWS, batches_for
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:

@@ -12,8 +12,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..architectures import HeadSlice, Partner, base_of, default_targets, resolve
-from ..moments import Probe
+from ..base_model.activations import Probe
+from ..base_model.resolve import default_targets, resolve
+from ..base_model.slices import HeadSlice, Partner
+from ..base_model.weight import base_of
 
 Kind = Literal["qk", "vo"]
 

@@ -16,15 +16,16 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..architectures import AttentionBlock, attention_block, attention_blocks
-from ..warn import warn
+from ..base_model.attention import AttentionBlock
+from ..base_model.resolve import attention_block, attention_blocks
+from ..io.user_warning import warn
 from .calibration import Calibration, measure
 from .directions import Directions, Method, cut, decompose_pairs, mask
-from .loading import VERSION, read_record, relative_base, relative_prefix, write_record
-from .narrow import become_stock, check_projections, check_supported, padded_width, widths
+from .narrow.loading import VERSION, read_record, relative_base, relative_prefix, write_record
+from .narrow.modules import become_stock, check_projections, check_supported, padded_width, widths
+from .narrow.rewriting import Change, rewrite
 from .pairs import Kind, Pair, check_plain, find_pairs, select_pairs
 from .report import PrunedPair, PruningReport
-from .rewriting import Change, rewrite
 from .rule import Rule, check_pairs, choose_ranks, choose_rule
 from .sequential import refit
 

@@ -94,7 +94,7 @@ class PruningReport:
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Draw the ranks of all heads (needs matplotlib)."""
-        from .pictures import plot_report
+        from .figures import plot_report
 
         plot_report(self, path)
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..architectures import base_of
-from ..moments import TokenReader, evaluating, hooks
+from ..base_model.activations import TokenReader, evaluating, hooks
+from ..base_model.weight import base_of
 from .pairs import Pair
 
 

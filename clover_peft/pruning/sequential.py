@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..architectures import base_of
-from ..moments import Moments, TokenReader, add_blocks, evaluating, hooks
+from ..base_model.activations import TokenReader, add_blocks, evaluating, hooks
+from ..base_model.weight import base_of
+from ..linalg.moments import Moments
 from .directions import Directions, Found, Method, decompose_pair
 from .pairs import beside_name, probes
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..analysis.measures import effective_rank
+from ..linalg.spectra import effective_rank
 from .calibration import Calibration, measure
 from .directions import Directions, Method, decompose_pair
 from .pairs import Kind, Pair, select_pairs

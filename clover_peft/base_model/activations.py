@@ -1,0 +1,188 @@
+"""Runs a model over data and collects what its modules compute or read, head by head."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..io.user_warning import warn
+from ..linalg.moments import Moments
+from .slices import HeadSlice
+
+# With fewer tokens for each feature of a block a moment is mostly noise.
+TOKENS_PER_FEATURE = 10
+TEXT = "input_ids"  # the main input of models of text
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Activations to collect the moments of.
+
+    Attributes:
+        module: the module that computes or reads them.
+        reads: what the module reads, instead of what it computes.
+        heads: the features that count.
+        size: features of a block, d.
+    """
+
+    module: nn.Module
+    reads: bool
+    heads: HeadSlice
+    size: int
+
+
+class TokenReader:
+    """Takes the blocks of real tokens out of a model's activations.
+
+    Tokens that `attention_mask` (of an encoder-decoder: `decoder_attention_mask` in the decoder) leaves out do not
+    count. Where both sequences are padded to one length, that is said of what a decoder reads of its encoder, too: pad
+    them apart, or not at all.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.device = next(model.parameters()).device
+        # Nobody reads keys and values that a model keeps for later.
+        has_cache = "use_cache" in inspect.signature(model.forward).parameters
+        self.defaults: dict[str, Any] = {"use_cache": False} if has_cache else {}
+        # BERT's layers are an "encoder", too, and its labels no decoder's.
+        both = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_encoder")
+        encoder: Any = model.get_encoder() if both else None  # type: ignore[operator]
+        self.encoding = set(encoder.modules()) if encoder is not None and encoder is not model else set()
+        # The tower of another modality may be as long as the text, whose mask is not its own.
+        others = (m for m in model.modules() if m is not model and getattr(m, "main_input_name", TEXT) != TEXT)
+        self.unmasked = {module for tower in others for module in tower.modules()} - self.encoding
+
+    def start(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """A batch on the model's device, and its masks by name."""
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                "expected a list of batches, each of a model's keyword arguments, such as {'input_ids': <tensor>}, "
+                f"found {type(batch).__name__} for one"
+            )
+        values = self.defaults | {
+            k: v.detach().to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()
+        }
+        ids = values.get("input_ids")
+        if "input_ids" in values and not (isinstance(ids, Tensor) and ids.ndim == 2):
+            found = f"shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+            raise TypeError(
+                f"input_ids: expected a tensor of (rows, tokens), found {found}; with a tokenizer, pass "
+                "return_tensors='pt'"
+            )
+        masks = {k: v.bool() for k, v in values.items() if k.endswith("attention_mask") and isinstance(v, Tensor)}
+        decoded = next((values[k] for k in ("decoder_input_ids", "labels") if values.get(k) is not None), None)
+        if self.encoding and decoded is not None:
+            masks.setdefault("decoder_attention_mask", torch.ones_like(decoded, dtype=torch.bool))
+        return values, masks
+
+    def blocks(self, probe: Probe, x: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
+        """(tokens, H, d) of the activations (..., features) that a probe asks for."""
+        blocks = probe.heads.blocks(x, probe.size)
+        if probe.module in self.unmasked:
+            return blocks.reshape(-1, *blocks.shape[-2:])
+        both = ["decoder_attention_mask", "attention_mask"]
+        for kind in both if self.encoding and probe.module not in self.encoding else both[1:]:
+            if kind in masks and masks[kind].shape == blocks.shape[:-2]:
+                blocks = blocks[masks[kind]]
+                break
+        return blocks.reshape(-1, *blocks.shape[-2:])
+
+
+@torch.no_grad()
+def collect_moments(
+    model: nn.Module, probes: Mapping[str, Probe], batches: Iterable[Mapping[str, Any]]
+) -> dict[str, Moments]:
+    """Runs a model over data, once, and adds up the moments of what its modules compute or read.
+
+    Real tokens count (`TokenReader`). The model runs in evaluation mode and as it is, with its active adapters; hooks
+    and mode are taken back in any case.
+
+    Args:
+        model: the model to call.
+        probes: what to collect, by any name.
+        batches: keyword arguments of the model; tensors are moved to its device.
+
+    Returns:
+        name -> moments, on the device of the activations.
+
+    Raises:
+        ValueError: if there is no batch, or a module did not run, or something is not finite.
+    """
+    found: dict[str, Moments] = {}
+    masks: dict[str, Tensor] = {}
+    reader = TokenReader(model)
+
+    def before(name: str, probe: Probe) -> Any:
+        return lambda module, inputs: add_blocks(found, name, reader.blocks(probe, inputs[0], masks))
+
+    def after(name: str, probe: Probe) -> Any:
+        return lambda module, inputs, output: add_blocks(found, name, reader.blocks(probe, output, masks))
+
+    with evaluating(model), hooks() as hooked:
+        for name, probe in probes.items():
+            if probe.reads:
+                hooked.append(probe.module.register_forward_pre_hook(before(name, probe)))
+            else:
+                hooked.append(probe.module.register_forward_hook(after(name, probe)))
+        count = 0
+        for batch in tqdm(batches, desc="CLOVER moments", unit=" batches", delay=3, leave=False):
+            values, of_batch = reader.start(batch)
+            masks.clear()
+            masks |= of_batch
+            model(**values)
+            count += 1
+    if not count:
+        raise ValueError("expected batches to run the model on, found none (a generator that was used up?)")
+    if missing := [name for name in probes if name not in found or not found[name].tokens]:
+        raise ValueError(f"{missing[0]}: expected activations, found none; pass batches of tokens that reach it")
+    for name, moments in found.items():
+        moments.check_finite(name)
+    few = {name: m.tokens for name, m in found.items() if m.tokens < TOKENS_PER_FEATURE * probes[name].size}
+    if few:
+        name = min(few, key=few.__getitem__)
+        wanted = TOKENS_PER_FEATURE * probes[name].size
+        warn(f"{name}: {few[name]} tokens for blocks of {probes[name].size} features are few; pass at least {wanted}")
+    return found
+
+
+def add_blocks(found: dict[str, Moments], name: str, blocks: Tensor) -> None:
+    """Count tokens (tokens, H, d) in the moments of this name, which are made if there are none."""
+    if name not in found:
+        # Where a device has no float64, sums are kept on the CPU.
+        at = torch.device("cpu") if blocks.device.type == "mps" else blocks.device
+        shape = blocks.shape[1:]
+        found[name] = Moments(
+            torch.zeros(*shape, shape[-1], dtype=torch.float64, device=at),
+            torch.zeros(shape, dtype=torch.float64, device=at),
+        )
+    found[name].add(blocks)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it the model is in evaluation mode."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def hooks() -> Iterator[list[Any]]:
+    """A list of hooks, which are removed at the end."""
+    handles: list[Any] = []
+    try:
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,226 @@
+"""`AttentionBlock`: the facts of one attention block, read off its modules, its config and the table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from .families import (
+    CLAMP,
+    QUERY_KEY_NORMS,
+    ROTARY_DIMS,
+    SECOND_STREAM,
+    VALUE_NORMS,
+    Family,
+    If,
+    Layout,
+)
+from .slices import HeadSlice, Partner, TargetSlice
+from .weight import base_of, has_module, in_features, out_features
+
+# The attribute of an attention block whose heads were made narrower: dimensions of a key head and of a value head.
+WIDTHS = "clover_widths"
+
+
+class AttentionBlock:
+    """One attention block: the modules of a family under one path prefix."""
+
+    def __init__(
+        self, model: nn.Module, prefix: str, family: Family, config: Any, head_dim: int | None = None
+    ) -> None:
+        self.model, self.prefix, self.family, self.config, self.head_dim = model, prefix, family, config, head_dim
+        # The block itself, and where it is another, the module right above the projections (BERT's `attention.self`).
+        self.path = (prefix + self.present()[0]).rpartition(".")[0]
+        self.modules = [model.get_submodule(path) for path in dict.fromkeys([self.path, prefix.rstrip(".")])]
+
+    def present(self) -> list[str]:
+        """The family's projections that this block has (DeepSeek has either `q_proj` or `q_b_proj`)."""
+        return [name for name in self.family.projections if has_module(self.model, self.prefix + name)]
+
+    def module_of(self, name: str) -> Any:
+        """The projection of this name in the table."""
+        return base_of(self.model.get_submodule(self.prefix + name))
+
+    def fact(self, name: str) -> Any:
+        """An attribute of the block, else of its config; None if neither has it."""
+        return next((getattr(owner, name) for owner in (*self.modules, self.config) if hasattr(owner, name)), None)
+
+    def decide(self, fact: str | If) -> str:
+        """A fact of the family, for this block."""
+        while isinstance(fact, If):
+            fact = fact.then if self.fact(fact.attribute) else fact.otherwise
+        return fact
+
+    def has_any(self, names: tuple[str, ...]) -> bool:
+        """Whether the block has a module of one of these names that does something."""
+        found = [getattr(module, name, None) for module in self.modules for name in names]
+        return any(isinstance(module, nn.Module) and not isinstance(module, nn.Identity) for module in found)
+
+    def layout_of(self, name: str) -> Layout:
+        """How projection `name` is laid out in this block, without the parts that another one computes."""
+        layout = Layout.read(self.decide(self.family.projections[name]))
+        if len(layout.parts) == 1:
+            return layout
+        present = self.present()
+        elsewhere = {part for other in present[: present.index(name)] for part in self.layout_of(other).parts}
+        return replace(layout, parts=tuple(part for part in layout.parts if part not in elsewhere))
+
+    def read(self, name: str, path: str) -> int:
+        """An integer fact, from the attention module, else from the config."""
+        value = self.fact(name)
+        if isinstance(value, int):
+            return value
+        raise ValueError(
+            f"{path}: expected the attribute {name!r} on its attention module or config, found none; "
+            "pass head_dim=... or num_heads=... with target_modules=[...]"
+        )
+
+    def layout(self, path: str, name: str) -> dict[str, HeadSlice]:
+        """Part -> its whole heads in the module at `path`, whose name in the table is `name`."""
+        layout = self.layout_of(name)
+        features = out_features(base_of(self.model.get_submodule(path)), path)
+        dims = {part: self.dim(part, path) for part in layout.parts}
+        if layout.order == "all":
+            counts = {part: self.count(part, path, layout.parts, features, dims) for part in layout.parts}
+            sizes = {part: counts[part] * dims[part] for part in layout.parts}
+            if sum(sizes.values()) != features:
+                raise ValueError(
+                    f"{path}: expected {sum(sizes.values())} output features ({' + '.join(map(str, sizes.values()))} "
+                    f"for {', '.join(layout.parts)}), found {features}; pass head_dim=... or num_heads=... with "
+                    "target_modules=[...]"
+                )
+            starts = _running(sizes)
+            return {part: HeadSlice.plain(counts[part], dims[part], starts[part]) for part in layout.parts}
+        # Shards that hold `inner` heads of every part.
+        inner = dict.fromkeys(layout.parts, 1)
+        if layout.grouped:
+            inner["q"] = self.heads(path) // self.key_value_heads(path)
+        elif isinstance(layout.order, int):
+            inner = dict.fromkeys(layout.parts, self.heads(path) // layout.order)
+        sizes = {part: inner[part] * dims[part] for part in layout.parts}
+        stride = sum(sizes.values())
+        shards = divide(path, features, stride, "the heads' features " + "+".join(map(str, sizes.values())))
+        offsets = _running(sizes)
+        return {
+            part: HeadSlice(
+                0,
+                shards * inner[part],
+                stride,
+                offsets[part],
+                dims[part],
+                inner[part],
+                dims[part] if inner[part] > 1 else 0,
+            )
+            for part in layout.parts
+        }
+
+    def dim(self, part: str, path: str) -> int:
+        """Coordinates of one head of `part`."""
+        if (widths := self.fact(WIDTHS)) is not None:
+            return widths[part == "v"]
+        if part == "v" and self.family.value_dim is not None:
+            return self.read(self.family.value_dim, path)
+        if self.fact(self.family.head_dim) is None and isinstance(self.fact(self.family.heads), int):
+            query = next(self.prefix + name for name in self.present() if "q" in self.layout_of(name).parts)
+            dim = out_features(base_of(self.model.get_submodule(query)), query) // self.heads(path)
+        else:
+            dim = self.read(self.family.head_dim, path)
+        if self.head_dim not in (None, dim):
+            raise ValueError(
+                f"{path}: expected head_dim={dim}, which this model's heads have, found head_dim={self.head_dim}; "
+                "leave it out, or split or join heads with block_size"
+            )
+        if part == "q" and self.family.positions == "decoupled":
+            dim += self.read("qk_rope_head_dim", path)
+        return dim
+
+    def heads(self, path: str) -> int:
+        """Number of query heads."""
+        return self.read(self.family.heads, path)
+
+    def key_value_heads(self, path: str) -> int:
+        """Number of key-value heads; those of the query where the model does not count them apart."""
+        value = self.fact(self.family.key_value_heads)
+        return value if isinstance(value, int) else self.heads(path)
+
+    def count(self, part: str, path: str, parts: tuple[str, ...], features: int, dims: dict[str, int]) -> int:
+        """Number of heads of `part` in a module that computes `parts` one after the other."""
+        if len(parts) == 1:
+            return divide(path, features, dims[part], f"head_dim {dims[part]}")
+        return self.heads(path) if part == "q" else self.key_value_heads(path)
+
+    def cached_features(self, path: str) -> int:
+        """Numbers that a cache keeps of a token: keys and values of all heads, or of Multi-head Latent Attention what
+        they are computed from."""
+        if self.family.positions == "decoupled":
+            return self.read("kv_lora_rank", path) + self.read("qk_rope_head_dim", path)
+        slices = [s for name in self.present() for s in self.layout(self.prefix + name, name).items()]
+        return sum(heads.features for part, heads in slices if part in ("k", "v"))
+
+    def slices(self, part: str, heads: HeadSlice) -> Iterator[TargetSlice]:
+        """The slices of one part, with their partners by the true positions."""
+        positions = self.decide(self.family.positions)
+        if part == "v":
+            yield TargetSlice("v", "v", heads, self.reader(heads))
+        elif part == "q":
+            yield TargetSlice("q", "q", heads)
+        elif positions == "partial" and (rotary := self.rotary_dim(heads.dim)) < heads.dim:
+            if rotary:
+                yield TargetSlice("k_rotary", "k_rotary", heads.part(0, rotary))
+            rest = heads.part(rotary, heads.dim - rotary)
+            yield TargetSlice("k", "k", rest, self.query(rest.dim, rotary))
+        elif positions in ("none", "decoupled"):
+            yield TargetSlice("k", "k", heads, self.query(heads.dim, 0))
+        else:
+            yield TargetSlice("k", "k", heads)
+
+    def rotary_dim(self, head_dim: int) -> int:
+        """Rotated dimensions of a partially rotated head; they come first."""
+        for name in ROTARY_DIMS:
+            if hasattr(self.modules[0], name):
+                return getattr(self.modules[0], name) or head_dim  # None is all of them
+        parameters = getattr(self.config, "rope_parameters", None) or {}
+        return int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+
+    def is_gated(self) -> bool:
+        """Whether a part of some projection is multiplied onto the heads' outputs."""
+        return any("gate" in self.layout_of(name).parts for name in self.present())
+
+    def reader(self, heads: HeadSlice) -> Partner | None:
+        """The output projection, as the partner of the value heads; None if something stands between."""
+        path = self.prefix + self.family.output
+        if self.has_any((*VALUE_NORMS, *SECOND_STREAM)) or self.fact(CLAMP) is not None or self.is_gated():
+            return None
+        if not has_module(self.model, path):  # the block above reads the heads, together with other features
+            return None
+        features = in_features(base_of(self.model.get_submodule(path)), path)
+        count = divide(path, features, heads.dim, f"the {heads.dim} dimensions of a value head")
+        return Partner(path, HeadSlice.plain(count, heads.dim), reads=True)
+
+    def query(self, dim: int, offset: int) -> Partner | None:
+        """The coordinates `offset ... offset + dim` of the query heads, as the partner of the key's; None if something
+        stands between."""
+        if self.has_any((*QUERY_KEY_NORMS, *SECOND_STREAM)) or self.fact(CLAMP) is not None:
+            return None
+        for name in self.present():
+            if "q" in self.layout_of(name).parts:
+                path = self.prefix + name
+                return Partner(path, self.layout(path, name)["q"].part(offset, dim), reads=False)
+        raise ValueError(f"{self.prefix}: found no query projection; expected one of {list(self.family.projections)}")
+
+
+def divide(path: str, features: int, by: int, what: str, remedy: str = "pass head_dim=...") -> int:
+    if features % by:
+        raise ValueError(f"{path}: {features} features are not a multiple of {what}; {remedy}")
+    return features // by
+
+
+def _running(sizes: dict[str, int]) -> dict[str, int]:
+    starts, total = {}, 0
+    for name, size in sizes.items():
+        starts[name] = total
+        total += size
+    return starts

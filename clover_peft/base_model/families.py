@@ -1,0 +1,395 @@
+"""One table of architecture facts, and the lookup of a module's family.
+
+The table is data. A family names its projections, the parts each of them computes, and what happens between query and
+key; everything countable (head size, number of heads, rotated dimensions) is read from the module and its config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class If:
+    """A fact that depends on the model: `then` if the attribute of an attention module or its config is true.
+
+    Attributes:
+        attribute: its name; missing counts as false.
+        then: the fact if it is true; may depend on another attribute.
+        otherwise: the fact if it is not.
+    """
+
+    attribute: str
+    then: str | If
+    otherwise: str | If
+
+
+@dataclass(frozen=True)
+class Family:
+    """Facts about one architecture. Module names are suffixes of module paths; those of one attention block share the
+    path before the suffix.
+
+    Attributes:
+        projections: module name -> how its features are laid out. "q k v": all heads of one part after those of the
+            other; "q|k|v": head by head; "q*|k|v": for every key-value head its query heads, its key, its value;
+            "4 x q v k": four shards, in each some heads of every part. "gate" is multiplied onto the attention's
+            output. A part that a projection listed earlier computes in the same block (GPT-2's cross-attention has a
+            `q_attn`) is absent from the later one.
+        output: module name of the projection that reads the attention output.
+        up: module name -> the parts of an up-projection ("up", or "gate up" where it is fused with the gate).
+        positions: what sits between query and key: "rotary" (all dimensions), "partial" (the first rotated
+            dimensions only), "decoupled" (query heads end in rotated dimensions that the key projection does not
+            have), "disentangled" (query and key also meet projected positions, each on its own), "none" (absolute,
+            ALiBi or relative-bias positions, which leave the product of query and key alone).
+        head_dim: attribute that holds the dimensions of a key head.
+        value_dim: attribute that holds the dimensions of a value head.
+        key_value_heads: attribute that holds the number of key-value heads.
+        heads: attribute that holds the number of query heads.
+        between: "v" or "k" -> what else stands between it and its partner: "norm", "clip", "stream" (of tokens that
+            attend along), "other" (features that the same projection reads) or "nothing". What a user reads before
+            there is a model; `resolve` finds it on the modules themselves.
+    """
+
+    projections: dict[str, str | If]
+    output: str
+    up: dict[str, str]
+    positions: str | If
+    head_dim: str = "head_dim"
+    value_dim: str | None = None
+    key_value_heads: str = "num_key_value_heads"
+    heads: str = "num_attention_heads"
+    between: dict[str, str | If] = field(default_factory=dict)
+
+    @property
+    def target_modules(self) -> list[str]:
+        """Default targets: the modules that compute key, value or up-projection."""
+        wanted = [name for name, layout in self.projections.items() if {"k", "v"} & _any_parts(layout)]
+        return wanted + list(self.up)
+
+
+# What stands between a projection and its partner in some models: names of modules of an attention block. A norm of
+# query or key parts the two; whatever else touches the heads' values parts value and output.
+QUERY_KEY_NORMS = ("q_norm", "k_norm", "qk_norm", "q_layernorm", "k_layernorm", "norm_q", "norm_k")
+
+
+VALUE_NORMS = ("v_norm", "attn_sub_norm")
+
+
+# A second stream that attends together with the first, through projections and an output of its own, parts both.
+SECOND_STREAM = ("add_k_proj",)
+
+
+# The attribute that clamps query, key and value where it is set.
+CLAMP = "clip_qkv"
+# Attributes that count the rotated dimensions of a partially rotated head.
+ROTARY_DIMS = ("rotary_ndims", "rotary_dim")
+
+
+def _any_parts(layout: str | If) -> set[str]:
+    """The parts that a layout may have, whatever it depends on."""
+    if isinstance(layout, If):
+        return _any_parts(layout.then) | _any_parts(layout.otherwise)
+    return set(Layout.read(layout).parts)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout in words, taken apart: `parts` in order, `order` "all" (each part once, for all heads), "head" (again
+    for every key-value head), or the number of shards; `grouped` if a shard holds a query group."""
+
+    parts: tuple[str, ...]
+    order: str | int
+    grouped: bool = False
+
+    @classmethod
+    def read(cls, layout: str) -> Layout:
+        if "|" in layout:
+            return cls(tuple(layout.replace("*", "").split("|")), "head", "*" in layout)
+        if " x " in layout:
+            shards, _, parts = layout.partition(" x ")
+            return cls(tuple(parts.split()), int(shards))
+        return cls(tuple(layout.split()), "all")
+
+
+_CLIPPED = If("clip_qkv", "clip", "nothing")
+
+
+_NORMED = If("qk_layernorm", "norm", "nothing")
+
+
+_LLAMA = Family(
+    projections={"q_proj": "q", "k_proj": "k", "v_proj": "v"},
+    output="o_proj",
+    up={"up_proj": "up"},
+    positions="rotary",
+)
+
+
+_BART = replace(_LLAMA, output="out_proj", up={"fc1": "up"}, positions="none")
+
+
+_VIT = replace(_LLAMA, up={"mlp.fc1": "up"}, positions="none")
+
+
+_BERT = Family(
+    projections={"self.query": "q", "self.key": "k", "self.value": "v"},
+    output="output.dense",
+    up={"intermediate.dense": "up"},
+    positions="none",
+    head_dim="attention_head_size",
+)
+
+
+_DIFFUSERS = Family(
+    projections={
+        "to_q": "q",
+        "to_k": "k",
+        "to_v": "v",
+        "add_q_proj": "q",
+        "add_k_proj": "k",
+        "add_v_proj": "v",
+    },
+    output="to_out.0",
+    up={"ff.net.0.proj": "up gate"},
+    positions="none",
+    heads="heads",
+)
+
+
+_GPT2 = Family(
+    projections={"q_attn": "q", "c_attn": "q k v"},
+    output="c_proj",
+    up={"c_fc": "up"},
+    positions="none",
+)
+
+
+_GPT_NEOX = Family(
+    projections={"query_key_value": "q|k|v"},
+    output="dense",
+    up={"dense_h_to_4h": "up"},
+    positions="partial",
+)
+
+
+_GPTJ = replace(_LLAMA, output="out_proj", up={"fc_in": "up"}, positions="partial")
+
+
+_QWEN_VISION = Family(projections={"attn.qkv": "q k v"}, output="attn.proj", up={"mlp.fc1": "up"}, positions="rotary")
+
+
+# The one table of architecture facts: families, and the `config.model_type` of the (sub)models that belong to them.
+_TABLE: list[tuple[str, Family]] = [
+    # Decoders.
+    (
+        "llama mistral ministral3 gemma gemma2 gemma3_text qwen2 qwen3 granite cohere olmo2 olmo3 exaone4 ernie4_5 "
+        "seed_oss helium arcee mllama_text_model qwen2_vl_text qwen2_5_vl_text qwen3_vl_text qwen2_moe qwen3_moe "
+        "internlm3",
+        _LLAMA,
+    ),
+    ("gemma3n_text bitnet", replace(_LLAMA, between={"v": "norm"})),
+    ("olmo", replace(_LLAMA, between={"v": _CLIPPED})),
+    ("mixtral gpt_oss granitemoe", replace(_LLAMA, up={})),  # experts are stacks of matrices, no modules
+    ("olmoe", replace(_LLAMA, up={}, between={"v": _CLIPPED})),
+    ("qwen3_next", replace(_LLAMA, projections={**_LLAMA.projections, "q_proj": "q|gate"})),
+    ("cohere2", replace(_LLAMA, positions=If("sliding_window", "rotary", "none"))),
+    (
+        "dbrx",  # whose attention does not run without clip_qkv
+        Family(projections={"Wqkv": "q k v"}, output="out_proj", up={}, positions="rotary", between={"v": "clip"}),
+    ),
+    ("smollm3 llama4_text", replace(_LLAMA, positions=If("use_rope", "rotary", "none"))),
+    ("starcoder2", replace(_LLAMA, up={"c_fc": "up"})),
+    ("nemotron", replace(_LLAMA, positions="partial")),
+    ("stablelm", replace(_LLAMA, positions="partial", between={"k": _NORMED})),
+    ("phi", replace(_LLAMA, output="dense", up={"fc1": "up"}, positions="partial", between={"k": _NORMED})),
+    ("glm glm4", replace(_LLAMA, up={"gate_up_proj": "gate up"}, positions="partial")),
+    ("phi3", replace(_LLAMA, projections={"qkv_proj": "q k v"}, up={"gate_up_proj": "gate up"}, positions="partial")),
+    ("gptj", _GPTJ),
+    ("codegen", replace(_GPTJ, projections={"qkv_proj": "4 x q v k"})),
+    ("gpt_neo", replace(_BART, up={"c_fc": "up"})),
+    ("gpt2", _GPT2),
+    (
+        "gpt_bigcode",
+        replace(
+            _GPT2,
+            projections={"q_attn": "q", "c_attn": If("multi_query", "q k v", "q|k|v")},
+            key_value_heads="kv_heads",
+        ),
+    ),
+    ("gpt_neox", replace(_GPT_NEOX, head_dim="head_size")),
+    ("persimmon", replace(_GPT_NEOX, between={"k": _NORMED})),
+    ("bloom", replace(_GPT_NEOX, positions="none")),
+    (
+        "falcon",
+        replace(
+            _GPT_NEOX,
+            projections={
+                "query_key_value": If("new_decoder_architecture", "q*|k|v", If("multi_query", "q k v", "q|k|v"))
+            },
+            positions=If("alibi", "none", "rotary"),
+            key_value_heads="num_kv_heads",
+        ),
+    ),
+    (
+        "mpt",
+        Family(
+            projections={"Wqkv": "q k v"},
+            output="out_proj",
+            up={"ffn.up_proj": "up"},
+            positions="none",
+            between={"v": _CLIPPED, "k": _CLIPPED},
+        ),
+    ),
+    (
+        "deepseek_v2 deepseek_v3",
+        Family(
+            projections={"q_proj": "q", "q_b_proj": "q", "kv_b_proj": "k|v"},
+            output="o_proj",
+            up={"up_proj": "up"},
+            positions="decoupled",
+            head_dim="qk_nope_head_dim",
+            value_dim="v_head_dim",
+        ),
+    ),
+    # Encoders.
+    ("bert roberta xlm-roberta xlm-roberta-xl camembert electra data2vec-text", _BERT),
+    (
+        "albert",
+        replace(
+            _BERT,
+            projections={"attention.query": "q", "attention.key": "k", "attention.value": "v"},
+            output="attention.dense",
+            up={"ffn": "up"},
+        ),
+    ),
+    (
+        "distilbert",
+        replace(
+            _BERT, projections={"q_lin": "q", "k_lin": "k", "v_lin": "v"}, output="out_lin", up={"ffn.lin1": "up"}
+        ),
+    ),
+    ("mpnet", replace(_BERT, projections={"attn.q": "q", "attn.k": "k", "attn.v": "v"}, output="attn.o")),
+    (
+        "deberta",
+        replace(
+            _BERT,
+            projections={"self.in_proj": "q|k|v"},
+            positions=If("relative_attention", "disentangled", "none"),
+        ),
+    ),
+    (
+        "deberta-v2",
+        replace(
+            _BERT,
+            projections={"self.query_proj": "q", "self.key_proj": "k", "self.value_proj": "v"},
+            # Where positions go through the same two projections, all that meets is a query and a key.
+            positions=If("relative_attention", If("share_att_key", "none", "disentangled"), "none"),
+        ),
+    ),
+    (
+        "modernbert",
+        Family(projections={"attn.Wqkv": "q k v"}, output="attn.Wo", up={"mlp.Wi": "gate up"}, positions="rotary"),
+    ),
+    # Decoders and encoder-decoders with Bart's names.
+    ("opt biogpt whisper bart mbart pegasus marian m2m_100 blenderbot plbart", _BART),
+    (
+        "t5 mt5 umt5",
+        Family(
+            projections={"q": "q", "k": "k", "v": "v"},
+            output="o",
+            up={"wi": "up", "wi_1": "up"},
+            positions="none",
+            head_dim="key_value_proj_dim",
+        ),
+    ),
+    # Vision, audio, and the towers of multimodal models.
+    ("vit swin mllama_vision_model", _VIT),
+    ("dinov2", replace(_VIT, up={"mlp.fc1": "up", "mlp.up_proj": "up"})),
+    (
+        "clip_text_model clip_vision_model siglip_text_model siglip_vision_model siglip2_text_model "
+        "siglip2_vision_model",
+        _BART,
+    ),
+    ("wav2vec2 hubert", replace(_BART, up={"feed_forward.intermediate_dense": "up"})),
+    ("qwen2_vl_vision", _QWEN_VISION),
+    ("qwen2_5_vl_vision", replace(_QWEN_VISION, up={"mlp.up_proj": "up"})),
+    ("qwen3_vl_vision", replace(_QWEN_VISION, up={"mlp.linear_fc1": "up"})),
+    # Diffusers' models have no model type and go by their class.
+    ("Transformer2DModel", _DIFFUSERS),  # of which the UNets of Stable Diffusion and SDXL are made
+    (
+        "SD3Transformer2DModel",
+        replace(
+            _DIFFUSERS,
+            up={"ff.net.0.proj": "up", "ff_context.net.0.proj": "up"},
+            between={
+                "v": If("added_kv_proj_dim", "stream", "nothing"),
+                "k": If("added_kv_proj_dim", "stream", If("norm_q", "norm", "nothing")),
+            },
+        ),
+    ),
+    (
+        "FluxTransformer2DModel",
+        replace(
+            _DIFFUSERS,
+            up={"ff.net.0.proj": "up", "ff_context.net.0.proj": "up", "proj_mlp": "up"},
+            positions="rotary",
+            between={"v": If("added_kv_proj_dim", "stream", "other")},
+        ),
+    ),
+]
+
+
+# Model type -> family. A row that is added here counts from then on.
+FAMILIES: dict[str, Family] = {model_type: family for types, family in _TABLE for model_type in types.split()}
+
+
+def unknown_family_message(model_type: str, path: str) -> str:
+    """What to do about a model that the table does not know."""
+    return (
+        f"{path}: the model type {model_type!r} is not in clover_peft's table of architectures, so its heads cannot "
+        "be found; name target_modules=[...] and describe them with head_dim=... or num_heads=... (or cut them with "
+        "mlp_block_size=...), or add a row to clover_peft.base_model.families.FAMILIES; known: "
+        + ", ".join(sorted(FAMILIES))
+    )
+
+
+def family_of(model: nn.Module, path: str) -> Family | None:
+    """The family that the module at `path` belongs to, None if the table does not know it."""
+    return owner_of(model, path)[0]
+
+
+def owner_of(model: nn.Module, path: str) -> tuple[Family | None, str | None, Any]:
+    """Family, model type and config of the nearest module above `path` whose config names a model type.
+
+    The nearest one decides, so that the towers of a multimodal model are told apart.
+    """
+    parts = path.split(".")
+    for depth in range(len(parts) - 1, -1, -1):
+        module = model.get_submodule(".".join(parts[:depth]))
+        if (model_type := _type_of(module)) is not None:
+            return FAMILIES.get(model_type), model_type, getattr(module, "config", None)
+    return None, None, None
+
+
+def _type_of(module: nn.Module) -> str | None:
+    """The model type that a module's config names, a diffusers model's class; None for a module that is no model."""
+    model_type = getattr(getattr(module, "config", None), "model_type", None)
+    if isinstance(model_type, str) and model_type:
+        return model_type
+    return type(module).__name__ if hasattr(module, "register_to_config") else None
+
+
+def wraps_known_models(model: nn.Module, path: str) -> bool:
+    """Whether the model that owns `path` is a shell around models of known families (a projector joins two towers)."""
+    parts = path.split(".")
+    owners = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) - 1, -1, -1))
+    owner = next(module for module in owners if _type_of(module) is not None)
+    return any(_type_of(module) in FAMILIES for module in owner.modules())
+
+
+def find_suffix(path: str, names: Iterable[str]) -> str | None:
+    return next((name for name in names if path == name or path.endswith("." + name)), None)

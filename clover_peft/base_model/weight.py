@@ -1,0 +1,286 @@
+"""`BaseWeight`: the weight of a projection, however it is stored, and the projection itself inside of wrappers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_quantization_kwargs
+from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.quantization_utils import resolve_quantization_backend
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
+
+from ..runtime.bitsandbytes import check_packing
+from ..runtime.offload import onloaded
+from .slices import Partner
+
+# Names of the stored weight in `nn.Linear`, `Conv1D` and the quantised linears.
+_WEIGHT_NAMES = ("qweight", "weight", "W_q")
+
+
+class _Original(NamedTuple):
+    """The base's own tensors while adapters are merged: plain attributes, neither trained nor saved."""
+
+    module: Any  # some quantisations merge into a new module
+    weight: Any  # None where only the module can read its weights
+    bias: Tensor | None
+    state: Any  # bitsandbytes keeps the 8-bit scales beside the weight
+
+
+class BaseWeight:
+    """Reads and writes the weight of a projection: plain, `Conv1D`, quantised, offloaded, sharded or merged into.
+
+    `transposed` and `bias` are always those of the base model, also while adapters are merged. Offloaded and sharded
+    weights are whole only within `whole()`.
+
+    Args:
+        owner: the projection, or a tuner layer around it.
+        path: its path in the model, for messages.
+        quantization_kwargs: what peft's quantisation backends need from the model.
+    """
+
+    def __init__(self, owner: nn.Module, path: str = "", quantization_kwargs: dict[str, Any] | None = None) -> None:
+        self.owner = owner
+        self.path = path
+        self.in_features, self.out_features = in_features(self.module, path), out_features(self.module, path)
+        self.fan_in_fan_out = isinstance(self.module, Conv1D)
+        self.backend = resolve_quantization_backend(self.module, **(quantization_kwargs or {}))
+        self._original: _Original | None = None
+
+    @property
+    def module(self) -> Any:
+        """The projection itself; some quantisations replace it when adapters are merged."""
+        return base_of(self.owner)
+
+    def resolve_backend(self) -> None:
+        """Look again how the weight is stored, after the projection was replaced."""
+        self.backend = resolve_quantization_backend(self.module)
+
+    @property
+    def stored(self) -> Tensor:
+        """The weight as it is stored: quantised ones packed, under the quantisation's own name.
+
+        Raises:
+            TypeError: if the projection has none.
+        """
+        for name in _WEIGHT_NAMES:
+            if hasattr(self.module, name):
+                return getattr(self.module, name)
+        raise TypeError(
+            f"{self.path}: expected a linear projection with a weight, plain or quantised, found "
+            f"{type(self.module).__name__}; leave it out with exclude_modules"
+        )
+
+    @property
+    def precision(self) -> str:
+        """Name of the precision that the weight is stored in."""
+        return str(self.stored.dtype).removeprefix("torch.") if self.backend is None else self.backend.backend_name
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype that the projection computes in: its weight's, or bfloat16 where that is quantised."""
+        return self.stored.dtype if self.stored.is_floating_point() else torch.bfloat16
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether the quantisation lets the weight be read as a plain tensor (some are forward only)."""
+        return self.backend is None or self.backend.supports_merge
+
+    @property
+    def is_present(self) -> bool:
+        """Whether the whole weight can be read here and now: neither on the meta device nor spread over processes."""
+        return self.is_readable and not (self.stored.is_meta or isinstance(self.stored, DTensor))
+
+    def whole(self) -> Any:
+        """A context within which an offloaded or sharded weight can be read."""
+        return onloaded(self.module)
+
+    def transposed(self) -> Tensor:
+        """The base model's own weight as (in_features, out_features), dequantised.
+
+        Raises:
+            TypeError: if bitsandbytes has repacked the 4-bit weight, which cannot be read back.
+        """
+        check_packing(self.module, self.path)
+        if self._original is not None:
+            weight = self._dense_original(self._original)
+        else:
+            weight = self.module.weight.data if self.backend is None else self.backend.get_base_weight(self.module)
+        return weight if self.fan_in_fan_out else weight.mT
+
+    def as_stored(self, transposed: Tensor) -> Tensor:
+        """A weight (in_features, out_features) in the layout of the projection's own."""
+        return transposed if self.fan_in_fan_out else transposed.mT
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base model's own bias, (out_features,)."""
+        return self.module.bias if self._original is None else self._original.bias
+
+    # ------------------------------------------------------------------ merging
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether another weight was written over the base model's own."""
+        return self._original is not None
+
+    def write(self, weight: Tensor, bias: Tensor | None) -> tuple[float, float]:
+        """Replace weight and bias; the first call keeps the base model's own for `restore`.
+
+        Args:
+            weight: in the projection's own layout; a quantised projection quantises it again.
+            bias: (out_features,) or None.
+
+        Returns:
+            Squared norms of the change and of the rounding error that quantising the result made; zeros for plain
+            weights.
+        """
+        module = self.module
+        if self._original is None:
+            own = getattr(module, "weight", None)
+            own = own if own is None or self.backend is not None else own.data
+            own_bias = None if module.bias is None else module.bias.data
+            self._original = _Original(module, own, own_bias, copy.copy(getattr(module, "state", None)))
+        rounding = (0.0, 0.0)
+        if self.backend is None:
+            module.weight.data = weight
+        else:
+            before = self.as_stored(self.transposed())
+            self.backend.set_base_weight(self.owner, weight)
+            error = self.backend.get_base_weight(self.module) - weight
+            rounding = (float((weight - before).float().square().sum()), float(error.float().square().sum()))
+        if bias is not None:
+            module = self.module
+            if module.bias is None:  # a new module
+                module.bias = bias
+            else:
+                module.bias.data = bias
+        return rounding
+
+    def restore(self) -> None:
+        """Put the base model's own tensors back, bit for bit."""
+        assert self._original is not None
+        merged, (module, weight, bias, state) = self.module, self._original
+        if merged is not module:
+            holder: Any = self.owner
+            while holder.base_layer is not merged:
+                holder = holder.base_layer
+            holder.base_layer = module
+        elif self.backend is not None:
+            module.weight = weight
+            if state is not None:
+                module.state = state
+        else:
+            module.weight.data = weight
+        if bias is not None:
+            module.bias.data = bias
+        self._original = None
+
+    def apply(self, fn: Any) -> None:
+        """Move or cast the kept tensors as `nn.Module._apply` does with a module's own."""
+        if self._original is None:
+            return
+        module, weight, bias, state = self._original
+        if module is not self.module:
+            module._apply(fn)
+        weight, bias = (None if tensor is None else fn(tensor) for tensor in (weight, bias))
+        self._original = _Original(module, weight, bias, state)
+
+    def _dense_original(self, original: _Original) -> Tensor:
+        if self.backend is None:
+            return original.weight
+        if original.weight is None:
+            return self.backend.get_base_weight(original.module)
+        module = original.module
+        merged, state = module.weight, getattr(module, "state", None)
+        try:
+            module.weight = original.weight
+            if state is not None:
+                module.state = copy.copy(original.state)
+            return self.backend.get_base_weight(module)
+        finally:
+            module.weight = merged
+            if state is not None:
+                module.state = state
+
+
+def base_weight(model: nn.Module, path: str) -> BaseWeight:
+    """The base weight of the projection at `path`: a tuner layer's own reader, which knows what is merged, or a new
+    one."""
+    module = model.get_submodule(path)
+    known = getattr(module, "base_weight", None)
+    return known if isinstance(known, BaseWeight) else BaseWeight(module, path, get_quantization_kwargs(model))
+
+
+@contextmanager
+def partner_weight(model: nn.Module, partner: Partner) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The partner's weight with the heads in its last dimension, (D, features), and the bias that belongs to them.
+
+    They are whole within the context only.
+    """
+    weight = base_weight(model, partner.path)
+    with weight.whole():
+        rows, bias = weight.transposed(), weight.bias
+        yield (rows.mT, None) if partner.reads else (rows, bias)
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The projection inside tuner layers and `modules_to_save` wrappers."""
+    while True:
+        if isinstance(module, BaseTunerLayer):
+            module = module.get_base_layer()
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            module = module.original_module
+        else:
+            return module
+
+
+def has_module(model: nn.Module, path: str) -> bool:
+    """Whether there is a module at this path."""
+    try:
+        return isinstance(model.get_submodule(path), nn.Module)
+    except AttributeError:
+        return False
+
+
+def out_features(module: nn.Module, path: str) -> int:
+    """Output features of a linear projection.
+
+    Raises:
+        TypeError: if it is none.
+    """
+    return _features(module, path)[1]
+
+
+def in_features(module: nn.Module, path: str) -> int:
+    """Input features of a linear projection.
+
+    Raises:
+        TypeError: if it is none.
+    """
+    return _features(module, path)[0]
+
+
+def is_projection(module: Any) -> bool:
+    """Whether it is `nn.Linear`, `Conv1D` or a quantised linear, whose class has any name."""
+    sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
+    return isinstance(module, Conv1D) or (
+        all(isinstance(size, int) for size in sizes) and not isinstance(module, (nn.Embedding, nn.MultiheadAttention))
+    )
+
+
+def _features(module: Any, path: str) -> tuple[int, int]:
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    if not is_projection(module):
+        raise TypeError(
+            f"{path}: expected a linear projection (nn.Linear, Conv1D or a quantised linear), "
+            f"found {type(module).__name__}; leave it out of target_modules"
+        )
+    return int(module.in_features), int(module.out_features)

@@ -1,0 +1,249 @@
+"""A grid of (method x learning rate x seed) over one base configuration, as its file describes it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ...io.overrides import apply_override, load_yaml
+from ..commonsense import prepare
+from ..training.arguments import parse
+
+BASE = "base"  # the model that is not fine-tuned
+CONFIGS = Path(__file__).parents[3] / "configs"
+_MODES = ("score", "generate")
+# Keys of a run that the grid sets itself; accepting them would be ignoring them.
+_SAID_ELSEWHERE = {
+    "data": "set data.source",
+    "rows": "set data.rows",
+    "held_out_rows": "set data.validation",
+    "seed": "set seeds",
+    "learning_rate": "set the learning rates of its method",
+    "method": "set methods",
+    "questions": "set evaluation.rows",
+    "output_dir": "set --out",
+    "resume": "runs of a grid always go on",
+    "peft.learning_rate": "set the learning rates of its method",
+}
+_OF_ALL = {"model", "prompt", "chat_template_path"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Attributes:
+        name: as shown.
+        method: name of the block among the model's `methods`.
+        learning_rates: those tried.
+        settings: changes to the run, such as `peft.bias`.
+    """
+
+    name: str
+    method: str
+    learning_rates: tuple[float, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of the grid."""
+
+    method: str
+    learning_rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-lr{self.learning_rate:g}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How runs are evaluated.
+
+    Attributes:
+        mode: "score" or "generate".
+        rows: test questions a task, drawn with seed 0; None = all.
+        batch_size: questions at a time.
+        test: ask test questions at all; False compares on validation questions alone, as a search does.
+    """
+
+    mode: str = "score"
+    rows: int | None = None
+    batch_size: int = 32
+    test: bool = True
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid, as its file describes it.
+
+    Attributes:
+        base: configuration files of the run; one has `methods`.
+        settings: on top of them, for all methods.
+        data: what the rows are.
+        methods: the rows of the table.
+        seeds: of training; the first also chooses the learning rates.
+        evaluation: of validation and test questions.
+    """
+
+    base: list[Path]
+    settings: dict[str, Any]
+    data: prepare.Options
+    methods: list[Method]
+    seeds: list[int]
+    evaluation: Evaluation
+
+
+def read_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
+    """Reads and checks a grid's file.
+
+    Args:
+        path: a YAML file; its `base` is looked for beside it, one folder up, and in `configs/` of the repository.
+        overrides: `key=value`, with dots into blocks.
+
+    Raises:
+        ValueError: naming the key, what was expected and what was found.
+    """
+    if not path.is_file():
+        raise ValueError(f"--config {path}: expected a YAML file, found none; see configs/ablations/")
+    values = load_yaml(path.read_text(encoding="utf-8"), str(path))
+    keys = [part.name for part in fields(Grid)]
+    if isinstance(values, dict):
+        for change in overrides:
+            apply_override(values, change)
+    if not isinstance(values, dict) or set(values) != set(keys):
+        found = ", ".join(map(str, values)) if isinstance(values, dict) else repr(values)
+        raise ValueError(f"{path}: expected the keys {', '.join(keys)}, found {found}")
+    base, given, seeds = values["base"], values["methods"], values["seeds"]
+    files = isinstance(base, list) and base and all(isinstance(name, str) for name in base)
+    _expect(bool(files), "base", "a list of files", base)
+    _expect(isinstance(values["settings"] or {}, dict), "settings", "a block of settings", values["settings"])
+    _expect(isinstance(given, dict), "methods", "a block of learning rates by name", given)
+    methods = [_method(str(name), block) for name, block in given.items()]
+    counts = {len(method.learning_rates) for method in methods}
+    if len(counts) != 1 or BASE in given:
+        raise ValueError(
+            f"{path}: methods: expected as many learning rates for every method, and none called {BASE}, found "
+            + ", ".join(f"{method.name} {len(method.learning_rates)}" for method in methods)
+        )
+    numbers = isinstance(seeds, list) and all(prepare.is_count(seed, 0) for seed in seeds)
+    _expect(
+        numbers and 0 < len(seeds) == len(set(seeds)), "seeds", "a list of different whole numbers from 0 on", seeds
+    )
+    data = _fill(prepare.Options, values["data"], "data")
+    prepare.check(data, "data.")
+    _expect(data.validation > 0, "data.validation", "a number of rows a task to choose rates on", data.validation)
+    for key in _paths(values["settings"] or {}) & _SAID_ELSEWHERE.keys():
+        raise ValueError(f"settings.{key}: not a setting of a grid, {_SAID_ELSEWHERE[key]}")
+    for method in methods:
+        for key in _paths(method.settings) & (_SAID_ELSEWHERE.keys() | _OF_ALL):
+            remedy = _SAID_ELSEWHERE.get(key, "set it for all methods in settings, or they do not compare")
+            raise ValueError(f"methods.{method.name}.{key}: not a setting of a method, {remedy}")
+    grid = Grid(
+        base=[_find_base(path, name) for name in base],
+        settings=values["settings"] or {},
+        data=data,
+        methods=methods,
+        seeds=seeds,
+        evaluation=_evaluation(values["evaluation"]),
+    )
+    for method in methods:  # a typing error shows now, not after hours
+        for rate in method.learning_rates:
+            parse(grid.base, settings_of(grid, method, Trial(method.name, rate, grid.seeds[0]), Path("runs")))
+    return grid
+
+
+def settings_of(grid: Grid, method: Method, trial: Trial, out: Path) -> list[str]:
+    """A run's settings as overrides of the base configuration."""
+    given = {
+        **grid.settings,
+        **method.settings,
+        "method": method.method,
+        "learning_rate": trial.learning_rate,
+        "seed": trial.seed,
+        "data": str(out / "data" / "train.jsonl.gz"),
+        "rows": None,  # what the data has
+        "held_out_rows": 0,  # validation is the data's own
+        "questions": 0,
+        "output_dir": str(out / "runs" / trial.name),
+    }
+    return [f"{key}={json.dumps(value, ensure_ascii=False, default=str)}" for key, value in given.items()]
+
+
+def trials_of(grid: Grid) -> dict[str, tuple[Method, Trial]]:
+    """Every run that the grid may come to, by its name."""
+    return {
+        (trial := Trial(method.name, rate, seed)).name: (method, trial)
+        for method in grid.methods
+        for rate in method.learning_rates
+        for seed in grid.seeds
+    }
+
+
+def count_steps(grid: Grid) -> int:
+    """How many records the whole grid has: of the trials, of their tests, and of the base's."""
+    runs = sum(len(method.learning_rates) for method in grid.methods)
+    return runs + 1 + len(grid.methods) * (2 * len(grid.seeds) - 1) if grid.evaluation.test else runs
+
+
+def _find_base(path: Path, name: str) -> Path:
+    folders = (*path.resolve().parents[:2], CONFIGS)
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(f"{path}: base: expected a file in {', '.join(map(str, folders))}, found no {name}")
+
+
+def _method(name: str, given: Any) -> Method:
+    """A list of rates, or a block with `learning_rates`, `method` and changes to the settings."""
+    if isinstance(given, list):
+        given = {"learning_rates": given}
+    if not isinstance(given, dict) or not given.get("learning_rates"):
+        raise ValueError(f"methods.{name}: expected learning rates, or a block with learning_rates, found {given!r}")
+    rates = given["learning_rates"]
+    numbers = isinstance(rates, list) and all(type(rate) in (int, float) and 0 < rate < math.inf for rate in rates)
+    different = numbers and len({f"{rate:g}" for rate in rates}) == len(rates)  # as records are named
+    _expect(different, f"methods.{name}.learning_rates", "a list of positive numbers that differ in six digits", rates)
+    plain = Path(name).name == name and not name.startswith(("-", "."))
+    _expect(plain, "methods", "names that can be those of files, without - or . in front", name)
+    more = {key: value for key, value in given.items() if key not in ("learning_rates", "method")}
+    return Method(name, given.get("method", name), tuple(float(rate) for rate in rates), more)
+
+
+def _evaluation(given: Any) -> Evaluation:
+    found: Evaluation = _fill(Evaluation, given, "evaluation")
+    every = found.rows is None or prepare.is_count(found.rows, 1)
+    _expect(found.mode in _MODES, "evaluation.mode", " or ".join(_MODES), found.mode)
+    _expect(every, "evaluation.rows", "a whole number from 1 on, or null for all", found.rows)
+    _expect(
+        prepare.is_count(found.batch_size, 1), "evaluation.batch_size", "a whole number from 1 on", found.batch_size
+    )
+    _expect(isinstance(found.test, bool), "evaluation.test", "true or false", found.test)
+    return found
+
+
+def _paths(block: dict[str, Any], prefix: str = "") -> set[str]:
+    """The keys of a block and of those in it, with dots."""
+    paths = set()
+    for key, value in block.items():
+        paths |= {f"{prefix}{key}"} | (_paths(value, f"{prefix}{key}.") if isinstance(value, dict) else set())
+    return paths
+
+
+def _expect(good: bool, key: str, expected: str, found: Any) -> None:
+    if not good:
+        raise ValueError(f"{key}: expected {expected}, found {found!r}")
+
+
+def _fill(kind: Any, given: Any, where: str) -> Any:
+    known = [part.name for part in fields(kind)]
+    if not isinstance(given, dict) or (unknown := sorted(set(given) - set(known))):
+        found = given if not isinstance(given, dict) else ", ".join(unknown)
+        raise ValueError(f"{where}: expected some of {', '.join(known)}, found {found}")
+    return kind(**given)

@@ -1,0 +1,97 @@
+"""Numbers about one changed weight: spectrum of the update, intruder dimensions, data on trained directions."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...linalg.spectra import effective_rank
+from .changes import Change
+
+SHOWN = 128  # singular values kept of a spectrum, evenly spaced
+
+
+ZERO = 1e-4  # of the largest singular value: smaller ones count as zero
+
+
+def measure(change: Change, inputs: Tensor | None = None, top: int = 10, threshold: float = 0.5) -> dict[str, Any]:
+    """All measures of one projection, ready for JSON.
+
+    Args:
+        change: the weight before and after.
+        inputs: what the projection reads, (rows, in features), from `collect_inputs`.
+        top: leading left singular vectors of the changed weight to look for intruder dimensions among (Shuttleworth et
+            al., arXiv 2410.21228).
+        threshold: below this cosine with every left singular vector of `before`, one is an intruder.
+
+    Returns:
+        `name`, `shape`; `update`: `norm`, `relative` (to the weight's), `rank`, `effective_rank`, `stable_rank`,
+        `singular_values`; `before` and `after`: `singular_values`; `intruders`: `count`, `similarities` (top) and
+        `matrix` (top x top); with inputs `share`: `trained` (see `projected_share`) and `chance` (rank / in features).
+
+    Raises:
+        ValueError: naming the module, if a weight is not finite.
+    """
+    if not change.before.isfinite().all() or not change.after.isfinite().all():
+        raise ValueError(f"{change.name}: expected finite weights, found others; its training diverged")
+    update = change.after - change.before
+    _, values, vt = torch.linalg.svd(update, full_matrices=False)
+    before, after = (torch.linalg.svd(w, full_matrices=False) for w in (change.before, change.after))
+    # The merged weight is rounded: noise of at most half a unit in the last place, whose norm is about that.
+    noise = torch.finfo(update.dtype).eps / 2 * change.after.square().mean().sqrt() * sum(s**0.5 for s in update.shape)
+    rank = int((values > max(ZERO * values[0], noise)).sum())
+    similarities, matrix = _similarities(before, after, top)
+    result: dict[str, Any] = {
+        "name": change.name,
+        "shape": list(change.before.shape),
+        "update": {
+            "norm": float(values.norm()),
+            "relative": float(values.norm() / change.before.norm()) if change.before.any() else math.inf,
+            "rank": rank,
+            "effective_rank": effective_rank(values),
+            "stable_rank": float((values / values[0]).square().sum()) if rank else 0.0,
+            "singular_values": _shown(values),
+        },
+        "before": {"singular_values": _shown(before.S)},
+        "after": {"singular_values": _shown(after.S)},
+        "intruders": {
+            "count": int((similarities < threshold).sum()),
+            "similarities": [round(cosine, 4) for cosine in similarities.tolist()],
+            "matrix": [[round(cosine, 4) for cosine in row] for row in matrix.tolist()],
+        },
+    }
+    if inputs is not None:
+        share = projected_share(inputs.to(vt), vt[:rank].T)
+        result["share"] = {"trained": share, "chance": rank / change.before.shape[1]}
+    return result
+
+
+def projected_share(inputs: Tensor, directions: Tensor) -> float:
+    """How much of what a projection reads lies on the directions that the update reads (the paper's figure 4).
+
+    Args:
+        inputs: (rows, in features).
+        directions: (in features, rank), orthonormal columns: the update's right singular vectors.
+
+    Returns:
+        The share of the inputs' sum of squares, 0 to 1; random directions get rank / in features.
+    """
+    total = inputs.square().sum()
+    return float((inputs @ directions).square().sum() / total) if total > 0 else 0.0
+
+
+def _similarities(before: Any, after: Any, top: int) -> tuple[Tensor, Tensor]:
+    """Largest cosine of each leading vector of `after` with any of `before`, (top,), and those of the leading ones."""
+    real = ZERO * before.S[0] < before.S  # the vectors of zero singular values are anything
+    cosines = (after.U[:, :top].T @ before.U[:, real]).abs()
+    if not real.any():  # the weight was zero
+        return cosines.new_zeros(len(cosines)), cosines
+    return cosines.amax(dim=1), cosines[:, :top]
+
+
+def _shown(values: Tensor) -> list[float]:
+    chosen = torch.linspace(0, len(values) - 1, min(SHOWN, len(values)), device=values.device).round().long()
+    return [float(f"{value:.6g}") for value in values[chosen].tolist()]

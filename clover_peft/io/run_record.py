@@ -1,0 +1,187 @@
+"""Run records: where, with what and at which revision a result was made, as JSON that is never overwritten."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._version import __version__
+
+_LIST_OF_NUMBERS = re.compile(r"\[\n\s+[-+.\deE]+(,\n\s+[-+.\deE]+)*\n\s+\]")  # a line each, as json writes it
+PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes")
+
+
+def environment() -> dict[str, Any]:
+    """Describe the machine and the software a result depends on.
+
+    Returns:
+        JSON-ready: `python`, `platform`, `cpu`, `cores`, `torch_threads`, `cuda` (device name or None), `versions`
+        (of the packages that are installed, read without importing them), `clover_peft` (its version), `git_revision`
+        and `git_dirty` (of the checkout that this package is run from; None outside one).
+    """
+    revision, dirty = _git_state(Path(__file__).resolve())
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": {name: version for name in PACKAGES if (version := _version(name)) is not None},
+        "clover_peft": __version__,
+        "git_revision": revision,
+        "git_dirty": dirty,
+    }
+
+
+def write(path: str | os.PathLike[str], record: dict[str, Any]) -> Path:
+    """Write a record as JSON, complete or not at all, and never over an existing one.
+
+    Args:
+        path: the wanted file; missing folders are made. If `run.json` exists, `run-2.json`, `run-3.json`, ... is used.
+        record: values that JSON does not know (paths, dtypes, NaN) are written as text.
+
+    Returns:
+        The path that was written.
+    """
+    wanted = Path(path)
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    # Python's json writes and reads NaN, other readers do not
+    plain = json.loads(json.dumps(record, default=str), parse_constant=str)
+    text = json.dumps(plain, indent=2, allow_nan=False) + "\n"
+    text = _LIST_OF_NUMBERS.sub(lambda found: f"[{' '.join(found[0].strip('[]').split())}]", text)
+    partial = wanted.with_name(f".{wanted.name}.{uuid.uuid4().hex}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        return _link(partial, wanted)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """A JSON file with one block.
+
+    Raises:
+        ValueError: with the remedy, if it is missing or damaged.
+    """
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path}: expected a block in JSON, found it missing or cut short ({error}); {remedy}"
+        ) from error
+
+
+def check_same(before: dict[str, Any], now: dict[str, Any], where: str, remedy: str, prefix: str = "") -> None:
+    """Refuses to go on with what was made with other values.
+
+    Args:
+        before: what it was made with, as JSON gives it back.
+        now: what is given now; values that JSON does not know are compared as text.
+        where: where `before` was found.
+        remedy: what to do if they differ.
+        prefix: put before a key in the message.
+
+    Raises:
+        ValueError: naming the first key, of the innermost block, that differs.
+    """
+    now = json.loads(json.dumps(now, default=str))
+    for key in sorted(before.keys() | now.keys()):
+        one, other = before.get(key), now.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            check_same(one, other, where, remedy, f"{prefix}{key}.")
+        elif one != other:
+            raise ValueError(f"{prefix}{key}: expected {one!r} as in {where}, found {other!r}; {remedy}")
+
+
+def digest(files: Iterable[Path]) -> str:
+    """sha256 of the contents of files, in their order, one after the other."""
+    result = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while part := file.read(2**24):
+                result.update(part)
+    return result.hexdigest()
+
+
+def peak_gpu_bytes() -> int | None:
+    """Return the most memory that torch has allocated on the CUDA device; None where it has not used one."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None
+
+
+def _link(partial: Path, wanted: Path) -> Path:
+    """Give a file the first free name of `run.json`, `run-2.json`, ...: whole at once, and never one that is taken."""
+    for number in itertools.count(1):
+        candidate = wanted if number == 1 else wanted.with_name(f"{wanted.stem}-{number}{wanted.suffix}")
+        try:
+            os.link(partial, candidate)
+        except FileExistsError:
+            continue
+        except OSError:  # a file system without links: empty for a moment
+            try:
+                candidate.touch(exist_ok=False)
+            except FileExistsError:
+                continue
+            os.replace(partial, candidate)
+        return candidate
+    raise AssertionError
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git_state(file: Path) -> tuple[str | None, bool | None]:
+    """Revision and dirty flag of the checkout that tracks `file`: a copy installed inside another checkout is none."""
+    try:
+        _git(file.parent, "ls-files", "--error-unmatch", file.name)
+        revision = _git(file.parent, "rev-parse", "HEAD")
+        # Untracked files do not count: a benchmark's fresh record must not make the next one look dirty.
+        return revision, _git(file.parent, "status", "--porcelain", "--untracked-files=no") != ""
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory of the host that this process has held: its resident set."""
+    status = Path("/proc/self/status")
+    if status.exists():  # not getrusage on Linux: that figure survives exec, so it would start at the parent's
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,214 @@
+"""Text to calibrate with: a file or a data set on the hub, as windows of tokens without padding."""
+
+from __future__ import annotations
+
+import gzip
+import inspect
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DEFAULT_ROWS, DEFAULT_LENGTH, DEFAULT_BATCH = 64, 512, 8
+# Fields of a row that are text, the first of these that it has.
+_FIELDS = (("text",), ("content",), ("messages",), ("prompt", "completion"), ("instruction", "input", "output"))
+_CHARACTERS = 16  # read for every token that is wanted: about four times the text that is needed
+
+
+def text_batches(
+    source: str | Path,
+    tokenizer: Any,
+    *,
+    rows: int = DEFAULT_ROWS,
+    max_length: int = DEFAULT_LENGTH,
+    batch_size: int = DEFAULT_BATCH,
+) -> list[dict[str, Tensor]]:
+    """Windows of a text, each full of tokens, so that nothing is padded.
+
+    The beginning of the text is read, about four times what is needed, and the windows are spread evenly over that.
+    Each has the special tokens that the tokenizer puts around any text.
+
+    Args:
+        source: a `.txt` file, or a `.jsonl` file whose rows have a field `text`, `content` or `messages`, or fields
+            `prompt` and `completion`, or `instruction`, `input` and `output`; both also with `.gz`. Or the name of a
+            data set on the hub with such rows, `name:configuration` where it has several; its split "train" is read.
+        tokenizer: of the model.
+        rows: windows, at most.
+        max_length: tokens of a window.
+        batch_size: windows in a batch.
+
+    Returns:
+        Batches of `{"input_ids": (windows, max_length) int64}`.
+
+    Raises:
+        ValueError: if there is no such file or data set, or it is damaged or has too little text.
+    """
+    for name, figure in {"rows": rows, "max_length": max_length, "batch_size": batch_size}.items():
+        if figure < 1:
+            raise ValueError(f"{name}={figure}: expected at least 1")
+    before, after = _special_tokens(tokenizer)
+    room = max_length - len(before) - len(after)
+    if room < 1:
+        raise ValueError(f"max_length={max_length}: expected room beside {len(before + after)} special tokens")
+    text = _beginning(_texts(str(source)), _CHARACTERS * rows * max_length)
+    if not text.strip():
+        raise ValueError(f"{source}: expected text to calibrate with, found none")
+    tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    there = len(tokens) // room
+    if not there:
+        raise ValueError(
+            f"{source}: expected at least {room} tokens, for one window of {max_length}, found {len(tokens)}; pass "
+            "more text, or a smaller max_length"
+        )
+    count = min(rows, there)
+    starts = [i * there // count * room for i in range(count)]
+    windows = torch.tensor([[*before, *tokens[start : start + room], *after] for start in starts])
+    return [{"input_ids": batch} for batch in windows.split(batch_size)]
+
+
+def batches_for(
+    model: Any,
+    tokenizer: Any,
+    source: str | Path,
+    *,
+    rows: int = DEFAULT_ROWS,
+    max_length: int | None = None,
+    batch_size: int = DEFAULT_BATCH,
+) -> list[dict[str, Any]]:
+    """`text_batches`, with what a model needs beside them.
+
+    An encoder-decoder reads each window and writes it again. Caches and logits, which nobody reads, are not made
+    where the model can leave them out.
+
+    Args:
+        model: a model of transformers.
+        tokenizer: of the model; None if it has none.
+        source: see `text_batches`.
+        rows: windows, at most.
+        max_length: tokens of a window; None: 512, or as many as the model takes.
+        batch_size: windows in a batch.
+
+    Returns:
+        Keyword arguments of the model.
+
+    Raises:
+        ValueError: also if the model does not read text, or not as many tokens.
+    """
+    if tokenizer is None or model.main_input_name != "input_ids":
+        raise ValueError(
+            f"{type(model).__name__}: expected a model that reads text and has a tokenizer; calibrate others in "
+            "Python, with clover_peft.prune(model, calibration=<batches of their inputs>)"
+        )
+    most = min(_limits(model, tokenizer), default=None)
+    if max_length is not None and most is not None and max_length > most:
+        raise ValueError(f"max_length={max_length}: expected at most {most}, which {type(model).__name__} takes")
+    length = max_length or min(DEFAULT_LENGTH, most or DEFAULT_LENGTH)
+    parameters = inspect.signature(model.forward).parameters
+    more: dict[str, Any] = {
+        name: value for name, value in {"use_cache": False, "logits_to_keep": 1}.items() if name in parameters
+    }
+    batches: list[dict[str, Any]] = []
+    for batch in text_batches(source, tokenizer, rows=rows, max_length=length, batch_size=batch_size):
+        ids = batch["input_ids"]
+        if model.config.is_encoder_decoder:
+            start = model.config.decoder_start_token_id
+            first = ids[:, :1] if start is None else torch.full_like(ids[:, :1], start)
+            more["decoder_input_ids"] = torch.cat([first, ids[:, :-1]], dim=1)
+        batches.append({"input_ids": ids, **more})
+    return batches
+
+
+def _limits(model: Any, tokenizer: Any) -> list[int]:
+    """How many tokens fit, by the model's and the tokenizer's own word."""
+    config = model.config.get_text_config()
+    said = (getattr(config, "max_position_embeddings", None), tokenizer.model_max_length)
+    return [limit for limit in said if isinstance(limit, int) and limit > 0]
+
+
+def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens that a tokenizer puts before and behind any text."""
+    whole, bare = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), None)
+    if start is None:
+        return [], []
+    return whole[:start], whole[start + len(bare) :]
+
+
+def _beginning(texts: Iterable[str], characters: int) -> str:
+    """As many texts as have this many characters, joined."""
+    kept: list[str] = []
+    read = 0
+    for text in texts:
+        kept.append(text)
+        read += len(text)
+        if read >= characters:
+            break
+    return "".join(kept)
+
+
+def _texts(source: str) -> Iterator[str]:
+    """The text of a file or data set piece by piece, with what stands between the pieces."""
+    path = Path(source).expanduser()
+    kind = next((k for k in (".txt", ".jsonl") if path.name.endswith((k, f"{k}.gz"))), None)
+    if not path.exists() and kind is None:
+        yield from (_row_text(source, row) for row in _hub_rows(source))
+        return
+    if not path.is_file() or kind is None:
+        raise ValueError(
+            f"{source}: expected a .txt or .jsonl file, with .gz or without, or the name of a data set on the hub, "
+            f"found {'no such file' if not path.exists() else 'a folder' if path.is_dir() else 'another file'}"
+        )
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if kind == ".txt":
+                    yield line
+                elif line.strip():
+                    yield _row_text(f"{path.name}:{number}", _parsed(f"{path.name}:{number}", line))
+    except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{source}: expected text in UTF-8, found damage: {error}") from error
+
+
+def _parsed(where: str, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: expected one JSON object, found {error.msg} at column {error.colno}") from error
+
+
+def _hub_rows(source: str) -> Iterable[Any]:
+    from .downloads import hub_reachable
+
+    if not hub_reachable():
+        raise ValueError(
+            f"{source}: expected a .txt or .jsonl file, with .gz or without, or the name of a data set on the hub, "
+            "found no such file, and the hub cannot be reached"
+        )
+    import datasets
+
+    name, _, configuration = source.partition(":")
+    return datasets.load_dataset(name, configuration or None, split="train", streaming=True)
+
+
+def _row_text(where: str, row: Any) -> str:
+    """The text of a row, and an empty line behind it."""
+    if isinstance(row, Mapping):
+        for fields in _FIELDS:
+            if fields[0] in row:
+                return "\n".join(filter(None, (_plain(row.get(field)) for field in fields))) + "\n\n"
+    raise ValueError(
+        f"{where}: expected a row with {', '.join(' and '.join(fields) for fields in _FIELDS)}, found "
+        + (f"the fields {sorted(row)}" if isinstance(row, Mapping) else type(row).__name__)
+    )
+
+
+def _plain(value: Any) -> str:
+    """Text as it is, of chat messages what they say, of anything else nothing."""
+    if isinstance(value, list):
+        return "\n".join(str(message.get("content", "")) for message in value if isinstance(message, Mapping))
+    return value if isinstance(value, str) else ""

@@ -1,0 +1,110 @@
+"""Second moments of activations, head by head: what a model's data says of its heads, in d x d matrices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Moments:
+    """Mean and scatter of tokens, of H blocks of d features.
+
+    Products are made in float32 about the mean of what is added, and merged in float64 (Chan, Golub and LeVeque,
+    1983): a large mean drowns nothing, and the order hardly matters.
+
+    Attributes:
+        scatter: (H, d, d) float64, sum of `(z - mean) (z - mean)^T`.
+        mean: (H, d) float64.
+        tokens: how many.
+        precision: machine epsilon of the dtype that they came in.
+    """
+
+    scatter: Tensor
+    mean: Tensor
+    tokens: int = 0
+    precision: float = 0.0
+
+    def add(self, blocks: Tensor) -> None:
+        """Count more tokens: (tokens, H, d), any floating dtype. Costs tokens H d^2, in at least float32."""
+        count = len(blocks)
+        if not count:
+            return
+        self.precision = max(self.precision, torch.finfo(blocks.dtype).eps)
+        with torch.autocast(blocks.device.type, enabled=False):
+            rows = blocks.permute(1, 2, 0)
+            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+            near = rows.mean(-1)
+            rows = rows - near.unsqueeze(-1)
+            rest = rows.mean(-1).to(self.mean)  # by which the rounded mean is off
+            scatter = torch.bmm(rows, rows.mT).to(self.scatter) - count * _square(rest)
+        away = near.to(self.mean) + rest - self.mean
+        self.scatter += scatter + count * self.tokens / (self.tokens + count) * _square(away)
+        self.mean += count / (self.tokens + count) * away
+        self.tokens += count
+
+    def check_finite(self, name: str) -> None:
+        """Raises ValueError if they are not."""
+        if not torch.isfinite(self.scatter).all():
+            raise ValueError(f"{name}: expected finite activations, found NaN or infinite ones; check model and data")
+
+    @property
+    def second(self) -> Tensor:
+        """(H, d, d) float64, the mean of `z z^T`."""
+        return self.about(torch.zeros_like(self.mean))
+
+    def about(self, point: Tensor) -> Tensor:
+        """(H, d, d) float64, the mean of `(z - p) (z - p)^T`; p (H, d) float64."""
+        return self.covariance + _square(self.mean - point)
+
+    @property
+    def covariance(self) -> Tensor:
+        """(H, d, d) float64, the same about the mean."""
+        return self.scatter / max(1, self.tokens)
+
+    @property
+    def varies(self) -> Tensor:
+        """(H,) bool, whether there is more than the rounding of activations behind a block's covariance."""
+        around, whole = (m.diagonal(dim1=-2, dim2=-1).sum(-1) for m in (self.covariance, self.second))
+        return around > (4 * self.precision) ** 2 * whole
+
+
+def _square(vectors: Tensor) -> Tensor:
+    """(H, d) to (H, d, d), `v v^T`."""
+    return vectors.unsqueeze(-1) * vectors.unsqueeze(-2)
+
+
+def centred(moments: Moments, weight_gram: Tensor) -> Tensor:
+    """The covariance, drawn towards what the weights say; those alone of blocks that all tokens leave alike.
+
+    Args:
+        moments: of H blocks of d features.
+        weight_gram: (H, d, d) float64, the Gram of the weights that compute the same features.
+
+    Returns:
+        (H, d, d) float64.
+    """
+    found = shrink(moments.covariance.to(weight_gram), weight_gram, moments.tokens)
+    return torch.where(moments.varies.to(found.device).view(-1, 1, 1), found, weight_gram)
+
+
+def shrink(moment: Tensor, weight_gram: Tensor, tokens: int) -> Tensor:
+    """A moment drawn towards what the weights say, the more the fewer tokens it was made of (ours).
+
+    `(1 - a) M + a t G` with `a = d / (d + tokens)`, and t that gives G the trace of M.
+
+    Args:
+        moment: M, (H, d, d) float64.
+        weight_gram: G, (H, d, d) float64, the Gram of the weights that compute the same features.
+        tokens: that M was made of.
+
+    Returns:
+        (H, d, d) float64.
+    """
+    size = moment.shape[-1]
+    share = size / (size + tokens)
+    trace, weight_trace = (g.diagonal(dim1=-2, dim2=-1).sum(-1).view(-1, 1, 1) for g in (moment, weight_gram))
+    relative = weight_gram / weight_trace.clamp(min=torch.finfo(weight_gram.dtype).tiny)
+    return (1 - share) * moment + share * trace * relative

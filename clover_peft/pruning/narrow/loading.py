@@ -1,0 +1,135 @@
+"""Where it is recorded that a model is narrow, its config, and how it is made so again before weights are loaded."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ...base_model.attention import AttentionBlock
+from ...base_model.resolve import attention_block
+from ...base_model.weight import has_module
+from .modules import check_supported, narrow, widths
+
+# The entry of a model's config that says how it was pruned, and its form.
+RECORD = "clover_pruning"
+VERSION = 1
+_IN_MEMORY = " (pruned: save it, and load it from there)"  # behind the name of a model's base
+
+
+def write_record(model: Any, record: Mapping[str, Any]) -> None:
+    """Enter how a model was pruned in its config, which no longer names a base that adapters could be loaded onto."""
+    name = getattr(model, "name_or_path", "")
+    if name and hasattr(model, "config") and not name.endswith(_IN_MEMORY):
+        model.name_or_path = name + _IN_MEMORY
+        model.config._name_or_path = model.name_or_path
+    if hasattr(model, "register_to_config"):
+        model.register_to_config(**{RECORD: dict(record)})
+    else:
+        setattr(model.config, RECORD, dict(record))
+
+
+def read_record(model: Any) -> dict[str, Any] | None:
+    """How a model was pruned, from its config; None if it was not.
+
+    Raises:
+        ValueError: if the entry is none that `prune` writes.
+    """
+    config = getattr(model, "config", None)
+    record = config.get(RECORD) if isinstance(config, Mapping) else getattr(config, RECORD, None)
+    if record is None:
+        return None
+    if not isinstance(record, dict) or record.get("version") != VERSION:
+        version = record.get("version") if isinstance(record, dict) else record
+        raise ValueError(
+            f"{RECORD} in the config: expected version {VERSION}, found {version!r}; use the clover_peft that the "
+            "model was pruned with"
+        )
+    blocks = record.get("blocks")
+    if not isinstance(blocks, dict) or not isinstance(record.get("steps"), list):
+        raise ValueError(f"{RECORD} in the config: expected blocks and steps, found {sorted(record)}")
+    for path, entry in blocks.items():
+        kinds = [type(figure) for figure in entry] if isinstance(entry, (list, tuple)) else None
+        if kinds != [int, int, bool] or min(entry[:2]) < 1:
+            raise ValueError(
+                f"{RECORD} in the config: {path}: expected two widths and whether there is a bias, found {entry!r}"
+            )
+    return record
+
+
+def relative_base(model: nn.Module) -> nn.Module:
+    """The trunk of a model, which it shares with models of other heads; itself if it is one."""
+    return getattr(model, "base_model", model)
+
+
+def relative_prefix(model: nn.Module) -> str:
+    """The prefix of the paths in a model's trunk, "" where it is the trunk itself."""
+    base = relative_base(model)
+    name = next((name for name, module in model.named_modules() if module is base), "")
+    return f"{name}." if name else ""
+
+
+def apply_record(model: nn.Module) -> None:
+    """Make the attention blocks narrow that the model's config says are. Those that are narrow, or that this part of
+    the model does not have, are left alone."""
+    record = read_record(model)
+    if record and record.get("tower") not in (None, type(model).__name__):
+        return
+    prefix = relative_prefix(model) if record else ""
+    for path, (key_width, value_width, output_bias) in (record or {}).get("blocks", {}).items():
+        place = next((p for p in (path, prefix + path) if has_module(model, p)), None)
+        block = None if place is None else _block_at(model, place)
+        if block is None:
+            continue
+        there = (*widths(block), block.module_of(block.family.output).bias is not None)
+        if there == (key_width, value_width, output_bias):
+            continue
+        check_supported(block)
+        narrow(block, key_width, value_width, output_bias)
+
+
+def _block_at(model: nn.Module, path: str) -> AttentionBlock | None:
+    """The attention block whose module is at `path`."""
+    children = (name for name, _ in model.get_submodule(path).named_children())
+    found = (attention_block(model, f"{path}.{name}") for name in children)
+    return next((block for block in found if block is not None and block.path == path), None)
+
+
+def install() -> None:
+    """Let transformers and diffusers load pruned models; once."""
+    if not getattr(PreTrainedModel.post_init, "clover", False):
+        post_init = PreTrainedModel.post_init
+
+        @functools.wraps(post_init)
+        def narrow_first(self: PreTrainedModel) -> None:
+            apply_record(self)
+            post_init(self)
+
+        narrow_first.clover = True  # type: ignore[attr-defined]
+        PreTrainedModel.post_init = narrow_first
+    if importlib.util.find_spec("diffusers") is None:
+        return
+    try:
+        from diffusers.configuration_utils import ConfigMixin
+    except (ImportError, RuntimeError):  # installed and broken: no reason to fail for those who do not use it
+        return
+    mixin: Any = ConfigMixin
+    if not getattr(mixin.from_config, "clover", False):
+        from_config = mixin.from_config.__func__
+
+        @functools.wraps(from_config)
+        def and_narrow(cls: type, config: Any = None, *args: Any, **kwargs: Any) -> Any:
+            record = config.get(RECORD) if isinstance(config, Mapping) else None
+            result = from_config(cls, config, *args, **kwargs)
+            if record:
+                model = result[0] if isinstance(result, tuple) else result
+                write_record(model, record)
+                apply_record(model)
+            return result
+
+        and_narrow.clover = True  # type: ignore[attr-defined]
+        mixin.from_config = classmethod(and_narrow)

@@ -1,0 +1,94 @@
+"""Tensors that survive whatever casts, shards or moves the module that holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class GuardedTensors(nn.Module):
+    """Named tensors, parameters or buffers, that keep at least float32 whatever the model is cast to.
+
+    Args:
+        tensors: slice name -> tensor.
+        trainable: make them parameters.
+        persistent: whether buffers are in the model's state dict. An adapter's file has them either way.
+        guarded: undo what casts the parameters' `data` behind the module's back (TRL casts whatever is trained on a
+            quantised model to bfloat16), without the loss of a bit.
+    """
+
+    def __init__(
+        self, tensors: dict[str, Tensor], trainable: bool = False, persistent: bool = True, guarded: bool = False
+    ) -> None:
+        super().__init__()
+        # What the parameters' `data` was: the same storage, as long as nobody replaces it.
+        self._kept: dict[str, Tensor] | None = {} if guarded else None
+        for name, tensor in tensors.items():
+            if trainable:
+                self.register_parameter(name, nn.Parameter(tensor))
+            else:
+                self.register_buffer(name, tensor, persistent=persistent)
+        self._keep()
+
+    def _keep(self) -> None:
+        if self._kept is not None:
+            self._kept = {name: parameter.data for name, parameter in self.named_parameters()}
+
+    def restore(self) -> None:
+        """Give guarded parameters their precision back."""
+        for name, kept in (self._kept or {}).items():
+            parameter = self.get_parameter(name)
+            if parameter.dtype.itemsize < kept.dtype.itemsize:
+                same = kept.shape == parameter.shape and torch.equal(kept.to(parameter), parameter)
+                parameter.data = kept.to(parameter.device) if same else parameter.data.to(kept.dtype)
+        self._keep()
+
+    def train(self, mode: bool = True) -> GuardedTensors:
+        """As in torch. Every trainer calls it before its first step, and after whatever cast the parameters."""
+        self.restore()
+        return super().train(mode)
+
+    def forward(self, name: str, use: Callable[[Tensor], Tensor]) -> Tensor:
+        """`use` of the tensor of slice `name`. What shards parameters module by module (DeepSpeed's ZeRO-3) gathers
+        them for a module's call, and only then."""
+        return use(getattr(self, name))  # FSDP1 puts plain tensors in the parameters' places
+
+    def registered(self, name: str) -> Tensor | None:
+        """The parameter or buffer of this name; None where something else was put in its place."""
+        return self._parameters.get(name, self._buffers.get(name))
+
+    def get(self, name: str) -> Tensor | None:
+        """The tensor of slice `name`, or None where it is an identity."""
+        return getattr(self, name, None)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GuardedTensors:
+        def at_least_float32(tensor: Tensor) -> Tensor:
+            if tensor.is_meta and not isinstance(tensor, nn.Parameter):
+                return tensor  # bases that are to be loaded have nothing to move, and get no numbers by `to_empty`
+            result = fn(tensor)
+            if result.is_floating_point() and result.dtype.itemsize < 4 <= tensor.dtype.itemsize:
+                return tensor.to(result.device)
+            return result
+
+        self.restore()
+        super()._apply(at_least_float32, recurse)
+        self._keep()
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
+        self.restore()
+        # A tensor that is offered is taken, also where the model's own state dict would not have it.
+        left_out = self._non_persistent_buffers_set
+        self._non_persistent_buffers_set = {name for name in left_out if prefix + name not in state_dict}
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        finally:
+            self._non_persistent_buffers_set = left_out
+            self._keep()
+
+
+def has_meta(module: nn.Module) -> bool:
+    return any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))

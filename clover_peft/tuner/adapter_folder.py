@@ -1,0 +1,85 @@
+"""The folder that an adapter is saved to: its weight file, and the model card beside it."""
+
+from __future__ import annotations
+
+import os
+
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+_CARD_HEADING = "## How to load"
+_AUTO_CLASSES = {
+    "CAUSAL_LM": "ForCausalLM",
+    "SEQ_2_SEQ_LM": "ForSeq2SeqLM",
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+    "FEATURE_EXTRACTION": "ForFeatureExtraction",
+}
+
+
+def check_weight_file(path: str) -> None:
+    """Check that an adapter's weight file, if it exists, can be read and is CLOVER's.
+
+    Raises:
+        ValueError: naming the file, what is wrong with it and what to do.
+    """
+    if not os.path.exists(path):
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path}: expected a whole safetensors file, found one that cannot be read ({error}); it was probably cut "
+            "short or overwritten: copy or download it again"
+        ) from error
+    if not any(".clover_S." in key or key.startswith("clover_S.") for key in keys):
+        raise ValueError(
+            f"{path}: expected a CLOVER adapter (keys with clover_S), found {len(keys)} keys such as "
+            f"{keys[0] if keys else 'none'!r}; load it with the method named in its own adapter_config.json"
+        )
+
+
+def check_source(source: str | None, needed: bool) -> None:
+    """Refuse to make an adapter whose weights are to be loaded from a folder that has none.
+
+    Args:
+        source: the folder; None or "" where it is not known.
+        needed: the weights are loaded next, or the adapter makes no sense without them.
+
+    Raises:
+        ValueError: naming the folder.
+    """
+    if source and needed and os.path.isdir(source):
+        found = sorted(os.listdir(source))
+        if SAFETENSORS_WEIGHTS_NAME not in found:
+            pickled = f" but {WEIGHTS_NAME}, a pickle, which is never read" if WEIGHTS_NAME in found else ""
+            raise ValueError(
+                f"{source}: expected the adapter's weights, {SAFETENSORS_WEIGHTS_NAME}, found no such file"
+                f"{pickled}; copy the whole folder that save_pretrained wrote, with safe_serialization left on"
+            )
+
+
+def complete_model_card(path: str, base: str | None, task_type: str | None) -> None:
+    """Add the loading recipe to the model card that peft wrote, once."""
+    if not os.path.isfile(path):
+        # Of an adapter that is not named "default", peft writes the card one folder up.
+        path = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(path))), os.path.basename(path))
+        if os.path.exists(os.path.join(os.path.dirname(path), SAFETENSORS_WEIGHTS_NAME)):
+            return  # another adapter's card
+    if not os.path.isfile(path):
+        return
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    if _CARD_HEADING in text or "library_name: peft" not in text:
+        return
+    auto = f"AutoPeftModel{_AUTO_CLASSES.get(str(getattr(task_type, 'value', task_type)), '')}"
+    recipe = (
+        f"\n\n{_CARD_HEADING}\n\nThis is a CLOVER adapter (arXiv 2411.17426). Install `clover-peft` and import it "
+        "before loading, or peft will not know the method:\n\n```python\nimport clover_peft  # registers CLOVER\n"
+        f"from peft import {auto}\n\n"
+        f'model = {auto}.from_pretrained("<this adapter>")  # base: {base or "<base model>"}\n```\n'
+    )
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text.rstrip("\n") + recipe)

@@ -1,0 +1,115 @@
+"""Whether a base model is the one that an adapter was trained on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..base_model.weight import BaseWeight, partner_weight
+from ..linalg.decomposition import (
+    norms,
+)
+from .adapter_tensors import tensor_keys
+from .block_spec import BlockSpec, BlockTensors
+from .config import CloverConfig
+from .layer import CloverLayer
+
+# Largest relative difference of a fingerprint that rounding of the base's weights explains, by the coarser of the two
+# precisions. Rounding averages out over a row: what is left of it is far below the precision itself.
+ROUNDING = {"float64": 1e-5, "float32": 1e-5, "bfloat16": 5e-3, "float16": 1e-3, "bnb 8bit": 1e-2}
+COARSE = 0.1  # any other quantisation
+# Root mean square of what rounding to a precision changes in normally distributed weights, relative to theirs.
+ROUNDED = {"float64": 0.0, "float32": 0.0, "bfloat16": 1.7e-3, "float16": 2e-4, "bnb 8bit": 8e-3, "bnb 4bit": 0.092}
+# Share of an adapter's effect that rounding of the base's weights may change without a word.
+MUCH_CHANGED = 0.05
+_COMPARED = 8  # features of every block
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module, base: BaseWeight, spec: BlockSpec) -> Tensor | None:
+    """`clover_norm` of the first features of every block, (H, 8) or (H, d) if less; None without whole weights.
+
+    It tells base models apart, and is hardly moved by rounding, which averages out over a row. Reading all rows would
+    take longer than all the rest of loading.
+    """
+    with base.whole():
+        return row_norms(model, spec, base.transposed(), _COMPARED) if base.is_present else None
+
+
+def row_norms(model: nn.Module, spec: BlockSpec, weight: Tensor, features: int | None = None) -> Tensor:
+    """(H, d): norms of the weight's rows, for a pair times those of the partner's columns; of `features` of d."""
+    own = norms(spec.heads.blocks(weight, spec.size)[..., :features])
+    if spec.partner is None:
+        return own
+    heads = spec.partner.heads
+    with partner_weight(model, spec.partner) as (rows, _):
+        partner = norms(heads.blocks(rows, spec.size)[..., :features]).to(own)
+    shared = partner.unflatten(0, (spec.heads.count, heads.count // spec.heads.count, -1))
+    return own * torch.linalg.vector_norm(shared, dim=1).flatten(0, 1)
+
+
+@torch.no_grad()
+def error_from_rounding(layers: dict[str, CloverLayer], adapter_name: str, config: CloverConfig, state: dict) -> float:
+    """How much of an adapter's effect, `E dS C W`, changes because W here has another precision than in training.
+
+    An estimate: what rounding changes in W is taken to be white, of the usual size for the coarser precision.
+
+    Args:
+        layers: the adapter's layers by their paths, as in the keys of `state`.
+        adapter_name: the adapter.
+        config: its config.
+        state: the file's tensors by the model's keys.
+
+    Returns:
+        A relative error; 0 where the precisions are the same, or the weights cannot be read.
+    """
+    changed = effect = 0.0
+    for name, layer in layers.items():
+        precisions = {layer.base_weight.precision, config.base_precision or layer.base_weight.precision}
+        rounded = max(ROUNDED.get(precision, COARSE) for precision in precisions)
+        if len(precisions) == 1 or not rounded:
+            continue
+        with layer.base_weight.whole():
+            if not layer.base_weight.is_present:
+                continue
+            weight = layer.base_weight.transposed()
+            weight = weight[:: 1 + weight.shape[0] // 512]  # some of the inputs are enough for an estimate
+            for spec in layer.specs[adapter_name]:
+                keys = tensor_keys(name, adapter_name, spec.name)
+                tensors = BlockTensors.of({attribute: state.get(key) for attribute, key in keys.items()})
+                if tensors.s.is_meta:
+                    continue
+                folded = spec.residual_map(tensors).to(weight.device)
+                blocks = spec.heads.blocks(weight, spec.size).to(folded.dtype).transpose(0, 1)  # (H, D, d)
+                effect += float((blocks @ folded.mT).square().sum())
+                energy = blocks.square().sum((1, 2)) * folded.square().sum((1, 2))
+                changed += rounded**2 * float(energy.sum()) / spec.size
+    return (changed / effect) ** 0.5 if effect else 0.0
+
+
+def check_fingerprint(base: BaseWeight, spec: BlockSpec, config: CloverConfig, here: Tensor, there: Tensor) -> None:
+    """Compare the fingerprint of a layer's weights with that of those an adapter was trained on.
+
+    Args:
+        base: the weights.
+        spec: one slice of the target.
+        config: the adapter's.
+        here: `bases.fingerprint`, of some features of every block.
+        there: the adapter's `clover_norm`, (H, d).
+
+    Raises:
+        ValueError: naming the block that differs most, if rounding does not explain it.
+    """
+    there = there[:, : here.shape[1]]
+    error = (here - there).abs() / torch.maximum(here, there).clamp(min=1e-30)
+    precisions = (base.precision, config.base_precision or base.precision)
+    allowed = max(ROUNDING.get(precision, COARSE) for precision in precisions)
+    if float(error.max()) > allowed:
+        block = int(error.amax(-1).argmax())
+        raise ValueError(
+            f"{base.path} ({spec.part}, block {block}): expected the weights of the base model that the adapter was "
+            f"trained on ({config.base_model_name_or_path}), found norms of their rows to differ by "
+            f"{float(error.max()):.2g} where rounding explains {allowed:.2g}; load it onto that model (without "
+            "an adapter merged into it), or pass config=c after c = PeftConfig.from_pretrained(<adapter>) and "
+            "c.check_base = False"
+        )

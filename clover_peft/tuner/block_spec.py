@@ -1,0 +1,199 @@
+"""`BlockSpec`: how one slice of a target is adapted. Everything about an adapter but its numbers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..base_model.slices import HeadSlice, Partner, TargetSlice
+from ..linalg.decomposition import fold
+from .config import CloverConfig
+
+
+class BlockTensors(NamedTuple):
+    """The tensors of one slice. Shapes with H blocks of d features and r directions.
+
+    Attributes:
+        s: (H, r, r) or (H, r), the trained offset dS; (H, d, d), the whole map, in a folded adapter.
+        u: (H, r, d), C; None in a folded adapter.
+        v: (H, d, r), E; None where it is the identity.
+        s0: (H, r), the frozen singular values; None in a folded adapter.
+        norm: (H, d), norms of the base's rows, times those of the partner's columns; see `bases.fingerprint`.
+    """
+
+    s: Tensor
+    u: Tensor | None
+    v: Tensor | None
+    s0: Tensor | None
+    norm: Tensor | None
+
+    @classmethod
+    def of(cls, found: Mapping[str, Any]) -> BlockTensors:
+        """From the tensors by the names that a layer has for them."""
+        u, v, s0, norm = (found.get(name) for name in ("clover_U", "clover_V", "clover_S0", "clover_norm"))
+        return cls(found["clover_S"], u, v, s0, norm)
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """How one slice of a target is adapted: everything but the numbers.
+
+    Attributes:
+        name: name of the slice's tensors ("weight" for the only slice of a target).
+        part: what the slice computes ("k", "v", "up", ...).
+        heads: its features.
+        size: features of a block, d.
+        r: directions trained in each block.
+        form: "full" (S is r x r) or "diagonal".
+        basis: "pair", "qr", "svd", or "folded" (no bases; S is the whole map of an adapter saved folded).
+        truncate: drop the directions beyond r.
+        from_activations: the bases were made from moments of activations, not from the weights alone.
+        partner: the projection a "pair" basis was made with. Not part of what makes two specs equal, as the next.
+        output_is_kept: what follows may keep the slice's output for its own backward pass, and does not write into it.
+            Attention keeps values that nothing stands before (keys it keeps too, but rotated); activations, or the
+            product with the gate, keep up projections.
+    """
+
+    name: str
+    part: str
+    heads: HeadSlice
+    size: int
+    r: int
+    form: Literal["full", "diagonal"]
+    basis: Literal["pair", "qr", "svd", "folded"]
+    truncate: bool
+    from_activations: bool = False
+    partner: Partner | None = field(default=None, compare=False)
+    output_is_kept: bool = field(default=False, compare=False)
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks, H."""
+        return self.heads.features // self.size
+
+    @property
+    def s_shape(self) -> tuple[int, ...]:
+        """Shape of S: (H, r, r) or (H, r)."""
+        return (self.blocks, self.r, self.r) if self.form == "full" else (self.blocks, self.r)
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether C is applied first, then E S: where that keeps fewer numbers for training, or is less work."""
+        recovered = self.output_is_kept and not self.truncate  # from an output that is there anyway, mostly
+        return self.r < self.size and (not recovered or self.r <= self.size // 4)
+
+    @property
+    def base_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the frozen tensors by attribute; an identity is not stored."""
+        shapes: dict[str, tuple[int, ...]] = {"clover_norm": (self.blocks, self.size)}
+        if self.basis == "folded":
+            return shapes
+        shapes.update(clover_S0=(self.blocks, self.r), clover_U=(self.blocks, self.r, self.size))
+        if self.basis != "qr":
+            shapes["clover_V"] = (self.blocks, self.size, self.r)
+        return shapes
+
+    def map(self, tensors: BlockTensors) -> Tensor:
+        """(H, d, d), what is added to a block's features, `E dS C`; with `truncate` replaces them, `E (S0 + dS) C`.
+
+        Without `u` the left factor alone, (H, d, r).
+        """
+        s, u, v, *_ = self._with_frozen_part(tensors)
+        return fold(s, u, v)
+
+    def mapped(self, tensors: BlockTensors, tokens: Tensor) -> Tensor:
+        """`map` of features, (H, tokens, d), in the dtype of the tensors, but not multiplied out: E (S (C z))."""
+        s, u, v, *_ = self._with_frozen_part(tensors)
+        result = tokens.to(s.dtype) if u is None else torch.bmm(tokens.to(s.dtype), u.mT)
+        result = result * s.unsqueeze(1) if s.ndim == 2 else torch.bmm(result, s.mT)
+        return (result if v is None else torch.bmm(result, v.mT)).to(tokens.dtype)
+
+    def _with_frozen_part(self, tensors: BlockTensors) -> BlockTensors:
+        """With S in the place of dS where the map replaces its input."""
+        s, s0 = tensors.s, tensors.s0
+        if self.truncate and s0 is not None:
+            s = s + (s0 if self.form == "diagonal" else torch.diag_embed(s0))
+        return tensors._replace(s=s)
+
+    def residual_map(self, tensors: BlockTensors) -> Tensor:
+        """(H, d, d), what is added to a block's features in either case."""
+        folded = self.map(tensors)
+        return folded - torch.eye(self.size, dtype=folded.dtype, device=folded.device) if self.truncate else folded
+
+
+def block_spec(config: CloverConfig, key: str, target: TargetSlice, rank: int | None) -> BlockSpec:
+    """The choices of a config for one slice of a target.
+
+    Args:
+        config: the adapter's config.
+        key: path of the target, for messages.
+        target: the slice.
+        rank: directions to train in each block; None for all.
+
+    Raises:
+        ValueError: if they do not fit it.
+    """
+    heads, is_attention = target.heads, target.part not in ("up", "linear")
+    paired = config.cross_layer and target.partner is not None
+    size = config.block_size if is_attention else config.mlp_block_size
+    if size is None:
+        size = heads.dim if is_attention else max(n for n in range(1, 65) if heads.features % n == 0)
+    if not is_attention and config.mlp_block_size is None and size < min(8, heads.features):
+        warnings.warn(
+            f"{key}: {heads.features} features have no divisor between 8 and 64, blocks are of {size}, which trains "
+            "little; pass mlp_block_size, or leave the module out with exclude_modules",
+            stacklevel=2,
+        )
+    if heads.features % size or (heads.dim % size and size % heads.dim):
+        option = "block_size" if is_attention else "mlp_block_size"
+        raise ValueError(
+            f"{key}: {option}={size} neither divides nor is a multiple of {heads.dim} features "
+            f"({heads.features} in all); choose a divisor of {heads.dim}"
+        )
+    if paired and heads.dim % size:
+        raise ValueError(
+            f"{key}: block_size={size} spans several heads of {heads.dim}, but heads of a pair attend with different "
+            "weights; pass cross_layer=False or a divisor of the head"
+        )
+    r = size if rank is None else rank
+    if target.name != "weight" and is_attention:
+        r = min(r, size)  # of a fused projection, a part narrower than r is trained whole
+    if r > size:
+        raise ValueError(
+            f"{key}: r={r} is larger than a block of {size} features ({target.part}); lower r, or give this module "
+            "its own with rank_pattern"
+        )
+    basis = "pair" if paired else config.basis
+    if basis is None:
+        basis = "qr" if config.s_matrix == "full" and r == size else "svd"
+    elif basis == "qr" and r < size:
+        raise ValueError(
+            f"{key}: r={r} trains the leading directions of {size}, which the QR basis has not; use "
+            "basis='svd' or r=None"
+        )
+    partner = target.partner if paired else None
+    if partner is not None and partner.heads.count % heads.count:
+        raise ValueError(
+            f"{key}: {partner.path} has {partner.heads.count} heads, which {heads.count} key-value heads "
+            "cannot share evenly; pass cross_layer=False"
+        )
+    if config.folded:
+        return BlockSpec(target.name, target.part, heads, size, size, "full", "folded", False, partner=partner)
+    return BlockSpec(
+        target.name,
+        target.part,
+        heads,
+        size,
+        r,
+        config.s_matrix,
+        basis,
+        config.truncate and r < size,
+        config.from_activations,
+        partner,
+        output_is_kept=target.part == "up" or (target.part == "v" and target.partner is not None),
+    )

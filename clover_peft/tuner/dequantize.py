@@ -1,0 +1,150 @@
+"""From a quantised base to plain weights: under an adapter, or onto another copy of the base model.
+
+A CLOVER map belongs to the weights it was trained on: its effect is `E dS C W`, and on weights in another precision
+the directions of small singular values are off by the rounding times the head's condition number. So the base is
+dequantised with the adapter in place, or the update that was trained is added to other weights as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_quantization_kwargs
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from peft.utils.quantization_utils import resolve_quantization_backend
+from torch import nn
+
+from ..base_model.weight import BaseWeight, in_features, out_features
+from ..runtime.bitsandbytes import check_packing
+from .base_check import check_fingerprint, fingerprint
+from .bases import clover_layers, inner_model
+from .config import CloverConfig
+from .layer import CloverLayer
+from .merging import map_constant
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+@torch.no_grad()
+def dequantize(model: ModelT, dtype: torch.dtype | None = None) -> ModelT:
+    """Replace every quantised projection by an `nn.Linear` with the weights it stands for, in place.
+
+    Adapters stay where they are and compute the same; merging then loses nothing but the rounding of `dtype`.
+
+    Args:
+        model: a `PeftModel`, or a model with adapters injected into it, or without any.
+        dtype: of the new weights; None: of the model's other weights.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: if nothing is quantised, adapters are merged, or a quantisation cannot be read, with nothing
+            changed.
+        TypeError: if bitsandbytes has repacked a 4-bit weight.
+    """
+    inner: Any = inner_model(model)
+    quantised = {}
+    for path, module in inner.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            if module.merged:
+                raise ValueError(f"{path}: an adapter is merged; call unmerge_adapter first, and merge afterwards")
+        elif (backend := resolve_quantization_backend(module, **get_quantization_kwargs(inner))) is not None:
+            if not backend.supports_merge:
+                raise ValueError(f"{path}: expected weights that can be dequantised, found {backend.backend_name}")
+            check_packing(module, path)
+            quantised[path] = (module, backend)
+    if not quantised:
+        raise ValueError("expected a model with quantised projections, found none")
+    dtype = dtype or inner.dtype
+    for path, (module, backend) in quantised.items():
+        weight = backend.get_base_weight(module)
+        plain = nn.Linear(
+            in_features(module, path), out_features(module, path), bias=module.bias is not None, device="meta"
+        )
+        plain.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        if module.bias is not None:
+            plain.bias = nn.Parameter(module.bias.to(dtype), requires_grad=module.bias.requires_grad)
+        plain.train(module.training)
+        parent, _, name = path.rpartition(".")
+        setattr(inner.get_submodule(parent), name, plain)
+    for _, layer in clover_layers(inner):
+        layer.base_weight.resolve_backend()
+    quantizer = getattr(inner, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(inner)
+    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+        if hasattr(inner, flag):
+            setattr(inner, flag, False)
+    return model
+
+
+@torch.no_grad()
+def merge_onto(model: nn.Module, base: ModelT, adapter_name: str = "default") -> ModelT:
+    """Add what an adapter adds to its own base to another copy of that base, such as the one that was quantised.
+
+    `W <- W + E dS C W'` with W' the weights that the adapter was trained on: unlike loading the adapter onto `base`,
+    its update is kept exactly.
+
+    Args:
+        model: the model with the adapter, on the base it was trained on.
+        base: the same model in plain weights of any floating dtype, without adapters; changed in place.
+        adapter_name: the adapter.
+
+    Returns:
+        `base`.
+
+    Raises:
+        ValueError: if the adapter is not there, `base` is another model, or is quantised or adapted itself, with
+            nothing changed.
+    """
+    inner = inner_model(model)
+    layers = [(path, layer) for path, layer in clover_layers(inner) if adapter_name in layer.specs]
+    if not layers:
+        raise ValueError(f"adapter {adapter_name!r}: expected a model with this CLOVER adapter, found none")
+    config: CloverConfig = model.peft_config[adapter_name]  # type: ignore[index,assignment]
+    if inner_model(base) is not base or any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+        raise ValueError("base: expected a model without adapters, found some; merge or unload them first")
+    for path, layer in layers:
+        _check_target(base, path, layer, adapter_name, config)
+    for path, layer in layers:
+        target: Any = base.get_submodule(path)
+        with layer.base_weight.whole():
+            target.weight.copy_(target.weight + layer.get_delta_weight(adapter_name).to(target.weight.device))
+            if target.bias is not None:
+                # Biases are never quantised, and may have been trained.
+                trained: Any = layer.base_weight.bias
+                target.bias.copy_(map_constant(layer, trained, [adapter_name]))
+    for path, module in inner.named_modules():
+        mine: Any = module
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in mine.modules_to_save:
+            base.get_submodule(path).load_state_dict(mine.modules_to_save[adapter_name].state_dict())
+        elif isinstance(module, TrainableTokensWrapper) and adapter_name in mine.token_adapter.trainable_tokens_delta:
+            base.get_parameter(f"{path}.weight").copy_(mine.token_adapter.get_merged_weights([adapter_name]))
+    if config.bias == "all":
+        for name, parameter in inner.named_parameters():
+            if name.endswith(".bias") and ".base_layer." not in name:
+                base.get_parameter(name).copy_(parameter)
+    return base
+
+
+def _check_target(base: nn.Module, path: str, layer: CloverLayer, adapter_name: str, config: CloverConfig) -> None:
+    """Refuse a projection that the adapter's update does not belong on."""
+    try:
+        target: Any = base.get_submodule(path)
+    except AttributeError:
+        raise ValueError(f"{path}: expected this projection in base, found none; pass the same model") from None
+    reader = BaseWeight(target, path, get_quantization_kwargs(base))
+    if reader.backend is not None or not target.weight.is_floating_point():
+        raise ValueError(f"{path}: expected plain weights in base, found {reader.precision}; load it unquantised")
+    if (reader.in_features, reader.out_features) != (layer.in_features, layer.out_features):
+        raise ValueError(
+            f"{path}: expected a projection from {layer.in_features} to {layer.out_features} features in base, found "
+            f"{reader.in_features} to {reader.out_features}; pass the same model"
+        )
+    for spec in layer.specs[adapter_name] if config.check_base else ():
+        here, there = fingerprint(base, reader, spec), layer.tensors(adapter_name, spec).norm
+        if here is not None and there is not None:
+            check_fingerprint(reader, spec, config, here, there.to(here))

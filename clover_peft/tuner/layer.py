@@ -1,0 +1,239 @@
+"""`CloverLayer`: a linear projection followed by a trained map of every head onto itself.
+
+With `z = W x + b` the frozen projection's output and `z_h` its features in block h (ours; equal to the paper's
+`V S U^T`, Eq. 3 of arXiv 2411.17426, in the coordinates of the head):
+
+    y_h = z_h + E_h dS_h C_h z_h            S = S0 + dS
+    y_h =       E_h (S0 + dS_h) C_h z_h     with truncate=True
+
+`clover_U` holds C, `clover_V` holds E and `clover_S` the trained dS, zero at the start. With `low_rank` a part `B A x`
+of the projection's input is added to y: `clover_A`, and `clover_B`, zero at the start.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from ..base_model.weight import BaseWeight
+from ..runtime.bitsandbytes import check_packing
+from . import merging
+from .adapter_tensors import FROZEN, TRAINED, WHOLE, AdapterTensors
+from .block_spec import BlockSpec
+from .execution import apply_adapters
+from .map_cache import MapCache
+
+
+class CloverLayer(AdapterTensors, BaseTunerLayer):
+    """A projection with CLOVER adapters: `nn.Linear`, `Conv1D` or a quantised linear.
+
+    Args:
+        base_layer: the projection, or another tuner's layer around it.
+        adapter_name: its first adapter, which is active; `update_layer` makes it.
+        name: path of the target in the model, for messages.
+        quantization_kwargs: what peft's quantisation backends need from the model.
+    """
+
+    adapter_layer_names: tuple[str, ...] = TRAINED
+    other_param_names: tuple[str, ...] = (*FROZEN, "clover_dropout", "specs")
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, name: str = "", quantization_kwargs: dict | None = None
+    ) -> None:
+        super().__init__(base_layer, name)
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter = [adapter_name]
+        self._cache = MapCache()
+        # Squared norms of what the last merge changed, and of the error that quantising the result made.
+        self.merge_rounding: tuple[float, float] = (0.0, 0.0)
+        self.base_weight = BaseWeight(self, name, quantization_kwargs)
+        self.in_features, self.out_features = self.base_weight.in_features, self.base_weight.out_features
+        self.fan_in_fan_out = self.base_weight.fan_in_fan_out
+
+    @property
+    def quantization_backend(self) -> Any:  # type: ignore[override]  # peft declares an attribute
+        """Peft's backend for a quantised base; None for plain weights."""
+        return self.base_weight.backend
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight as it is stored: quantised ones packed, under the quantisation's own name."""
+        return self.base_weight.stored
+
+    # ------------------------------------------------------------------ adapters
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        specs: tuple[BlockSpec, ...],
+        bases: dict[str, dict[str, Tensor]] | None,
+        *,
+        inference_mode: bool = False,
+        **options: Any,
+    ) -> None:
+        """Add an adapter.
+
+        Args:
+            adapter_name: its name.
+            specs: the target's slices.
+            bases: their frozen tensors; None leaves them to be loaded.
+            inference_mode: the adapter is not trained.
+            **options: see `AdapterTensors.create_tensors`.
+        """
+        self.forget_maps()
+        self.create_tensors(adapter_name, specs, bases, **options)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, also one whose bases never came."""
+        self.forget_maps()
+        super().delete_adapter(adapter_name)
+        self._missing_bases.discard(adapter_name)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapters.
+
+        Raises:
+            ValueError: if more than one of them truncates.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        merging.check_truncation(self, names, "active")
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def forget_maps(self) -> None:
+        """Fold the maps again in the next pass, after a change that torch does not count."""
+        self._cache.clear()
+
+    def train(self, mode: bool = True) -> CloverLayer:
+        """As in torch.
+
+        Raises:
+            TypeError: if the base can no longer be trained through (see `check_packing`).
+        """
+        if mode:
+            check_packing(self.get_base_layer(), self.name)
+        self._note_loaded()  # transformers' loader puts tensors in their places itself
+        self.forget_maps()
+        super().train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CloverLayer:
+        self.forget_maps()
+        super()._apply(fn, recurse)
+        self.base_weight.apply(fn)
+        return self
+
+    # ------------------------------------------------------------------ the forward pass
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """The projection with its active adapters: (..., in_features) to (..., out_features).
+
+        Args:
+            x: (..., in_features).
+            adapter_names: one adapter for each row of `x`, or "__base__" for none, instead of the active ones.
+
+        Raises:
+            ValueError: if there is not one name a row, or adapters are merged.
+        """
+        if adapter_names is not None:
+            self._check_mixed_batch(x, adapter_names)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        z = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return z
+        if adapter_names is None:
+            return self._adapted(z, x, self.active_adapters)
+        result = z.clone()
+        for name in dict.fromkeys(adapter_names):
+            if name in self.clover_S:
+                rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=z.device)
+                result[rows] = self._adapted(z[rows], x[rows], [name])
+        return result
+
+    def _adapted(self, z: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
+        """`z + E dS C z + B A x`, (..., out_features), of all the adapters together."""
+        y = apply_adapters(self, z, adapter_names, self._cache)
+        for name in adapter_names:
+            if name in self.clover_A:
+                x_name = self.clover_dropout[name](x).to(y.dtype)
+                low = self.clover_A[name](WHOLE, partial(_linear, x_name))
+                y = y + self.clover_B[name](WHOLE, partial(_linear, low)).to(y.dtype)
+        return y
+
+    def _check_mixed_batch(self, x: Tensor, adapter_names: list[str]) -> None:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                f"{self.name}: expected one name in adapter_names for each of the {len(x)} rows of its input, found "
+                f"{len(adapter_names)}; pass one a sample (a module that joins the samples of a batch cannot tell "
+                "them apart: leave it out with exclude_modules)"
+            )
+        if self.merged:
+            raise ValueError(
+                f"{self.name}: adapter_names chooses an adapter for every sample, but {self.merged_adapters} are "
+                "merged; call unmerge_adapter first"
+            )
+
+    # ------------------------------------------------------------------ merging
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """What the adapter adds to the base weight, in the base weight's layout and at least float32."""
+        return merging.delta_weight(self, adapter_name)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the update can be written as a sum with the base weight: yes, unless biases change too."""
+        return self.get_base_layer().bias is None
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the active adapters (or `adapter_names`) into the base weight, `W <- (I + E dS C) W`, bias too.
+
+        The original tensors are kept, so that `unmerge` restores the very same bits; a further merge starts from them.
+
+        Args:
+            safe_merge: refuse results that are not finite.
+            adapter_names: adapters to merge; None: the active ones.
+
+        Raises:
+            ValueError: see `merging.merged_tensors`.
+            TypeError: if the quantisation of the base cannot be read or written.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.clover_S]
+        if names:
+            self.forget_maps()
+            weight, bias = merging.merged_tensors(self, [*self.merged_adapters, *names], safe_merge)
+            self.merge_rounding = self.base_weight.write(weight, bias)
+            self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the base's own tensors back."""
+        if not self.base_weight.is_merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.base_weight.restore()
+        self.merged_adapters = []
+
+    def extra_repr(self) -> str:
+        """One line per adapter and slice: part, blocks, rank, basis."""
+        lines = []
+        for adapter_name, specs in self.specs.items():
+            for spec in specs:
+                partner = f" with {spec.partner.path}" if spec.partner is not None and spec.basis == "pair" else ""
+                lines.append(
+                    f"({adapter_name}) {spec.part}: {spec.blocks} blocks of {spec.size}, r={spec.r}, {spec.form}, "
+                    f"{spec.basis}{partner}{', truncated' if spec.truncate else ''}"
+                )
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return "clover." + super().__repr__()
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    return nn.functional.linear(x, weight.to(x.dtype))

@@ -1,0 +1,106 @@
+"""Maps of heads onto themselves, applied to features by the plain formula.
+
+With `z_h` the features in block h and M_h the folded map (`E dS C`; ours, equal to the paper's `V S U^T`):
+
+    y_h = z_h + M_h z_h
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..base_model.slices import HeadSlice
+from ..runtime.tracing import is_transformed
+
+
+class Place(NamedTuple):
+    """The features that a map is of: H blocks of d.
+
+    Attributes:
+        heads: the features.
+        size: features of a block, d.
+        replaces: y = M z instead of y = z + M z.
+    """
+
+    heads: HeadSlice
+    size: int
+    replaces: bool
+
+    def tokens(self, features: Tensor) -> Tensor:
+        """(H, tokens, d) of (..., features): a view, unless the features of a head are spread over it."""
+        blocks = self.heads.blocks(features, self.size)
+        return blocks.reshape(-1, *blocks.shape[-2:]).transpose(0, 1)
+
+    def add_(self, result: Tensor, tokens: Tensor, weight: Tensor) -> None:
+        """Add `tokens @ weight`, (H, tokens, d) times (H, d, d), to the place's features of a contiguous `result`, or
+        put it there instead where the map replaces its input."""
+        target = self.tokens(result)
+        target.baddbmm_(tokens, weight, beta=0 if self.replaces else 1)
+        if not self.heads.has_views(self.size):
+            heads = self.heads.heads(result)
+            heads.copy_(target.transpose(0, 1).reshape(heads.shape))
+
+
+class HeadMap(NamedTuple):
+    """A map M of every block of a place.
+
+    Attributes:
+        place: the features, (H, d).
+        matrix: (H, d, d), M; or (H, d, r), its left factor E S, where there are coordinates.
+        coordinates: (H, r, d), C, for a map in two stages, M = (E S) C; None for one that is folded.
+        dropout: what is applied to the map's input first.
+    """
+
+    place: Place
+    matrix: Tensor
+    coordinates: Tensor | None = None
+    dropout: nn.Module | None = None
+
+    def to(self, dtype: torch.dtype) -> HeadMap:
+        """The map with its matrices in `dtype`."""
+        coordinates = None if self.coordinates is None else self.coordinates.to(dtype)
+        return self._replace(matrix=self.matrix.to(dtype), coordinates=coordinates)
+
+    def mapped(self, tokens: Tensor) -> Tensor:
+        """`M z`, (H, tokens, d), of features of the same shape."""
+        tokens = tokens if self.dropout is None else self.dropout(tokens)
+        if self.coordinates is not None:
+            tokens = torch.bmm(tokens, self.coordinates.to(tokens.dtype).mT)
+        return torch.bmm(tokens, self.matrix.to(tokens.dtype).mT)
+
+
+class UnfoldedMap(NamedTuple):
+    """A map that was not multiplied out, which is less work for a few tokens.
+
+    Attributes:
+        place: the features, (H, d).
+        mapped: `M z`, (H, tokens, d), of features of the same shape.
+    """
+
+    place: Place
+    mapped: Callable[[Tensor], Tensor]
+
+
+def formula(z: Tensor, maps: Sequence[HeadMap | UnfoldedMap]) -> Tensor:
+    """The same as `apply_maps`, in plain operations of torch."""
+    whole = len(maps) == 1 and maps[0].place.heads.covers(z.shape[-1])
+    result = z if whole else z.clone()
+    for m in maps:
+        heads, _, replaces = m.place
+        tokens = m.place.tokens(z)
+        mapped = m.mapped(tokens)
+        if whole:
+            # The sum is laid out like its first operand, so that `mapped` is never copied into place.
+            return (mapped if replaces else tokens + mapped).transpose(0, 1).reshape(z.shape)
+        change = (mapped - tokens if replaces else mapped).transpose(0, 1)
+        if not torch.compiler.is_compiling() and is_transformed():  # there only the change may have a batch
+            index = torch.tensor(heads.indices(), device=z.device)
+            result = result.index_add(-1, index, change.reshape(*z.shape[:-1], -1))
+        else:
+            target = heads.heads(result)
+            target.add_(change.reshape(target.shape))
+    return result

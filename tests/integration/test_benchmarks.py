@@ -1,0 +1,638 @@
+"""The benchmarks run on tiny shapes and their records say what they should; no time is asserted."""
+
+import dataclasses
+import gzip
+import hashlib
+import importlib
+import json
+import shutil
+import struct
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from clover_peft import CloverConfig
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    def load(name: str) -> ModuleType:
+        monkeypatch.syspath_prepend(str(FOLDER))
+        return importlib.import_module(name)
+
+    return load
+
+
+def run(module: ModuleType, path: Path, *arguments: str) -> dict:
+    assert module.main(["--fast", "--device", "cpu", "--out", str(path), *arguments]) == path
+    return json.loads(path.read_text())
+
+
+def test_init_time(benchmark, tmp_path, capsys):
+    record = run(benchmark("init_time"), tmp_path / "record.json")
+    assert record["options"]["fast"] is True
+    assert record["environment"]["versions"]["torch"] == torch.__version__
+    assert record["figures"].keys() == {"clover", "pissa_niter_16", "pissa", "textbook"}
+    for name, figure in record["figures"].items():
+        assert figure["one_layer"] > 0, name
+        assert ("extrapolated" in figure["how"]) == (name != "clover"), name
+    assert sum(len(r["clover"]) for r in record["rounds"]) == record["options"]["layers"]
+    assert record["figures"]["clover"]["v_clover"] == 1.0
+    assert record["targets"].keys() == {"textbook", "pissa_niter_16", "seconds"}
+    counts = record["trainable_parameters_per_layer"]
+    assert counts["pissa_niter_16"] == pytest.approx(counts["clover"], rel=0.15)
+    assert "v CLOVER" in capsys.readouterr().out
+
+
+def test_init_time_without_exact_pissa(benchmark, tmp_path):
+    record = run(benchmark("init_time"), tmp_path / "record.json", "--skip-exact-pissa")
+    assert "pissa" not in record["figures"]
+
+
+def test_init_time_refuses_rounds_that_do_not_divide_the_layers(benchmark, capsys):
+    with pytest.raises(SystemExit):
+        benchmark("init_time").main(["--layers", "5", "--rounds", "2"])
+    assert "--rounds 2 does not divide --layers 5" in capsys.readouterr().err
+
+
+def test_train_step(benchmark, tmp_path, capsys):
+    record = run(benchmark("train_step"), tmp_path / "record.json")
+    figures = record["figures"]
+    methods = {"clover", "clover diagonal", "lora", "dora", "pissa", "hira", "oft", "lora on k v up"}
+    assert figures.keys() == {"frozen base"} | methods
+    assert figures["frozen base"]["trainable_parameters"] == 0
+    budget = figures["clover"]["trainable_parameters"]
+    for name in ("lora", "dora", "pissa", "hira", "lora on k v up"):
+        assert figures[name]["trainable_parameters"] == pytest.approx(budget, rel=0.2), name
+    for name in methods:
+        assert figures[name]["saved_over_base_bytes"] >= 0, name
+        assert len(record["seconds"][name]) == record["options"]["rounds"]
+    assert figures["lora"]["step_v_lora"] == 1.0
+    assert record["targets"]["step_v_base"]["reached"] == figures["clover"]["step_v_base"]
+    assert record["targets"]["saved_over_base_v_lora"]["reached"] == figures["clover"]["saved_over_base_v_lora"]
+    assert record["targets"]["peak_over_base_v_dora"]["met"] is None  # no GPU
+    assert figures["lora"]["saved_over_base_v_lora"] == 1.0
+    assert record["clover_folding_share"] > 0
+    assert "frozen base" in capsys.readouterr().out
+
+
+def test_train_step_of_some_methods(benchmark, tmp_path):
+    record = run(benchmark("train_step"), tmp_path / "record.json", "--methods")
+    assert record["figures"].keys() == {"frozen base", "clover", "lora"}
+    for name in ("clover", "lora"):
+        low, high = record["figures"][name]["step_v_base_interval"]
+        assert low <= record["figures"][name]["step_v_base"] <= high
+
+
+def test_train_step_with_gradient_checkpointing_saves_a_layers_input_alone(benchmark, tmp_path):
+    plain = run(benchmark("train_step"), tmp_path / "plain.json", "--methods")["figures"]
+    record = run(benchmark("train_step"), tmp_path / "record.json", "--methods", "--gradient-checkpointing")
+    for name, found in record["figures"].items():
+        assert found["saved_bytes"] < plain[name]["saved_bytes"] / 4, name
+
+
+def test_train_step_of_grouped_key_value_heads(benchmark, tmp_path):
+    record = run(benchmark("train_step"), tmp_path / "record.json", "--methods", "--key-value-heads", "2")
+    assert record["options"]["key_value_heads"] == 2
+    blocks = {"k, v": 2 * 2 * 16**2, "up": 4 * 43**2}  # up has 172 features
+    assert record["figures"]["clover"]["trainable_parameters"] == sum(blocks.values())
+
+
+def test_ranks_match_the_papers_at_llama_2_7b(benchmark):
+    harness, train_step = benchmark("harness"), benchmark("train_step")
+    with torch.device("meta"):
+        layer = nn.ModuleDict({name: nn.Linear(4096, 4096, bias=False) for name in ("q_proj", "k_proj", "v_proj")})
+        layer["up_proj"] = nn.Linear(4096, 11008, bias=False)
+        layer["down_proj"] = nn.Linear(11008, 4096, bias=False)
+    budget = 56_098_816 // 32  # CLOVER's trainable parameters in one layer
+    assert harness.rank_for(budget, layer, harness.PAPER_LORA_TARGETS) == 32
+    assert train_step._oft_block_size(budget, layer, harness.PAPER_LORA_TARGETS) == 128
+
+
+def test_the_ways_out_of_a_quantised_base(benchmark, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("bitsandbytes", reason="needs the quant extra")
+    pytest.importorskip("trl", reason="needs the train extra")
+    from tests.experiments.test_training import make_tokenizer, rows, write_jsonl
+
+    monkeypatch.chdir(tmp_path)
+    tokenizer = make_tokenizer()
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.2, **shape)).save_pretrained("base")
+    tokenizer.save_pretrained("base")
+    write_jsonl(tmp_path / "rows.jsonl", rows(40))
+    chosen = ["model=base", "data=rows.jsonl", "rows=20", "held_out_rows=4", "questions=1", "max_steps=3"]
+    more = ["answer_tokens=4", "per_device_train_batch_size=4", "disable_tqdm=true"]
+    record = run(benchmark("quantised"), tmp_path / "record.json", "--set", *chosen, *more)
+    errors = record["errors"]
+    assert record["target_met"]
+    for ways in errors.values():
+        assert ways["dequantised"] < 1e-3
+        assert ways["dense update"] < 1e-3
+        assert ways["merged (4 bits)"] > 0.1
+    assert errors["lora"]["plain reload"] < 1e-3
+    assert errors["clover_full"]["plain reload"] > 1e-3
+    assert "target, CLOVER dequantised and dense" in capsys.readouterr().out
+
+
+def test_a_step_is_taken_apart(benchmark, tmp_path, capsys):
+    pytest.importorskip("trl", reason="needs the train extra")
+    profile = benchmark("sft_profile")
+    record = run(profile, tmp_path / "record.json")
+    for figures in record["figures"].values():
+        assert tuple(figures["milliseconds"]) == profile.PARTS
+        assert all(figures["milliseconds"][part] > 0 for part in profile.PARTS)
+        assert sum(figures["shares"].values()) == pytest.approx(1)
+    assert "adapter" in capsys.readouterr().out
+
+
+def test_operations_count_where_their_forward_is_and_kernels_once(benchmark):
+    pytest.importorskip("trl", reason="needs the train extra")
+    from torch.autograd import DeviceType
+
+    def event(name, own, parent=None, number=-1, device=DeviceType.CPU):
+        times = {"self_cpu_time_total": own * 1000.0, "self_device_time_total": own * 1000.0}
+        return SimpleNamespace(name=name, cpu_parent=parent, sequence_nr=number, device_type=device, **times)
+
+    maps = event("part: adapter", 1)
+    backward = event("autograd::engine::evaluate_function: X", 3, number=7)
+    events = [
+        maps,
+        event("aten::bmm", 2, maps, number=7),
+        event("gemm", 2, device=DeviceType.CUDA),
+        event("part: adapter", 9, device=DeviceType.CUDA),
+        backward,
+        event("aten::bmm", 4, event("X", 5, backward)),
+        event("aten::copy_", 6, event("Optimizer.step#AdamW.step", 0)),
+        event("aten::loss", 8),
+    ]
+    for cuda in (False, True):
+        found = benchmark("sft_profile")._by_part(events, cuda, steps=2)
+        assert {part: ms for part, ms in found.items() if ms} == {"adapter": 5.0, "optimizer": 3.0, "elsewhere": 4.0}
+
+
+def test_saved_bytes_counts_each_storage_once_and_no_parameter(benchmark):
+    train_step = benchmark("train_step")
+    linear = nn.Linear(8, 8, bias=False)
+    x = torch.ones(4, 8, requires_grad=True)
+    assert train_step.saved_bytes(linear, lambda: linear(x)) == x.numel() * 4
+    assert train_step.saved_bytes(linear, lambda: linear(x) + linear(x.view(4, 8))) == x.numel() * 4
+    assert train_step.saved_bytes(linear, lambda: linear(x).exp()) == 2 * x.numel() * 4
+    assert train_step.saved_bytes(linear, lambda: linear(x).exp(), output_is_kept=True) == x.numel() * 4
+
+
+def test_ratio_is_taken_within_a_round(benchmark):
+    assert benchmark("harness").ratio([2.0, 20.0, 200.0], [1.0, 10.0, 100.0]) == 2.0
+
+
+def test_forms(benchmark, tmp_path, capsys):
+    record = run(benchmark("forms"), tmp_path / "record.json")
+    names = {f"{part}, {setting}" for part in ("key", "value", "up") for setting in ("full", "a quarter")}
+    assert record["training"].keys() == record["few_tokens"].keys() == names
+    for name, forms in record["training"].items():
+        assert forms.keys() == {"as it is", "keeps z", "plain operations", "unfolded", "(I + M) z"}
+        assert forms["as it is"]["v_first"] == 1.0
+        assert forms["as it is"]["kept_bytes"] <= forms["keeps z"]["kept_bytes"], name
+    kept = {name: forms["as it is"]["kept_bytes"] for name, forms in record["training"].items()}
+    assert kept["value, a quarter"] < kept["key, full"]
+    for sizes in record["few_tokens"].values():
+        assert sizes.keys() == {"1 tokens", "2 tokens"}
+        assert all(forms.keys() == {"folded before", "folded", "unfolded"} for forms in sizes.values())
+    assert "(I + M) z" in capsys.readouterr().out
+
+
+@torch.no_grad()
+def test_all_forms_compute_the_same(benchmark):
+    forms, harness = benchmark("forms"), benchmark("harness")
+    model = get_peft_model(harness.llama(64, 4, 172, 1, 0, torch.float64, "cpu"), CloverConfig())
+    harness.randomise(model, 0)
+    layer = harness.decoder_of(model).layers[0].self_attn.v_proj
+    z = forms._features(layer, 3)
+    expected = forms.apply_maps(z, layer.maps(["default"]))
+    assert float((expected - z).norm()) > 1e-3
+    for y in (forms._literal(layer, z), forms.formula(z, layer.staged_maps(["default"]))):
+        assert float((y - expected).norm()) < 1e-10
+
+
+def test_targets_say_what_was_reached(benchmark):
+    reached = {"met": 1.0, "missed": 1.5, "not measured": None, "beside": 0.0, "open": 0.9}
+    reached |= {"well met": 0.9, "well missed": 1.1}
+    reached |= {"open_interval": (0.8, 1.1), "well met_interval": (0.8, 1.0), "well missed_interval": (1.01, 1.2)}
+    found = benchmark("harness").at_most(
+        {name: 1.0 for name in reached if "_" not in name and name != "beside"}, reached
+    )
+    assert {name: (target["reached"], target["met"]) for name, target in found.items()} == {
+        "met": (1.0, True),
+        "missed": (1.5, False),
+        "not measured": (None, None),
+        "open": (0.9, None),
+        "well met": (0.9, True),
+        "well missed": (1.1, False),
+    }
+
+
+@pytest.mark.parametrize(("count", "left_out"), [(1, 0), (5, 0), (6, 0), (9, 1), (15, 3), (40, 13)])
+def test_an_interval_leaves_out_what_a_coin_would(benchmark, count, left_out):
+    """As in tables of the sign test, at 95 %."""
+    values = list(range(count))[::-1]
+    assert benchmark("harness").interval(values) == (left_out, count - 1 - left_out)
+
+
+def test_records_of_compiled_models_have_a_name_of_their_own(benchmark, tmp_path, monkeypatch):
+    for name in ("decode", "train_step"):
+        assert benchmark(name)._arguments([]).out.name == f"{name}.json"
+        assert benchmark(name)._arguments(["--compile"]).out.name == f"{name}_compiled.json"
+        assert benchmark(name)._arguments(["--compile", "--out", "x.json"]).out.name == "x.json"
+    for number, compiled in ((1, False), (2, True)):
+        record = {"options": {"compile": compiled}}
+        (tmp_path / f"decode-{number}.json").write_text(json.dumps(record))
+    assert benchmark("plots").newest(tmp_path, "decode")["file"] == "decode-1.json"
+
+
+def test_decode(benchmark, tmp_path, capsys):
+    record = run(benchmark("decode"), tmp_path / "record.json")
+    methods = {
+        "base",
+        "clover",
+        "clover in training",
+        "clover merged",
+        "clover low rank",
+        "lora",
+        "dora",
+        "dora cached",
+    }
+    rounds = record["options"]["rounds"]
+    assert record["figures"].keys() == {"batch 1", "batch 2"}
+    for rows in record["figures"].values():
+        assert rows.keys() == methods
+        budget = rows["clover"]["trainable_parameters"]
+        assert rows["clover merged"]["trainable_parameters"] == budget
+        assert rows["clover low rank"]["trainable_parameters"] < budget / 8
+        for name in ("lora", "dora", "dora cached"):
+            assert rows[name]["trainable_parameters"] == pytest.approx(budget, rel=0.2), name
+        assert rows["base"]["v_base"] == rows["lora"]["v_lora"] == 1.0
+    for name in methods:
+        assert [len(seconds) for seconds in record["seconds"][name].values()] == [rounds, rounds], name
+    effects = record["effects"]
+    assert effects["base"] == 0
+    assert all(effect > 1e-5 for name, effect in effects.items() if name != "base"), effects
+    assert effects["clover merged"] == pytest.approx(effects["clover"], rel=1e-3)
+    assert effects["clover in training"] == pytest.approx(effects["clover"], rel=1e-3)
+    assert effects["dora cached"] == pytest.approx(effects["dora"], rel=1e-3)
+    for kinds in record["switching"].values():
+        assert [len(found["rounds"]) for found in kinds.values()] == [2 * rounds, 2 * rounds]
+    targets = record["targets"]
+    assert targets.keys() == {"clover", "clover low rank", "clover merged", "switching_ms_a_layer"}
+    assert targets["clover"]["reached"] == max(rows["clover"]["v_base"] for rows in record["figures"].values())
+    assert targets["switching_ms_a_layer"]["reached"] == record["switching"]["clover"]["new"]["ms_a_layer"]
+    assert "clover, to a new adapter" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize(("name", "arguments"), [("decode", []), ("train_step", ["--methods"])])
+def test_compiled(benchmark, tmp_path, name, arguments):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    run(benchmark(name), tmp_path / "plain.json", *arguments)
+    assert not torch._dynamo.utils.counters["stats"]
+    record = run(benchmark(name), tmp_path / "record.json", "--compile", *arguments)
+    assert record["options"]["compile"] is True
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3
+
+
+def test_a_step_of_decoding_leaves_the_cache_as_it_was(benchmark):
+    decode, harness = benchmark("decode"), benchmark("harness")
+    model = harness.llama(64, 4, 64, 2, 0, torch.float32, "cpu").eval()
+    cache = decode._filled(model, 3, 5)
+    before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+    with torch.no_grad():
+        decode._steps(model, torch.randn(3, 1, 64), cache, 4, "cpu")
+    assert cache.get_seq_length() == 5
+    for layer, (keys, values) in zip(cache.layers, before, strict=True):
+        assert torch.equal(layer.keys, keys)
+        assert torch.equal(layer.values, values)
+
+
+def test_scaling(benchmark, tmp_path, capsys):
+    scaling = benchmark("scaling")
+    record = run(scaling, tmp_path / "record.json")
+    found = record["dimensions"]
+    assert list(found) == list(scaling.DIMENSIONS)
+    for dimension, measured in found.items():
+        sizes = [row["size"] for row in measured["rows"]]
+        assert sizes == sorted(set(sizes)), dimension
+        assert [row["point"][dimension] for row in measured["rows"]] == sizes
+        others = [{k: v for k, v in row["point"].items() if k != dimension} for row in measured["rows"]]
+        if dimension == "heads":
+            assert [point.pop("hidden_size") for point in others] == [n * record["point"]["head_dim"] for n in sizes]
+        assert all(point == others[0] for point in others), dimension
+        assert all(len(row["seconds"]["clover"]) == record["options"]["rounds"] for row in measured["rows"])
+    exponents = {dimension: measured["exponents"] for dimension, measured in found.items()}
+    for dimension in ("tokens", "heads", "layers"):
+        assert exponents[dimension]["growing bytes"] == pytest.approx(1, abs=0.01), dimension
+    # Besides what is kept of every token there are the folded maps, which do not grow with them.
+    assert exponents["tokens"]["bytes"] == pytest.approx(1, abs=0.25)
+    assert exponents["layers"]["bytes"] == pytest.approx(1)
+    assert exponents["hidden_size"]["bytes"] == pytest.approx(0, abs=1e-9)
+    assert exponents["hidden_size"]["growing bytes"] is None
+    assert record["targets"]["tokens, growing bytes"]["reached"] == exponents["tokens"]["growing bytes"]
+    assert "exponents of what is extra: bytes" in capsys.readouterr().out
+
+
+def test_scaling_of_some_dimensions(benchmark, tmp_path):
+    record = run(benchmark("scaling"), tmp_path / "record.json", "--dimensions", "r")
+    assert list(record["dimensions"]) == ["r"]
+    assert record["targets"] == {}
+
+
+def test_exponents(benchmark):
+    exponent = benchmark("scaling").exponent
+    assert exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+    assert exponent([1, 2, 4], [5, 5, 5]) == pytest.approx(0)
+    assert exponent([1, 2, 4], [1, 0, 1]) is None
+
+
+def test_adapter_io(benchmark, tmp_path, capsys):
+    record = run(benchmark("adapter_io"), tmp_path / "record.json")
+    figures = record["figures"]
+    assert figures.keys() == {"clover", "clover folded", "clover without bases", "lora"}
+    assert figures["clover"]["bytes"] > max(
+        figures["clover folded"]["bytes"], figures["clover without bases"]["bytes"]
+    )
+    for name, found in figures.items():
+        assert found["difference"].keys() == {"load", "load_low_cpu"}
+        assert max(found["difference"].values()) < 1e-4, name
+        assert record["seconds"][name].keys() == {"read", "write", "save", "load", "load_low_cpu"}
+        assert all(len(seconds) == record["options"]["rounds"] for seconds in record["seconds"][name].values())
+    assert record["targets"]["load_v_read"]["reached"] == figures["clover"]["load_v_read"]
+    assert "low_cpu ms" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------- pictures
+
+
+@pytest.fixture
+def plots(benchmark):
+    pytest.importorskip("matplotlib", reason="needs the plots extra")
+    return benchmark("plots")
+
+
+def test_pictures_of_all_benchmarks(benchmark, plots, tmp_path):
+    run(benchmark("decode"), tmp_path / "decode.json")
+    run(benchmark("scaling"), tmp_path / "scaling.json", "--dimensions", "tokens", "r")
+    run(benchmark("adapter_io"), tmp_path / "adapter_io.json")
+    run(benchmark("train_step"), tmp_path / "train_step.json")
+    run(benchmark("init_time"), tmp_path / "init_time.json", "--skip-exact-pissa")
+    pruning = benchmark("pruning")
+    run(pruning, tmp_path / "pruning_minilm.json", "--model", "minilm", "--sweep", "--method", "clover")
+    run(pruning, tmp_path / "pruning_minilm-2.json", "--model", "minilm", "--ratio", "qk=0.5")  # newer, but no sweep
+    run(pruning, tmp_path / "pruning_smollm2.json", "--model", "smollm2", "--sweep", "--method", "clover")
+    made = plots.main(["--results", str(tmp_path), "--out", str(tmp_path / "images")])
+    names = ["step", "decode", "growth", "adapter_io", "start", "pruning_minilm", "pruning_smollm2"]
+    assert [path.stem for path in made] == names
+    assert all(path.stat().st_size > 5000 for path in made)
+    assert plots.newest(tmp_path, "pruning_minilm")["file"] == "pruning_minilm.json"
+
+
+def test_pictures_are_of_the_newest_record_or_of_the_one_named(plots, tmp_path, capsys):
+    source = json.loads((FOLDER / "results" / "train_step.json").read_text())
+    for name in ("train_step", "train_step-2", "train_step-10", "train_step-old"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(source))
+    assert plots.newest(tmp_path, "train_step")["file"] == "train_step-10.json"
+    assert plots.newest(tmp_path, "train") is None
+    out = ["--results", str(tmp_path), "--out", str(tmp_path / "images")]
+    made = plots.main([str(tmp_path / "train_step-old.json"), *out])
+    assert made == [tmp_path / "images" / "step.png"]
+    said = capsys.readouterr().out
+    assert "step.png: train_step-old.json" in said
+    assert "decode.png: no record of decode" in said
+    (tmp_path / "other.json").write_text(json.dumps({"benchmark": "recovery", "options": {}}))
+    with pytest.raises(ValueError, match="recovery: expected records of train_step"):
+        plots.main([str(tmp_path / "other.json"), *out])
+
+
+# ---------------------------------------------------------------------- pruning
+
+
+@pytest.fixture
+def pruning(benchmark):
+    pytest.importorskip("trl", reason="needs the train extra")
+    return benchmark("pruning")
+
+
+@pytest.fixture
+def real_models(benchmark):
+    pytest.importorskip("trl", reason="needs the train extra")
+    return benchmark("real_models")
+
+
+def test_pruning_of_speech(pruning, tmp_path, capsys):
+    pytest.importorskip("jiwer", reason="needs the bench extra")
+    record = run(pruning, tmp_path / "record.json", "--model", "whisper")
+    assert record["unpruned"]["jfk_kl"] == record["unpruned"]["clips_kl"] == record["unpruned"]["jfk_wer"] == 0
+    assert len(record["pruned"]) == 4
+    for row in record["pruned"]:
+        assert abs(row["figures"]["jfk_kl"]) < 1e-4  # what a random model says hardly depends on its heads
+        assert row["figures"]["parameters"] < record["unpruned"]["parameters"]
+        assert row["figures"]["kv_bytes"] < record["unpruned"]["kv_bytes"]
+        assert row["report"]["calibrated"] is row["setting"]["calibrated"]
+    only = next(row for row in record["pruned"] if row["setting"]["target_modules"])
+    assert {path.split(".")[-3] for path in only["report"]["pairs"]} == {"0", "1"}
+    assert not any("encoder_attn" in path for path in only["report"]["pairs"])
+    assert len(record["targets"]) == 5
+    assert all(t["reached"] is not None and t["met"] is None for t in record["targets"].values())  # not of tiny models
+    assert "target jfk_wer of clover data global qk 50.0% vo 25.0% at most 0.0" in capsys.readouterr().out
+
+
+def test_pruning_of_embeddings(pruning, tmp_path):
+    record = run(pruning, tmp_path / "record.json", "--model", "minilm", "--ratio", "qk=0.25", "qk=0.5,vo=0.75")
+    settings = [row["setting"] for row in record["pruned"]]
+    assert [(s["method"], s["calibrated"], s["qk"], s["vo"]) for s in settings] == [
+        (method, data, *shares)
+        for method in ("clover", "vanilla")
+        for data in (True, False)
+        for shares in ((0.25, None), (0.5, 0.75))
+    ]
+    assert record["unpruned"]["cosine"] == pytest.approx(1)
+    assert record["unpruned"]["kv_bytes"] is None
+    assert all(0.5 < row["figures"]["least_cosine"] <= row["figures"]["cosine"] for row in record["pruned"])
+    assert {t["reached"] for t in record["targets"].values()} == {None}
+
+
+def test_pruning_of_a_language_model(pruning, tmp_path):
+    options = ["--model", "smollm2", "--sweep", "--method", "clover", "--calibration", "with", "--ranks", "uniform"]
+    record = run(pruning, tmp_path / "record.json", *options, "--sequential", "--multiple", "2")
+    even = [r for r in record["pruned"] if r["setting"]["ranks"] == "uniform"]
+    assert len(record["pruned"]) - len(even) == 3  # the targets', weighed by gradients
+    rows = {(r["setting"]["method"], r["setting"]["vo"]): r for r in even}
+    assert len(rows) == len(even) == 7  # six shares and the baseline
+    for (method, share), row in rows.items():
+        figures = row["figures"]
+        assert figures["kv_bytes"] == figures["kv_bytes_reported"]
+        assert figures["v_base"] == pytest.approx(1, abs=0.1)
+        assert row["report"]["sequential"] is (method == "clover")
+        kept = {n for pair in row["report"]["pairs"].values() for n in pair["kept"]}
+        assert len(kept) == 1
+        assert kept.pop() == pytest.approx(12 * (1 - share), abs=1)
+    assert rows["clover", 0.5]["figures"]["kv_bytes"] == record["unpruned"]["kv_bytes"] * 3 // 4
+
+
+def test_recovery(benchmark, tmp_path, capsys):
+    benchmark("pruning")  # from which it takes the model and its measure
+    record = run(benchmark("recovery"), tmp_path / "record.json", "--ratio", "0.375", "0.5")
+    rows = {(row["removed"], row["method"]): row for row in record["results"]}
+    methods = ("clover", "lora", "attention")
+    trained = {(share, method) for share in (0.375, 0.5) for method in methods}
+    assert set(rows) == {(share, None) for share in (0.0, 0.25, 0.375, 0.5)} | trained
+    assert all(row["perplexity"] > 0 for row in rows.values())
+    assert all(rows[key]["losses"] for key in trained)
+    assert rows[0.5, "lora"]["trainable"] == pytest.approx(rows[0.5, "clover"]["trainable"], rel=0.15)
+    assert rows[0.5, "clover"]["trainable"] < rows[0.375, "clover"]["trainable"]
+    assert [target["met"] for target in record["targets"].values()] == [None]
+    assert "50.0% removed, lora" in capsys.readouterr().out
+
+
+def test_decoding_with_narrower_heads(benchmark, tmp_path, capsys):
+    record = run(benchmark("pruned_decode"), tmp_path / "record.json")
+    size = {(r["model"], r["batch"]): r["cache_bytes"] for r in record["results"]}
+    for batch in (1, 2):
+        assert size["50% of both removed", batch] * 2 == size["unpruned", batch]
+        assert size["25% of both removed", batch] * 4 == size["unpruned", batch] * 3
+    assert all(r["v_unpruned"] == 1.0 for r in record["results"] if r["model"] == "unpruned")
+    assert record["targets"].keys() == {"batch 1", "large"}
+    assert "tokens/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", ["qk", "qk=a", "kq=0.5", "qk=0.5;vo=0.5", "0.5"])
+def test_pruning_refuses_what_is_no_ratio(pruning, capsys, wrong):
+    with pytest.raises(SystemExit):
+        pruning.main(["--model", "minilm", "--ratio", wrong])
+    assert f"--ratio {wrong}: expected" in capsys.readouterr().err
+
+
+def test_targets_are_judged_on_all_of_the_data(pruning):
+    wanted = pruning.TARGETS["smollm2"][0].setting
+    row = {"setting": vars(dataclasses.replace(wanted, ranks="layer", multiple=8)), "figures": {"v_base": 1.05}}
+
+    judged = pruning._judge(pruning._arguments(["--model", "smollm2"]), [row])
+    assert [target["met"] for target in judged.values()] == [True, None, None, None]
+    for options in (["--windows", "3"], ["--split", "validation"], ["--fast"]):
+        part = pruning._judge(pruning._arguments(["--model", "smollm2", *options]), [row])
+        assert {target["met"] for target in part.values()} == {None}
+    worse = {**row, "figures": {"v_base": 1.2}}
+    judged = pruning._judge(pruning._arguments(["--model", "smollm2"]), [worse])
+    assert next(iter(judged.values()))["met"] is False
+
+
+# ---------------------------------------------------------------------- real models
+
+
+def ctranslate2_file(version: int, variables: dict[str, np.ndarray]) -> bytes:
+    def text(value: str) -> bytes:
+        return struct.pack("<H", len(value) + 1) + value.encode() + b"\0"
+
+    result = struct.pack("<I", version) + text("WhisperSpec") + struct.pack("<II", 3, len(variables))
+    for name, value in variables.items():
+        kind = {"float32": 0, "int8": 1, "float16": 4}[str(value.dtype)]
+        result += text(name) + struct.pack(f"<B{value.ndim}I", value.ndim, *value.shape)
+        result += struct.pack("<BI", kind, value.nbytes) + value.tobytes()
+    return result
+
+
+def test_weights_of_ctranslate2(real_models, tmp_path):
+    numbers = np.random.default_rng(0)
+    fused, bias = numbers.standard_normal((6, 2)).astype(np.float16), np.array([1, 2, 0, 0, 3, 4], np.float16)
+    variables = {
+        "decoder/layer_1/self_attention/linear_0/weight": fused,
+        "decoder/layer_1/self_attention/linear_0/bias": bias,
+        "decoder/layer_1/attention/linear_1/weight": fused[:4],
+        "decoder/layer_norm/gamma": fused[:, 0].astype(np.float32),
+        "encoder/layer_0/ffn/layer_norm/beta": bias,
+        "encoder/conv1/weight": fused.reshape(2, 2, 3),
+        "decoder/num_heads": np.array(6, np.int8),
+        "encoder/position_encodings/encodings": fused,
+    }
+    file = tmp_path / "model.bin"
+    file.write_bytes(ctranslate2_file(6, variables))
+    found = real_models._whisper_weights(file)
+    layer = "model.decoder.layers.1"
+    rows = torch.from_numpy(fused.astype(np.float32))
+    expected = {
+        f"{layer}.self_attn.q_proj.weight": rows[:2],
+        f"{layer}.self_attn.k_proj.weight": rows[2:4],
+        f"{layer}.self_attn.v_proj.weight": rows[4:],
+        f"{layer}.self_attn.q_proj.bias": torch.tensor([1.0, 2.0]),
+        f"{layer}.self_attn.v_proj.bias": torch.tensor([3.0, 4.0]),
+        f"{layer}.encoder_attn.k_proj.weight": rows[:2],
+        f"{layer}.encoder_attn.v_proj.weight": rows[2:4],
+        "model.decoder.layer_norm.weight": rows[:, 0],
+        "model.encoder.layers.0.final_layer_norm.bias": torch.from_numpy(bias.astype(np.float32)),
+        "model.encoder.conv1.weight": rows.view(2, 2, 3),
+        "model.encoder.embed_positions.weight": rows,
+    }
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+    file.write_bytes(ctranslate2_file(6, {"encoder/layer_0/self_attention/linear_0/bias": bias[::-1].copy() + 1}))
+    with pytest.raises(ValueError, match="expected no bias of the key, found"):
+        real_models._whisper_weights(file)
+    file.write_bytes(ctranslate2_file(5, {}))
+    with pytest.raises(ValueError, match="expected a Whisper model in format 6, found WhisperSpec in format 5"):
+        real_models._whisper_weights(file)
+
+
+def test_rows_of_wikitext2(pruning, real_models, tmp_path, monkeypatch):
+    monkeypatch.delenv("CLOVER_DATA", raising=False)
+    with pytest.raises(ValueError, match=r"CLOVER_DATA=: expected a folder with wikitext2/test.txt.gz"):
+        real_models.wikitext2("test")
+    monkeypatch.setenv("CLOVER_DATA", str(tmp_path))
+    with pytest.raises(ValueError, match=r"found none; set CLOVER_DATA to one"):
+        real_models.wikitext2("test")
+    (tmp_path / "wikitext2").mkdir()
+    with gzip.open(tmp_path / "wikitext2" / "test.txt.gz", "wt", encoding="utf-8", newline="\n") as file:
+        file.write("\n = A = \n\n One \x85 row . Another one of many more words than eight .\n")
+    assert real_models.wikitext2("test")[:3] == ["", " = A = \n", ""]
+    assert len(real_models.wikitext2("test")) == 4
+    assert pruning._sentences("test", 1, 0) == ["Another one of many more words than eight ."]
+
+
+def test_archives_are_checked(tmp_path):
+    pytest.importorskip("trl", reason="needs the train extra")
+    from clover_peft.io.downloads import Archive, download_archive
+
+    source, into = tmp_path / "a.tgz", tmp_path / "into"
+    into.mkdir()
+    source.write_bytes(b"content")
+    digest = hashlib.sha256(b"content").hexdigest()
+    assert download_archive(Archive(source.as_uri(), digest, 1), into).read_bytes() == b"content"
+    with pytest.raises(ConnectionError, match=f"expected sha256 0, found {digest}"):
+        download_archive(Archive(source.as_uri(), "0", 1), into)
+    with pytest.raises(ConnectionError, match="expected to download it, found"):
+        download_archive(Archive((tmp_path / "none.tgz").as_uri(), digest, 1), into)
+
+
+@pytest.mark.slow
+def test_whisper_writes_down_what_is_said(real_models):
+    """Word for word; the model itself has one comma less than the usual transcript."""
+    whisper, clip = real_models.whisper_tiny_en(), real_models.speech()["jfk"]
+    features = whisper.features(clip.audio, sampling_rate=real_models.SAMPLE_RATE, return_tensors="pt")
+    ids = whisper.model.generate(features.input_features, do_sample=False, num_beams=1)[0]
+    assert whisper.tokenizer.decode(ids).strip() == clip.text.replace("Americans,", "Americans")
+
+
+@pytest.mark.slow
+def test_sentences_of_one_meaning_are_near(real_models):
+    model, tokenizer = real_models.minilm()
+    sentences = ["A cat sits on the mat.", "A kitten is sitting on a rug.", "The stock market fell on Monday."]
+    found = real_models.embed(model, dict(tokenizer(sentences, padding=True, return_tensors="pt")))
+    near, far = float(found[0] @ found[1]), float(found[0] @ found[2])
+    assert near > 0.5 > 0.3 > far
