@@ -1,4 +1,4 @@
-"""Downloads: a hub that does not answer, files that arrive damaged, folders that are built once."""
+"""Whether the hub is asked, and downloads that fail. No network."""
 
 from __future__ import annotations
 
@@ -57,23 +57,3 @@ def test_a_failed_download_says_why(monkeypatch, tmp_path):
     monkeypatch.setattr(downloads.subprocess, "run", lambda *args, **kwargs: failed)
     with pytest.raises(ConnectionError, match="found: No module named pip"):
         downloads.download_wheel(downloads.Wheel("x", "1", "0", 1), tmp_path)
-
-
-def test_build_once_is_atomic(tmp_path):
-    target = tmp_path / "a" / "b"
-
-    def fails(folder):
-        (folder / "half").touch()
-        raise OSError("full")
-
-    with pytest.raises(OSError, match="full"):
-        downloads.build_once(target, fails)
-    assert not list(target.parent.iterdir())
-
-    def slow(folder):  # another process finishes first
-        (folder / "mine").touch()
-        downloads.build_once(target, lambda other: (other / "theirs").touch())
-
-    assert downloads.build_once(target, slow) == target
-    assert [file.name for file in target.iterdir()] == ["theirs"]
-    assert downloads.build_once(target, lambda folder: pytest.fail("built again")) == target

@@ -1,4 +1,4 @@
-"""Models and adapters are found in folders, on the hub or in a wheel."""
+"""Where base models and adapters are looked for. No network."""
 
 from __future__ import annotations
 
