@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch.distributed as dist
 from accelerate.utils import parse_flag_from_env
+from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.integrations import is_fsdp_enabled
 
 
@@ -15,3 +20,41 @@ def filled_by_rank_0() -> bool:
 def only_rank_0_has_weights() -> bool:
     """Whether for now only the first process may have the weights (`fsdp_cpu_ram_efficient_loading`)."""
     return is_fsdp_enabled() and dist.get_world_size() > 1
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Refuse weights that tensor parallelism spreads: bases are made of whole weights.
+
+    Raises:
+        ValueError: naming the parameter and the remedy.
+    """
+    for path, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise ValueError(
+                f"{path}: expected a whole weight, found one sharded over {parameter.device_mesh}; load the model "
+                "without tp_plan and distributed_config, and add the adapter before the model is sharded, as "
+                "`accelerate launch` with FSDP2 does"
+            )
+
+
+def spare_broadcasts(model: nn.Module, buffers: Iterable[str]) -> None:
+    """Keep DistributedDataParallel from sending constant buffers to all processes in each forward pass.
+
+    It looks for their names as they are in the module that it wraps: the bare model, the tuner or a `PeftModel`.
+
+    Args:
+        model: the bare model.
+        buffers: names of the buffers in it.
+    """
+    known = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+    wrapped = {prefix + name for name in buffers for prefix in ("", "model.", "base_model.model.")}
+    model._ddp_params_and_buffers_to_ignore = sorted(known | wrapped)  # type: ignore[assignment]
+
+
+def forget_spared(model: Any, attributes: Iterable[str]) -> None:
+    """Take names with one of these attributes off the list that `spare_broadcasts` keeps."""
+    kept, gone = getattr(model, "_ddp_params_and_buffers_to_ignore", []), set(attributes)
+    if others := [name for name in kept if not set(name.split(".")) & gone]:
+        model._ddp_params_and_buffers_to_ignore = others
+    elif kept:
+        del model._ddp_params_and_buffers_to_ignore

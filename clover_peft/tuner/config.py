@@ -103,10 +103,8 @@ class CloverConfig(PeftConfig):
     base_precision: str | None = field(default=None, metadata={"help": "Set when made: precision of the base."})
 
     def __post_init__(self) -> None:
-        # No field: the folder of the weights that are loaded next, "" where it is not known, None for an adapter of
-        # one's own. An adapter that is to be loaded keeps the file's facts, and is taken out if the file does not fit.
-        # Only a config that was read from a file has peft's version already.
-        self.source: str | None = None if self.peft_version is None else ""
+        # No field of the file: the folder that the config was read from.
+        self.source: str | None = None
         super().__post_init__()
         self.peft_type = CLOVER
         if isinstance(self.target_modules, list):

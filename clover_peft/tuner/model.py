@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
-from transformers.integrations import PeftAdapterMixin
 
 from ..base_model.families import FAMILIES, family_of, unknown_family_message
 from ..base_model.resolve import default_targets, resolve
 from ..linalg.decomposition import Bases
-from ..runtime.sharding import filled_by_rank_0
+from ..runtime.loading import makes_meta_tensors, weights_follow
+from ..runtime.sharding import filled_by_rank_0, forget_spared, refuse_sharded, spare_broadcasts
 from .adapter_file import is_untouched, name_bases, select_for_saving, take_checkpoint
 from .adapter_folder import check_source
 from .adapter_tensors import FROZEN
 from .base_check import MUCH_CHANGED, error_from_rounding
 from .bases import clover_layers, frozen_tensors, warn_about_conditions, warn_about_dropped
 from .block_spec import BlockSpec, block_spec
+from .combining import add_up, find_sources
 from .config import CloverConfig
 from .file_check import check_nothing_left
 from .layer import CloverLayer
@@ -37,12 +35,23 @@ from .merging import check_merge, check_truncation, merged_tensors
 
 # Rounding of merged weights above this share of the update is worth a warning.
 MUCH_ROUNDED = 0.1
-# What makes an adapter and loads its weights next. A tuner is told of it in no other way, and a config from a file may
-# make a new adapter as well. For a caller that is not found here bases are computed, which takes longer.
-_LOADERS = {
-    getattr(function, "__code__", None)
-    for function in (PeftModel.from_pretrained, PeftModel.load_adapter, PeftAdapterMixin.load_adapter)
-}
+
+
+@dataclass
+class _Injection:
+    """What an adapter needs while it is made; it exists during `inject_adapter` only.
+
+    Attributes:
+        loads: a file's weights are loaded into the adapter next.
+        bases_follow: its bases are among them, so that none are computed.
+        conditions: target -> condition of its bases and the dtype that the target computes in.
+        progress: the bar, one step a module.
+    """
+
+    loads: bool
+    bases_follow: bool
+    conditions: dict[str, tuple[float, torch.dtype]] = field(default_factory=dict)
+    progress: Any = field(default_factory=lambda: tqdm(desc="CLOVER bases", unit=" modules", delay=3, leave=False))
 
 
 class CloverModel(BaseTuner):
@@ -72,6 +81,11 @@ class CloverModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {  # noqa: RUF012 - declared so by peft
         model_type: family.target_modules for model_type, family in FAMILIES.items()
     }
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Adapters that were made to be loaded, and are not loaded yet: a load that fails takes them out again.
+        self._awaiting_weights: set[str] = set()
+        super().__init__(*args, **kwargs)
 
     # ------------------------------------------------------------------ injection
 
@@ -110,27 +124,26 @@ class CloverModel(BaseTuner):
                 f"adapter {adapter_name!r} was saved folded, for inference; load it with is_trainable=False, or train "
                 "from one saved with save_bases=True"
             )
-        loads = kwargs.get("state_dict") is not None or _loads_next()
-        if loads and config.source is None:
-            config.source = ""
+        loads = kwargs.get("state_dict") is not None or weights_follow()
         check_source(config.source, loads or config.inference_mode)
         self._refuse_experts(config)
-        self._refuse_sharded()
-        # For the time of the injection only: a progress bar cannot be copied or pickled with the model.
-        self._bases_come = loads and config.save_bases is not False and not filled_by_rank_0()
-        self._conditions: dict[str, tuple[float, torch.dtype]] = {}
-        self._progress = tqdm(desc="CLOVER bases", unit=" modules", delay=3, leave=False)
+        refuse_sharded(self.model)
+        self._injection = _Injection(loads, loads and config.save_bases is not False and not filled_by_rank_0())
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._warn_about_block_size(adapter_name, config)
-            warn_about_conditions(self._conditions)
-            self._spare_broadcasts()
+            warn_about_conditions(self._injection.conditions)
+            layers = clover_layers(self.model)
+            bases = (f"{path}.{name}" for path, layer in layers for name, _ in layer.named_buffers())
+            spare_broadcasts(self.model, (name for name in bases if set(name.split(".")) & set(FROZEN)))
         except BaseException:  # Ctrl-C, too
             _take_out(model, adapter_name)
             raise
         finally:
-            self._progress.close()
-            del self._progress, self._conditions, self._bases_come
+            self._injection.progress.close()
+            del self._injection  # a progress bar cannot be copied or pickled with the model
+        if loads:
+            self._awaiting_weights.add(adapter_name)
 
     def _warn_about_block_size(self, adapter_name: str, config: CloverConfig) -> None:
         """A block size for heads is without effect where no target has any."""
@@ -153,32 +166,6 @@ class CloverModel(BaseTuner):
                     f"shape {tuple(shape[1:])}, which CLOVER does not adapt; leave it out of target_modules"
                 )
 
-    def _refuse_sharded(self) -> None:
-        """Bases are made of whole weights, and S lies with the heads, which tensor parallelism spreads."""
-        for path, parameter in self.model.named_parameters():
-            if isinstance(parameter, DTensor):
-                raise ValueError(
-                    f"{path}: expected a whole weight, found one sharded over {parameter.device_mesh}; load the model "
-                    "without tp_plan and distributed_config, and add the adapter before the model is sharded, as "
-                    "`accelerate launch` with FSDP2 does"
-                )
-
-    def _spare_broadcasts(self) -> None:
-        """DistributedDataParallel sends every buffer to all processes in each forward, unless told that it need not.
-
-        The bases never change. It looks for their names as they are in the module that it wraps: a bare model, the
-        tuner or a `PeftModel`.
-        """
-        names = {
-            f"{path}.{name}"
-            for path, layer in clover_layers(self.model)
-            for name, _ in layer.named_buffers()
-            if name.startswith(FROZEN)
-        }
-        known = set(getattr(self.model, "_ddp_params_and_buffers_to_ignore", ()))
-        wrapped = {prefix + name for name in names for prefix in ("", "model.", "base_model.model.")}
-        self.model._ddp_params_and_buffers_to_ignore = sorted(known | wrapped)
-
     def _create_and_replace(
         self,
         peft_config: CloverConfig,
@@ -196,21 +183,22 @@ class CloverModel(BaseTuner):
             if isinstance(target, CloverLayer)
             else CloverLayer(target, adapter_name, current_key, get_quantization_kwargs(self.model))
         )
-        if peft_config.source is None or peft_config.base_precision is None:
+        now = self._injection
+        if not now.loads or peft_config.base_precision is None:
             peft_config.base_precision = layer.base_weight.precision
-        bases = None if self._bases_come else layer.bases_to_share(specs)
-        if bases is None and peft_config.source is None and not layer.base_weight.is_readable:
+        bases = None if now.bases_follow else layer.bases_to_share(specs)
+        if bases is None and not now.loads and not layer.base_weight.is_readable:
             raise ValueError(
                 f"{current_key}: expected weights to compute bases from, found {layer.base_weight.precision}, "
                 "which can only be run; make the adapter on the unquantised model, or on one that bitsandbytes "
                 "quantised, save it with its bases (save_bases=True or 'folded') and load it here"
             )
-        if bases is None and peft_config.source is None and peft_config.from_activations:
+        if bases is None and not now.loads and peft_config.from_activations:
             raise ValueError(
                 "CloverConfig.from_activations is set by initialize_from_activations; leave it out of the config of a "
                 "new adapter, and call clover_peft.initialize_from_activations(model, batches)"
             )
-        if bases is None and not _on_meta() and not self._bases_come:
+        if bases is None and not makes_meta_tensors() and not now.bases_follow:
             bases = frozen_tensors(self.model, layer, specs, self._report)
         layer.update_layer(
             adapter_name,
@@ -220,13 +208,13 @@ class CloverModel(BaseTuner):
             dropout=peft_config.clover_dropout,
             init_weights=peft_config.init_weights,
             inference_mode=peft_config.inference_mode,
-            empty_device="meta" if bases is not None or peft_config.source is None or _on_meta() else _home(layer),
+            empty_device=_home(layer) if bases is None and now.loads and not makes_meta_tensors() else "meta",
         )
         if is_new:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
-        self._progress.update()
+        now.progress.update()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """As in peft; without autocast S gets the dtype of the base weights. The bases keep float32 in any case."""
@@ -256,7 +244,7 @@ class CloverModel(BaseTuner):
 
     def _report(self, layer: CloverLayer, spec: BlockSpec, bases: Bases) -> None:
         warn_about_dropped(layer, spec, bases)
-        self._conditions[f"{layer.name} ({spec.part})"] = (
+        self._injection.conditions[f"{layer.name} ({spec.part})"] = (
             float(bases.condition.max()),
             layer.base_weight.compute_dtype,
         )
@@ -284,11 +272,7 @@ class CloverModel(BaseTuner):
                     module.unmerge()
         with self._measuring_rounding():
             result: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        kept = getattr(result, "_ddp_params_and_buffers_to_ignore", [])
-        if others := [name for name in kept if not set(name.split(".")) & set(FROZEN)]:
-            result._ddp_params_and_buffers_to_ignore = others
-        elif kept:
-            del result._ddp_params_and_buffers_to_ignore
+        forget_spared(result, FROZEN)
         return result
 
     @contextmanager
@@ -386,7 +370,11 @@ class CloverModel(BaseTuner):
         Raises:
             ValueError: naming the module where they do not fit together, with nothing added.
         """
-        sources = self._check_combination(adapters, weights, adapter_name, combination_type)
+        if combination_type != "linear":
+            raise ValueError(f"combination_type: expected 'linear', found {combination_type!r}")
+        if adapter_name in self.peft_config:
+            raise ValueError(f"adapter {adapter_name!r} exists already; pass another name, or delete it first")
+        sources = find_sources(self.model, self.peft_config, adapters, weights)
         self.peft_config[adapter_name] = replace(
             self.peft_config[adapters[0]],
             target_modules=set(sources),
@@ -396,61 +384,11 @@ class CloverModel(BaseTuner):
         )
         try:
             self.inject_adapter(self.model, adapter_name)
-            for path, (layer, names) in sources.items():
-                if layer.specs[adapter_name] != layer.specs[names[0]]:
-                    raise ValueError(
-                        f"{path}: the adapters {adapters} were made with different options; combine adapters of one "
-                        "configuration"
-                    )
-                for spec in layer.specs[adapter_name]:
-                    new, first = layer.tensors(adapter_name, spec), layer.tensors(names[0], spec)
-                    for mine, theirs in zip(new[1:], first[1:], strict=True):
-                        if mine is not None and theirs is not None:
-                            mine.copy_(theirs)
-                    new.s.zero_()
-                    for name in names:
-                        new.s.add_(layer.tensors(name, spec).s, alpha=weights[adapters.index(name)])
+            add_up(sources, adapter_name, dict(zip(adapters, weights, strict=True)))
         except BaseException:
             if adapter_name in self.peft_config:
                 self.discard(adapter_name)
             raise
-
-    def _check_combination(
-        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str
-    ) -> dict[str, tuple[CloverLayer, list[str]]]:
-        """Path -> layer and those of the adapters that it has; raises if they cannot be added up."""
-        if combination_type != "linear":
-            raise ValueError(f"combination_type: expected 'linear', found {combination_type!r}")
-        if adapter_name in self.peft_config:
-            raise ValueError(f"adapter {adapter_name!r} exists already; pass another name, or delete it first")
-        if missing := set(adapters) - set(self.peft_config):
-            raise ValueError(f"adapters: expected some of {list(self.peft_config)}, found {sorted(missing)}")
-        if not adapters or len(set(adapters)) != len(adapters) or len(adapters) != len(weights):
-            raise ValueError(
-                f"expected one weight for each of several different adapters, found {len(weights)} for {adapters}"
-            )
-        for name in adapters:
-            if self.peft_config[name].low_rank:
-                raise ValueError(f"adapter {name!r} has a low-rank part, which cannot be added up; merge it instead")
-            if self.peft_config[name].modules_to_save or self.peft_config[name].trainable_token_indices:
-                raise ValueError(
-                    f"adapter {name!r} trains whole modules or tokens, which cannot be added up; combine adapters "
-                    "without modules_to_save and trainable_token_indices"
-                )
-        sources = {}
-        for path, layer in clover_layers(self.model):
-            names = [name for name in adapters if name in layer.specs]
-            for name in names:
-                layer.check_bases(name, "combine")
-                if not layer.has_same_bases(names[0], name):
-                    raise ValueError(
-                        f"{path}: adapters {names[0]!r} and {name!r} have different bases, in which their S cannot be "
-                        "added up; combine adapters of one configuration and one base model, or merge them one after "
-                        "the other"
-                    )
-            if names:
-                sources[path] = (layer, names)
-        return sources
 
     # ------------------------------------------------------------------ saving and loading
 
@@ -461,8 +399,6 @@ class CloverModel(BaseTuner):
         result = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         for name, layer in clover_layers(model):
             if adapter_name in layer.specs:
-                if config.source:  # made with a file's config, but never loaded
-                    config.base_precision = layer.base_weight.precision
                 select_for_saving(name, layer, adapter_name, config, result)
         return result
 
@@ -480,7 +416,7 @@ class CloverModel(BaseTuner):
             check_nothing_left(model, layers, adapter_name, result)
         except ValueError:
             fresh = not config.init_weights or is_untouched(layers, adapter_name)
-            if isinstance(tuner, CloverModel) and config.source is not None and fresh:
+            if isinstance(tuner, CloverModel) and adapter_name in tuner._awaiting_weights and fresh:
                 tuner.discard(adapter_name)
             raise
         if (error := error_from_rounding(layers, adapter_name, config, result)) > MUCH_CHANGED:
@@ -492,7 +428,8 @@ class CloverModel(BaseTuner):
                 "clover_peft.merge_onto(model, base)",
                 stacklevel=2,
             )
-        config.source = None
+        if isinstance(tuner, CloverModel):
+            tuner._awaiting_weights.discard(adapter_name)
         return result
 
     def discard(self, adapter_name: str) -> None:
@@ -508,11 +445,6 @@ def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict, names: list[
     return args, {**kwargs, "adapter_names": names}
 
 
-def _loads_next() -> bool:
-    """Whether the adapter's weights are loaded right after it is made."""
-    return any(frame.f_code in _LOADERS for frame, _ in traceback.walk_stack(None))
-
-
 def _home(layer: CloverLayer) -> torch.device:
     """Where the weight is used. One without a device is offloaded to disk: peft has taken off the hooks that bring it,
     and puts them back at the end of a load."""
@@ -520,12 +452,6 @@ def _home(layer: CloverLayer) -> torch.device:
         return layer.weight.device
     with layer.base_weight.whole():
         return torch.device("cpu") if layer.weight.is_meta else layer.weight.device
-
-
-def _on_meta() -> bool:
-    """Whether new parameters are created on the meta device (`low_cpu_mem_usage`)."""
-    probe = nn.ParameterList([torch.empty(0)])  # no layer: its initialisation would draw random numbers
-    return next(probe.parameters()).is_meta
 
 
 def _take_out(model: nn.Module, adapter_name: str) -> None:
