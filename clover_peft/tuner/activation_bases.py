@@ -11,7 +11,7 @@ from torch import nn
 from ..base_model.activations import Probe, collect_moments
 from ..base_model.weight import base_of
 from ..runtime.sharding import only_rank_0_has_weights
-from .bases import _stored, clover_layers, compute_bases, inner_model, warn_about_conditions, warn_about_dropped
+from .bases import BasesReport, _stored, clover_layers, compute_bases, inner_model
 from .block_spec import BlockSpec
 from .layer import CloverLayer
 
@@ -49,15 +49,14 @@ def initialize_from_activations(
                 module, partner = base_of(inner.get_submodule(spec.partner.path)), spec.partner
                 probes[_beside(path, spec)] = Probe(module, partner.reads, partner.heads, spec.size)
     found = collect_moments(model, probes, batches)
-    made, conditions = [], {}
+    made, report = [], BasesReport()
     for path, layer in layers:
         with layer.base_weight.whole():
             weight, bias = layer.base_weight.transposed(), layer.base_weight.bias
             for spec in layer.specs[adapter_name]:
                 own, beside = (found.get(name) for name in (f"{path} ({spec.part})", _beside(path, spec)))
                 bases = compute_bases(inner, spec, weight, bias, own, beside)
-                warn_about_dropped(layer, spec, bases)
-                conditions[f"{path} ({spec.part})"] = (float(bases.condition.max()), layer.base_weight.compute_dtype)
+                report.add(layer, spec, bases)
                 made.append((layer, spec, _stored(bases)))
     for layer, spec, tensors in made:
         for attribute, tensor in tensors.items():
@@ -66,7 +65,7 @@ def initialize_from_activations(
         layer.specs[adapter_name] = tuple(replace(s, from_activations=True) for s in layer.specs[adapter_name])
     if config is not None:
         config.from_activations = True
-    warn_about_conditions(conditions)
+    report.warn()
 
 
 def _beside(path: str, spec: BlockSpec) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from ..base_model.weight import partner_weight
+from ..io.user_warning import warn
 from ..linalg.decomposition import (
     MUCH_AMPLIFIED,
     Bases,
@@ -29,6 +28,8 @@ from .base_check import row_norms
 from .block_spec import BlockSpec
 from .layer import CloverLayer
 
+_NAMED = 8  # degenerate targets that a warning names
+
 
 def clover_layers(model: nn.Module) -> list[tuple[str, CloverLayer]]:
     """Every CLOVER layer of a model and its path."""
@@ -41,12 +42,45 @@ def inner_model(model: nn.Module) -> nn.Module:
     return tuner.model if isinstance(tuner, BaseTuner) else model
 
 
+class BasesReport:
+    """Collects what is wrong with the bases of a model's targets, for one warning of each kind."""
+
+    def __init__(self) -> None:
+        self._dropped: dict[str, str] = {}  # target -> its degenerate blocks
+        self._conditions: dict[str, float] = {}  # target -> condition, where it amplifies rounding too much
+
+    def add(self, layer: CloverLayer, spec: BlockSpec, bases: Bases) -> None:
+        """Look at the bases of one slice of a layer."""
+        name, condition = f"{layer.name} ({spec.part})", float(bases.condition.max())
+        if (dropped := describe_dropped(bases)) is not None:
+            self._dropped[name] = dropped
+        if condition * torch.finfo(layer.base_weight.compute_dtype).eps > MUCH_AMPLIFIED:
+            self._conditions[name] = condition
+
+    def warn(self) -> None:
+        """Name the degenerate targets and their blocks, and the target that amplifies rounding most."""
+        if self._dropped:
+            places = [f"{name}, block(s) {blocks}" for name, blocks in list(self._dropped.items())[:_NAMED]]
+            more = f"; and {len(self._dropped) - _NAMED} more target(s)" if len(self._dropped) > _NAMED else ""
+            warn(
+                "degenerate weights: some directions of their blocks are zero or too small to decompose, and will not "
+                f"be trained: {'; '.join(places)}{more}"
+            )
+        if self._conditions:
+            worst = max(self._conditions, key=self._conditions.__getitem__)
+            warn(
+                f"{len(self._conditions)} target(s) are so ill-conditioned that rounding in the compute dtype is "
+                f"amplified to over 10 % of the map; worst: {worst}, condition up to {self._conditions[worst]:.0f}; "
+                "compute in float32, or leave these modules out with exclude_modules"
+            )
+
+
 @torch.no_grad()
 def frozen_tensors(
     model: nn.Module,
     layer: CloverLayer,
     specs: tuple[BlockSpec, ...],
-    report: Callable[[CloverLayer, BlockSpec, Bases], None] | None = None,
+    report: BasesReport | None = None,
 ) -> dict[str, dict[str, Tensor]] | None:
     """The frozen tensors of every slice of a layer, computed from the base weights.
 
@@ -54,7 +88,7 @@ def frozen_tensors(
         model: the model that partners' paths are relative to.
         layer: the layer.
         specs: its slices.
-        report: called with every slice's bases.
+        report: takes every slice's bases.
 
     Where only the first process has the weights, it computes the tensors and all processes return them.
 
@@ -99,7 +133,7 @@ def _computed(
     model: nn.Module,
     layer: CloverLayer,
     specs: tuple[BlockSpec, ...],
-    report: Callable[[CloverLayer, BlockSpec, Bases], None] | None,
+    report: BasesReport | None,
 ) -> dict[str, dict[str, Tensor]] | None:
     with layer.base_weight.whole():
         if layer.base_weight.stored.is_meta or not layer.base_weight.is_readable:
@@ -115,7 +149,7 @@ def _computed(
                     raise ValueError(f"{layer.name}: {error}") from error
                 tensors |= _stored(bases)
                 if report is not None:
-                    report(layer, spec, bases)
+                    report.add(layer, spec, bases)
             result[spec.name] = tensors
     return result
 
@@ -158,30 +192,3 @@ def compute_bases(
         g_in = centred(own, g_in)
     bases = pair_bases(g_in, per_key_value_head(g, count, groups))
     return bases if spec.r == spec.size else bases.leading(spec.r)
-
-
-def warn_about_dropped(layer: CloverLayer, spec: BlockSpec, bases: Bases) -> None:
-    """Name the blocks of degenerate weights and what is left out of them."""
-    if (dropped := describe_dropped(bases)) is not None:
-        warnings.warn(
-            f"{layer.name} ({spec.part}): degenerate weights; directions dropped, which will not be trained, in "
-            f"block(s) {dropped}",
-            stacklevel=3,
-        )
-
-
-def warn_about_conditions(conditions: Mapping[str, tuple[float, torch.dtype]]) -> None:
-    """Name the target in which rounding is amplified most: name -> condition and the dtype that is computed in."""
-    suspect = {
-        name: condition
-        for name, (condition, dtype) in conditions.items()
-        if condition * torch.finfo(dtype).eps > MUCH_AMPLIFIED
-    }
-    if suspect:
-        worst = max(suspect, key=suspect.__getitem__)
-        warnings.warn(
-            f"{len(suspect)} target(s) are so ill-conditioned that rounding in the compute dtype is amplified to "
-            f"over 10 % of the map; worst: {worst}, condition up to {suspect[worst]:.0f}; compute in float32, or "
-            "leave these modules out with exclude_modules",
-            stacklevel=3,
-        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..base_model.slices import HeadSlice, Partner, TargetSlice
+from ..io.user_warning import warn
 from ..linalg.decomposition import fold
 from .config import CloverConfig
 
@@ -144,10 +144,9 @@ def block_spec(config: CloverConfig, key: str, target: TargetSlice, rank: int | 
     if size is None:
         size = heads.dim if is_attention else max(n for n in range(1, 65) if heads.features % n == 0)
     if not is_attention and config.mlp_block_size is None and size < min(8, heads.features):
-        warnings.warn(
+        warn(
             f"{key}: {heads.features} features have no divisor between 8 and 64, blocks are of {size}, which trains "
             "little; pass mlp_block_size, or leave the module out with exclude_modules",
-            stacklevel=2,
         )
     if heads.features % size or (heads.dim % size and size % heads.dim):
         option = "block_size" if is_attention else "mlp_block_size"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
-import warnings
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
 from typing import Any, Literal
 
 from huggingface_hub import try_to_load_from_cache
 from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
+from ..io.user_warning import warn
 from ..runtime.peft_registry import CLOVER
 from .adapter_folder import check_weight_file, complete_model_card
 
@@ -60,57 +62,40 @@ class CloverConfig(PeftConfig):
         ValueError: for values outside these choices and for combinations that have no meaning.
     """
 
-    r: int | None = field(default=None, metadata={"help": "Leading directions trained per block; None for all."})
-    s_matrix: Literal["full", "diagonal"] = field(
-        default="full", metadata={"help": "Train the full r x r matrix of each block, or its diagonal."}
-    )
-    target_modules: set[str] | list[str] | str | None = field(
-        default=None, metadata={"help": "Module names, a regex or 'all-linear'; None: key, value and up-projection."}
-    )
-    exclude_modules: set[str] | list[str] | str | None = field(
-        default=None, metadata={"help": "Module names or a regex to leave out."}
-    )
-    cross_layer: bool = field(default=True, metadata={"help": "Pair V with O, and Q with K where positions allow."})
-    block_size: int | None = field(default=None, metadata={"help": "Features per block of attention projections."})
-    mlp_block_size: int | None = field(default=None, metadata={"help": "Features per block of other projections."})
-    basis: Literal["qr", "svd"] | None = field(default=None, metadata={"help": "Basis of intra-layer targets."})
-    truncate: bool = field(default=False, metadata={"help": "Drop the directions beyond r instead of keeping them."})
-    low_rank: int = field(default=0, metadata={"help": "Rank of a part B A x beside the maps; 0 for none."})
-    clover_dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the input of the map."})
-    bias: Literal["none", "all", "clover_only"] = field(
-        default="none", metadata={"help": "Biases of the base to train: 'none', 'all' or 'clover_only'."}
-    )
-    save_bases: bool | Literal["folded"] = field(
-        default=True, metadata={"help": "Save bases with S (True), S alone (False) or one folded map ('folded')."}
-    )
-    init_weights: bool = field(
-        default=True, metadata={"help": "Start as the base model; False starts elsewhere, for tests."}
-    )
-    check_base: bool = field(default=True, metadata={"help": "Refuse to load onto a different base model."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules to train and save whole."})
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Token indices whose embeddings are trained."}
-    )
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to adapt."})
-    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
-    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Module name or regex -> r."})
-    head_dim: int | None = field(default=None, metadata={"help": "Features of a head, for unknown models."})
-    num_heads: int | None = field(default=None, metadata={"help": "Heads of each target, for unknown models."})
-    folded: bool = field(default=False, metadata={"help": "Set by save_bases='folded'; not for new adapters."})
-    from_activations: bool = field(
-        default=False, metadata={"help": "Set by initialize_from_activations; not for new adapters."}
-    )
-    base_precision: str | None = field(default=None, metadata={"help": "Set when made: precision of the base."})
+    r: int | None = None
+    s_matrix: Literal["full", "diagonal"] = "full"
+    target_modules: set[str] | list[str] | str | None = None
+    exclude_modules: set[str] | list[str] | str | None = None
+    cross_layer: bool = True
+    block_size: int | None = None
+    mlp_block_size: int | None = None
+    basis: Literal["qr", "svd"] | None = None
+    truncate: bool = False
+    low_rank: int = 0
+    clover_dropout: float = 0.0
+    bias: Literal["none", "all", "clover_only"] = "none"
+    save_bases: bool | Literal["folded"] = True
+    init_weights: bool = True
+    check_base: bool = True
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    head_dim: int | None = None
+    num_heads: int | None = None
+    folded: bool = False
+    from_activations: bool = False
+    base_precision: str | None = None
 
     def __post_init__(self) -> None:
         # No field of the file: the folder that the config was read from.
         self.source: str | None = None
         super().__post_init__()
         self.peft_type = CLOVER
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
         self._check_choices()
         self._check_numbers()
         self._check_combinations()
@@ -145,41 +130,31 @@ class CloverConfig(PeftConfig):
             raise ValueError(f"CloverConfig.clover_dropout: expected 0 <= p < 1, found {self.clover_dropout}")
 
     def _check_combinations(self) -> None:
-        if self.s_matrix == "diagonal" and self.basis == "qr":
-            raise ValueError(
-                "CloverConfig: s_matrix='diagonal' has no meaning in the QR basis, whose matrix is triangular; use "
-                "basis='svd' (or None) or s_matrix='full'"
-            )
-        if self.truncate and self.r is None and not self.rank_pattern:
-            raise ValueError("CloverConfig: truncate=True drops the directions beyond r; pass r=... or rank_pattern")
-        if self.truncate and self.clover_dropout:
-            raise ValueError(
-                "CloverConfig: with truncate=True the map replaces a head's output, which clover_dropout would drop; "
-                "use one of the two"
-            )
-        if self.truncate and self.basis == "qr":
-            raise ValueError(
-                "CloverConfig: truncate=True needs leading directions, which the QR basis has not; use basis='svd'"
-            )
-        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
-            for name in ("layers_to_transform", "layers_pattern"):
-                if getattr(self, name) is not None:
-                    raise ValueError(
-                        f"CloverConfig: {name} cannot be used with a regular expression in target_modules; "
-                        "put the layers into the expression, or pass a list of names"
-                    )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("CloverConfig: layers_pattern needs layers_to_transform; pass both or neither")
-        if self.from_activations and self.save_bases is False:
-            raise ValueError(
-                "CloverConfig: save_bases=False computes the bases again from the weights, but these were made from "
-                "activations; use save_bases=True or 'folded'"
-            )
-        if self.folded and not self.inference_mode:
-            raise ValueError(
-                "CloverConfig: a folded adapter holds maps for inference and cannot be trained; load it with "
-                "is_trainable=False, or train from an adapter saved with save_bases=True"
-            )
+        is_regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        layers = next((n for n in ("layers_to_transform", "layers_pattern") if getattr(self, n) is not None), None)
+        refused = {
+            "s_matrix='diagonal' has no meaning in the QR basis, whose matrix is triangular; use basis='svd' (or "
+            "None) or s_matrix='full'": self.s_matrix == "diagonal" and self.basis == "qr",
+            "truncate=True drops the directions beyond r; pass r=... or rank_pattern": (
+                self.truncate and self.r is None and not self.rank_pattern
+            ),
+            "with truncate=True the map replaces a head's output, which clover_dropout would drop; use one of the "
+            "two": self.truncate and self.clover_dropout > 0,
+            "truncate=True needs leading directions, which the QR basis has not; use basis='svd'": (
+                self.truncate and self.basis == "qr"
+            ),
+            f"{layers} cannot be used with a regular expression in target_modules; put the layers into the "
+            "expression, or pass a list of names": is_regex and layers is not None,
+            "layers_pattern needs layers_to_transform; pass both or neither": (
+                bool(self.layers_pattern) and self.layers_to_transform is None
+            ),
+            "save_bases=False computes the bases again from the weights, but these were made from activations; use "
+            "save_bases=True or 'folded'": self.from_activations and self.save_bases is False,
+            "a folded adapter holds maps for inference and cannot be trained; load it with is_trainable=False, or "
+            "train from an adapter saved with save_bases=True": self.folded and not self.inference_mode,
+        }
+        if message := next((message for message, holds in refused.items() if holds), None):
+            raise ValueError(f"CloverConfig: {message}")
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`; an adapter saved folded is described as what its file holds.
@@ -191,19 +166,16 @@ class CloverConfig(PeftConfig):
             if re.search(
                 r"checkpoint-\d+$", os.path.normpath(save_directory)
             ):  # as transformers' trainers name theirs
-                warnings.warn(
+                warn(
                     f"{save_directory}: save_bases='folded' leaves out of a checkpoint what training needs, it can be "
                     "neither resumed nor loaded as the best; train with save_bases=True, and set "
                     "model.peft_config['default'].save_bases = 'folded' before the last save_pretrained",
-                    stacklevel=2,
                 )
             # The file holds whole maps: how they were trained (rank, basis, truncation) no longer matters.
-            state = {f.name: getattr(self, f.name) for f in fields(self)}
-            state.update(
-                r=None, rank_pattern={}, s_matrix="full", basis=None, truncate=False, folded=True, inference_mode=True
+            whole: dict[str, Any] = dict(
+                r=None, rank_pattern={}, s_matrix="full", basis=None, truncate=False, from_activations=False
             )
-            state.update(from_activations=False)
-            config = type(self)(**state)
+            config = replace(self, **whole, folded=True, inference_mode=True)
         PeftConfig.save_pretrained(config, save_directory, **kwargs)
         complete_model_card(os.path.join(save_directory, "README.md"), self.base_model_name_or_path, self.task_type)
 
@@ -226,6 +198,17 @@ class CloverConfig(PeftConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         config.source = folder
         return config
+
+
+def _describe_fields(config: type) -> None:
+    """Give every field the text that the class's docstring has for it, as `metadata["help"]`."""
+    text = inspect.cleandoc(config.__doc__ or "").partition("Args:\n")[2].partition("\nRaises:")[0]
+    for entry in re.split(r"\n    (?=\w)", "\n" + text)[1:]:
+        name, _, description = entry.partition(":")
+        config.__dataclass_fields__[name].metadata = MappingProxyType({"help": " ".join(description.split())})  # type: ignore[attr-defined]
+
+
+_describe_fields(CloverConfig)
 
 
 def _check_positive(name: str, value: object, optional: bool = False) -> None:

@@ -26,6 +26,9 @@ from ..linalg.decomposition import MUCH_AMPLIFIED
 from ..runtime.tracing import is_captured, is_traced
 from .maps import HeadMap, Place, UnfoldedMap, formula
 
+# The coarsest rounding of a product: torch may round the factors of float32 products to TF32 or bfloat16.
+_EPS = torch.finfo(torch.bfloat16).eps
+
 
 def apply_maps(z: Tensor, maps: Sequence[HeadMap | UnfoldedMap], output_is_kept: bool = False) -> Tensor:
     """`y` of all maps together, each of the same z.
@@ -82,7 +85,7 @@ class _ApplyMaps(torch.autograd.Function):
         trained = {i: matrix for i, matrix in enumerate(matrices) if ctx.needs_input_grad[3 + i]}
         ctx.places, ctx.squares = places, None
         if trained and output_is_kept and not any(place.replaces for place in places):
-            ctx.squares = _squares_if_safe(trained, _eps(z.dtype))
+            ctx.squares = _squares_if_safe(trained)
         kept = None if not trained else z if ctx.squares is None else output
         ctx.save_for_backward(kept, *matrices)
 
@@ -124,16 +127,7 @@ def _are_apart(places: tuple[Place, ...]) -> bool:
     return len(features) == len(set(features))
 
 
-def _eps(dtype: torch.dtype) -> float:
-    """The rounding of a product in `dtype`: of float32 more where torch may round the factors (`tf32=True`)."""
-    backends: Any = torch.backends
-    allowed = {of.fp32_precision for of in (backends, backends.cuda.matmul, backends.mkldnn.matmul)}
-    narrower = {"tf32": torch.float16, "bf16": torch.bfloat16}  # TF32 has as many bits as float16
-    rounded = [narrower[precision] for precision in allowed & narrower.keys() if dtype == torch.float32]
-    return max(torch.finfo(d).eps for d in (dtype, *rounded))
-
-
-def _squares_if_safe(matrices: Mapping[int, Tensor], eps: float) -> dict[int, float] | None:
+def _squares_if_safe(matrices: Mapping[int, Tensor]) -> dict[int, float] | None:
     """Of each of the maps the largest `||M_h^2||`; None if y does not determine z well enough for one of them.
 
     The condition of I + M is at most (1 + ||M||)^2 / (1 - ||M^2||). Reading the norms waits for the device once; where
@@ -149,7 +143,7 @@ def _squares_if_safe(matrices: Mapping[int, Tensor], eps: float) -> dict[int, fl
     ]
     figures = torch.stack(norms).tolist()
     once, twice = figures[::2], figures[1::2]
-    if all(b < 1 and (1 + a) ** 2 / (1 - b) * eps <= MUCH_AMPLIFIED for a, b in zip(once, twice, strict=True)):
+    if all(b < 1 and (1 + a) ** 2 / (1 - b) * _EPS <= MUCH_AMPLIFIED for a, b in zip(once, twice, strict=True)):
         return dict(zip(matrices, twice, strict=True))
     return None
 

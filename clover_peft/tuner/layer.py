@@ -12,7 +12,6 @@ of the projection's input is added to y: `clover_A`, and `clover_B`, zero at the
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,6 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..base_model.weight import BaseWeight
+from ..io.user_warning import warn
 from ..runtime.bitsandbytes import check_packing
 from . import merging
 from .adapter_tensors import FROZEN, TRAINED, WHOLE, AdapterTensors
@@ -214,7 +214,7 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
     def unmerge(self) -> None:
         """Put the base's own tensors back."""
         if not self.base_weight.is_merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            warn("Already unmerged. Nothing to do.")
             return
         self.base_weight.restore()
         self.merged_adapters = []

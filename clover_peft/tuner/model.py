@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_quantization_kwargs
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..base_model.families import FAMILIES, family_of, unknown_family_message
 from ..base_model.resolve import default_targets, resolve
-from ..linalg.decomposition import Bases
+from ..io.user_warning import warn
 from ..runtime.loading import makes_meta_tensors, weights_follow
 from ..runtime.sharding import filled_by_rank_0, forget_spared, refuse_sharded, spare_broadcasts
 from .adapter_file import is_untouched, name_bases, select_for_saving, take_checkpoint
 from .adapter_folder import check_source
 from .adapter_tensors import FROZEN
 from .base_check import MUCH_CHANGED, error_from_rounding
-from .bases import clover_layers, frozen_tensors, warn_about_conditions, warn_about_dropped
+from .bases import BasesReport, clover_layers, frozen_tensors
 from .block_spec import BlockSpec, block_spec
 from .combining import add_up, find_sources
 from .config import CloverConfig
 from .file_check import check_nothing_left
 from .layer import CloverLayer
 from .merging import check_merge, check_truncation, merged_tensors
+from .mixed_batch import mixed_batch
 
 # Rounding of merged weights above this share of the update is worth a warning.
 MUCH_ROUNDED = 0.1
@@ -44,13 +43,13 @@ class _Injection:
     Attributes:
         loads: a file's weights are loaded into the adapter next.
         bases_follow: its bases are among them, so that none are computed.
-        conditions: target -> condition of its bases and the dtype that the target computes in.
+        report: on the bases that were computed.
         progress: the bar, one step a module.
     """
 
     loads: bool
     bases_follow: bool
-    conditions: dict[str, tuple[float, torch.dtype]] = field(default_factory=dict)
+    report: BasesReport = field(default_factory=BasesReport)
     progress: Any = field(default_factory=lambda: tqdm(desc="CLOVER bases", unit=" modules", delay=3, leave=False))
 
 
@@ -108,11 +107,10 @@ class CloverModel(BaseTuner):
                 # The same names elsewhere (a tower of another family, say) are not meant: whole paths tell them apart.
                 peft_config.target_modules = matched & set(found)
                 if unknown := [path for path in others if family_of(self.model, path) is None]:
-                    warnings.warn(
+                    warn(
                         f"{len(unknown)} modules such as {unknown[0]} belong to a part of the model that "
                         "clover_peft's table of architectures does not know; they are left out, name target_modules "
                         "to adapt them",
-                        stacklevel=2,
                     )
         return super()._prepare_adapter_config(peft_config, model_config)
 
@@ -132,7 +130,7 @@ class CloverModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._warn_about_block_size(adapter_name, config)
-            warn_about_conditions(self._injection.conditions)
+            self._injection.report.warn()
             layers = clover_layers(self.model)
             bases = (f"{path}.{name}" for path, layer in layers for name, _ in layer.named_buffers())
             spare_broadcasts(self.model, (name for name in bases if set(name.split(".")) & set(FROZEN)))
@@ -149,10 +147,9 @@ class CloverModel(BaseTuner):
         """A block size for heads is without effect where no target has any."""
         specs = [spec for _, layer in clover_layers(self.model) for spec in layer.specs.get(adapter_name, ())]
         if config.block_size is not None and specs and all(spec.part in ("up", "linear") for spec in specs):
-            warnings.warn(
+            warn(
                 f"block_size={config.block_size} cuts attention heads, and no target has any: it is without effect; "
                 "cut these with mlp_block_size, or describe the heads with head_dim=... or num_heads=...",
-                stacklevel=2,
             )
 
     def _refuse_experts(self, config: CloverConfig) -> None:
@@ -199,7 +196,7 @@ class CloverModel(BaseTuner):
                 "new adapter, and call clover_peft.initialize_from_activations(model, batches)"
             )
         if bases is None and not makes_meta_tensors() and not now.bases_follow:
-            bases = frozen_tensors(self.model, layer, specs, self._report)
+            bases = frozen_tensors(self.model, layer, specs, now.report)
         layer.update_layer(
             adapter_name,
             specs,
@@ -242,13 +239,6 @@ class CloverModel(BaseTuner):
             )
         return specs
 
-    def _report(self, layer: CloverLayer, spec: BlockSpec, bases: Bases) -> None:
-        warn_about_dropped(layer, spec, bases)
-        self._injection.conditions[f"{layer.name} ({spec.part})"] = (
-            float(bases.condition.max()),
-            layer.base_weight.compute_dtype,
-        )
-
     # ------------------------------------------------------------------ merging
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -288,11 +278,10 @@ class CloverModel(BaseTuner):
         changes, errors = (sum(column) for column in zip(*merged.values(), strict=True))
         if (lost := (errors / changes) ** 0.5) > MUCH_ROUNDED:
             worst = max(merged, key=lambda path: merged[path][1] / merged[path][0])
-            warnings.warn(
+            warn(
                 f"merged into {layers[worst].base_weight.precision} weights, whose rounding is {lost:.0%} of the "
                 f"update (worst: {worst}, {(merged[worst][1] / merged[worst][0]) ** 0.5:.0%}); unmerge, call "
                 "clover_peft.dequantize(model) and merge then, to lose nothing",
-                stacklevel=4,
             )
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
@@ -332,23 +321,8 @@ class CloverModel(BaseTuner):
             )
         if missing := set(names) - set(self.peft_config) - {"__base__"}:
             raise ValueError(f"adapter_names: expected adapters out of {list(self.peft_config)}, found {missing}")
-        beams = kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", None) or 1
-        encoder = self.model.get_encoder() if beams > 1 and hasattr(self.model, "get_encoder") else None
-        # A beam search repeats every sample, but for an encoder, which has run before.
-        unrepeated = set() if encoder in (None, self.model) else set(encoder.modules())
-        repeated = [name for name in names for _ in range(beams)]
-        handles = [
-            module.register_forward_pre_hook(
-                partial(_pass_adapter_names, names=list(names) if module in unrepeated else repeated), with_kwargs=True
-            )
-            for module in self.modules()
-            if isinstance(module, (CloverLayer, AuxiliaryTrainingWrapper))
-        ]
-        try:
+        with mixed_batch(self.model, names, kwargs):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     # ------------------------------------------------------------------ combining
 
@@ -420,13 +394,12 @@ class CloverModel(BaseTuner):
                 tuner.discard(adapter_name)
             raise
         if (error := error_from_rounding(layers, adapter_name, config, result)) > MUCH_CHANGED:
-            warnings.warn(
+            warn(
                 f"adapter {adapter_name!r} was trained on {config.base_precision} weights; on this base, whose "
                 f"weights are {next(iter(layers.values())).base_weight.precision}, about {error:.0%} of its effect is "
                 "rounding (a LoRA, whose update does not depend on the weights, has no such error); load it onto the "
                 "weights it was trained on and use clover_peft.dequantize(model) or "
                 "clover_peft.merge_onto(model, base)",
-                stacklevel=2,
             )
         if isinstance(tuner, CloverModel):
             tuner._awaiting_weights.discard(adapter_name)
@@ -439,10 +412,6 @@ class CloverModel(BaseTuner):
         else:
             self.delete_adapter(adapter_name)
             _unwrap_empty_layers(self.model)
-
-
-def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict, names: list[str]) -> tuple[Any, dict]:
-    return args, {**kwargs, "adapter_names": names}
 
 
 def _home(layer: CloverLayer) -> torch.device:
