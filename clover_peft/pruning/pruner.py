@@ -27,7 +27,6 @@ from .narrow.rewriting import Change, rewrite
 from .pairs import Kind, Pair, check_plain, find_pairs, select_pairs
 from .report import PrunedPair, PruningReport
 from .rule import Rule, check_pairs, choose_ranks, choose_rule
-from .sequential import refit
 
 
 @torch.inference_mode(False)
@@ -42,7 +41,6 @@ def prune(
     threshold: float | Mapping[Kind, float] | None = None,
     energy: float | Mapping[Kind, float] | None = None,
     multiple: int = 1,
-    sequential: bool = False,
     masked: bool = False,
     target_modules: str | Sequence[str] | None = None,
 ) -> PruningReport:
@@ -53,7 +51,7 @@ def prune(
     `save_pretrained` saves and, after `import clover_peft`, `from_pretrained` loads.
 
     Everything is computed before any weight is changed; then layers are rewritten one by one, which an interrupt
-    waits for. Costs D d^2 for a head, beside one pass over the calibration data; `sequential` and "gradient" add one.
+    waits for. Costs D d^2 for a head, beside one pass over the calibration data; "gradient" adds one.
 
     Args:
         model: a model of a known family, without adapters and not quantised.
@@ -71,8 +69,6 @@ def prune(
         threshold: instead of `ratio`, the smallest singular value to keep (the paper's rule for Whisper).
         energy: instead of `ratio`, the share of each head's sum of squared singular values to keep.
         multiple: round every rank to the nearest multiple of this; kernels like 8.
-        sequential: fit every layer to what the pruned layers before it pass on. Needs `calibration`, as a sequence
-            of batches, which are then all under way at once.
         masked: zero directions and keep all shapes, for analysis.
         target_modules: which pairs, by the path of the key or value projection: a regular expression that matches all
             of it, or ends of paths; None for all.
@@ -90,15 +86,9 @@ def prune(
         raise ValueError(f"method: expected 'clover' or 'vanilla', found {method!r}")
     if not isinstance(cast(Any, multiple), Integral) or multiple < 1:
         raise ValueError(f"multiple: expected a positive whole number, found {multiple!r}")
-    multiple, sequential, masked = int(multiple), bool(sequential), bool(masked)  # NumPy's, too
-    for option, wanted in {"sequential=True": sequential, "ranks='gradient'": ranks == "gradient"}.items():
-        if wanted and calibration is None:
-            raise ValueError(f"{option}: expected data to run the model on, found none; pass calibration")
-    batches: list[Mapping[str, Any]] = []
-    if sequential:
-        if isinstance(calibration, Calibration):
-            raise ValueError("sequential=True: expected batches to run the model on again, found a Calibration")
-        calibration = batches = list(cast("Iterable[Mapping[str, Any]]", calibration))
+    multiple, masked = int(multiple), bool(masked)  # NumPy's, too
+    if ranks == "gradient" and calibration is None:
+        raise ValueError("ranks='gradient': expected data to run the model on, found none; pass calibration")
     rule, there = choose_rule(ratio, ranks, threshold, energy), find_pairs(model)
     if unknown := set(rule.given) - {pair.name for pair in there}:
         known = ", ".join(repr(pair.name) for pair in there[:2])
@@ -126,8 +116,6 @@ def prune(
         and any(bool((k < found[n][1].values.shape[1]).any()) for n, k in kept.items())
     ):
         warn("directions are chosen by weights alone, which models bear badly; pass calibration=<batches of data>")
-    if sequential:
-        found = refit(model, found, kept, method, batches)
     before = _sizes(model)
     if masked:
         wide = {name: directions.values.shape[1] for name, (_, directions) in found.items()}
@@ -140,8 +128,7 @@ def prune(
             for name in names
         }
         factors = cut(found, kept)
-        step = {"method": method, **rule.to_dict(), "multiple": multiple}
-        step |= {"calibrated": calibration is not None, "sequential": sequential}
+        step = {"method": method, **rule.to_dict(), "multiple": multiple, "calibrated": calibration is not None}
         with _uninterrupted(), _recorded(model, step) as done:
             for block, names in tqdm(blocks.values(), desc="CLOVER pruning", unit=" layers", delay=3, leave=False):
                 rewrite(block, [Change(*found[name], *factors[name], wide[name]) for name in names])
@@ -151,7 +138,6 @@ def prune(
         method=method,
         rule=rule.to_dict() | ({"multiple": multiple} if multiple > 1 else {}),
         calibrated=calibration is not None,
-        sequential=sequential,
         masked=masked,
         pairs={name: _summary(*found[name], kept[name], width) for name, width in wide.items()},
         skipped=skipped,

@@ -42,7 +42,6 @@ class PruningReport:
         method: "clover" or "vanilla".
         rule: how ranks were chosen, and its figure for each kind of pair.
         calibrated: whether moments of activations were used.
-        sequential: whether each layer was fitted to what the pruned ones before it pass on.
         masked: whether directions were zeroed, with all shapes as they were.
         pairs: name of a pair -> what was done to it.
         skipped: kind of pair -> why nothing was done to it.
@@ -54,7 +53,6 @@ class PruningReport:
     method: Method
     rule: dict[str, Any]
     calibrated: bool
-    sequential: bool
     masked: bool
     pairs: dict[str, PrunedPair]
     skipped: dict[Kind, str]
@@ -71,7 +69,7 @@ class PruningReport:
         rule = ", ".join(f"{name} {value}" for name, value in self.rule.items())
         how = [self.method, rule, "calibrated" if self.calibrated else "by weights alone"]
         rows = [["", "before", "after", "removed"], ["---", "---:", "---:", "---:"]]
-        rows.append([", ".join([*how, *(["sequential"] if self.sequential else [])]), "", "", ""])
+        rows.append([", ".join(how), "", "", ""])
         rows.append(["parameters", *_change(*self.parameters)])
         if any(self.cache_bytes):
             rows.append(["KV cache, bytes a token", *_change(*self.cache_bytes)])
