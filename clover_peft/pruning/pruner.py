@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..base_model.attention import AttentionBlock
-from ..base_model.resolve import attention_block, attention_blocks
+from ..base_model.resolve import attention_blocks
 from ..io.user_warning import warn
 from .calibration import Calibration, measure
 from .directions import Directions, Method, cut, decompose_pairs, mask
@@ -97,7 +97,7 @@ def prune(
     if rule.kinds is None:  # a figure for all kinds is one for those that are named
         named = {pair.kind for pair in there if pair.is_named(target_modules)}
         kinds = [kind for kind in kinds if kind in named] or kinds
-    pairs = select_pairs(model, kinds, target_modules)
+    pairs = select_pairs(model, there, kinds, target_modules)
     if rule.given:
         pairs = [pair for pair in pairs if pair.name in rule.given]
         if not pairs:
@@ -106,9 +106,9 @@ def prune(
             )
     check_pairs(rule, pairs, multiple)
     _check_untied(model, pairs)
-    blocks = _blocks(model, pairs, masked)
+    blocks, every = _blocks(pairs, masked), attention_blocks(model)
     data = measure(model, pairs, calibration, gradients=rule.name == "gradient")
-    found = decompose_pairs(model, pairs, method, data.moments)
+    found = decompose_pairs(pairs, method, data.moments)
     kept = choose_ranks(found, rule, multiple, data.sensitivities if rule.name == "gradient" else {})
     if (
         calibration is None
@@ -116,7 +116,7 @@ def prune(
         and any(bool((k < found[n][1].values.shape[1]).any()) for n, k in kept.items())
     ):
         warn("directions are chosen by weights alone, which models bear badly; pass calibration=<batches of data>")
-    before = _sizes(model)
+    before = _sizes(model, every)
     if masked:
         wide = {name: directions.values.shape[1] for name, (_, directions) in found.items()}
         with _uninterrupted():
@@ -129,11 +129,11 @@ def prune(
         }
         factors = cut(found, kept)
         step = {"method": method, **rule.to_dict(), "multiple": multiple, "calibrated": calibration is not None}
-        with _uninterrupted(), _recorded(model, step) as done:
+        with _uninterrupted(), _recorded(model, every, step) as done:
             for block, names in tqdm(blocks.values(), desc="CLOVER pruning", unit=" layers", delay=3, leave=False):
                 rewrite(block, [Change(*found[name], *factors[name], wide[name]) for name in names])
                 done.append(block)
-    after = _sizes(model)
+    after = _sizes(model, every)
     report = PruningReport(
         method=method,
         rule=rule.to_dict() | ({"multiple": multiple} if multiple > 1 else {}),
@@ -199,26 +199,24 @@ def _check_untied(model: nn.Module, pairs: Iterable[Pair]) -> None:
                 )
 
 
-def _blocks(model: nn.Module, pairs: Iterable[Pair], masked: bool) -> dict[str, tuple[AttentionBlock, list[str]]]:
+def _blocks(pairs: Iterable[Pair], masked: bool) -> dict[str, tuple[AttentionBlock, list[str]]]:
     """Path of an attention block -> the block and the names of its pairs."""
     blocks: dict[str, tuple[AttentionBlock, list[str]]] = {}
     for pair in pairs:
-        block = attention_block(model, pair.path)
-        assert block is not None  # the pair was found in it
-        check_projections(block)
+        check_projections(pair.attention)
         if not masked:
-            check_supported(block)
-        blocks.setdefault(block.path, (block, []))[1].append(pair.name)
+            check_supported(pair.attention)
+        blocks.setdefault(pair.attention.path, (pair.attention, []))[1].append(pair.name)
     return blocks
 
 
-def _sizes(model: nn.Module) -> tuple[int, int]:
+def _sizes(model: nn.Module, blocks: Mapping[str, AttentionBlock]) -> tuple[int, int]:
     """Parameters, and bytes of the keys and values that are kept of one token: those of decoders."""
     parameters, total = sum(parameter.numel() for parameter in model.parameters()), 0
     both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     encoder: Any = model.get_encoder() if both and hasattr(model, "get_encoder") else None  # type: ignore[operator]
     uncached = set() if encoder is None else {id(module) for module in encoder.modules()}
-    for block in attention_blocks(model).values():
+    for block in blocks.values():
         # A decoder's cross-attention is not causal and keeps what it makes of the encoder.
         if id(block.modules[0]) not in uncached and (both or getattr(block.modules[0], "is_causal", True)):
             total += block.cached_features(block.path) * next(block.modules[0].parameters()).element_size()
@@ -245,7 +243,9 @@ def _uninterrupted() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _recorded(model: nn.Module, step: Mapping[str, Any]) -> Iterator[list[AttentionBlock]]:
+def _recorded(
+    model: nn.Module, every: Mapping[str, AttentionBlock], step: Mapping[str, Any]
+) -> Iterator[list[AttentionBlock]]:
     """Takes the blocks that are rewritten, and enters them in the model's config; after an error, too, so that what
     is narrow by then can be saved and loaded."""
     done: list[AttentionBlock] = []
@@ -258,7 +258,7 @@ def _recorded(model: nn.Module, step: Mapping[str, Any]) -> Iterator[list[Attent
             block.path.removeprefix(prefix): [*widths(block), block.module_of(block.family.output).bias is not None]
             for block in done
         }
-        known = {} if become_stock(model, attention_blocks(model)) else record["blocks"] | made
+        known = {} if become_stock(model, every) else record["blocks"] | made
         config = getattr(model, "config", None)
         if getattr(config, "is_encoder_decoder", False) and not hasattr(relative_base(model), "decoder"):
             record = {**record, "tower": type(model).__name__}  # the config is that of the whole
