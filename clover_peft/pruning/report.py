@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .directions import Method
+from .figures import HeatMap, plot_heat_maps
 from .pairs import Kind
 
 
@@ -91,10 +92,27 @@ class PruningReport:
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     def plot(self, path: str | PathLike[str]) -> None:
-        """Draw the ranks of all heads (needs matplotlib)."""
-        from .figures import plot_report
+        """Draw heat maps, layer x key-value head, for each kind of pair (needs matplotlib).
 
-        plot_report(self, path)
+        The upper one shows the share of directions that each head keeps, the lower one the share of its energy, the
+        sum of squared singular values.
+
+        Args:
+            path: the picture, in any format that matplotlib writes.
+
+        Raises:
+            ValueError: if matplotlib is not installed.
+        """
+        columns = []
+        for kind in sorted({pair.kind for pair in self.pairs.values()}):
+            pairs = {name: pair for name, pair in self.pairs.items() if pair.kind == kind}
+            paths = [name.rpartition(" (")[0] for name in pairs]
+            kept = [[rank / pair.size for rank in pair.kept] for pair in pairs.values()]
+            energy = [pair.energy for pair in pairs.values()]
+            title = f"{kind}: directions kept, {1 - self.removed(kind):.1%} in all"
+            columns.append([HeatMap(title, paths, kept), HeatMap(f"{kind}: energy kept", paths, energy)])
+        data = "with data" if self.calibrated else "by weights alone"
+        plot_heat_maps(columns, f"{self.method}, {data}, {self.rule['ranks']} ranks", path)
 
     def removed(self, kind: Kind) -> float:
         """The share of directions of this kind that was removed; padding counts as removed, and costs as if it was not
