@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..base_model.weight import base_of, base_weight, partner_weight
-from ..linalg.decomposition import gram, pair_bases, per_key_value_head
-from ..linalg.moments import Moments, centred, shrink
+from ..linalg.decomposition import gram, pair_bases
+from ..linalg.moments import Moments, pair_grams
 from .calibration import Calibration, measure
 from .pairs import Kind, Pair, beside_name, find_pairs, select_pairs
 
@@ -147,28 +147,28 @@ def decompose_pair(pair: Pair, method: Method, moments: Mapping[str, Moments]) -
     with partner_weight(model, pair.partner) as (rows, query_bias):
         heads = pair.partner.heads
         added = None if query_bias is None else heads.blocks(query_bias, size)
-        g_out = gram(heads.blocks(rows, size), added).to(g_in.device)
-    count, groups = len(g_in), len(g_out) // len(g_in)
-    beside, own = moments.get(beside_name(pair)), moments.get(pair.name)
-    seen, bias = None, None
+        g_out = gram(heads.blocks(rows, size), added)
+    bias = None
     if pair.kind == "vo" and own_bias is not None and _takes_bias(pair):
-        bias = own_bias.repeat_interleave(groups, dim=0)
-    if pair.kind == "vo" and beside is not None:
-        # Centred on what the weights say, not on the data: the mean of those is not that of what comes later.
-        seen = beside.second if bias is None else beside.about(bias.to(beside.mean))
-        seen = shrink(seen.to(g_in), g_in.repeat_interleave(groups, dim=0), beside.tokens)
-        g_in = per_key_value_head(seen, count, groups) / groups  # a mean: the other side is the sum over the group
-    elif beside is not None and own is not None:
-        g_in = centred(own, g_in)
-        g_out = shrink(beside.second.to(g_in), g_out, beside.tokens)
-    g_out = per_key_value_head(g_out, count, groups)
+        bias = own_bias.repeat_interleave(pair.groups, dim=0)
+    g_in, g_out, read = pair_grams(
+        g_in,
+        g_out,
+        pair.heads.count,
+        reads=pair.partner.reads,
+        own=moments.get(pair.name),
+        partner=moments.get(beside_name(pair)),
+        constant=bias,  # The bias is known from the weights; the mean of these data is not that of later ones.
+    )
+    if read is not None:
+        g_in = g_in / pair.groups  # The mean over the group, because `g_out` is the sum.
     if method == "vanilla":
         return replace(_coordinates(g_in, g_out), bias=bias)
     bases = pair_bases(g_in, g_out)
     assert bases.back is not None  # a pair's never is the identity
     root = bases.singular_values.sqrt()
     down, back = root.unsqueeze(-1) * bases.coordinates, bases.back * root.unsqueeze(-2)
-    return Directions(bases.singular_values, down, back, seen if groups > 1 else None, bias)
+    return Directions(bases.singular_values, down, back, read if pair.groups > 1 else None, bias)
 
 
 def _takes_bias(pair: Pair) -> bool:
