@@ -70,7 +70,6 @@ def _run(given: argparse.Namespace) -> tuple[Any, PruningReport]:
         calibration=batches,
         ranks=given.ranks or "global",
         multiple=given.multiple,
-        sequential=given.sequential,
         masked=given.masked,
         target_modules=options.target_modules(given),
     )
@@ -121,9 +120,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--method", choices=["clover", "vanilla"], default="clover", help="vanilla drops coordinates")
     parser.add_argument("--multiple", type=int, default=1, help="round ranks to multiples of this; kernels like 8")
     options.add_calibration(parser)
-    parser.add_argument(
-        "--sequential", action="store_true", help="fit each layer to what the pruned ones before it pass on"
-    )
     parser.add_argument(
         "--masked", action="store_true", help="zero directions and keep all sizes: for analysis, nothing gets smaller"
     )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .decomposition import per_key_value_head
 
 
 @dataclass
@@ -108,3 +111,63 @@ def shrink(moment: Tensor, weight_gram: Tensor, tokens: int) -> Tensor:
     trace, weight_trace = (g.diagonal(dim1=-2, dim2=-1).sum(-1).view(-1, 1, 1) for g in (moment, weight_gram))
     relative = weight_gram / weight_trace.clamp(min=torch.finfo(weight_gram.dtype).tiny)
     return (1 - share) * moment + share * trace * relative
+
+
+class PairGrams(NamedTuple):
+    """The Grams that a pair is decomposed by, `pair_bases(g_in, g_out)`.
+
+    Attributes:
+        g_in: (H, d, d) float64, of the value or key. If moments of what the output projection reads replace it, their
+            sum over the query heads that share a key-value head.
+        g_out: (H, d, d) float64, of the output or query, summed over the query heads that share a key-value head.
+        read: (G, d, d) float64, what the output projection reads of every query head: its moments drawn towards
+            the weights. None for a query and key, and without moments.
+    """
+
+    g_in: Tensor
+    g_out: Tensor
+    read: Tensor | None
+
+
+def pair_grams(
+    g_in: Tensor,
+    g_out: Tensor,
+    heads: int,
+    *,
+    reads: bool,
+    own: Moments | None = None,
+    partner: Moments | None = None,
+    constant: Tensor | None = None,
+) -> PairGrams:
+    """The Grams of a pair, in which moments of activations replace the Grams of the weights that compute them (ours).
+
+    Value and output meet in what the output projection reads: its moments, one for every query head, replace `g_in`.
+    Key and query meet in a dot product: the key's covariance replaces `g_in`, because softmax ignores a vector that is
+    added to all keys, and the query's second moments replace `g_out`. Every moment is drawn towards the Gram that it
+    replaces (`shrink`).
+
+    Args:
+        g_in: (H, d, d) float64, Gram of the weights that compute the pair's own features, value or key.
+        g_out: (G, d, d) float64, Gram of the partner's weights, output or query, for every query head. G is a multiple
+            of H.
+        heads: key-value heads; a divisor of H, which is larger where a head is split into several blocks.
+        reads: whether the partner reads the features (output projection) or meets them in a dot product (query).
+        own: moments of the pair's own features, H blocks of d; of a key only.
+        partner: moments of what the output projection reads or the query projection computes, G blocks of d.
+        constant: (G, d), the vector that moments of what is read are taken about; the origin if None.
+
+    Returns:
+        `PairGrams`, on the device of `g_in`.
+    """
+    groups, read = len(g_out) // len(g_in), None
+    g_out = g_out.to(g_in.device)
+    if partner is not None and reads:
+        moment = partner.second if constant is None else partner.about(constant.to(partner.mean))
+        shared = g_in.unflatten(0, (heads, 1, -1)).repeat(1, groups, 1, 1, 1).flatten(0, 2)
+        read = shrink(moment.to(g_in), shared, partner.tokens)
+        g_in = per_key_value_head(read, heads, groups)
+    elif partner is not None:
+        g_out = shrink(partner.second.to(g_in), g_out, partner.tokens)
+    if own is not None:
+        g_in = centred(own, g_in)
+    return PairGrams(g_in, per_key_value_head(g_out, heads, groups), read)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..base_model.activations import collect_moments
 from ..linalg.moments import Moments
-from .pairs import Pair, check_plain, probes, select_pairs
+from .pairs import Pair, check_plain, find_pairs, probes, select_pairs
 from .sensitivity import sensitivities
 
 _SAME = 1e-9  # of a sum, relative to that of the magnitudes: what the order of adding makes of it in float64
@@ -67,7 +67,8 @@ def calibrate(
         TypeError: if this is one batch, not several, or no model.
     """
     check_plain(model)
-    return replace(measure(model, select_pairs(model, None, target_modules), batches, gradients), weights=_sums(model))
+    pairs = select_pairs(model, find_pairs(model), None, target_modules)
+    return replace(measure(model, pairs, batches, gradients), weights=_sums(model))
 
 
 def measure(
@@ -89,7 +90,7 @@ def measure(
     """
     if calibration is None:
         return Calibration()
-    wanted, behind = probes(model, pairs), [pair for pair in pairs if pair.kind == "vo"] if gradients else []
+    wanted, behind = probes(pairs), [pair for pair in pairs if pair.kind == "vo"] if gradients else []
     if not isinstance(calibration, Calibration):
         if isinstance(calibration, Mapping):
             raise TypeError("calibration: expected batches, found one batch; pass a list of them")

@@ -14,12 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..base_model.resolve import attention_block
 from ..base_model.weight import base_of, base_weight, partner_weight
-from ..linalg.decomposition import gram, pair_bases, per_key_value_head
-from ..linalg.moments import Moments, centred, shrink
+from ..linalg.decomposition import gram, pair_bases
+from ..linalg.moments import Moments, pair_grams
 from .calibration import Calibration, measure
-from .pairs import Kind, Pair, beside_name, select_pairs
+from .pairs import Kind, Pair, beside_name, find_pairs, select_pairs
 
 Method = Literal["clover", "vanilla"]
 
@@ -120,26 +119,26 @@ def decompose(
     Raises:
         ValueError: if there is no such pair (queries and keys that are rotated are none), or no such method.
     """
-    pairs = select_pairs(model, kinds, target_modules)
-    return decompose_pairs(model, pairs, method, measure(model, pairs, calibration).moments)
+    pairs = select_pairs(model, find_pairs(model), kinds, target_modules)
+    return decompose_pairs(pairs, method, measure(model, pairs, calibration).moments)
 
 
-def decompose_pairs(model: nn.Module, pairs: Iterable[Pair], method: Method, moments: Mapping[str, Moments]) -> Found:
+def decompose_pairs(pairs: Iterable[Pair], method: Method, moments: Mapping[str, Moments]) -> Found:
     """The same of these pairs; `moments` by the names of `probes`, none for directions by weights alone."""
     if method not in ("clover", "vanilla"):
         raise ValueError(f"method: expected 'clover' or 'vanilla', found {method!r}")
     found = {}
     for pair in pairs:
         try:
-            found[pair.name] = (pair, decompose_pair(model, pair, method, moments))
+            found[pair.name] = (pair, decompose_pair(pair, method, moments))
         except ValueError as error:
             raise ValueError(f"{pair.name}: {error}") from error
     return found
 
 
-def decompose_pair(model: nn.Module, pair: Pair, method: Method, moments: Mapping[str, Moments]) -> Directions:
+def decompose_pair(pair: Pair, method: Method, moments: Mapping[str, Moments]) -> Directions:
     """Directions of one pair; `moments` by the names of `probes`."""
-    size = pair.heads.dim
+    size, model = pair.heads.dim, pair.attention.model
     reader = base_weight(model, pair.path)
     with reader.whole():  # a key's bias drops out of softmax, a value's adds a constant
         g_in, own_bias = gram(pair.heads.blocks(reader.transposed(), size)), reader.bias
@@ -148,37 +147,36 @@ def decompose_pair(model: nn.Module, pair: Pair, method: Method, moments: Mappin
     with partner_weight(model, pair.partner) as (rows, query_bias):
         heads = pair.partner.heads
         added = None if query_bias is None else heads.blocks(query_bias, size)
-        g_out = gram(heads.blocks(rows, size), added).to(g_in.device)
-    count, groups = len(g_in), len(g_out) // len(g_in)
-    beside, own = moments.get(beside_name(pair)), moments.get(pair.name)
-    seen, bias = None, None
-    if pair.kind == "vo" and own_bias is not None and _takes_bias(model, pair):
-        bias = own_bias.repeat_interleave(groups, dim=0)
-    if pair.kind == "vo" and beside is not None:
-        # Centred on what the weights say, not on the data: the mean of those is not that of what comes later.
-        seen = beside.second if bias is None else beside.about(bias.to(beside.mean))
-        seen = shrink(seen.to(g_in), g_in.repeat_interleave(groups, dim=0), beside.tokens)
-        g_in = per_key_value_head(seen, count, groups) / groups  # a mean: the other side is the sum over the group
-    elif beside is not None and own is not None:
-        g_in = centred(own, g_in)
-        g_out = shrink(beside.second.to(g_in), g_out, beside.tokens)
-    g_out = per_key_value_head(g_out, count, groups)
+        g_out = gram(heads.blocks(rows, size), added)
+    bias = None
+    if pair.kind == "vo" and own_bias is not None and _takes_bias(pair):
+        bias = own_bias.repeat_interleave(pair.groups, dim=0)
+    g_in, g_out, read = pair_grams(
+        g_in,
+        g_out,
+        pair.heads.count,
+        reads=pair.partner.reads,
+        own=moments.get(pair.name),
+        partner=moments.get(beside_name(pair)),
+        constant=bias,  # The bias is known from the weights; the mean of these data is not that of later ones.
+    )
+    if read is not None:
+        g_in = g_in / pair.groups  # The mean over the group, because `g_out` is the sum.
     if method == "vanilla":
         return replace(_coordinates(g_in, g_out), bias=bias)
     bases = pair_bases(g_in, g_out)
     assert bases.back is not None  # a pair's never is the identity
     root = bases.singular_values.sqrt()
     down, back = root.unsqueeze(-1) * bases.coordinates, bases.back * root.unsqueeze(-2)
-    return Directions(bases.singular_values, down, back, seen if groups > 1 else None, bias)
+    return Directions(bases.singular_values, down, back, read if pair.groups > 1 else None, bias)
 
 
-def _takes_bias(model: nn.Module, pair: Pair) -> bool:
+def _takes_bias(pair: Pair) -> bool:
     """Whether a constant in the values can go into the output's bias: attention adds up to one (with sinks it does
     not), and there is a bias or may be one (Multi-head Latent Attention stays what its class says)."""
-    block = attention_block(model, pair.path)
-    assert block is not None
-    output: Any = base_of(model.get_submodule(pair.partner.path))
-    return block.fact("sinks") is None and (block.family.positions != "decoupled" or output.bias is not None)
+    if pair.attention.fact("sinks") is not None:
+        return False
+    return pair.attention.family.positions != "decoupled" or pair.partner_projection.bias is not None
 
 
 def _coordinates(g_in: Tensor, g_out: Tensor) -> Directions:
@@ -205,7 +203,7 @@ def cut(found: Mapping[str, tuple[Pair, Directions]], ranks: Mapping[str, Tensor
     factors = {}
     for name, (pair, directions) in found.items():
         check_ranks(name, ranks.get(name), *directions.values.shape)
-        factors[name] = directions.factors(ranks[name], pair.partner.heads.count // len(ranks[name]))
+        factors[name] = directions.factors(ranks[name], pair.groups)
     return factors
 
 

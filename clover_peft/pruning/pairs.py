@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -13,7 +13,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..base_model.activations import Probe
-from ..base_model.resolve import default_targets, resolve
+from ..base_model.attention import AttentionBlock
+from ..base_model.resolve import attention_block, default_targets
 from ..base_model.slices import HeadSlice, Partner
 from ..base_model.weight import base_of
 
@@ -29,17 +30,34 @@ class Pair:
         path: the value or key projection.
         heads: its features, H heads of d.
         partner: the output or query projection, with G heads, a multiple of H.
+        attention: the attention block that both belong to, shared by all its pairs.
     """
 
     kind: Kind
     path: str
     heads: HeadSlice
     partner: Partner
+    attention: AttentionBlock = field(repr=False, compare=False)
 
     @property
     def name(self) -> str:
         """Unique in a model: a fused projection has both kinds."""
         return f"{self.path} ({self.kind})"
+
+    @property
+    def groups(self) -> int:
+        """Query heads that share a key-value head, G / H."""
+        return self.partner.heads.count // self.heads.count
+
+    @property
+    def projection(self) -> Any:
+        """The value or key projection itself."""
+        return base_of(self.attention.model.get_submodule(self.path))
+
+    @property
+    def partner_projection(self) -> Any:
+        """The output or query projection itself."""
+        return base_of(self.attention.model.get_submodule(self.partner.path))
 
     def is_named(self, target_modules: str | Sequence[str] | None) -> bool:
         """Whether its path is matched by a regular expression, or has one of several ends; None names all."""
@@ -56,23 +74,33 @@ class Pair:
 
 def find_pairs(model: nn.Module) -> list[Pair]:
     """All pairs of a model that the table of architectures knows, modules that layers share once."""
+    attentions: dict[str, AttentionBlock] = {}
     pairs: dict[tuple[int, str], Pair] = {}
-    for path in default_targets(model):
-        for target in resolve(model, path):
-            if target.partner is not None and target.part in ("k", "v"):
-                kind: Kind = "vo" if target.part == "v" else "qk"
-                shared = (id(base_of(model.get_submodule(path))), kind)
-                pairs.setdefault(shared, Pair(kind, path, target.heads, target.partner))
+    for path, name in default_targets(model).items():
+        attention = attention_block(model, path)
+        if attention is None:  # an up-projection
+            continue
+        attention = attentions.setdefault(attention.path, attention)
+        for part, heads in attention.layout(path, name).items():
+            for target in attention.slices(part, heads) if part in ("k", "v") else ():
+                if target.partner is not None:
+                    kind: Kind = "vo" if part == "v" else "qk"
+                    pair = Pair(kind, path, target.heads, target.partner, attention)
+                    pairs.setdefault((id(pair.projection), kind), pair)
     return list(pairs.values())
 
 
 def select_pairs(
-    model: nn.Module, kinds: Iterable[Kind] | None = None, target_modules: str | Sequence[str] | None = None
+    model: nn.Module,
+    there: Sequence[Pair],
+    kinds: Iterable[Kind] | None = None,
+    target_modules: str | Sequence[str] | None = None,
 ) -> list[Pair]:
     """The pairs of these kinds.
 
     Args:
         model: a model of a known family, without adapters.
+        there: all its pairs, from `find_pairs`.
         kinds: "qk", "vo" or both; None for those that the model has and `target_modules` names.
         target_modules: which pairs, by the path of the key or value projection: a regular expression that matches all
             of it, or ends of paths; None for all.
@@ -80,7 +108,6 @@ def select_pairs(
     Raises:
         ValueError: if there is none of some kind (queries and keys that are rotated are none).
     """
-    there = find_pairs(model)
     present = {pair.kind for pair in there}
     wanted = present if kinds is None else set(kinds)
     if not present or wanted - present:
@@ -105,15 +132,14 @@ def beside_name(pair: Pair) -> str:
     return f"{pair.name} with {pair.partner.path}"
 
 
-def probes(model: nn.Module, pairs: Iterable[Pair]) -> dict[str, Probe]:
+def probes(pairs: Iterable[Pair]) -> dict[str, Probe]:
     """What data can say of pairs: of each what its partner reads or computes, of a key what it computes itself."""
     found = {}
     for pair in pairs:
-        partner = base_of(model.get_submodule(pair.partner.path))
-        found[beside_name(pair)] = Probe(partner, pair.partner.reads, pair.partner.heads, pair.heads.dim)
+        size, partner = pair.heads.dim, pair.partner
+        found[beside_name(pair)] = Probe(pair.partner_projection, partner.reads, partner.heads, size)
         if pair.kind == "qk":
-            own = base_of(model.get_submodule(pair.path))
-            found[pair.name] = Probe(own, False, pair.heads, pair.heads.dim)
+            found[pair.name] = Probe(pair.projection, False, pair.heads, size)
     return found
 
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..base_model.attention import AttentionBlock
-from ..base_model.resolve import attention_block, attention_blocks
+from ..base_model.resolve import attention_blocks
 from ..io.user_warning import warn
 from .calibration import Calibration, measure
 from .directions import Directions, Method, cut, decompose_pairs, mask
@@ -27,7 +27,6 @@ from .narrow.rewriting import Change, rewrite
 from .pairs import Kind, Pair, check_plain, find_pairs, select_pairs
 from .report import PrunedPair, PruningReport
 from .rule import Rule, check_pairs, choose_ranks, choose_rule
-from .sequential import refit
 
 
 @torch.inference_mode(False)
@@ -42,7 +41,6 @@ def prune(
     threshold: float | Mapping[Kind, float] | None = None,
     energy: float | Mapping[Kind, float] | None = None,
     multiple: int = 1,
-    sequential: bool = False,
     masked: bool = False,
     target_modules: str | Sequence[str] | None = None,
 ) -> PruningReport:
@@ -53,7 +51,7 @@ def prune(
     `save_pretrained` saves and, after `import clover_peft`, `from_pretrained` loads.
 
     Everything is computed before any weight is changed; then layers are rewritten one by one, which an interrupt
-    waits for. Costs D d^2 for a head, beside one pass over the calibration data; `sequential` and "gradient" add one.
+    waits for. Costs D d^2 for a head, beside one pass over the calibration data; "gradient" adds one.
 
     Args:
         model: a model of a known family, without adapters and not quantised.
@@ -71,8 +69,6 @@ def prune(
         threshold: instead of `ratio`, the smallest singular value to keep (the paper's rule for Whisper).
         energy: instead of `ratio`, the share of each head's sum of squared singular values to keep.
         multiple: round every rank to the nearest multiple of this; kernels like 8.
-        sequential: fit every layer to what the pruned layers before it pass on. Needs `calibration`, as a sequence
-            of batches, which are then all under way at once.
         masked: zero directions and keep all shapes, for analysis.
         target_modules: which pairs, by the path of the key or value projection: a regular expression that matches all
             of it, or ends of paths; None for all.
@@ -90,15 +86,9 @@ def prune(
         raise ValueError(f"method: expected 'clover' or 'vanilla', found {method!r}")
     if not isinstance(cast(Any, multiple), Integral) or multiple < 1:
         raise ValueError(f"multiple: expected a positive whole number, found {multiple!r}")
-    multiple, sequential, masked = int(multiple), bool(sequential), bool(masked)  # NumPy's, too
-    for option, wanted in {"sequential=True": sequential, "ranks='gradient'": ranks == "gradient"}.items():
-        if wanted and calibration is None:
-            raise ValueError(f"{option}: expected data to run the model on, found none; pass calibration")
-    batches: list[Mapping[str, Any]] = []
-    if sequential:
-        if isinstance(calibration, Calibration):
-            raise ValueError("sequential=True: expected batches to run the model on again, found a Calibration")
-        calibration = batches = list(cast("Iterable[Mapping[str, Any]]", calibration))
+    multiple, masked = int(multiple), bool(masked)  # NumPy's, too
+    if ranks == "gradient" and calibration is None:
+        raise ValueError("ranks='gradient': expected data to run the model on, found none; pass calibration")
     rule, there = choose_rule(ratio, ranks, threshold, energy), find_pairs(model)
     if unknown := set(rule.given) - {pair.name for pair in there}:
         known = ", ".join(repr(pair.name) for pair in there[:2])
@@ -107,7 +97,7 @@ def prune(
     if rule.kinds is None:  # a figure for all kinds is one for those that are named
         named = {pair.kind for pair in there if pair.is_named(target_modules)}
         kinds = [kind for kind in kinds if kind in named] or kinds
-    pairs = select_pairs(model, kinds, target_modules)
+    pairs = select_pairs(model, there, kinds, target_modules)
     if rule.given:
         pairs = [pair for pair in pairs if pair.name in rule.given]
         if not pairs:
@@ -116,9 +106,9 @@ def prune(
             )
     check_pairs(rule, pairs, multiple)
     _check_untied(model, pairs)
-    blocks = _blocks(model, pairs, masked)
+    blocks, every = _blocks(pairs, masked), attention_blocks(model)
     data = measure(model, pairs, calibration, gradients=rule.name == "gradient")
-    found = decompose_pairs(model, pairs, method, data.moments)
+    found = decompose_pairs(pairs, method, data.moments)
     kept = choose_ranks(found, rule, multiple, data.sensitivities if rule.name == "gradient" else {})
     if (
         calibration is None
@@ -126,9 +116,7 @@ def prune(
         and any(bool((k < found[n][1].values.shape[1]).any()) for n, k in kept.items())
     ):
         warn("directions are chosen by weights alone, which models bear badly; pass calibration=<batches of data>")
-    if sequential:
-        found = refit(model, found, kept, method, batches)
-    before = _sizes(model)
+    before = _sizes(model, every)
     if masked:
         wide = {name: directions.values.shape[1] for name, (_, directions) in found.items()}
         with _uninterrupted():
@@ -140,18 +128,16 @@ def prune(
             for name in names
         }
         factors = cut(found, kept)
-        step = {"method": method, **rule.to_dict(), "multiple": multiple}
-        step |= {"calibrated": calibration is not None, "sequential": sequential}
-        with _uninterrupted(), _recorded(model, step) as done:
+        step = {"method": method, **rule.to_dict(), "multiple": multiple, "calibrated": calibration is not None}
+        with _uninterrupted(), _recorded(model, every, step) as done:
             for block, names in tqdm(blocks.values(), desc="CLOVER pruning", unit=" layers", delay=3, leave=False):
                 rewrite(block, [Change(*found[name], *factors[name], wide[name]) for name in names])
                 done.append(block)
-    after = _sizes(model)
+    after = _sizes(model, every)
     report = PruningReport(
         method=method,
         rule=rule.to_dict() | ({"multiple": multiple} if multiple > 1 else {}),
         calibrated=calibration is not None,
-        sequential=sequential,
         masked=masked,
         pairs={name: _summary(*found[name], kept[name], width) for name, width in wide.items()},
         skipped=skipped,
@@ -213,26 +199,24 @@ def _check_untied(model: nn.Module, pairs: Iterable[Pair]) -> None:
                 )
 
 
-def _blocks(model: nn.Module, pairs: Iterable[Pair], masked: bool) -> dict[str, tuple[AttentionBlock, list[str]]]:
+def _blocks(pairs: Iterable[Pair], masked: bool) -> dict[str, tuple[AttentionBlock, list[str]]]:
     """Path of an attention block -> the block and the names of its pairs."""
     blocks: dict[str, tuple[AttentionBlock, list[str]]] = {}
     for pair in pairs:
-        block = attention_block(model, pair.path)
-        assert block is not None  # the pair was found in it
-        check_projections(block)
+        check_projections(pair.attention)
         if not masked:
-            check_supported(block)
-        blocks.setdefault(block.path, (block, []))[1].append(pair.name)
+            check_supported(pair.attention)
+        blocks.setdefault(pair.attention.path, (pair.attention, []))[1].append(pair.name)
     return blocks
 
 
-def _sizes(model: nn.Module) -> tuple[int, int]:
+def _sizes(model: nn.Module, blocks: Mapping[str, AttentionBlock]) -> tuple[int, int]:
     """Parameters, and bytes of the keys and values that are kept of one token: those of decoders."""
     parameters, total = sum(parameter.numel() for parameter in model.parameters()), 0
     both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     encoder: Any = model.get_encoder() if both and hasattr(model, "get_encoder") else None  # type: ignore[operator]
     uncached = set() if encoder is None else {id(module) for module in encoder.modules()}
-    for block in attention_blocks(model).values():
+    for block in blocks.values():
         # A decoder's cross-attention is not causal and keeps what it makes of the encoder.
         if id(block.modules[0]) not in uncached and (both or getattr(block.modules[0], "is_causal", True)):
             total += block.cached_features(block.path) * next(block.modules[0].parameters()).element_size()
@@ -259,7 +243,9 @@ def _uninterrupted() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _recorded(model: nn.Module, step: Mapping[str, Any]) -> Iterator[list[AttentionBlock]]:
+def _recorded(
+    model: nn.Module, every: Mapping[str, AttentionBlock], step: Mapping[str, Any]
+) -> Iterator[list[AttentionBlock]]:
     """Takes the blocks that are rewritten, and enters them in the model's config; after an error, too, so that what
     is narrow by then can be saved and loaded."""
     done: list[AttentionBlock] = []
@@ -272,7 +258,7 @@ def _recorded(model: nn.Module, step: Mapping[str, Any]) -> Iterator[list[Attent
             block.path.removeprefix(prefix): [*widths(block), block.module_of(block.family.output).bias is not None]
             for block in done
         }
-        known = {} if become_stock(model, attention_blocks(model)) else record["blocks"] | made
+        known = {} if become_stock(model, every) else record["blocks"] | made
         config = getattr(model, "config", None)
         if getattr(config, "is_encoder_decoder", False) and not hasattr(relative_base(model), "decoder"):
             record = {**record, "tower": type(model).__name__}  # the config is that of the whole

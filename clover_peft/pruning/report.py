@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .directions import Method
+from .figures import HeatMap, plot_heat_maps
 from .pairs import Kind
 
 
@@ -42,7 +43,6 @@ class PruningReport:
         method: "clover" or "vanilla".
         rule: how ranks were chosen, and its figure for each kind of pair.
         calibrated: whether moments of activations were used.
-        sequential: whether each layer was fitted to what the pruned ones before it pass on.
         masked: whether directions were zeroed, with all shapes as they were.
         pairs: name of a pair -> what was done to it.
         skipped: kind of pair -> why nothing was done to it.
@@ -54,7 +54,6 @@ class PruningReport:
     method: Method
     rule: dict[str, Any]
     calibrated: bool
-    sequential: bool
     masked: bool
     pairs: dict[str, PrunedPair]
     skipped: dict[Kind, str]
@@ -71,7 +70,7 @@ class PruningReport:
         rule = ", ".join(f"{name} {value}" for name, value in self.rule.items())
         how = [self.method, rule, "calibrated" if self.calibrated else "by weights alone"]
         rows = [["", "before", "after", "removed"], ["---", "---:", "---:", "---:"]]
-        rows.append([", ".join([*how, *(["sequential"] if self.sequential else [])]), "", "", ""])
+        rows.append([", ".join(how), "", "", ""])
         rows.append(["parameters", *_change(*self.parameters)])
         if any(self.cache_bytes):
             rows.append(["KV cache, bytes a token", *_change(*self.cache_bytes)])
@@ -93,10 +92,27 @@ class PruningReport:
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     def plot(self, path: str | PathLike[str]) -> None:
-        """Draw the ranks of all heads (needs matplotlib)."""
-        from .figures import plot_report
+        """Draw heat maps, layer x key-value head, for each kind of pair (needs matplotlib).
 
-        plot_report(self, path)
+        The upper one shows the share of directions that each head keeps, the lower one the share of its energy, the
+        sum of squared singular values.
+
+        Args:
+            path: the picture, in any format that matplotlib writes.
+
+        Raises:
+            ValueError: if matplotlib is not installed.
+        """
+        columns = []
+        for kind in sorted({pair.kind for pair in self.pairs.values()}):
+            pairs = {name: pair for name, pair in self.pairs.items() if pair.kind == kind}
+            paths = [name.rpartition(" (")[0] for name in pairs]
+            kept = [[rank / pair.size for rank in pair.kept] for pair in pairs.values()]
+            energy = [pair.energy for pair in pairs.values()]
+            title = f"{kind}: directions kept, {1 - self.removed(kind):.1%} in all"
+            columns.append([HeatMap(title, paths, kept), HeatMap(f"{kind}: energy kept", paths, energy)])
+        data = "with data" if self.calibrated else "by weights alone"
+        plot_heat_maps(columns, f"{self.method}, {data}, {self.rule['ranks']} ranks", path)
 
     def removed(self, kind: Kind) -> float:
         """The share of directions of this kind that was removed; padding counts as removed, and costs as if it was not

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..base_model.activations import TokenReader, evaluating, hooks
-from ..base_model.weight import base_of
 from .pairs import Pair
 
 
@@ -34,7 +33,7 @@ def sensitivities(model: nn.Module, pairs: Iterable[Pair], batches: Iterable[Map
     Raises:
         ValueError: if the model has neither logits nor hidden states, or a pair is not reached.
     """
-    named = {pair.name: base_of(model.get_submodule(pair.partner.path)) for pair in pairs}
+    named = {pair.name: pair.partner_projection for pair in pairs}
     squares = dict.fromkeys(named, 0.0)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     reader = TokenReader(model)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..linalg.spectra import effective_rank
 from .calibration import Calibration, measure
 from .directions import Directions, Method, decompose_pair
-from .pairs import Kind, Pair, select_pairs
+from .pairs import Kind, Pair, find_pairs, select_pairs
 
 SHARES = (0.99, 0.95, 0.9)  # of the energy, that ratios are suggested for
 METHODS: tuple[Method, ...] = ("clover", "vanilla")
@@ -87,11 +87,11 @@ def measure_spectra(
     Raises:
         ValueError: if there is no such pair.
     """
-    pairs = select_pairs(model, kinds, target_modules)
+    pairs = select_pairs(model, find_pairs(model), kinds, target_modules)
     moments = measure(model, pairs, calibration).moments
     found = {}
     for pair in pairs:
-        clover, vanilla = (decompose_pair(model, pair, method, moments) for method in METHODS)
+        clover, vanilla = (decompose_pair(pair, method, moments) for method in METHODS)
         by_value = Spectrum(clover.values, clover.values.square())
         found[pair.name] = PairSpectra(pair, by_value, _coordinates(clover, vanilla))
     return found

@@ -17,11 +17,10 @@ from ..linalg.decomposition import (
     describe_dropped,
     gram,
     pair_bases,
-    per_key_value_head,
     qr_bases,
     svd_bases,
 )
-from ..linalg.moments import Moments, centred, shrink
+from ..linalg.moments import Moments, pair_grams, shrink
 from ..runtime.sharding import only_rank_0_has_weights
 from .adapter_tensors import FROZEN
 from .base_check import row_norms
@@ -170,8 +169,7 @@ def compute_bases(
 ) -> Bases:
     """Bases of one slice: the pair's by the Grams of both sides, otherwise the projection's own.
 
-    Moments of activations take the place of the Gram of the weights that compute them. Of a value they are those of
-    what the output projection reads; of a key, which softmax does not mind being shifted, they are centred.
+    Moments of activations replace the Grams of the weights that compute them (`pair_grams`).
     """
     g_in = gram(spec.heads.blocks(weight, spec.size), None if bias is None else spec.heads.blocks(bias, spec.size))
     if spec.partner is None:
@@ -179,16 +177,9 @@ def compute_bases(
             g_in = shrink(own.second.to(g_in.device), g_in, own.tokens)
         bases = qr_bases(g_in) if spec.basis == "qr" else svd_bases(g_in)
         return bases if spec.r == spec.size else bases.leading(spec.r)
-    heads, count = spec.partner.heads, spec.heads.count
-    groups = heads.count // count
+    heads, reads = spec.partner.heads, spec.partner.reads
     with partner_weight(model, spec.partner) as (rows, bias):
-        g = gram(heads.blocks(rows, spec.size), None if bias is None else heads.blocks(bias, spec.size))
-    g = g.to(g_in.device)
-    if partner is not None and spec.partner.reads:
-        g_in = shrink(per_key_value_head(partner.second.to(g), count, groups), g_in, partner.tokens)
-    elif partner is not None:
-        g = shrink(partner.second.to(g), g, partner.tokens)
-    if own is not None:
-        g_in = centred(own, g_in)
-    bases = pair_bases(g_in, per_key_value_head(g, count, groups))
+        g_out = gram(heads.blocks(rows, spec.size), None if bias is None else heads.blocks(bias, spec.size))
+    grams = pair_grams(g_in, g_out, spec.heads.count, reads=reads, own=own, partner=partner)
+    bases = pair_bases(grams.g_in, grams.g_out)
     return bases if spec.r == spec.size else bases.leading(spec.r)

@@ -14,7 +14,7 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from clover_peft.pruning.narrow.attention import STYLES
 from clover_peft.pruning.narrow.calls import ROLES, call_of
-from tests.pruning.test_narrow import GENERATING, NARROW, prune, ratio
+from tests.support.pruning import GENERATING, NARROW, prune, ratio
 from tests.support.tiny import FAMILIES, VOCAB, build, inputs, logits, relative
 
 pytestmark = pytest.mark.usefixtures("one_thread")
