@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,14 @@ def _for_a_small_machine(code: str, folder: str) -> str:
         code = code.replace(name, folder)
     on_cpu = "use_cpu=True, " if "bf16=" in code.replace("also bf16=", "") else "use_cpu=True, bf16=False, "
     return code.replace("SFTConfig(", f"SFTConfig({on_cpu}")
+
+
+def test_there_are_snippets():
+    """Those of the README are short programs of their own, which import what registers CLOVER."""
+    readme = snippets(Path("README.md"), "python")
+    assert len(readme) == 2
+    assert all("import clover_peft" in snippet.code for snippet in readme)
+    assert sum(bool(snippets(page, "python")) for page in guides()) >= 9
 
 
 @pytest.mark.parametrize("page", [page for page in guides() if snippets(page, "python")], ids=str)
