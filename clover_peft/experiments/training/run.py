@@ -56,7 +56,7 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
     if sft.n_gpu > 1:
         raise ValueError(
             f"expected one GPU a process, found {sft.n_gpu}, over which DataParallel would spread every batch; use "
-            "accelerate launch (docs/scale.md), or set CUDA_VISIBLE_DEVICES=0"
+            "accelerate launch (docs/how_to/several_gpus.md), or set CUDA_VISIBLE_DEVICES=0"
         )
     out = Path(sft.output_dir)
     say = sft.distributed_state.print  # of several processes on a machine, one speaks
