@@ -48,10 +48,10 @@ from transformers import (
 )
 
 import clover_peft
+from clover_peft.cli.pruning_options import figures as shares
 from clover_peft.io import run_record as records
 from clover_peft.pruning import Calibration
 from clover_peft.pruning.directions import Method
-from clover_peft.pruning.options import figures as shares
 from clover_peft.pruning.pairs import Kind
 from clover_peft.pruning.rule import SPREADS, Rule
 

@@ -46,6 +46,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "model": ("tuner.model",),
     "moments": ("linalg.moments", "base_model.activations"),
     "pruning.attention": ("pruning.narrow.attention",),
+    "pruning.options": ("cli.pruning_options", "cli.parsers"),
     "pruning.loading": ("pruning.narrow.loading",),
     "pruning.pictures": ("pruning.figures",),
     "pruning.rewriting": ("pruning.narrow.rewriting",),

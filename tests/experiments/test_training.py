@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -41,6 +40,7 @@ from clover_peft.experiments.training.verify import main as verify_main
 from clover_peft.experiments.training.verify import verify
 from clover_peft.io import downloads
 from clover_peft.io import hub_models as base_models
+from tests.support.tiny import load_script
 from tests.support.tiny_chat import CHATML, make_tokenizer, rows, save_chat_model
 
 ROOT = Path(__file__).parents[2]
@@ -1013,7 +1013,7 @@ def test_losses_are_compared_over_eighths():
 
 
 def test_the_command_line(tiny, tmp_path, monkeypatch, capsys):
-    main = runpy.run_path(str(ROOT / "scripts" / "sft.py"))["main"]
+    main = load_script("sft").main
     command = ["sft.py", "--config", str(ROOT / "configs" / "clover_full.yaml"), f"model={tiny.model}", "--rows=20"]
     command += ["--data", str(tiny.data), "held_out_rows=4", "--max_steps=1", f"output_dir={tmp_path / 'run'}"]
     monkeypatch.setattr(sys, "argv", command)

@@ -1,4 +1,4 @@
-"""Command-line options that the scripts of pruning share."""
+"""What `clover prune` and `clover spectra` read from their shared options."""
 
 from __future__ import annotations
 
@@ -7,33 +7,14 @@ import re
 from pathlib import Path
 from typing import Any, cast
 
-from ..io.text_windows import DEFAULT_BATCH, DEFAULT_ROWS, batches_for
-from .pairs import Kind
-
-
-def add_calibration(parser: argparse.ArgumentParser) -> None:
-    """`--calibration` and what goes with it, and `--target-modules`."""
-    parser.add_argument(
-        "--calibration",
-        metavar="TEXT",
-        help="a .txt or .jsonl file, .gz too, or a data set on the hub (name or name:configuration); rows have text, "
-        "content, messages, prompt and completion, or instruction and output",
-    )
-    parser.add_argument("--rows", type=int, help=f"windows of that text, at most; {DEFAULT_ROWS} by default")
-    parser.add_argument("--max-length", type=int, help="tokens of a window; by default 512, or what the model takes")
-    parser.add_argument("--batch-size", type=int, help=f"windows at a time, {DEFAULT_BATCH} by default")
-    parser.add_argument(
-        "--target-modules",
-        nargs="+",
-        metavar="NAME",
-        help="which pairs: ends of the paths of key or value projections, or one regular expression for whole paths",
-    )
+from ..io.text_windows import batches_for
+from ..pruning.pairs import Kind
 
 
 def calibration(
     given: argparse.Namespace, model: Any, processor: Any
 ) -> tuple[list[dict[str, Any]] | None, str | None]:
-    """The batches that `add_calibration`'s options describe, and a line that says so; None without `--calibration`.
+    """Reads the calibration data, and describes it in a line; both are None without `--calibration`.
 
     Args:
         given: parsed options.
@@ -41,7 +22,7 @@ def calibration(
         processor: its tokenizer, or a processor that has one, or None.
 
     Raises:
-        ValueError: see `text.batches_for`.
+        ValueError: see `text_windows.batches_for`.
     """
     sizes = {"rows": given.rows, "max_length": given.max_length, "batch_size": given.batch_size}
     chosen = {name: size for name, size in sizes.items() if size is not None}
