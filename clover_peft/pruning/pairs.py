@@ -1,4 +1,4 @@
-"""The pairs of projections that meet inside a model's heads, and what data can say of them."""
+"""The pairs of projections that meet inside a model's heads, and the activations to measure for each."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Pair:
     """Two projections that meet inside a head with nothing between them.
 
     Attributes:
-        kind: "vo" (value and output) or "qk" (query and key, or the part of them that no position is put into).
-        path: the value or key projection.
+        kind: "vo" (value and output) or "qk" (query and key; under partial rotation their unrotated part).
+        path: path of the value or key projection.
         heads: its features, H heads of d.
         partner: the output or query projection, with G heads, a multiple of H.
-        attention: the attention block that both belong to, shared by all its pairs.
+        attention: the attention block of both projections; all pairs of a block share it.
     """
 
     kind: Kind
@@ -41,7 +41,7 @@ class Pair:
 
     @property
     def name(self) -> str:
-        """Unique in a model: a fused projection has both kinds."""
+        """Unique in a model; the kind tells the two pairs of a fused projection apart."""
         return f"{self.path} ({self.kind})"
 
     @property
@@ -60,25 +60,32 @@ class Pair:
         return base_of(self.attention.model.get_submodule(self.partner.path))
 
     def is_named(self, target_modules: str | Sequence[str] | None) -> bool:
-        """Whether its path is matched by a regular expression, or has one of several ends; None names all."""
+        """Whether `target_modules` selects this pair.
+
+        Args:
+            target_modules: a regular expression for the whole path, or several ends of paths; None selects all pairs.
+
+        Raises:
+            ValueError: if the regular expression is invalid.
+        """
         if isinstance(target_modules, str):
             try:
                 return re.fullmatch(target_modules, self.path) is not None
             except re.error as error:
                 raise ValueError(
-                    f"target_modules={target_modules!r}: expected a regular expression, found one that says: {error}"
+                    f"target_modules={target_modules!r}: expected a regular expression, found an invalid one: {error}"
                 ) from error
         ends = target_modules
         return ends is None or any(self.path == end or self.path.endswith("." + end) for end in ends)
 
 
 def find_pairs(model: nn.Module) -> list[Pair]:
-    """All pairs of a model that the table of architectures knows, modules that layers share once."""
+    """All pairs of a model of a known family. A projection that several layers share is listed once."""
     attentions: dict[str, AttentionBlock] = {}
     pairs: dict[tuple[int, str], Pair] = {}
     for path, name in default_targets(model).items():
         attention = attention_block(model, path)
-        if attention is None:  # an up-projection
+        if attention is None:  # An up-projection has no heads.
             continue
         attention = attentions.setdefault(attention.path, attention)
         for part, heads in attention.layout(path, name).items():
@@ -92,23 +99,23 @@ def find_pairs(model: nn.Module) -> list[Pair]:
 
 def select_pairs(
     model: nn.Module,
-    there: Sequence[Pair],
+    pairs: Sequence[Pair],
     kinds: Iterable[Kind] | None = None,
     target_modules: str | Sequence[str] | None = None,
 ) -> list[Pair]:
-    """The pairs of these kinds.
+    """The pairs of these kinds that `target_modules` names.
 
     Args:
         model: a model of a known family, without adapters.
-        there: all its pairs, from `find_pairs`.
-        kinds: "qk", "vo" or both; None for those that the model has and `target_modules` names.
-        target_modules: which pairs, by the path of the key or value projection: a regular expression that matches all
-            of it, or ends of paths; None for all.
+        pairs: all its pairs, from `find_pairs`.
+        kinds: "qk", "vo" or both; None for the kinds that the model has and `target_modules` names.
+        target_modules: selects pairs by the path of their key or value projection: a regular expression for the whole
+            path, or a list of ends of paths; None selects all.
 
     Raises:
-        ValueError: if there is none of some kind (queries and keys that are rotated are none).
+        ValueError: if a kind has no pair. Rotated queries and keys are no pair.
     """
-    present = {pair.kind for pair in there}
+    present = {pair.kind for pair in pairs}
     wanted = present if kinds is None else set(kinds)
     if not present or wanted - present:
         absent = ", ".join(sorted(wanted - present)) or type(model).__name__
@@ -116,10 +123,10 @@ def select_pairs(
             f"{absent}: expected pairs of projections, found none in {type(model).__name__}"
             + ("; its queries and keys are rotated by their position" if absent == "qk" else "")
         )
-    chosen = [pair for pair in there if pair.kind in wanted and pair.is_named(target_modules)]
+    chosen = [pair for pair in pairs if pair.kind in wanted and pair.is_named(target_modules)]
     missing = sorted(wanted - {pair.kind for pair in chosen})
     if missing and (kinds is not None or not chosen):
-        first = [f"{next(p.path for p in there if p.kind == kind)}, ... ({kind})" for kind in missing]
+        first = [f"{next(p.path for p in pairs if p.kind == kind)}, ... ({kind})" for kind in missing]
         raise ValueError(
             f"target_modules={target_modules!r}: expected it to name a pair, found none; they are called "
             + ", ".join(first)
@@ -133,7 +140,10 @@ def beside_name(pair: Pair) -> str:
 
 
 def probes(pairs: Iterable[Pair]) -> dict[str, Probe]:
-    """What data can say of pairs: of each what its partner reads or computes, of a key what it computes itself."""
+    """The activations to measure for these pairs, by name.
+
+    They are the input of an output projection, or the outputs of a query and of its key.
+    """
     found = {}
     for pair in pairs:
         size, partner = pair.heads.dim, pair.partner
@@ -144,10 +154,15 @@ def probes(pairs: Iterable[Pair]) -> dict[str, Probe]:
 
 
 def check_plain(model: nn.Module) -> None:
-    """Raises TypeError if this is no model, and ValueError if it has adapters, or weights that are not in memory."""
+    """Check that a model has no adapters and all its weights in memory.
+
+    Raises:
+        TypeError: if it is not a model.
+        ValueError: if it has adapters, or offloaded or meta weights.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module, found {type(model).__name__}; load the model first")
-    for path, module in model.named_modules():  # the model itself comes first
+    for path, module in model.named_modules():  # The model itself comes first.
         if isinstance(module, (PeftModel, BaseTunerLayer, AuxiliaryTrainingWrapper)):
             raise ValueError(
                 f"{path or 'model'}: expected a model without adapters, found {type(module).__name__}; call "

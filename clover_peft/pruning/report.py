@@ -1,4 +1,4 @@
-"""What `prune` did, for people and for JSON."""
+"""The report of a pruning: a table for people, and JSON."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from .pairs import Kind
 
 @dataclass(frozen=True)
 class PrunedPair:
-    """What was done to one pair of projections.
+    """The change to one pair of projections.
 
     Attributes:
         kind: "qk" or "vo".
-        size: width of a head before.
-        before: directions that every key-value head had, without those that padded it.
+        size: width of a head before pruning.
+        before: directions that every key-value head had, without padding.
         kept: directions that every key-value head keeps.
-        width: of all its heads, after those with fewer directions were padded.
-        energy: share of the sum of squared singular values that each head keeps.
+        width: width of all heads after pruning; heads with fewer directions are padded to it.
+        energy: share of its sum of squared singular values that each head keeps.
     """
 
     kind: Kind
@@ -37,18 +37,18 @@ class PrunedPair:
 
 @dataclass(frozen=True)
 class PruningReport:
-    """What `prune` did.
+    """The result of `prune`.
 
     Attributes:
         method: "clover" or "vanilla".
-        rule: how ranks were chosen, and its figure for each kind of pair.
+        rule: the rule that chose the ranks, and its number for each kind of pair.
         calibrated: whether moments of activations were used.
-        masked: whether directions were zeroed, with all shapes as they were.
-        pairs: name of a pair -> what was done to it.
-        skipped: kind of pair -> why nothing was done to it.
-        parameters: of the model, before and after.
-        cache_bytes: of keys and values, for a token, in the dtype of the weights, before and after.
-        seconds: that it took, with calibration where batches were given.
+        masked: whether directions were zeroed and all shapes kept.
+        pairs: name of a pair -> the change to it.
+        skipped: kind of pair -> the reason why it was not pruned.
+        parameters: number of the model's parameters, before and after.
+        cache_bytes: bytes of keys and values for a token, in the dtype of the weights, before and after.
+        seconds: duration; it includes calibration if `prune` was given batches.
     """
 
     method: Method
@@ -66,7 +66,7 @@ class PruningReport:
         return asdict(self)
 
     def summary(self) -> str:
-        """A Markdown table of how ranks were chosen, what was removed, and what that saves."""
+        """A Markdown table: the rule for the ranks, the directions removed, and the sizes before and after."""
         rule = ", ".join(f"{name} {value}" for name, value in self.rule.items())
         how = [self.method, rule, "calibrated" if self.calibrated else "by weights alone"]
         rows = [["", "before", "after", "removed"], ["---", "---:", "---:", "---:"]]
@@ -88,7 +88,7 @@ class PruningReport:
         return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write it as JSON."""
+        """Write the report as JSON."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     def plot(self, path: str | PathLike[str]) -> None:
@@ -115,11 +115,15 @@ class PruningReport:
         plot_heat_maps(columns, f"{self.method}, {data}, {self.rule['ranks']} ranks", path)
 
     def removed(self, kind: Kind) -> float:
-        """The share of directions of this kind that was removed; padding counts as removed, and costs as if it was not
-        (`parameters` and `cache_bytes` say what is saved). 0 if the kind was not pruned.
+        """The share of directions of this kind that was removed; 0 if the kind was not pruned.
+
+        Padding counts as removed although it takes space; `parameters` and `cache_bytes` show what is saved.
+
+        Args:
+            kind: "qk" or "vo".
 
         Raises:
-            ValueError: if there is no such kind.
+            ValueError: if the kind is unknown.
         """
         if kind not in ("qk", "vo"):
             raise ValueError(f"kind: expected 'qk' or 'vo', found {kind!r}")

@@ -861,7 +861,7 @@ def test_models_that_cannot_be_pruned():
         empty = FAMILIES["opt"].build()
     with pytest.raises(ValueError, match="expected all weights in memory"):
         prune(empty, 0.5)
-    with pytest.warns(UserWarning, match="qk: not pruned, queries and keys are rotated"):
+    with pytest.warns(UserWarning, match="qk: not pruned, because queries and keys are rotated"):
         report = prune(build("llama"), 0.5)
     assert report.skipped == {"qk": "queries and keys are rotated by their position, or normed"}
 
