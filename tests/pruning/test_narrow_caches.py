@@ -198,10 +198,27 @@ def test_other_keywords_reach_the_attention_function(monkeypatch):
     model(**inputs("llama"), theirs=1)
     assert all(keywords["theirs"] == 1 for keywords in seen)
     assert len(seen) == 2
-    pages = object()  # as continuous batching in 5.23 passes its own by the name of `cache`
-    if "cache" not in attention(model).clover_call.own:
-        values = attention(model).clover_call.read((torch.ones(1),), {"cache": pages})
-        assert values["rest"] == {"cache": pages}
+
+
+class Pages:
+    """The store of continuous batching: what it does is up to the attention function."""
+
+    def update(self, key, value, layer_idx, kwargs):
+        kwargs["pages"] = self
+        return key, value
+
+
+def test_pages_of_continuous_batching_go_where_the_stock_class_sends_them(monkeypatch):
+    """To the attention function by the name of `cache`; where that is a parameter, what the update adds."""
+    model, seen, pages = build("llama"), [], Pages()
+    prune(model, {"vo": 0.4})
+    modeling = sys.modules["transformers.models.llama.modeling_llama"]
+    eager = modeling.eager_attention_forward
+    monkeypatch.setattr(modeling, "eager_attention_forward", lambda *a, **k: (seen.append(k), eager(*a, **k))[1])
+    model.set_attn_implementation("eager")
+    rotary = (torch.ones(1, 3, 12), torch.zeros(1, 3, 12))
+    attention(model)(torch.randn(1, 3, 48), rotary, cache=pages)
+    assert seen[0]["pages" if "cache" in attention(model).clover_call.own else "cache"] is pages
 
 
 def test_a_cache_by_an_unknown_name_is_refused():
@@ -262,15 +279,11 @@ def test_a_parameter_that_is_not_known_is_refused(parameter, monkeypatch, tmp_pa
     assert torch.equal(logits(model, "opt"), before)
     monkeypatch.setattr(modeling, "OPTAttention", later)
     with pytest.raises(ValueError, match=message):
-        reload_only(type(model), tmp_path)
+        type(model).from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="OPTAttention: expected a forward whose parameters are known"):
         pickle.loads(pickled)
     masked = type(model)(model.config)
     prune(masked, 0.4, masked=True)
-
-
-def reload_only(kind: type, folder):
-    return kind.from_pretrained(folder)
 
 
 def test_a_processor_of_diffusers_that_reads_more_is_refused():
