@@ -38,7 +38,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "checkpoint": ("tuner.adapter_file", "tuner.file_check", "tuner.base_check", "tuner.adapter_folder"),
     "commonsense": ("experiments.commonsense",),
     "config": ("tuner.config",),
-    "decomposition": ("linalg.decomposition",),
+    "decomposition": ("linalg.decomposition", "tuner.explicit_factors"),
     "downloads": ("io.downloads",),
     "folded": ("tuner.map_cache",),
     "head_map": ("tuner.fused_maps", "tuner.maps", "runtime.tracing"),
