@@ -16,7 +16,7 @@ from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 
-from ..base_model.weight import BaseWeight, in_features, out_features
+from ..base_model.weight import BaseWeight, feature_counts
 from ..runtime.bitsandbytes import check_packing
 from .base_check import check_fingerprint, fingerprint
 from .bases import clover_layers, inner_model
@@ -61,9 +61,7 @@ def dequantize(model: ModelT, dtype: torch.dtype | None = None) -> ModelT:
     dtype = dtype or inner.dtype
     for path, (module, backend) in quantised.items():
         weight = backend.get_base_weight(module)
-        plain = nn.Linear(
-            in_features(module, path), out_features(module, path), bias=module.bias is not None, device="meta"
-        )
+        plain = nn.Linear(*feature_counts(module, path), bias=module.bias is not None, device="meta")
         plain.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
         if module.bias is not None:
             plain.bias = nn.Parameter(module.bias.to(dtype), requires_grad=module.bias.requires_grad)

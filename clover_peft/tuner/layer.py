@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from ..base_model.weight import BaseWeight
 from ..io.user_warning import warn
-from ..runtime.bitsandbytes import check_packing
 from . import merging
 from .adapter_tensors import FROZEN, TRAINED, WHOLE, AdapterTensors
 from .block_spec import BlockSpec
@@ -115,10 +114,10 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
         """As in torch.
 
         Raises:
-            TypeError: if the base can no longer be trained through (see `check_packing`).
+            TypeError: if gradients cannot pass through the base weight.
         """
         if mode:
-            check_packing(self.get_base_layer(), self.name)
+            self.base_weight.check_trainable()
         self._note_loaded()  # transformers' loader puts tensors in their places itself
         self.forget_maps()
         super().train(mode)
