@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .adapter_tensors import BASES_PROBE, WHOLE, tensor_keys
+from .adapter_tensors import BASES_CHECKSUM, WHOLE, tensor_keys
 from .base_check import check_fingerprint, fingerprint
 from .bases import frozen_tensors, inner_model
 from .block_spec import BlockSpec, BlockTensors
@@ -42,7 +42,7 @@ def select_for_saving(name: str, layer: CloverLayer, adapter_name: str, config: 
             del state[keys["clover_S0"]]
             state[keys["clover_S"]] = spec.residual_map(tensors)
         elif tensors.u is not None:
-            state[keys[BASES_PROBE]] = _probe(tensors.u)
+            state[keys[BASES_CHECKSUM]] = _probe(tensors.u)
 
 
 def name_bases(name: str, layer: CloverLayer, adapter_name: str, state: dict[str, Tensor]) -> None:
@@ -123,7 +123,7 @@ def is_untouched(layers: dict[str, CloverLayer], adapter_name: str) -> bool:
 def _take_probe(name: str, spec: BlockSpec, state: dict[str, Tensor]) -> Tensor | None:
     """The probe of one slice. It is no tensor of the layer, so its key is still the file's: without an adapter's name,
     and with the prefix of a `PeftModel` also where the adapter is loaded into a bare model."""
-    key = f"{name}.{BASES_PROBE}.{spec.name}" if name else f"{BASES_PROBE}.{spec.name}"
+    key = f"{name}.{BASES_CHECKSUM}.{spec.name}" if name else f"{BASES_CHECKSUM}.{spec.name}"
     found = [state.pop(k) for k in (key, f"base_model.model.{key}") if k in state]
     return found[0] if found else None
 
