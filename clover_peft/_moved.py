@@ -35,7 +35,7 @@ MOVED: dict[str, tuple[str, ...]] = {
         "base_model.weight",
     ),
     "blocks": ("tuner.block_spec",),
-    "checkpoint": ("tuner.adapter_file", "tuner.file_check", "tuner.base_check", "tuner.adapter_folder"),
+    "checkpoint": ("tuner.adapter_file", "tuner.base_check", "tuner.adapter_folder"),
     "commonsense": ("experiments.commonsense",),
     "config": ("tuner.config",),
     "decomposition": ("linalg.decomposition", "tuner.explicit_factors"),

@@ -136,32 +136,17 @@ _BERT = Family(
 )
 
 _DIFFUSERS = Family(
-    projections={
-        "to_q": "q",
-        "to_k": "k",
-        "to_v": "v",
-        "add_q_proj": "q",
-        "add_k_proj": "k",
-        "add_v_proj": "v",
-    },
+    projections={"to_q": "q", "to_k": "k", "to_v": "v", "add_q_proj": "q", "add_k_proj": "k", "add_v_proj": "v"},
     output="to_out.0",
     up={"ff.net.0.proj": "up gate"},
     positions="none",
     heads="heads",
 )
 
-_GPT2 = Family(
-    projections={"q_attn": "q", "c_attn": "q k v"},
-    output="c_proj",
-    up={"c_fc": "up"},
-    positions="none",
-)
+_GPT2 = Family(projections={"q_attn": "q", "c_attn": "q k v"}, output="c_proj", up={"c_fc": "up"}, positions="none")
 
 _GPT_NEOX = Family(
-    projections={"query_key_value": "q|k|v"},
-    output="dense",
-    up={"dense_h_to_4h": "up"},
-    positions="partial",
+    projections={"query_key_value": "q|k|v"}, output="dense", up={"dense_h_to_4h": "up"}, positions="partial"
 )
 
 _GPTJ = replace(_LLAMA, output="out_proj", up={"fc_in": "up"}, positions="partial")

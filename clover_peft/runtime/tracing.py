@@ -23,6 +23,11 @@ def is_transformed() -> bool:
     return transform is not None
 
 
+def takes_writes() -> bool:
+    """Whether a result may be written to; under `torch.func` it may lack the batch dimension of the written values."""
+    return torch.compiler.is_compiling() or not is_transformed()
+
+
 def is_captured(tensor: Tensor) -> bool:
     """Whether operations on the tensor go into a CUDA graph, which reads the same addresses again when it runs."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..base_model.activations import Probe, collect_moments
 from ..base_model.weight import base_of
-from .bases import BasesReport, clover_layers, compute_bases, inner_model, stored_bases
+from .bases import BasesReport, compute_bases, inner_model, layers_with, stored_bases
 from .block_spec import BlockSpec
 from .layer import CloverLayer
 
@@ -37,7 +37,7 @@ def initialize_from_activations(
     """
     inner = inner_model(model)
     config = getattr(model, "peft_config", {}).get(adapter_name)
-    layers = [(path, layer) for path, layer in clover_layers(inner) if adapter_name in layer.specs]
+    layers = layers_with(inner, adapter_name)
     _check_new(adapter_name, config, layers)
     probes: dict[str, Probe] = {}
     for path, layer in layers:
@@ -74,8 +74,6 @@ def _names(path: str, spec: BlockSpec) -> tuple[str, str]:
 
 
 def _check_new(adapter_name: str, config: Any, layers: list[tuple[str, CloverLayer]]) -> None:
-    if not layers:
-        raise ValueError(f"adapter {adapter_name!r}: expected a model with this CLOVER adapter, found none")
     if config is not None and config.save_bases is False:
         raise ValueError(
             f"adapter {adapter_name!r}: expected save_bases=True or 'folded', found False, which computes the bases "

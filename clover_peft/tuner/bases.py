@@ -28,9 +28,21 @@ from .layer import CloverLayer
 _NAMED = 8  # the most degenerate targets that a warning names
 
 
-def clover_layers(model: nn.Module) -> list[tuple[str, CloverLayer]]:
-    """Every CLOVER layer of a model and its path."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, CloverLayer)]
+def clover_layers(model: nn.Module, adapter_name: str | None = None) -> list[tuple[str, CloverLayer]]:
+    """Every CLOVER layer of a model and its path; with a name, the layers that have this adapter."""
+    layers = [(path, module) for path, module in model.named_modules() if isinstance(module, CloverLayer)]
+    return [(path, layer) for path, layer in layers if adapter_name is None or adapter_name in layer.specs]
+
+
+def layers_with(model: nn.Module, adapter_name: str) -> list[tuple[str, CloverLayer]]:
+    """The layers that have an adapter, and their paths.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if layers := clover_layers(model, adapter_name):
+        return layers
+    raise ValueError(f"adapter {adapter_name!r}: expected a model with this CLOVER adapter, found none")
 
 
 def inner_model(model: nn.Module) -> nn.Module:

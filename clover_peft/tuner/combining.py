@@ -18,16 +18,7 @@ Sources = dict[str, tuple[CloverLayer, list[str]]]
 def find_sources(
     model: nn.Module, configs: Mapping[str, CloverConfig], adapters: Sequence[str], weights: Sequence[float]
 ) -> Sources:
-    """The layers of the adapters to combine.
-
-    Args:
-        model: the model with the adapters.
-        configs: adapter name -> config, for all its adapters.
-        adapters: the adapters to combine.
-        weights: one for each.
-
-    Returns:
-        Path -> the layer, and the adapters that it has.
+    """Path -> layer and its adapters, for all layers of the adapters to combine; `configs` has all adapters' configs.
 
     Raises:
         ValueError: naming the adapter or module, if the adapters cannot be added up.
@@ -73,11 +64,6 @@ def have_same_bases(layer: CloverLayer, one: str, other: str) -> bool:
 @torch.no_grad()
 def add_up(sources: Sources, adapter_name: str, weights: Mapping[str, float]) -> None:
     """Copy the adapters' bases and the weighted sum of their offsets dS into a new adapter.
-
-    Args:
-        sources: from `find_sources`.
-        adapter_name: the new adapter.
-        weights: adapter name -> weight.
 
     Raises:
         ValueError: if the new adapter has other slices.

@@ -46,10 +46,10 @@ def choose_form(*, has_kept_maps: bool, is_decoding: bool, has_dropout: bool) ->
 
 
 def apply_adapters(layer: AdapterTensors, z: Tensor, adapter_names: Sequence[str], cache: MapCache) -> Tensor:
-    """`z + sum_i E_i dS_i C_i z` over the adapters, with their dropout in training.
+    """`z + sum_i E_i dS_i C_i z` over the layer's adapters of these names, with their dropout in training.
 
     Args:
-        layer: holds the adapters.
+        layer: the layer.
         z: (..., out_features), the base projection's output.
         adapter_names: the adapters; names that the layer does not have are ignored.
         cache: the layer's kept maps, which a pass with gradients clears.

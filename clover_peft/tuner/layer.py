@@ -76,15 +76,7 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
         inference_mode: bool = False,
         **options: Any,
     ) -> None:
-        """Add an adapter.
-
-        Args:
-            adapter_name: its name.
-            specs: the target's slices.
-            bases: their frozen tensors; None if they are loaded later.
-            inference_mode: freeze the adapter.
-            **options: see `AdapterTensors.create_tensors`.
-        """
+        """Add an adapter, frozen with `inference_mode`; for the other arguments see `create_tensors`."""
         self.forget_maps()
         self.create_tensors(adapter_name, specs, bases, **options)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)

@@ -13,15 +13,10 @@ from .fused_maps import apply_maps
 
 
 def check_truncation(layer: AdapterTensors, adapter_names: Iterable[str], use: str) -> None:
-    """Refuse two truncating adapters together, because each replaces its input.
-
-    Args:
-        layer: the layer.
-        adapter_names: the adapters.
-        use: "active" or "merged".
+    """Refuse two truncating adapters together, because each replaces its input; `use` is "active" or "merged".
 
     Raises:
-        ValueError: naming them.
+        ValueError: naming the adapters.
     """
     truncating = [n for n in dict.fromkeys(adapter_names) if any(spec.truncate for spec in layer.specs.get(n, ()))]
     if len(truncating) > 1:
