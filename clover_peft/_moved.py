@@ -31,6 +31,7 @@ MOVED: dict[str, tuple[str, ...]] = {
         "tuner.bases",
         "tuner.base_check",
         "tuner.activation_bases",
+        "tuner.broadcasting",
         "tuner.explicit_factors",
         "base_model.weight",
     ),

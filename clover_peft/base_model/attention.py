@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 from torch import nn
@@ -36,7 +37,7 @@ class AttentionBlock:
         return base_of(self.model.get_submodule(self.prefix + name))
 
     def fact(self, name: str) -> Any:
-        """An attribute of the block, else of its config; None if neither has it."""
+        """An attribute of the block or else of its config; None if neither has it."""
         return next((getattr(owner, name) for owner in (*self.modules, self.config) if hasattr(owner, name)), None)
 
     def decide(self, fact: str | If) -> str:
@@ -83,8 +84,8 @@ class AttentionBlock:
                     f"for {', '.join(layout.parts)}), found {features}; pass head_dim=... or num_heads=... with "
                     "target_modules=[...]"
                 )
-            starts = _running(sizes)
-            return {part: HeadSlice.plain(counts[part], dims[part], starts[part]) for part in layout.parts}
+            starts = accumulate(sizes.values(), initial=0)
+            return {p: HeadSlice.plain(counts[p], dims[p], start) for p, start in zip(sizes, starts, strict=False)}
         # A shard holds `inner` heads of every part.
         inner = dict.fromkeys(layout.parts, 1)
         if layout.grouped:
@@ -94,11 +95,10 @@ class AttentionBlock:
         sizes = {part: inner[part] * dims[part] for part in layout.parts}
         stride = sum(sizes.values())
         shards = divide(path, features, stride, "the heads' features " + "+".join(map(str, sizes.values())))
-        offsets = _running(sizes)
         result = {}
-        for part, dim in dims.items():
-            inner_stride = dim if inner[part] > 1 else 0
-            result[part] = HeadSlice(0, shards * inner[part], stride, offsets[part], dim, inner[part], inner_stride)
+        for part, offset in zip(sizes, accumulate(sizes.values(), initial=0), strict=False):
+            dim, heads = dims[part], inner[part]
+            result[part] = HeadSlice(0, shards * heads, stride, offset, dim, heads, dim if heads > 1 else 0)
         return result
 
     def _features(self, path: str) -> tuple[int, int]:
@@ -129,7 +129,7 @@ class AttentionBlock:
         return self.read(self.family.heads, path)
 
     def key_value_heads(self, path: str) -> int:
-        """Number of key-value heads; those of the query where the model does not count them apart."""
+        """Number of key-value heads, which is the number of query heads in models without a count of their own."""
         value = self.fact(self.family.key_value_heads)
         return value if isinstance(value, int) else self.heads(path)
 
@@ -201,11 +201,3 @@ def divide(path: str, features: int, by: int, what: str, remedy: str = "pass hea
     if features % by:
         raise ValueError(f"{path}: {features} features are not a multiple of {what}; {remedy}")
     return features // by
-
-
-def _running(sizes: dict[str, int]) -> dict[str, int]:
-    starts, total = {}, 0
-    for name, size in sizes.items():
-        starts[name] = total
-        total += size
-    return starts

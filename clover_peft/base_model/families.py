@@ -75,14 +75,14 @@ QUERY_KEY_NORMS = ("q_norm", "k_norm", "qk_norm", "q_layernorm", "k_layernorm", 
 VALUE_NORMS = ("v_norm", "attn_sub_norm")
 # A second stream with its own projections attends together with the first; then neither kind of pair exists.
 SECOND_STREAM = ("add_k_proj",)
-# The attribute that clamps query, key and value where it is set.
+# The attribute with the limit to which query, key and value are clamped.
 CLAMP = "clip_qkv"
 # Attributes that count the rotated dimensions of a partially rotated head.
 ROTARY_DIMS = ("rotary_ndims", "rotary_dim")
 
 
 def _any_parts(layout: str | If) -> set[str]:
-    """The parts that a layout may have, whatever it depends on."""
+    """All parts that a layout may have."""
     if isinstance(layout, If):
         return _any_parts(layout.then) | _any_parts(layout.otherwise)
     return set(Layout.read(layout).parts)
@@ -290,7 +290,7 @@ _TABLE: list[tuple[str, Family]] = [
     ("qwen2_5_vl_vision", replace(_QWEN_VISION, up={"mlp.up_proj": "up"})),
     ("qwen3_vl_vision", replace(_QWEN_VISION, up={"mlp.linear_fc1": "up"})),
     # Diffusers' models have no model type and go by their class.
-    ("Transformer2DModel", _DIFFUSERS),  # of which the UNets of Stable Diffusion and SDXL are made
+    ("Transformer2DModel", _DIFFUSERS),  # the transformer blocks in the UNets of Stable Diffusion and SDXL
     (
         "SD3Transformer2DModel",
         replace(

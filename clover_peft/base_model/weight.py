@@ -237,7 +237,7 @@ class BaseWeight:
 
 
 def base_weight(model: nn.Module, path: str) -> BaseWeight:
-    """The base weight of the projection at `path`; a tuner layer has one already, which knows what is merged."""
+    """The base weight of the projection at `path`: a tuner layer's own, which knows of merges, or a new one."""
     module = model.get_submodule(path)
     known = getattr(module, "base_weight", None)
     return known if isinstance(known, BaseWeight) else BaseWeight(module, path, get_quantization_kwargs(model))

@@ -33,7 +33,7 @@ class Bases:
     Attributes:
         coordinates: (H, r, d) float64, C. A dropped direction is a zero row.
         back: (H, d, r) float64, E, or None for the identity (QR basis).
-        singular_values: (H, r) float64, S0, descending. The QR basis has those of R, because its S0 is not diagonal.
+        singular_values: (H, r) float64, S0, descending; for the QR basis those of R, whose S0 = R^T is not diagonal.
         dropped: (H,) int64, the number of directions that a degenerate block lacks.
         condition: (H,) float64, an upper estimate of the block's condition number, without the dropped directions.
             C and E amplify rounding by up to this factor.
@@ -212,7 +212,7 @@ def qr_bases(g: Tensor) -> Bases:
 def svd_bases(g: Tensor) -> Bases:
     """Bases of one projection from its singular vectors: `W = L Sigma N^T`, `C = Sigma^-1 L^T`, `E = L`.
 
-    Args, result (with the singular values Sigma), cost and errors are those of `qr_bases`.
+    Argument, cost and errors as in `qr_bases`; `back` is E, and the singular values are Sigma.
     """
     _check(g)
     root, _, dropped = _factor(g)

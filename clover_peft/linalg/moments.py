@@ -77,7 +77,7 @@ def _square(vectors: Tensor) -> Tensor:
 
 
 def centred(moments: Moments, weight_gram: Tensor) -> Tensor:
-    """The covariance, drawn towards what the weights say; those alone of blocks that all tokens leave alike.
+    """The covariance, shrunk towards the weights' Gram matrix; the latter alone for blocks that do not vary.
 
     Args:
         moments: of H blocks of d features.
@@ -91,7 +91,7 @@ def centred(moments: Moments, weight_gram: Tensor) -> Tensor:
 
 
 def shrink(moment: Tensor, weight_gram: Tensor, tokens: int) -> Tensor:
-    """A moment drawn towards what the weights say, the more the fewer tokens it was made of (ours).
+    """A moment, shrunk towards the weights' Gram matrix; more so for fewer tokens (ours).
 
     `(1 - a) M + a t G` with `a = d / (d + tokens)`, and t that gives G the trace of M.
 

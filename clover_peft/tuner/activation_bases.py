@@ -22,8 +22,8 @@ def initialize_from_activations(
 
     Moments of activations replace Gram matrices of weights in the decomposition: the output of an intra-layer target,
     the input of the output projection for a value, the outputs of both for key and query. Then the coordinates `C z`
-    are uncorrelated on the data, and the leading directions carry most of it. The function of the model stays that of
-    the base model, bit for bit. Call it before training; it costs one pass over the data.
+    are uncorrelated on the data, and the leading directions carry most of it. The model's outputs stay equal to the
+    base model's, bit for bit. Call it before training; it costs one pass over the data.
 
     Args:
         model: a model with a CLOVER adapter that is not trained yet.

@@ -19,8 +19,6 @@ from ..linalg.decomposition import (
     svd_bases,
 )
 from ..linalg.moments import Moments, centred, shrink
-from ..runtime.sharding import broadcast_from_rank_0
-from .adapter_tensors import FROZEN
 from .base_check import row_norms
 from .block_spec import BlockSpec
 from .layer import CloverLayer
@@ -105,7 +103,7 @@ def frozen_tensors(
 
     def compute() -> dict[str, dict[str, Tensor]] | None:
         with layer.base_weight.whole():
-            if layer.base_weight.stored.is_meta or not layer.base_weight.is_readable:
+            if not layer.base_weight.is_present:
                 return None
             weight, bias = layer.base_weight.transposed(), layer.base_weight.bias
             result = {}
@@ -128,20 +126,6 @@ def stored_bases(bases: Bases) -> dict[str, Tensor]:
     """The tensors of bases by the names that a layer has for them; an identity is not stored."""
     found = {"clover_U": bases.coordinates, "clover_S0": bases.singular_values, "clover_V": bases.back}
     return {attribute: tensor for attribute, tensor in found.items() if tensor is not None}
-
-
-def broadcast_bases(model: nn.Module) -> None:
-    """Give all processes the bases of the first one, if machines that differ train together.
-
-    Equal machines compute equal bases; other linear algebra may reverse a singular vector. All processes must call
-    this, with the model on their devices.
-
-    Args:
-        model: a model with CLOVER adapters.
-    """
-    for _, layer in clover_layers(inner_model(model)):
-        layer.forget_maps()
-        broadcast_from_rank_0(buffer for name, buffer in layer.named_buffers() if name.startswith(FROZEN))
 
 
 def compute_bases(

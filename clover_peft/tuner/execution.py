@@ -86,8 +86,8 @@ def _is_decoding(layer: AdapterTensors, z: Tensor, names: Sequence[str], traced:
         return False  # sizes are tensors there, and cannot be compared
     if z.ndim < 3 or not statically_known_true(z.shape[-2] == 1):
         return False
-    smallest = min((spec.size for name in names for spec in layer.specs[name]), default=0)
-    sequences = math.prod(z.shape[:-2])
+    sizes = [spec.size for name in names for spec in layer.specs[name]]  # the compiler takes no generator
+    smallest, sequences = min(sizes, default=0), math.prod(z.shape[:-2])
     # A question about a size that the compiler does not know would tie its graph to one number of sequences.
     if torch.compiler.is_exporting():
         return bool(statically_known_true(sequences < smallest))

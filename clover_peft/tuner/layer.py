@@ -7,7 +7,7 @@ With `z = W x + b` the frozen projection's output and `z_h` its features in bloc
     y_h =       E_h (S0 + dS_h) C_h z_h     with truncate=True
 
 dS is trained and starts at zero. With `low_rank`, `B A x` is added to y, with x the projection's input; A and B are
-trained and B starts at zero. `AdapterTensors` says what the tensors are called.
+trained and B starts at zero. `AdapterTensors` names the tensors.
 """
 
 from __future__ import annotations

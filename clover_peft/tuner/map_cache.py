@@ -11,12 +11,11 @@ from .maps import HeadMap
 
 
 class _Seen(NamedTuple):
-    """A tensor that maps were folded from, with torch's count of writes and the address of its numbers."""
+    """A tensor that maps were folded from, with torch's count of writes to it, and a view of its numbers."""
 
     tensor: Tensor
     version: int
-    address: int
-    storage: Tensor  # keeps the memory, so that no other tensor gets this address
+    numbers: Tensor  # also keeps the memory alive, so that no other tensor gets its address
 
 
 class MapCache:
@@ -41,7 +40,7 @@ class MapCache:
 
         Args:
             key: adapters and dtype.
-            sources: the tensors that `fold` reads, as they are now.
+            sources: the tensors that `fold` reads now.
             fold: computes the maps.
         """
         if self.is_stale:
@@ -53,7 +52,7 @@ class MapCache:
             maps = fold()
             if any(type(m.matrix) is not Tensor for m in maps):  # a tracer's stand-in
                 return maps
-            seen = [_Seen(t, t._version, t.data_ptr(), t.detach()) for t in sources if t is not None]
+            seen = [_Seen(t, t._version, t.detach()) for t in sources if t is not None]
         self._entries[key] = (maps, seen)
         return maps
 
@@ -73,7 +72,7 @@ def _is_same(seen: _Seen, now: Tensor | None) -> bool:
     """Whether a tensor is the one that was read, and is still frozen and, as far as torch counts, unchanged."""
     if now is not seen.tensor or now.requires_grad:
         return False
-    return now._version == seen.version and now.data_ptr() == seen.address
+    return now._version == seen.version and now.data_ptr() == seen.numbers.data_ptr()
 
 
 def _can_watch(tensor: Tensor | None) -> bool:
