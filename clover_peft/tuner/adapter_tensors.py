@@ -172,8 +172,7 @@ class AdapterTensors(nn.Module):
         names = [name for name in adapter_names if name in self.clover_S]
         result: dict[tuple, HeadMap] = {}
         for name in names:
-            if self._missing_bases:
-                self.check_bases(name, "run")
+            self.check_bases(name, "run")
             drop = self.clover_dropout[name] if dropout and self.training else None
             drop = drop if getattr(drop, "p", 0.0) else None
             for spec in self.specs[name]:
@@ -189,8 +188,7 @@ class AdapterTensors(nn.Module):
         """The same maps as C, dS and E one after the other, without dropout, for features in the precision of S."""
         result = []
         for name in adapter_names:
-            if self._missing_bases:
-                self.check_bases(name, "run")
+            self.check_bases(name, "run")
             for spec in self.specs[name]:
 
                 def mapped(tokens: Tensor, name: str = name, spec: BlockSpec = spec) -> Tensor:

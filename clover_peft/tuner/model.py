@@ -171,26 +171,26 @@ class CloverModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         specs = self._specs(peft_config, current_key)
-        is_new = not isinstance(target, CloverLayer)
-        layer: CloverLayer = (
-            CloverLayer(target, adapter_name, current_key, get_quantization_kwargs(self.model)) if is_new else target  # type: ignore[assignment]
-        )
-        now = self._injection
+        layer = target
+        if not isinstance(layer, CloverLayer):
+            layer = CloverLayer(target, adapter_name, current_key, get_quantization_kwargs(self.model))
+        now, is_meta = self._injection, makes_meta_tensors()
         if not now.loads or peft_config.base_precision is None:
             peft_config.base_precision = layer.base_weight.precision
         bases = None if now.bases_follow else layer.bases_to_share(specs)
-        if bases is None and not now.loads and not layer.base_weight.is_readable:
-            raise ValueError(
-                f"{current_key}: expected weights to compute bases from, found {layer.base_weight.precision}, "
-                "which can only be run; make the adapter on the unquantised model, or on one that bitsandbytes "
-                "quantised, save it with its bases (save_bases=True or 'folded') and load it here"
-            )
-        if bases is None and not now.loads and peft_config.from_activations:
-            raise ValueError(
-                "CloverConfig.from_activations is set by initialize_from_activations; leave it out of the config of a "
-                "new adapter, and call clover_peft.initialize_from_activations(model, batches)"
-            )
-        if bases is None and not makes_meta_tensors() and not now.bases_follow:
+        if bases is None and not now.loads:
+            if not layer.base_weight.is_readable:
+                raise ValueError(
+                    f"{current_key}: expected weights to compute bases from, found {layer.base_weight.precision}, "
+                    "which can only be run; make the adapter on the unquantised model, or on one that bitsandbytes "
+                    "quantised, save it with its bases (save_bases=True or 'folded') and load it here"
+                )
+            if peft_config.from_activations:
+                raise ValueError(
+                    "CloverConfig.from_activations is set by initialize_from_activations; leave it out of the config "
+                    "of a new adapter, and call clover_peft.initialize_from_activations(model, batches)"
+                )
+        if bases is None and not is_meta and not now.bases_follow:
             bases = frozen_tensors(self.model, layer, specs, now.report)
         layer.update_layer(
             adapter_name,
@@ -200,9 +200,9 @@ class CloverModel(BaseTuner):
             dropout=peft_config.clover_dropout,
             init_weights=peft_config.init_weights,
             inference_mode=peft_config.inference_mode,
-            empty_device=_home(layer) if bases is None and now.loads and not makes_meta_tensors() else "meta",
+            empty_device=_home(layer) if bases is None and now.loads and not is_meta else "meta",
         )
-        if is_new:
+        if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
