@@ -1,4 +1,4 @@
-"""Second moments of activations, head by head: what a model's data says of its heads, in d x d matrices."""
+"""Second moments of activations, in one d x d matrix for every block."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from .decomposition import per_key_value_head
 
 @dataclass
 class Moments:
-    """Mean and scatter of tokens, of H blocks of d features.
+    """Mean and scatter of the tokens of H blocks of d features.
 
-    Products are made in float32 about the mean of what is added, and merged in float64 (Chan, Golub and LeVeque,
-    1983): a large mean drowns nothing, and the order hardly matters.
+    Each batch is centred before its products are computed in float32; the sums are merged in float64 (Chan, Golub and
+    LeVeque, 1983). So a feature with a large mean does not drown the others, and the order of batches hardly matters.
 
     Attributes:
         scatter: (H, d, d) float64, sum of `(z - mean) (z - mean)^T`.
         mean: (H, d) float64.
-        tokens: how many.
-        precision: machine epsilon of the dtype that they came in.
+        tokens: number of tokens.
+        precision: machine epsilon of the activations' dtype.
     """
 
     scatter: Tensor
@@ -31,7 +31,7 @@ class Moments:
     precision: float = 0.0
 
     def add(self, blocks: Tensor) -> None:
-        """Count more tokens: (tokens, H, d), any floating dtype. Costs tokens H d^2, in at least float32."""
+        """Add tokens: (tokens, H, d), any floating dtype. Costs tokens H d^2, in at least float32."""
         count = len(blocks)
         if not count:
             return
@@ -41,7 +41,7 @@ class Moments:
             rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
             near = rows.mean(-1)
             rows = rows - near.unsqueeze(-1)
-            rest = rows.mean(-1).to(self.mean)  # by which the rounded mean is off
+            rest = rows.mean(-1).to(self.mean)  # the rounding error of `near`
             scatter = torch.bmm(rows, rows.mT).to(self.scatter) - count * _square(rest)
         away = near.to(self.mean) + rest - self.mean
         self.scatter += scatter + count * self.tokens / (self.tokens + count) * _square(away)
@@ -49,7 +49,7 @@ class Moments:
         self.tokens += count
 
     def check_finite(self, name: str) -> None:
-        """Raises ValueError if they are not."""
+        """Raise `ValueError`, naming the module, if a moment is NaN or infinite."""
         if not torch.isfinite(self.scatter).all():
             raise ValueError(f"{name}: expected finite activations, found NaN or infinite ones; check model and data")
 
@@ -64,12 +64,12 @@ class Moments:
 
     @property
     def covariance(self) -> Tensor:
-        """(H, d, d) float64, the same about the mean."""
+        """(H, d, d) float64, the mean of `(z - mean) (z - mean)^T`."""
         return self.scatter / max(1, self.tokens)
 
     @property
     def varies(self) -> Tensor:
-        """(H,) bool, whether there is more than the rounding of activations behind a block's covariance."""
+        """(H,) bool, whether a block's covariance is more than the rounding error of its activations."""
         around, whole = (m.diagonal(dim1=-2, dim2=-1).sum(-1) for m in (self.covariance, self.second))
         return around > (4 * self.precision) ** 2 * whole
 
@@ -80,7 +80,7 @@ def _square(vectors: Tensor) -> Tensor:
 
 
 def centred(moments: Moments, weight_gram: Tensor) -> Tensor:
-    """The covariance, drawn towards what the weights say; those alone of blocks that all tokens leave alike.
+    """The covariance, shrunk towards the weights' Gram matrix; the latter alone for blocks that do not vary.
 
     Args:
         moments: of H blocks of d features.
@@ -94,7 +94,7 @@ def centred(moments: Moments, weight_gram: Tensor) -> Tensor:
 
 
 def shrink(moment: Tensor, weight_gram: Tensor, tokens: int) -> Tensor:
-    """A moment drawn towards what the weights say, the more the fewer tokens it was made of (ours).
+    """A moment, shrunk towards the weights' Gram matrix; more so for fewer tokens (ours).
 
     `(1 - a) M + a t G` with `a = d / (d + tokens)`, and t that gives G the trace of M.
 

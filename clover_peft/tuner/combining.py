@@ -1,4 +1,4 @@
-"""Weighted sums of adapters: their maps add up where they were cut alike and stand in the same bases."""
+"""Weighted sums of adapters whose maps have the same blocks and the same bases."""
 
 from __future__ import annotations
 
@@ -18,16 +18,7 @@ Sources = dict[str, tuple[CloverLayer, list[str]]]
 def find_sources(
     model: nn.Module, configs: Mapping[str, CloverConfig], adapters: Sequence[str], weights: Sequence[float]
 ) -> Sources:
-    """The layers that adapters are added up in.
-
-    Args:
-        model: the model with the adapters.
-        configs: adapter name -> config, of all its adapters.
-        adapters: the adapters to combine.
-        weights: one for each.
-
-    Returns:
-        Path -> the layer, and those of the adapters that it has.
+    """Path -> layer and its adapters, for all layers of the adapters to combine; `configs` has all adapters' configs.
 
     Raises:
         ValueError: naming the adapter or module, if the adapters cannot be added up.
@@ -51,7 +42,7 @@ def find_sources(
         names = [name for name in adapters if name in layer.specs]
         for name in names:
             layer.check_bases(name, "combine")
-            if not layer.has_same_bases(names[0], name):
+            if name != names[0] and not have_same_bases(layer, names[0], name):
                 raise ValueError(
                     f"{path}: adapters {names[0]!r} and {name!r} have different bases, in which their S cannot be "
                     "added up; combine adapters of one configuration and one base model, or merge them one after "
@@ -62,17 +53,20 @@ def find_sources(
     return sources
 
 
+def have_same_bases(layer: CloverLayer, one: str, other: str) -> bool:
+    """Whether two adapters have the same slices, C, E and S0. Their fingerprints may differ by rounding."""
+    if layer.specs[one] != layer.specs[other]:
+        return False
+    pairs = ((layer.tensors(one, spec)[1:4], layer.tensors(other, spec)[1:4]) for spec in layer.specs[one])
+    return all(a is None or b is None or torch.equal(a, b) for x, y in pairs for a, b in zip(x, y, strict=True))
+
+
 @torch.no_grad()
 def add_up(sources: Sources, adapter_name: str, weights: Mapping[str, float]) -> None:
-    """Fill a new adapter with the weighted sum of others: their bases, and the sum of their offsets dS.
-
-    Args:
-        sources: from `find_sources`.
-        adapter_name: the new adapter, which has layers there.
-        weights: adapter name -> weight.
+    """Copy the adapters' bases and the weighted sum of their offsets dS into a new adapter.
 
     Raises:
-        ValueError: if the adapters were made with other options than the new one.
+        ValueError: if the new adapter has other slices.
     """
     for path, (layer, names) in sources.items():
         if layer.specs[adapter_name] != layer.specs[names[0]]:

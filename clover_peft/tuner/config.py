@@ -26,31 +26,31 @@ class CloverConfig(PeftConfig):
         r: Directions trained in each block, the leading ones by singular value. None trains the whole block.
         s_matrix: "full" trains an r x r matrix per block, "diagonal" its r diagonal entries.
         target_modules: Module names (suffixes), a regular expression, or "all-linear". None: the modules that compute
-            key, value and up-projection, by the table of architectures.
+            key, value and up-projection, from the table of architectures.
         exclude_modules: Module names or a regular expression to leave out.
-        cross_layer: Pair value with output and, where no rotary embedding stands between, key with query (the paper's
-            cross-layer form). False decomposes every projection alone.
-        block_size: Features per block of attention projections. None: one block a head. A divisor of the head splits
-            it; a multiple spans several heads, for intra-layer targets only.
+        cross_layer: Decompose value and output together and, without rotary embeddings, key and query together (the
+            paper's cross-layer form). False decomposes every projection alone.
+        block_size: Features per block of attention projections. None: one block per head. A divisor of the head size
+            splits heads; a multiple joins heads, for intra-layer targets only.
         mlp_block_size: Features per block of the other projections. None: the largest divisor of the output features
             that is at most 64.
         basis: Basis of intra-layer targets, "qr" or "svd". None: "qr" for a full matrix over a whole block, otherwise
             "svd".
-        truncate: Drop the directions beyond the leading r instead of leaving them as they are: the initial function is
-            that of the truncated base (the paper's CLOVER-dagger without narrowing). Needs `r` or `rank_pattern`.
-        low_rank: Rank of a part `B A x` beside the maps, which can leave the row space of the weight, as a map of the
-            projection's output cannot; B starts at zero. 0 for none.
+        truncate: Drop the directions beyond the leading r instead of keeping them unchanged: training starts from the
+            truncated base (the paper's CLOVER-dagger without narrowing). Needs `r` or `rank_pattern`.
+        low_rank: Rank of a trained part `B A x` that is added to the maps; B starts at zero. It can leave the row
+            space of the weight, which a map of the projection's output cannot. 0 for none.
         clover_dropout: Dropout probability on the input of the map, and of the low-rank part.
-        bias: "none", "all" or "clover_only": which biases of the base are trained too.
-        save_bases: True saves the bases with S (self-contained). False saves S alone; the bases are recomputed at load
-            and checked. "folded" saves one d x d map per block, for inference.
+        bias: "none", "all" or "clover_only": the biases of the base that are trained too.
+        save_bases: True saves the bases with S (self-contained). False saves S alone; loading computes the bases again
+            and checks them. "folded" saves one d x d map per block, for inference.
         init_weights: True starts as the base model, bit for bit. False starts visibly elsewhere (for tests).
-        check_base: Refuse to load onto a base model whose weights have rows of other norms than those recorded in the
-            adapter, beyond what rounding explains.
+        check_base: Refuse to load onto a base model if the norms of its weights' rows differ from the adapter's record
+            by more than rounding.
         modules_to_save: Modules to train and save whole.
         trainable_token_indices: Token indices whose embeddings are trained, or a dict from embedding name to indices.
         layers_to_transform: Layer index or indices to adapt; 0 is one.
-        layers_pattern: Name of the module list that the indices count, if it is not a common one.
+        layers_pattern: Name of the module list that the indices refer to, if it is not a common one.
         rank_pattern: Module name or regular expression -> r for the modules it matches.
         head_dim: Output features of a head, for models that the table does not know.
         num_heads: Heads of each target, for models that the table does not know.
@@ -89,7 +89,7 @@ class CloverConfig(PeftConfig):
     base_precision: str | None = None
 
     def __post_init__(self) -> None:
-        # No field of the file: the folder that the config was read from.
+        # The folder that the config was read from; it is not a field, so no file has it.
         self.source: str | None = None
         super().__post_init__()
         self.peft_type = CLOVER
@@ -140,7 +140,7 @@ class CloverConfig(PeftConfig):
             ),
             "with truncate=True the map replaces a head's output, which clover_dropout would drop; use one of the "
             "two": self.truncate and self.clover_dropout > 0,
-            "truncate=True needs leading directions, which the QR basis has not; use basis='svd'": (
+            "truncate=True needs leading directions, but the QR basis has no order; use basis='svd'": (
                 self.truncate and self.basis == "qr"
             ),
             f"{layers} cannot be used with a regular expression in target_modules; put the layers into the "
@@ -157,21 +157,19 @@ class CloverConfig(PeftConfig):
             raise ValueError(f"CloverConfig: {message}")
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`; an adapter saved folded is described as what its file holds.
+        """Write `adapter_config.json`, and add the loading recipe to the model card beside it, if there is one.
 
-        The model card beside it, if there is one, is told that `import clover_peft` comes first.
+        The config of an adapter that is saved folded describes the maps in its file, not the training.
         """
         config = self
         if self.save_bases == "folded" and not self.folded:
-            if re.search(
-                r"checkpoint-\d+$", os.path.normpath(save_directory)
-            ):  # as transformers' trainers name theirs
+            if re.search(r"checkpoint-\d+$", os.path.normpath(save_directory)):  # a trainer's name
                 warn(
-                    f"{save_directory}: save_bases='folded' leaves out of a checkpoint what training needs, it can be "
+                    f"{save_directory}: a checkpoint with save_bases='folded' has no bases to train with and can be "
                     "neither resumed nor loaded as the best; train with save_bases=True, and set "
                     "model.peft_config['default'].save_bases = 'folded' before the last save_pretrained",
                 )
-            # The file holds whole maps: how they were trained (rank, basis, truncation) no longer matters.
+            # The file has whole maps, for which the options of training no longer matter.
             whole: dict[str, Any] = dict(
                 r=None, rank_pattern={}, s_matrix="full", basis=None, truncate=False, from_activations=False
             )
@@ -181,11 +179,12 @@ class CloverConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """Load a config; the weight file beside it, where it is local or in the hub's cache, is checked first, so that
-        a broken one changes no model.
+        """Load a config, after a check of the weight file beside it if that is local or in the hub's cache.
+
+        A damaged file is thus found before any model is changed.
 
         Raises:
-            ValueError: if `adapter_model.safetensors` beside the config is truncated, corrupt or of another method.
+            ValueError: if `adapter_model.safetensors` is truncated, corrupt or of another method.
         """
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
         file = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
@@ -201,7 +200,7 @@ class CloverConfig(PeftConfig):
 
 
 def _describe_fields(config: type) -> None:
-    """Give every field the text that the class's docstring has for it, as `metadata["help"]`."""
+    """Set `metadata["help"]` of every field to its description in the class's docstring."""
     text = inspect.cleandoc(config.__doc__ or "").partition("Args:\n")[2].partition("\nRaises:")[0]
     for entry in re.split(r"\n    (?=\w)", "\n" + text)[1:]:
         name, _, description = entry.partition(":")

@@ -1,4 +1,4 @@
-"""Mixed batches: every sample of a batch goes through an adapter of its own."""
+"""Mixed batches, in which every sample has an adapter of its own."""
 
 from __future__ import annotations
 
@@ -15,16 +15,13 @@ from .layer import CloverLayer
 
 @contextmanager
 def mixed_batch(model: Any, names: Sequence[str], call: Mapping[str, Any]) -> Iterator[None]:
-    """Within it, every adapted layer of the model gets the samples' adapters.
+    """Pass `names`, an adapter for every sample or "__base__" for none, to every adapted layer inside the context.
 
-    Args:
-        model: the model with the adapters.
-        names: an adapter for every sample, or "__base__" for none.
-        call: the keyword arguments of the call, which say how many beams a search has.
+    `call` has the keyword arguments of the model's call, with the number of beams if it is a search.
     """
     beams = call.get("num_beams") or getattr(call.get("generation_config"), "num_beams", None) or 1
     encoder = model.get_encoder() if beams > 1 and hasattr(model, "get_encoder") else None
-    # A beam search repeats every sample, except for an encoder, which runs before the search.
+    # A beam search repeats every sample, but an encoder runs before the search.
     unrepeated = set() if encoder in (None, model) else set(encoder.modules())
     repeated = [name for name in names for _ in range(beams)]
     handles = [
