@@ -27,7 +27,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from clover_peft.experiments.ablation import making, report, table
+from clover_peft.experiments.ablation import report, results, trial_runner
 from clover_peft.experiments.ablation.grid import Grid, count_steps, read_grid
 
 
@@ -46,12 +46,12 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"--jobs {given.jobs}: expected at least 1")
         records = given.records or given.out / "records"
         grid = read_grid(given.config, given.overrides)
-        making.check_records(grid, records)
+        trial_runner.check_records(grid, records)
         if given.step is not None:
-            print(making.make(grid, given.step, given.out, records))
+            print(trial_runner.make(grid, given.step, given.out, records))
             return 0
-        making.make_data(grid, given.out / "data")
-        if (status := _run(given, grid, records)) or not table.load(records):
+        trial_runner.make_data(grid, given.out / "data")
+        if (status := _run(given, grid, records)) or not results.load(records):
             return status
         return _show(records, given.pictures or given.out / "pictures")
     except (ValueError, OSError) as error:
@@ -72,10 +72,10 @@ def _run(given: argparse.Namespace, grid: Grid, records: Path) -> int:
     started = time.monotonic()
     running: dict[str, subprocess.Popen] = {}
     failed: dict[str, str] = {}
-    with tqdm(total=count_steps(grid), initial=len(table.load(records)), unit="record") as bar:
+    with tqdm(total=count_steps(grid), initial=len(results.load(records)), unit="record") as bar:
         try:
             while True:
-                ready = [s for s in making.ready_steps(grid, records) if s not in running and s not in failed]
+                ready = [s for s in trial_runner.ready_steps(grid, records) if s not in running and s not in failed]
                 if ready and given.minutes is not None and time.monotonic() - started > 60 * given.minutes:
                     if not running:
                         bar.write(f"stopping after {given.minutes} minutes; next would be {ready[0]}")
@@ -124,7 +124,7 @@ def _log(given: argparse.Namespace, step: str) -> Path:
 
 def _show(records: Path, folder: Path | None) -> int:
     """Prints the table, and writes it with its pictures."""
-    found = table.load(records)
+    found = results.load(records)
     if not found:
         raise ValueError(f"{records}: expected a folder of records, found none")
     shown = report.markdown(found)

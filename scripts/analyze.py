@@ -30,14 +30,15 @@ from clover_peft.experiments.analysis import (
     Change,
     adapter_changes,
     collect_inputs,
+    figures,
     measure,
     model_changes,
     moves_base,
-    pictures,
 )
 from clover_peft.experiments.commonsense import sources
 from clover_peft.io import run_record as records
 from clover_peft.io.hub_models import find_adapter, find_model, load_trained
+from clover_peft.io.tables import markdown_table
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -68,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         options = {key: value for key, value in vars(given).items() if value is not None}
         record = {"options": options, "environment": records.environment(), "modules": found}
         print(records.write(given.out / "analysis.json", record))
-        for path in [] if given.no_pictures else pictures.draw(found, given.out):
+        for path in [] if given.no_pictures else figures.draw(found, given.out):
             print(path)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -123,7 +124,7 @@ def _shown(changes: Iterator[Change], label: str, count: int) -> Iterator[Change
     return iter(tqdm(changes, desc=label, total=count, unit="module"))
 
 
-def _table(found: pictures.Found) -> str:
+def _table(found: figures.Found) -> str:
     """Means over the layers, of each kind of module."""
     header = [
         "",
@@ -137,7 +138,7 @@ def _table(found: pictures.Found) -> str:
         "share of input",
         "chance",
     ]
-    lines = [header, ["---", "---", *["---:"] * (len(header) - 2)]]
+    rows = []
     kinds: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for label, measured in found.items():
         for module in measured:
@@ -154,8 +155,8 @@ def _table(found: pictures.Found) -> str:
             for key in ("trained", "chance")
         )
         figures = [f"{rank:.1f}", f"{effective:.1f}", f"{narrowest:.1f}", f"{relative:.2%}", str(intruders)]
-        lines.append([label, kind, str(len(modules)), *figures, trained, chance])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        rows.append([label, kind, str(len(modules)), *figures, trained, chance])
+    return markdown_table(header, rows, left=2)
 
 
 def _parser() -> argparse.ArgumentParser:

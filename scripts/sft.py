@@ -54,7 +54,7 @@ def main() -> int:
 
 def _keys() -> str:
     """The job's own keys, read from their file alone: importing the package would take seconds."""
-    job = runpy.run_path(str(ROOT / "clover_peft" / "experiments" / "training" / "job.py"))["JobArguments"]
+    job = runpy.run_path(str(ROOT / "clover_peft" / "experiments" / "training" / "job_arguments.py"))["JobArguments"]
     lines = [f"  {key.name:<18}{key.metadata['help']}" for key in dataclasses.fields(job)]
     return "\n".join(["keys of the job (any other is one of trl.SFTConfig, or peft.<field>):", *lines])
 

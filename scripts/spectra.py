@@ -22,6 +22,7 @@ from typing import Any
 from clover_peft.io import run_record as records
 from clover_peft.io.figures import find_pyplot
 from clover_peft.io.hub_models import find_model, load_as_saved
+from clover_peft.io.tables import markdown_table
 from clover_peft.pruning import find_pairs, options, ranks
 from clover_peft.pruning.figures import plot_spectra
 from clover_peft.pruning.spectra import METHODS, SHARES, PairSpectra, labels, measure_spectra, suggest
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
             of_kind = ranks.threshold({each.pair.name: each.clover.values for each in pairs}, least)
             count, total = int(sum(map(sum, of_kind.values()))), sum(each.clover.values.numel() for each in pairs)
             kept, titles[kind] = kept | of_kind, f"ranks at threshold {least:.4g}"
-            print("\n".join([*_table(kind, pairs), "", *_advice(kind, suggestions[kind])]))
+            print("\n".join([_table(kind, pairs), "", *_advice(kind, suggestions[kind])]))
             print(f"{kind}: a threshold of {least:.4g} keeps {count:,} of {total:,} directions\n")
         print(_CALIBRATED if data else _UNCALIBRATED)
         if given.out is None:
@@ -104,11 +105,11 @@ def _suggestions(pairs: Sequence[PairSpectra]) -> dict[str, dict[str, dict[str, 
     }
 
 
-def _table(kind: str, pairs: Sequence[PairSpectra]) -> list[str]:
+def _table(kind: str, pairs: Sequence[PairSpectra]) -> str:
     heads = [f"{kind}, layer", "heads x size"]
     for method in METHODS:
         heads += [f"{method}: largest", "median", "smallest", "effective rank", "for 90 %", "for 99 %"]
-    rows = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    rows = []
     for name, each in zip(labels([each.pair.path for each in pairs]), pairs, strict=True):
         found = each.to_dict()
         row = [name, f"{found['heads']} x {found['size']}"]
@@ -119,7 +120,7 @@ def _table(kind: str, pairs: Sequence[PairSpectra]) -> list[str]:
             for figures in (of_method["effective_rank"], *(of_method["directions"][s] for s in ("0.9", "0.99"))):
                 row.append(f"{statistics.mean(figures):.1f}")
         rows.append(row)
-    return ["| " + " | ".join(row) + " |" for row in rows]
+    return markdown_table(heads, rows)
 
 
 def _advice(kind: str, suggestions: dict[str, Any]) -> list[str]:

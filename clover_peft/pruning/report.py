@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from ..io.tables import markdown_table
 from .directions import Method
 from .pairs import Kind
 
@@ -70,8 +71,7 @@ class PruningReport:
         """A Markdown table of how ranks were chosen, what was removed, and what that saves."""
         rule = ", ".join(f"{name} {value}" for name, value in self.rule.items())
         how = [self.method, rule, "calibrated" if self.calibrated else "by weights alone"]
-        rows = [["", "before", "after", "removed"], ["---", "---:", "---:", "---:"]]
-        rows.append([", ".join([*how, *(["sequential"] if self.sequential else [])]), "", "", ""])
+        rows = [[", ".join([*how, *(["sequential"] if self.sequential else [])]), "", "", ""]]
         rows.append(["parameters", *_change(*self.parameters)])
         if any(self.cache_bytes):
             rows.append(["KV cache, bytes a token", *_change(*self.cache_bytes)])
@@ -86,7 +86,7 @@ class PruningReport:
             rows.append([f"{kind} width of a head", *widths, ""])
             least = f"{sum(energy) / len(energy):.1%}, {min(energy):.1%}"
             rows.append([f"{kind} energy, mean and least", "", least, ""])
-        return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        return markdown_table(["", "before", "after", "removed"], rows)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write it as JSON."""
