@@ -17,9 +17,11 @@ from collections.abc import Sequence
 # Old path below `clover_peft` -> where its names are now. The first of several is where most of them are.
 MOVED: dict[str, tuple[str, ...]] = {
     "ablation": ("experiments.ablation",),
+    "ablation.making": ("experiments.ablation.trial_runner",),
+    "ablation.table": ("experiments.ablation.results",),
     "analysis": ("experiments.analysis",),
     "analysis.measures": ("experiments.analysis.measures", "linalg.spectra"),
-    "analysis.pictures": ("experiments.analysis.pictures", "io.figures"),
+    "analysis.pictures": ("experiments.analysis.figures", "io.figures"),
     "architectures": (
         "base_model.families",
         "base_model.slices",
@@ -40,7 +42,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "commonsense": ("experiments.commonsense",),
     "config": ("tuner.config",),
     "decomposition": ("linalg.decomposition", "tuner.explicit_factors"),
-    "downloads": ("io.downloads",),
+    "downloads": ("io.downloads", "io.atomic"),
     "folded": ("tuner.map_cache",),
     "head_map": ("tuner.fused_maps", "tuner.maps", "runtime.tracing"),
     "layer": ("tuner.layer", "tuner.adapter_tensors", "runtime.tensors", "runtime.offload", "runtime.bitsandbytes"),
@@ -57,8 +59,9 @@ MOVED: dict[str, tuple[str, ...]] = {
     "serving": ("tuner.hotswap", "tuner.lora_approximation"),
     "settings_text": ("io.overrides",),
     "training": ("experiments.training",),
-    "training.cards": ("io.cards",),
-    "training.models": ("io.hub_models",),
+    "training.cards": ("experiments.training.card",),
+    "training.job": ("experiments.training.job_arguments",),
+    "training.models": ("io.hub_models", "experiments.training.loading"),
     "transfer": ("tuner.dequantize",),
     "warn": ("io.user_warning",),
 }

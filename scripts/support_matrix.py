@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from clover_peft.base_model.families import FAMILIES, Family, If
+from clover_peft.io.tables import markdown_table
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "families.md"
 BEGIN, END = "<!-- support matrix: scripts/support_matrix.py --write -->", "<!-- end of support matrix -->"
@@ -58,18 +59,19 @@ def matrix() -> str:
     groups: dict[int, list[str]] = {}
     for model_type, family in FAMILIES.items():
         groups.setdefault(id(family), []).append(model_type)
-    lines = ["| model types | adapted by default | value | key | positions |", "| --- | --- | --- | --- | --- |"]
+    header, rows = ["model types", "adapted by default", "value", "key", "positions"], []
     for types in groups.values():
         family = FAMILIES[types[0]]
-        cells = [
-            ", ".join(types),
-            ", ".join(f"`{name}`" for name in family.target_modules),
-            pairing(family, "v", "alone (gated)" if is_gated(family) else "with O"),
-            pairing(family, "k", describe(family.positions, KEYS)),
-            describe(family.positions, POSITIONS),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(
+            [
+                ", ".join(types),
+                ", ".join(f"`{name}`" for name in family.target_modules),
+                pairing(family, "v", "alone (gated)" if is_gated(family) else "with O"),
+                pairing(family, "k", describe(family.positions, KEYS)),
+                describe(family.positions, POSITIONS),
+            ]
+        )
+    return markdown_table(header, rows, left=len(header))
 
 
 def main() -> None:

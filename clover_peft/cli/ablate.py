@@ -1,4 +1,4 @@
-"""`clover ablate`: trains a grid of (method x learning rate x seed), and prints its table."""
+"""`clover ablate`: trains a grid of (method x learning rate x seed), and prints its results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from ..experiments.ablation import making, report, table
+from ..experiments.ablation import report, results, trial_runner
 from ..experiments.ablation.grid import Grid, count_steps, read_grid
 from . import parsers
 from .errors import reports_errors
@@ -34,14 +34,14 @@ def run(given: argparse.Namespace) -> int:
         raise ValueError(f"--jobs {given.jobs}: expected at least 1")
     records = given.records or given.out / "records"
     grid = read_grid(given.config, given.overrides)
-    making.check_records(grid, records)
+    trial_runner.check_records(grid, records)
     with _exits_on_signals():
         if given.step is not None:
-            print(making.make(grid, given.step, given.out, records))
+            print(trial_runner.make(grid, given.step, given.out, records))
             return 0
-        making.make_data(grid, given.out / "data")
+        trial_runner.make_data(grid, given.out / "data")
         status = _make_all(given, grid, records)
-    if status or not table.load(records):
+    if status or not results.load(records):
         return status
     return _show(records, given.pictures or given.out / "pictures")
 
@@ -75,10 +75,10 @@ def _make_all(given: argparse.Namespace, grid: Grid, records: Path) -> int:
     started = time.monotonic()
     running: dict[str, subprocess.Popen] = {}
     failed: dict[str, str] = {}
-    with tqdm(total=count_steps(grid), initial=len(table.load(records)), unit="record") as bar:
+    with tqdm(total=count_steps(grid), initial=len(results.load(records)), unit="record") as bar:
         try:
             while True:
-                ready = [s for s in making.ready_steps(grid, records) if s not in running and s not in failed]
+                ready = [s for s in trial_runner.ready_steps(grid, records) if s not in running and s not in failed]
                 if ready and given.minutes is not None and time.monotonic() - started > 60 * given.minutes:
                     if not running:
                         bar.write(f"stopping after {given.minutes} minutes; next would be {ready[0]}")
@@ -128,15 +128,15 @@ def _log(given: argparse.Namespace, step: str) -> Path:
 
 def _show(records: Path, folder: Path | None) -> int:
     """Prints the table, and writes it with its pictures."""
-    found = table.load(records)
+    found = results.load(records)
     if not found:
         raise ValueError(f"{records}: expected a folder of records, found none")
     shown = report.markdown(found)
     print(shown)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "table.md").write_text(shown + "\n", encoding="utf-8")
-        (folder / "table.csv").write_text(report.as_csv(found), encoding="utf-8")
+        (folder / "results.md").write_text(shown + "\n", encoding="utf-8")
+        (folder / "results.csv").write_text(report.as_csv(found), encoding="utf-8")
         try:
             for path in report.plots(found, folder):
                 print(path, file=sys.stderr)

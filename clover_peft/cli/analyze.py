@@ -19,15 +19,16 @@ from ..experiments.analysis import (
     Change,
     adapter_changes,
     collect_inputs,
+    figures,
     measure,
     model_changes,
     moves_base,
-    pictures,
 )
 from ..experiments.commonsense import sources
 from ..io import run_record as records
 from ..io.figures import find_pyplot
 from ..io.hub_models import find_adapter, find_model, load_trained
+from ..io.tables import markdown_table
 from . import parsers
 from .errors import reports_errors
 
@@ -61,7 +62,7 @@ def run(given: argparse.Namespace) -> int:
     options = {key: value for key, value in vars(given).items() if value is not None}
     record = {"options": options, "environment": records.environment(), "modules": found}
     print(records.write(given.out / "analysis.json", record))
-    for path in [] if given.no_pictures else pictures.draw(found, given.out):
+    for path in [] if given.no_pictures else figures.draw(found, given.out):
         print(path)
     return 0
 
@@ -113,7 +114,7 @@ def _shown(changes: Iterator[Change], label: str, count: int) -> Iterator[Change
     return iter(tqdm(changes, desc=label, total=count, unit="module"))
 
 
-def _table(found: pictures.Found) -> str:
+def _table(found: figures.Found) -> str:
     """Means over the layers, of each kind of module."""
     header = [
         "",
@@ -127,7 +128,7 @@ def _table(found: pictures.Found) -> str:
         "share of input",
         "chance",
     ]
-    lines = [header, ["---", "---", *["---:"] * (len(header) - 2)]]
+    rows = []
     kinds: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for label, measured in found.items():
         for module in measured:
@@ -143,9 +144,9 @@ def _table(found: pictures.Found) -> str:
             f"{statistics.mean(share[key] for share in shares):.1%}" if shares else "-"
             for key in ("trained", "chance")
         )
-        figures = [f"{rank:.1f}", f"{effective:.1f}", f"{narrowest:.1f}", f"{relative:.2%}", str(intruders)]
-        lines.append([label, kind, str(len(modules)), *figures, trained, chance])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        cells = [f"{rank:.1f}", f"{effective:.1f}", f"{narrowest:.1f}", f"{relative:.2%}", str(intruders)]
+        rows.append([label, kind, str(len(modules)), *cells, trained, chance])
+    return markdown_table(header, rows, left=2)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

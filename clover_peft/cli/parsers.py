@@ -66,7 +66,7 @@ Llama-2-7B:
 
 def _keys() -> str:
     """The job's own keys, read from their file alone: their package needs TRL."""
-    path = Path(__file__).parents[1] / "experiments" / "training" / "job.py"
+    path = Path(__file__).parents[1] / "experiments" / "training" / "job_arguments.py"
     fields = dataclasses.fields(runpy.run_path(str(path))["JobArguments"])
     lines = [f"  {key.name:<18}{key.metadata['help']}" for key in fields]
     return "\n".join(["keys of the job:", *lines])

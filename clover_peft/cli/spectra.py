@@ -10,6 +10,7 @@ from typing import Any
 from ..io import run_record as records
 from ..io.figures import find_pyplot
 from ..io.hub_models import find_model, load_as_saved
+from ..io.tables import markdown_table
 from ..pruning import find_pairs, ranks
 from ..pruning.figures import plot_spectra
 from ..pruning.spectra import METHODS, SHARES, PairSpectra, labels, measure_spectra, suggest
@@ -51,7 +52,7 @@ def run(given: argparse.Namespace) -> int:
         of_kind = ranks.threshold({each.pair.name: each.clover.values for each in pairs}, least)
         count, total = int(sum(map(sum, of_kind.values()))), sum(each.clover.values.numel() for each in pairs)
         kept, titles[kind] = kept | of_kind, f"ranks at threshold {least:.4g}"
-        print("\n".join([*_table(kind, pairs), "", *_advice(kind, suggestions[kind])]))
+        print("\n".join([_table(kind, pairs), "", *_advice(kind, suggestions[kind])]))
         print(f"{kind}: a threshold of {least:.4g} keeps {count:,} of {total:,} directions\n")
     print(_CALIBRATED if data else _UNCALIBRATED)
     if given.out is None:
@@ -91,11 +92,11 @@ def _suggestions(pairs: Sequence[PairSpectra]) -> dict[str, dict[str, dict[str, 
     }
 
 
-def _table(kind: str, pairs: Sequence[PairSpectra]) -> list[str]:
+def _table(kind: str, pairs: Sequence[PairSpectra]) -> str:
     heads = [f"{kind}, layer", "heads x size"]
     for method in METHODS:
         heads += [f"{method}: largest", "median", "smallest", "effective rank", "for 90 %", "for 99 %"]
-    rows = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    rows = []
     for name, each in zip(labels([each.pair.path for each in pairs]), pairs, strict=True):
         found = each.to_dict()
         row = [name, f"{found['heads']} x {found['size']}"]
@@ -106,7 +107,7 @@ def _table(kind: str, pairs: Sequence[PairSpectra]) -> list[str]:
             for figures in (of_method["effective_rank"], *(of_method["directions"][s] for s in ("0.9", "0.99"))):
                 row.append(f"{statistics.mean(figures):.1f}")
         rows.append(row)
-    return ["| " + " | ".join(row) + " |" for row in rows]
+    return markdown_table(heads, rows)
 
 
 def _advice(kind: str, suggestions: dict[str, Any]) -> list[str]:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import ModelCard, ModelCardData
 
 from .._version import __version__
+from ..io import cards
 from .narrow.loading import read_record
 from .report import PruningReport
 
@@ -34,35 +34,25 @@ def write_card(
         license_name: its licence, or "not stated".
         calibration: one line that describes the data; None without data.
     """
-    importing = _REGISTER if needs_import(model) else ""
     kind = type(model).__name__
-    named = base if "/" in base else None  # The hub does not know a folder, or has another model of that name.
-    card = ModelCardData(base_model=named, library_name="transformers", tags=["pruning", "clover_peft"])
-    versions = f"clover_peft {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
-    text = f"""---
-{card.to_yaml()}
----
-# {base}, pruned
-
-```python
-{importing}from transformers import {kind}
-
-model = {kind}.from_pretrained("<this folder>")
-```
-
-{_needs(model, report)}
-
-{report.summary()}
-
-| | |
-| --- | --- |
-| base model | {base}, licence: {license_name} |
-| calibrated with | {calibration or "no data: directions by weights alone"} |
-| versions | {versions} |
-
-`pruning.json` has the ranks of all heads. The licence of the base model applies; these weights have no other licence.
-"""
-    ModelCard(text).save(folder / "README.md")
+    importing = _REGISTER if needs_import(model) else ""
+    versions = {"clover_peft": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    cards.write_card(
+        folder,
+        title=f"{base}, pruned",
+        base=base,
+        library="transformers",
+        tags=["pruning", "clover_peft"],
+        code=f'{importing}from transformers import {kind}\n\nmodel = {kind}.from_pretrained("<this folder>")',
+        text=f"{_needs(model, report)}\n\n{report.summary()}",
+        facts={
+            "base model": f"{base}, licence: {license_name}",
+            "calibrated with": calibration or "no data: directions by weights alone",
+            "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        },
+        ending="`pruning.json` has the ranks of all heads. The licence of the base model applies; these weights have "
+        "no other licence.",
+    )
 
 
 def _needs(model: Any, report: PruningReport) -> str:

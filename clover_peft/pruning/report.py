@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from ..io.tables import markdown_table
 from .directions import Method
 from .figures import HeatMap, plot_heat_maps
 from .pairs import Kind
@@ -69,8 +70,7 @@ class PruningReport:
         """A Markdown table: the rule for the ranks, the directions removed, and the sizes before and after."""
         rule = ", ".join(f"{name} {value}" for name, value in self.rule.items())
         how = [self.method, rule, "calibrated" if self.calibrated else "by weights alone"]
-        rows = [["", "before", "after", "removed"], ["---", "---:", "---:", "---:"]]
-        rows.append([", ".join(how), "", "", ""])
+        rows = [[", ".join(how), "", "", ""]]
         rows.append(["parameters", *_change(*self.parameters)])
         if any(self.cache_bytes):
             rows.append(["KV cache, bytes a token", *_change(*self.cache_bytes)])
@@ -85,7 +85,7 @@ class PruningReport:
             rows.append([f"{kind} width of a head", *widths, ""])
             least = f"{sum(energy) / len(energy):.1%}, {min(energy):.1%}"
             rows.append([f"{kind} energy, mean and least", "", least, ""])
-        return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        return markdown_table(["", "before", "after", "removed"], rows)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the report as JSON."""

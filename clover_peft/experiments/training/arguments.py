@@ -18,7 +18,7 @@ from trl import SFTConfig
 
 from ...io.configs import find_config
 from ...io.overrides import apply_override, load_yaml
-from .job import JobArguments
+from .job_arguments import JobArguments
 from .optimizer import check_factors
 
 # Fields of SFTConfig that this job has another way to say; accepting them would be ignoring them.

@@ -16,13 +16,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ...io import run_record as records
-from ...io.downloads import build_once
-from ...io.hub_models import ModelSource, find_model, load_tokenizer, load_trained, weights_digest
+from ...io.atomic import build_once
+from ...io.hub_models import ModelSource, find_model, load_trained, weights_digest
 from ..commonsense import TASKS, evaluation, prepare
 from ..commonsense.protocols import find_protocol
 from ..training.arguments import LOCAL, parse
+from ..training.loading import load_tokenizer
 from .grid import BASE, Grid, Trial, settings_of, trials_of
-from .table import Record, choose, load
+from .results import Record, choose, load
 
 
 def make_data(grid: Grid, folder: Path) -> Record:

