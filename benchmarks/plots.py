@@ -1,4 +1,4 @@
-"""The pictures of docs/performance.md and docs/results.md, drawn from the records in benchmarks/results.
+"""The pictures of docs/results, drawn from the records in benchmarks/results.
 
     python benchmarks/plots.py [RECORD ...]
 

@@ -48,10 +48,10 @@ from transformers import (
 )
 
 import clover_peft
+from clover_peft.cli.pruning_options import figures as shares
 from clover_peft.io import run_record as records
 from clover_peft.pruning import Calibration
 from clover_peft.pruning.directions import Method
-from clover_peft.pruning.options import figures as shares
 from clover_peft.pruning.pairs import Kind
 from clover_peft.pruning.rule import SPREADS, Rule
 
@@ -70,7 +70,6 @@ class Setting:
     vo: float | None = None
     ranks: Rule = "global"
     multiple: int = 1
-    sequential: bool = False
     target_modules: str | None = None
 
     @property
@@ -82,13 +81,12 @@ class Setting:
         parts = [self.method, "data" if self.calibrated else "weights", self.ranks]
         parts += [f"{kind} {share:.1%}" for kind, share in self.ratio.items()]
         parts += [f"multiple {self.multiple}"] if self.multiple > 1 else []
-        parts += ["sequential"] if self.sequential else []
         return " ".join([*parts, *([self.target_modules] if self.target_modules else [])])
 
 
 @dataclass(frozen=True)
 class Target:
-    """A figure that is to be reached: the best that was measured, rounded or not, sequential or not.
+    """A figure that is to be reached: the best that was measured, with ranks rounded or not.
 
     Attributes:
         setting: where.
@@ -106,7 +104,7 @@ class Target:
 
     def counts(self, setting: Setting) -> bool:
         ranks = self.setting.ranks if self.any_ranks else setting.ranks
-        return replace(setting, multiple=1, sequential=False, ranks=ranks) == self.setting
+        return replace(setting, multiple=1, ranks=ranks) == self.setting
 
 
 _HALF_AND_QUARTER = Setting("clover", True, qk=0.5, vo=0.25)
@@ -175,8 +173,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     rows, printed = [], [cells("unpruned", base, "")]
     for setting in tqdm(settings, desc="settings", unit="setting"):
         model = subject.load()
-        batches = subject.calibration if setting.sequential else measured
-        report, seconds = _prune(model, setting, batches if setting.calibrated else None, arguments.device)
+        report, seconds = _prune(model, setting, measured if setting.calibrated else None, arguments.device)
         figures = _figures(subject, model)
         if isinstance(subject, SmolLM2):
             figures["v_base"] = figures["perplexity"] / base["perplexity"]
@@ -214,7 +211,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     command.add_argument("--calibration", nargs="+", default=["with", "without"], choices=["with", "without"])
     command.add_argument("--ranks", nargs="+", default=["global"], choices=SPREADS)
     command.add_argument("--multiple", type=int, default=1, help="round ranks to multiples")
-    command.add_argument("--sequential", action="store_true", help="calibrate layer by layer, wherever with data")
     command.add_argument("--target-modules", help="pattern of modules to prune, for --ratio and --sweep")
     command.add_argument(
         "--split", default="test", choices=["validation", "test"], help="of WikiText-2, to measure on"
@@ -247,11 +243,7 @@ def _settings(arguments: argparse.Namespace) -> list[Setting]:
         for method, data, ranks, ratio in chosen
         if data == "with" or ranks != "gradient"  # which needs data
     ]
-    return list(
-        dict.fromkeys(
-            replace(s, multiple=arguments.multiple, sequential=arguments.sequential and s.calibrated) for s in found
-        )
-    )
+    return list(dict.fromkeys(replace(setting, multiple=arguments.multiple) for setting in found))
 
 
 def _parse_ratio(text: str) -> dict[Kind, float]:
@@ -265,9 +257,9 @@ def _parse_ratio(text: str) -> dict[Kind, float]:
 def _calibrated(
     model: Any, settings: Sequence[Setting], subject: Subject, device: str
 ) -> tuple[Calibration | None, float | None]:
-    """What all settings but the sequential ones are calibrated with, and how many seconds that took."""
+    """The calibration of all settings that want one, and the seconds it took."""
     found: list[Calibration] = []
-    wanted = [setting for setting in settings if setting.calibrated and not setting.sequential]
+    wanted = [setting for setting in settings if setting.calibrated]
     if not wanted:
         return None, None
     gradients = any(setting.ranks == "gradient" for setting in wanted)
@@ -277,10 +269,8 @@ def _calibrated(
     return found[0], seconds
 
 
-def _prune(
-    model: Any, setting: Setting, calibration: list[Batch] | Calibration | None, device: str
-) -> tuple[dict[str, Any], float]:
-    """The report, and how many seconds it took; calibration only where `calibration` is batches."""
+def _prune(model: Any, setting: Setting, calibration: Calibration | None, device: str) -> tuple[dict[str, Any], float]:
+    """The report, and the seconds that pruning took, without calibration."""
     reports: list[Any] = []
 
     def prune() -> None:
@@ -291,7 +281,6 @@ def _prune(
             calibration=calibration,
             ranks=setting.ranks,
             multiple=setting.multiple,
-            sequential=setting.sequential,
             target_modules=setting.target_modules,
         )
         reports.append(report)

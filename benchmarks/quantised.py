@@ -113,7 +113,7 @@ def _load(path: str, quantization: dict | None = None) -> Any:
     more = {} if quantization is None else {"quantization_config": dict(quantization)}
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **more).eval()
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # see `clover_peft.layer.check_packing`
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # see `clover_peft.runtime.bitsandbytes`
             module.support_avx512bf16_for_cpu = False
     return model
 

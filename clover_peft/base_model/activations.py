@@ -1,4 +1,4 @@
-"""Runs a model over data and collects what its modules compute or read, head by head."""
+"""Runs a model over data and collects the moments of its activations, block by block."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,19 +17,19 @@ from ..io.user_warning import warn
 from ..linalg.moments import Moments
 from .slices import HeadSlice
 
-# With fewer tokens for each feature of a block a moment is mostly noise.
+# With fewer tokens for each feature of a block, a moment is mostly noise.
 TOKENS_PER_FEATURE = 10
 TEXT = "input_ids"  # the main input of models of text
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Activations to collect the moments of.
+    """A hook's place: activations whose moments are collected.
 
     Attributes:
-        module: the module that computes or reads them.
-        reads: what the module reads, instead of what it computes.
-        heads: the features that count.
+        module: a module.
+        reads: True for the module's input, False for its output.
+        heads: the features of interest.
         size: features of a block, d.
     """
 
@@ -41,21 +42,21 @@ class Probe:
 class TokenReader:
     """Takes the blocks of real tokens out of a model's activations.
 
-    Tokens that `attention_mask` (of an encoder-decoder: `decoder_attention_mask` in the decoder) leaves out do not
-    count. Where both sequences are padded to one length, that is said of what a decoder reads of its encoder, too: pad
-    them apart, or not at all.
+    `attention_mask`, or in a decoder with an encoder `decoder_attention_mask`, leaves out padding. The decoder's mask
+    is also used for encoder outputs that a decoder reads, if both sequences have the same length: pad them to
+    different lengths, or not at all.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.device = next(model.parameters()).device
-        # Nobody reads keys and values that a model keeps for later.
+        # A cache of keys and values costs memory, and nothing here reads it.
         has_cache = "use_cache" in inspect.signature(model.forward).parameters
         self.defaults: dict[str, Any] = {"use_cache": False} if has_cache else {}
-        # BERT's layers are an "encoder", too, and its labels no decoder's.
+        # BERT also calls its layers an "encoder", and its labels are not a decoder's.
         both = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_encoder")
         encoder: Any = model.get_encoder() if both else None  # type: ignore[operator]
         self.encoding = set(encoder.modules()) if encoder is not None and encoder is not model else set()
-        # The tower of another modality may be as long as the text, whose mask is not its own.
+        # The text's mask does not apply to a tower of another modality, whose sequence may have the same length.
         others = (m for m in model.modules() if m is not model and getattr(m, "main_input_name", TEXT) != TEXT)
         self.unmasked = {module for tower in others for module in tower.modules()} - self.encoding
 
@@ -66,9 +67,8 @@ class TokenReader:
                 "expected a list of batches, each of a model's keyword arguments, such as {'input_ids': <tensor>}, "
                 f"found {type(batch).__name__} for one"
             )
-        values = self.defaults | {
-            k: v.detach().to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()
-        }
+        moved = {k: v.detach().to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        values = self.defaults | moved
         ids = values.get("input_ids")
         if "input_ids" in values and not (isinstance(ids, Tensor) and ids.ndim == 2):
             found = f"shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
@@ -83,15 +83,13 @@ class TokenReader:
         return values, masks
 
     def blocks(self, probe: Probe, x: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
-        """(tokens, H, d) of the activations (..., features) that a probe asks for."""
+        """(tokens, H, d): a probe's blocks of the activations (..., features), without padding."""
         blocks = probe.heads.blocks(x, probe.size)
-        if probe.module in self.unmasked:
-            return blocks.reshape(-1, *blocks.shape[-2:])
-        both = ["decoder_attention_mask", "attention_mask"]
-        for kind in both if self.encoding and probe.module not in self.encoding else both[1:]:
-            if kind in masks and masks[kind].shape == blocks.shape[:-2]:
-                blocks = blocks[masks[kind]]
-                break
+        in_decoder = self.encoding and probe.module not in self.encoding
+        kinds = ["decoder_attention_mask", "attention_mask"] if in_decoder else ["attention_mask"]
+        fitting = (masks[kind] for kind in kinds if kind in masks and masks[kind].shape == blocks.shape[:-2])
+        if probe.module not in self.unmasked and (mask := next(fitting, None)) is not None:
+            blocks = blocks[mask]
         return blocks.reshape(-1, *blocks.shape[-2:])
 
 
@@ -99,38 +97,35 @@ class TokenReader:
 def collect_moments(
     model: nn.Module, probes: Mapping[str, Probe], batches: Iterable[Mapping[str, Any]]
 ) -> dict[str, Moments]:
-    """Runs a model over data, once, and adds up the moments of what its modules compute or read.
-
-    Real tokens count (`TokenReader`). The model runs in evaluation mode and as it is, with its active adapters; hooks
-    and mode are taken back in any case.
+    """Run a model once over data, in evaluation mode and with its active adapters, and collect moments.
 
     Args:
         model: the model to call.
-        probes: what to collect, by any name.
+        probes: the activations to collect, by any name.
         batches: keyword arguments of the model; tensors are moved to its device.
 
     Returns:
-        name -> moments, on the device of the activations.
+        Name -> moments, on the device of the activations.
 
     Raises:
-        ValueError: if there is no batch, or a module did not run, or something is not finite.
+        ValueError: if there is no batch, a module did not run, or an activation is not finite.
     """
     found: dict[str, Moments] = {}
     masks: dict[str, Tensor] = {}
     reader = TokenReader(model)
 
-    def before(name: str, probe: Probe) -> Any:
-        return lambda module, inputs: add_blocks(found, name, reader.blocks(probe, inputs[0], masks))
+    def before(name: str, probe: Probe, module: nn.Module, inputs: Any) -> None:
+        add_blocks(found, name, reader.blocks(probe, inputs[0], masks))
 
-    def after(name: str, probe: Probe) -> Any:
-        return lambda module, inputs, output: add_blocks(found, name, reader.blocks(probe, output, masks))
+    def after(name: str, probe: Probe, module: nn.Module, inputs: Any, output: Any) -> None:
+        add_blocks(found, name, reader.blocks(probe, output, masks))
 
     with evaluating(model), hooks() as hooked:
         for name, probe in probes.items():
             if probe.reads:
-                hooked.append(probe.module.register_forward_pre_hook(before(name, probe)))
+                hooked.append(probe.module.register_forward_pre_hook(partial(before, name, probe)))
             else:
-                hooked.append(probe.module.register_forward_hook(after(name, probe)))
+                hooked.append(probe.module.register_forward_hook(partial(after, name, probe)))
         count = 0
         for batch in tqdm(batches, desc="CLOVER moments", unit=" batches", delay=3, leave=False):
             values, of_batch = reader.start(batch)
@@ -153,9 +148,9 @@ def collect_moments(
 
 
 def add_blocks(found: dict[str, Moments], name: str, blocks: Tensor) -> None:
-    """Count tokens (tokens, H, d) in the moments of this name, which are made if there are none."""
+    """Add tokens (tokens, H, d) to the moments of this name, which start at zero."""
     if name not in found:
-        # Where a device has no float64, sums are kept on the CPU.
+        # A device without float64 leaves the sums to the CPU.
         at = torch.device("cpu") if blocks.device.type == "mps" else blocks.device
         shape = blocks.shape[1:]
         found[name] = Moments(
@@ -167,7 +162,7 @@ def add_blocks(found: dict[str, Moments], name: str, blocks: Tensor) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within it the model is in evaluation mode."""
+    """Put the model into evaluation mode for the duration of the context."""
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
@@ -179,7 +174,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def hooks() -> Iterator[list[Any]]:
-    """A list of hooks, which are removed at the end."""
+    """A list for the handles of hooks, which are removed at the end of the context."""
     handles: list[Any] = []
     try:
         yield handles

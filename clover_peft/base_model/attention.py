@@ -4,24 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 from torch import nn
 
-from .families import (
-    CLAMP,
-    QUERY_KEY_NORMS,
-    ROTARY_DIMS,
-    SECOND_STREAM,
-    VALUE_NORMS,
-    Family,
-    If,
-    Layout,
-)
+from .families import CLAMP, QUERY_KEY_NORMS, ROTARY_DIMS, SECOND_STREAM, VALUE_NORMS, Family, If, Layout
 from .slices import HeadSlice, Partner, TargetSlice
-from .weight import base_of, has_module, in_features, out_features
+from .weight import base_of, feature_counts, has_module
 
-# The attribute of an attention block whose heads were made narrower: dimensions of a key head and of a value head.
+# An attention block with narrower heads has this attribute: dimensions of a key head and of a value head.
 WIDTHS = "clover_widths"
 
 
@@ -32,7 +24,7 @@ class AttentionBlock:
         self, model: nn.Module, prefix: str, family: Family, config: Any, head_dim: int | None = None
     ) -> None:
         self.model, self.prefix, self.family, self.config, self.head_dim = model, prefix, family, config, head_dim
-        # The block itself, and where it is another, the module right above the projections (BERT's `attention.self`).
+        # The module right above the projections, and the block if that is another (BERT's `attention.self`).
         self.path = (prefix + self.present()[0]).rpartition(".")[0]
         self.modules = [model.get_submodule(path) for path in dict.fromkeys([self.path, prefix.rstrip(".")])]
 
@@ -45,22 +37,22 @@ class AttentionBlock:
         return base_of(self.model.get_submodule(self.prefix + name))
 
     def fact(self, name: str) -> Any:
-        """An attribute of the block, else of its config; None if neither has it."""
+        """An attribute of the block or else of its config; None if neither has it."""
         return next((getattr(owner, name) for owner in (*self.modules, self.config) if hasattr(owner, name)), None)
 
     def decide(self, fact: str | If) -> str:
-        """A fact of the family, for this block."""
+        """A fact of the family that may depend on the block."""
         while isinstance(fact, If):
             fact = fact.then if self.fact(fact.attribute) else fact.otherwise
         return fact
 
     def has_any(self, names: tuple[str, ...]) -> bool:
-        """Whether the block has a module of one of these names that does something."""
+        """Whether the block has a module of one of these names, other than an identity."""
         found = [getattr(module, name, None) for module in self.modules for name in names]
         return any(isinstance(module, nn.Module) and not isinstance(module, nn.Identity) for module in found)
 
     def layout_of(self, name: str) -> Layout:
-        """How projection `name` is laid out in this block, without the parts that another one computes."""
+        """The layout of projection `name` in this block, without parts that an earlier projection computes."""
         layout = Layout.read(self.decide(self.family.projections[name]))
         if len(layout.parts) == 1:
             return layout
@@ -69,7 +61,7 @@ class AttentionBlock:
         return replace(layout, parts=tuple(part for part in layout.parts if part not in elsewhere))
 
     def read(self, name: str, path: str) -> int:
-        """An integer fact, from the attention module, else from the config."""
+        """An integer fact, read from the attention module or else from the config."""
         value = self.fact(name)
         if isinstance(value, int):
             return value
@@ -79,9 +71,9 @@ class AttentionBlock:
         )
 
     def layout(self, path: str, name: str) -> dict[str, HeadSlice]:
-        """Part -> its whole heads in the module at `path`, whose name in the table is `name`."""
+        """Part -> its whole heads, in the projection at `path` with this name in the table."""
         layout = self.layout_of(name)
-        features = out_features(base_of(self.model.get_submodule(path)), path)
+        _, features = self._features(path)
         dims = {part: self.dim(part, path) for part in layout.parts}
         if layout.order == "all":
             counts = {part: self.count(part, path, layout.parts, features, dims) for part in layout.parts}
@@ -92,9 +84,9 @@ class AttentionBlock:
                     f"for {', '.join(layout.parts)}), found {features}; pass head_dim=... or num_heads=... with "
                     "target_modules=[...]"
                 )
-            starts = _running(sizes)
-            return {part: HeadSlice.plain(counts[part], dims[part], starts[part]) for part in layout.parts}
-        # Shards that hold `inner` heads of every part.
+            starts = accumulate(sizes.values(), initial=0)
+            return {p: HeadSlice.plain(counts[p], dims[p], start) for p, start in zip(sizes, starts, strict=False)}
+        # A shard holds `inner` heads of every part.
         inner = dict.fromkeys(layout.parts, 1)
         if layout.grouped:
             inner["q"] = self.heads(path) // self.key_value_heads(path)
@@ -103,19 +95,14 @@ class AttentionBlock:
         sizes = {part: inner[part] * dims[part] for part in layout.parts}
         stride = sum(sizes.values())
         shards = divide(path, features, stride, "the heads' features " + "+".join(map(str, sizes.values())))
-        offsets = _running(sizes)
-        return {
-            part: HeadSlice(
-                0,
-                shards * inner[part],
-                stride,
-                offsets[part],
-                dims[part],
-                inner[part],
-                dims[part] if inner[part] > 1 else 0,
-            )
-            for part in layout.parts
-        }
+        result = {}
+        for part, offset in zip(sizes, accumulate(sizes.values(), initial=0), strict=False):
+            dim, heads = dims[part], inner[part]
+            result[part] = HeadSlice(0, shards * heads, stride, offset, dim, heads, dim if heads > 1 else 0)
+        return result
+
+    def _features(self, path: str) -> tuple[int, int]:
+        return feature_counts(base_of(self.model.get_submodule(path)), path)
 
     def dim(self, part: str, path: str) -> int:
         """Coordinates of one head of `part`."""
@@ -125,7 +112,7 @@ class AttentionBlock:
             return self.read(self.family.value_dim, path)
         if self.fact(self.family.head_dim) is None and isinstance(self.fact(self.family.heads), int):
             query = next(self.prefix + name for name in self.present() if "q" in self.layout_of(name).parts)
-            dim = out_features(base_of(self.model.get_submodule(query)), query) // self.heads(path)
+            dim = self._features(query)[1] // self.heads(path)
         else:
             dim = self.read(self.family.head_dim, path)
         if self.head_dim not in (None, dim):
@@ -142,7 +129,7 @@ class AttentionBlock:
         return self.read(self.family.heads, path)
 
     def key_value_heads(self, path: str) -> int:
-        """Number of key-value heads; those of the query where the model does not count them apart."""
+        """Number of key-value heads, which is the number of query heads in models without a count of their own."""
         value = self.fact(self.family.key_value_heads)
         return value if isinstance(value, int) else self.heads(path)
 
@@ -153,15 +140,14 @@ class AttentionBlock:
         return self.heads(path) if part == "q" else self.key_value_heads(path)
 
     def cached_features(self, path: str) -> int:
-        """Numbers that a cache keeps of a token: keys and values of all heads, or of Multi-head Latent Attention what
-        they are computed from."""
+        """Numbers in the cache for each token: keys and values of all heads, or the latent of DeepSeek's attention."""
         if self.family.positions == "decoupled":
             return self.read("kv_lora_rank", path) + self.read("qk_rope_head_dim", path)
         slices = [s for name in self.present() for s in self.layout(self.prefix + name, name).items()]
         return sum(heads.features for part, heads in slices if part in ("k", "v"))
 
     def slices(self, part: str, heads: HeadSlice) -> Iterator[TargetSlice]:
-        """The slices of one part, with their partners by the true positions."""
+        """The slices of one part. Only dimensions of a key that are not rotated have a partner."""
         positions = self.decide(self.family.positions)
         if part == "v":
             yield TargetSlice("v", "v", heads, self.reader(heads))
@@ -178,15 +164,15 @@ class AttentionBlock:
             yield TargetSlice("k", "k", heads)
 
     def rotary_dim(self, head_dim: int) -> int:
-        """Rotated dimensions of a partially rotated head; they come first."""
+        """The number of rotated dimensions, which come first, of a partially rotated head."""
         for name in ROTARY_DIMS:
             if hasattr(self.modules[0], name):
-                return getattr(self.modules[0], name) or head_dim  # None is all of them
+                return getattr(self.modules[0], name) or head_dim  # None means all of them
         parameters = getattr(self.config, "rope_parameters", None) or {}
         return int(head_dim * parameters.get("partial_rotary_factor", 1.0))
 
     def is_gated(self) -> bool:
-        """Whether a part of some projection is multiplied onto the heads' outputs."""
+        """Whether a gate, part of some projection, multiplies the heads' outputs."""
         return any("gate" in self.layout_of(name).parts for name in self.present())
 
     def reader(self, heads: HeadSlice) -> Partner | None:
@@ -194,15 +180,14 @@ class AttentionBlock:
         path = self.prefix + self.family.output
         if self.has_any((*VALUE_NORMS, *SECOND_STREAM)) or self.fact(CLAMP) is not None or self.is_gated():
             return None
-        if not has_module(self.model, path):  # the block above reads the heads, together with other features
+        if not has_module(self.model, path):  # a module above the block reads the heads together with other features
             return None
-        features = in_features(base_of(self.model.get_submodule(path)), path)
-        count = divide(path, features, heads.dim, f"the {heads.dim} dimensions of a value head")
+        count = divide(path, self._features(path)[0], heads.dim, f"the {heads.dim} dimensions of a value head")
         return Partner(path, HeadSlice.plain(count, heads.dim), reads=True)
 
     def query(self, dim: int, offset: int) -> Partner | None:
-        """The coordinates `offset ... offset + dim` of the query heads, as the partner of the key's; None if something
-        stands between."""
+        """The coordinates `offset ... offset + dim` of the query heads, as the key's partner; None if something stands
+        between."""
         if self.has_any((*QUERY_KEY_NORMS, *SECOND_STREAM)) or self.fact(CLAMP) is not None:
             return None
         for name in self.present():
@@ -216,11 +201,3 @@ def divide(path: str, features: int, by: int, what: str, remedy: str = "pass hea
     if features % by:
         raise ValueError(f"{path}: {features} features are not a multiple of {what}; {remedy}")
     return features // by
-
-
-def _running(sizes: dict[str, int]) -> dict[str, int]:
-    starts, total = {}, 0
-    for name, size in sizes.items():
-        starts[name] = total
-        total += size
-    return starts

@@ -1,7 +1,7 @@
 """One table of architecture facts, and the lookup of a module's family.
 
-The table is data. A family names its projections, the parts each of them computes, and what happens between query and
-key; everything countable (head size, number of heads, rotated dimensions) is read from the module and its config.
+The table is data. A family names its projections, the parts that each of them computes, and the positions between
+query and key. Counts (head size, number of heads, rotated dimensions) are read from the module and its config.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import nn
 
 @dataclass(frozen=True)
 class If:
-    """A fact that depends on the model: `then` if the attribute of an attention module or its config is true.
+    """A fact that depends on the model.
 
     Attributes:
-        attribute: its name; missing counts as false.
-        then: the fact if it is true; may depend on another attribute.
-        otherwise: the fact if it is not.
+        attribute: an attribute of the attention module or its config; a missing one counts as false.
+        then: the fact if the attribute is true; it may depend on another attribute.
+        otherwise: the fact if the attribute is false.
     """
 
     attribute: str
@@ -30,28 +30,27 @@ class If:
 
 @dataclass(frozen=True)
 class Family:
-    """Facts about one architecture. Module names are suffixes of module paths; those of one attention block share the
-    path before the suffix.
+    """Facts about one architecture. A module name is the end of a module's path; the projections of one attention
+    block have the same path before it.
 
     Attributes:
-        projections: module name -> how its features are laid out. "q k v": all heads of one part after those of the
-            other; "q|k|v": head by head; "q*|k|v": for every key-value head its query heads, its key, its value;
-            "4 x q v k": four shards, in each some heads of every part. "gate" is multiplied onto the attention's
-            output. A part that a projection listed earlier computes in the same block (GPT-2's cross-attention has a
-            `q_attn`) is absent from the later one.
+        projections: module name -> the layout of its features. "q k v": all heads of q, then all of k, then all of v.
+            "q|k|v": the parts of the first head, then of the next. "q*|k|v": for each key-value head its query heads,
+            key and value. "4 x q v k": four shards, each with some heads of every part. "gate" multiplies the
+            attention's output. If an earlier projection of the block computes a part (as `q_attn` in GPT-2's
+            cross-attention), later ones do not have it.
         output: module name of the projection that reads the attention output.
-        up: module name -> the parts of an up-projection ("up", or "gate up" where it is fused with the gate).
-        positions: what sits between query and key: "rotary" (all dimensions), "partial" (the first rotated
-            dimensions only), "decoupled" (query heads end in rotated dimensions that the key projection does not
-            have), "disentangled" (query and key also meet projected positions, each on its own), "none" (absolute,
-            ALiBi or relative-bias positions, which leave the product of query and key alone).
-        head_dim: attribute that holds the dimensions of a key head.
-        value_dim: attribute that holds the dimensions of a value head.
-        key_value_heads: attribute that holds the number of key-value heads.
-        heads: attribute that holds the number of query heads.
-        between: "v" or "k" -> what else stands between it and its partner: "norm", "clip", "stream" (of tokens that
-            attend along), "other" (features that the same projection reads) or "nothing". What a user reads before
-            there is a model; `resolve` finds it on the modules themselves.
+        up: module name -> the parts of an up-projection: "up", or "gate up" if it is fused with the gate.
+        positions: "rotary" (all dimensions are rotated), "partial" (only the first ones), "decoupled" (query heads end
+            in rotated dimensions that the key projection does not have), "disentangled" (query and key also meet
+            projected positions), "none" (absolute, ALiBi or relative-bias positions, which leave q k^T as a product).
+        head_dim: attribute with the dimensions of a key head.
+        value_dim: attribute with the dimensions of a value head.
+        key_value_heads: attribute with the number of key-value heads.
+        heads: attribute with the number of query heads.
+        between: "v" or "k" -> anything else between it and its partner: "norm", "clip", "stream" (tokens of another
+            stream attend too), "other" (the output projection reads other features too) or "nothing". It describes
+            the family before there is a model; `resolve` looks at the modules themselves.
     """
 
     projections: dict[str, str | If]
@@ -71,26 +70,19 @@ class Family:
         return wanted + list(self.up)
 
 
-# What stands between a projection and its partner in some models: names of modules of an attention block. A norm of
-# query or key parts the two; whatever else touches the heads' values parts value and output.
+# Modules of an attention block that stand between a projection and its partner, so that the two do not form a pair.
 QUERY_KEY_NORMS = ("q_norm", "k_norm", "qk_norm", "q_layernorm", "k_layernorm", "norm_q", "norm_k")
-
-
 VALUE_NORMS = ("v_norm", "attn_sub_norm")
-
-
-# A second stream that attends together with the first, through projections and an output of its own, parts both.
+# A second stream with its own projections attends together with the first; then neither kind of pair exists.
 SECOND_STREAM = ("add_k_proj",)
-
-
-# The attribute that clamps query, key and value where it is set.
+# The attribute with the limit to which query, key and value are clamped.
 CLAMP = "clip_qkv"
 # Attributes that count the rotated dimensions of a partially rotated head.
 ROTARY_DIMS = ("rotary_ndims", "rotary_dim")
 
 
 def _any_parts(layout: str | If) -> set[str]:
-    """The parts that a layout may have, whatever it depends on."""
+    """All parts that a layout may have."""
     if isinstance(layout, If):
         return _any_parts(layout.then) | _any_parts(layout.otherwise)
     return set(Layout.read(layout).parts)
@@ -98,8 +90,14 @@ def _any_parts(layout: str | If) -> set[str]:
 
 @dataclass(frozen=True)
 class Layout:
-    """A layout in words, taken apart: `parts` in order, `order` "all" (each part once, for all heads), "head" (again
-    for every key-value head), or the number of shards; `grouped` if a shard holds a query group."""
+    """A layout of the table, taken apart.
+
+    Attributes:
+        parts: the parts, in order.
+        order: "all" (each part once, for all heads), "head" (all parts again for every key-value head), or the number
+            of shards.
+        grouped: each key-value head comes with all its query heads.
+    """
 
     parts: tuple[str, ...]
     order: str | int
@@ -116,10 +114,7 @@ class Layout:
 
 
 _CLIPPED = If("clip_qkv", "clip", "nothing")
-
-
 _NORMED = If("qk_layernorm", "norm", "nothing")
-
 
 _LLAMA = Family(
     projections={"q_proj": "q", "k_proj": "k", "v_proj": "v"},
@@ -128,12 +123,9 @@ _LLAMA = Family(
     positions="rotary",
 )
 
-
 _BART = replace(_LLAMA, output="out_proj", up={"fc1": "up"}, positions="none")
 
-
 _VIT = replace(_LLAMA, up={"mlp.fc1": "up"}, positions="none")
-
 
 _BERT = Family(
     projections={"self.query": "q", "self.key": "k", "self.value": "v"},
@@ -143,44 +135,23 @@ _BERT = Family(
     head_dim="attention_head_size",
 )
 
-
 _DIFFUSERS = Family(
-    projections={
-        "to_q": "q",
-        "to_k": "k",
-        "to_v": "v",
-        "add_q_proj": "q",
-        "add_k_proj": "k",
-        "add_v_proj": "v",
-    },
+    projections={"to_q": "q", "to_k": "k", "to_v": "v", "add_q_proj": "q", "add_k_proj": "k", "add_v_proj": "v"},
     output="to_out.0",
     up={"ff.net.0.proj": "up gate"},
     positions="none",
     heads="heads",
 )
 
-
-_GPT2 = Family(
-    projections={"q_attn": "q", "c_attn": "q k v"},
-    output="c_proj",
-    up={"c_fc": "up"},
-    positions="none",
-)
-
+_GPT2 = Family(projections={"q_attn": "q", "c_attn": "q k v"}, output="c_proj", up={"c_fc": "up"}, positions="none")
 
 _GPT_NEOX = Family(
-    projections={"query_key_value": "q|k|v"},
-    output="dense",
-    up={"dense_h_to_4h": "up"},
-    positions="partial",
+    projections={"query_key_value": "q|k|v"}, output="dense", up={"dense_h_to_4h": "up"}, positions="partial"
 )
-
 
 _GPTJ = replace(_LLAMA, output="out_proj", up={"fc_in": "up"}, positions="partial")
 
-
 _QWEN_VISION = Family(projections={"attn.qkv": "q k v"}, output="attn.proj", up={"mlp.fc1": "up"}, positions="rotary")
-
 
 # The one table of architecture facts: families, and the `config.model_type` of the (sub)models that belong to them.
 _TABLE: list[tuple[str, Family]] = [
@@ -319,7 +290,7 @@ _TABLE: list[tuple[str, Family]] = [
     ("qwen2_5_vl_vision", replace(_QWEN_VISION, up={"mlp.up_proj": "up"})),
     ("qwen3_vl_vision", replace(_QWEN_VISION, up={"mlp.linear_fc1": "up"})),
     # Diffusers' models have no model type and go by their class.
-    ("Transformer2DModel", _DIFFUSERS),  # of which the UNets of Stable Diffusion and SDXL are made
+    ("Transformer2DModel", _DIFFUSERS),  # the transformer blocks in the UNets of Stable Diffusion and SDXL
     (
         "SD3Transformer2DModel",
         replace(
@@ -342,13 +313,12 @@ _TABLE: list[tuple[str, Family]] = [
     ),
 ]
 
-
 # Model type -> family. A row that is added here counts from then on.
 FAMILIES: dict[str, Family] = {model_type: family for types, family in _TABLE for model_type in types.split()}
 
 
 def unknown_family_message(model_type: str, path: str) -> str:
-    """What to do about a model that the table does not know."""
+    """The error message for a model that the table does not know."""
     return (
         f"{path}: the model type {model_type!r} is not in clover_peft's table of architectures, so its heads cannot "
         "be found; name target_modules=[...] and describe them with head_dim=... or num_heads=... (or cut them with "
@@ -358,14 +328,14 @@ def unknown_family_message(model_type: str, path: str) -> str:
 
 
 def family_of(model: nn.Module, path: str) -> Family | None:
-    """The family that the module at `path` belongs to, None if the table does not know it."""
+    """The family of the module at `path`; None if the table does not know it."""
     return owner_of(model, path)[0]
 
 
 def owner_of(model: nn.Module, path: str) -> tuple[Family | None, str | None, Any]:
     """Family, model type and config of the nearest module above `path` whose config names a model type.
 
-    The nearest one decides, so that the towers of a multimodal model are told apart.
+    Each tower of a multimodal model has a config of its own.
     """
     parts = path.split(".")
     for depth in range(len(parts) - 1, -1, -1):
@@ -376,7 +346,7 @@ def owner_of(model: nn.Module, path: str) -> tuple[Family | None, str | None, An
 
 
 def _type_of(module: nn.Module) -> str | None:
-    """The model type that a module's config names, a diffusers model's class; None for a module that is no model."""
+    """The model type in a module's config, or the class of a diffusers model; None if the module is no model."""
     model_type = getattr(getattr(module, "config", None), "model_type", None)
     if isinstance(model_type, str) and model_type:
         return model_type
@@ -384,7 +354,7 @@ def _type_of(module: nn.Module) -> str | None:
 
 
 def wraps_known_models(model: nn.Module, path: str) -> bool:
-    """Whether the model that owns `path` is a shell around models of known families (a projector joins two towers)."""
+    """Whether the model that owns `path` contains models of known families, as one that joins two towers does."""
     parts = path.split(".")
     owners = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) - 1, -1, -1))
     owner = next(module for module in owners if _type_of(module) is not None)

@@ -16,10 +16,10 @@ def default_targets(model: nn.Module) -> dict[str, str]:
     """The modules of known families that compute key, value or up-projection.
 
     Args:
-        model: any model; the towers of a multimodal one are told apart by their configs.
+        model: any model; the config of each tower of a multimodal model names its family.
 
     Returns:
-        Module path -> its name in the table. Empty if no part of the model is known.
+        Module path -> its name in the table; empty if no part of the model is known.
     """
     found = {}
     for path, module in model.named_modules():
@@ -41,11 +41,10 @@ def resolve(
         path: module path of an `nn.Linear`, a `Conv1D` or a tuner layer around one.
         head_dim: output features of a head; where the table knows the model it must agree.
         num_heads: heads of this module; only for a model that the table does not know.
-        described: the caller says how to cut a module of an unknown family (by a block size).
+        described: the caller has a block size for a module of an unknown family.
 
     Returns:
-        The slices that get a map. An up-projection or a module of no particular part is one "head" as wide as its
-        output, which the caller cuts into blocks.
+        The slices that get a map. A projection without heads is one "head" as wide as its output.
 
     Raises:
         ValueError: for a family that the table does not know, or sizes that do not fit the module.
@@ -75,31 +74,27 @@ def resolve(
 
     attention = AttentionBlock(model, path.removesuffix(name), family, config, head_dim)
     layout = attention.layout(path, name)
-    slices: list[TargetSlice] = []
     adapted = [part for part in layout if part in ("k", "v")] or ["q"]
-    for part in adapted:
-        slices.extend(attention.slices(part, layout[part]))
-    if len(slices) == 1:
-        slices = [replace(slices[0], name="weight")]
-    return tuple(slices)
+    slices = [target for part in adapted for target in attention.slices(part, layout[part])]
+    return (replace(slices[0], name="weight"),) if len(slices) == 1 else tuple(slices)
 
 
 def _by_override(path: str, features: int, head_dim: int | None, num_heads: int | None) -> HeadSlice:
-    if head_dim is not None:
-        count = divide(path, features, head_dim, f"head_dim {head_dim}", "pass the head_dim of this module")
-        if num_heads is not None and num_heads != count:
-            raise ValueError(
-                f"{path}: {features} output features make {count} heads of head_dim {head_dim}, but num_heads is "
-                f"{num_heads}; pass only one of the two"
-            )
-        return HeadSlice.plain(count, head_dim)
-    assert num_heads is not None
-    dim = divide(path, features, num_heads, f"num_heads {num_heads}", "pass the num_heads of this module")
-    return HeadSlice.plain(num_heads, dim)
+    if head_dim is None:
+        assert num_heads is not None
+        dim = divide(path, features, num_heads, f"num_heads {num_heads}", "pass the num_heads of this module")
+        return HeadSlice.plain(num_heads, dim)
+    count = divide(path, features, head_dim, f"head_dim {head_dim}", "pass the head_dim of this module")
+    if num_heads not in (None, count):
+        raise ValueError(
+            f"{path}: {features} output features make {count} heads of head_dim {head_dim}, but num_heads is "
+            f"{num_heads}; pass only one of the two"
+        )
+    return HeadSlice.plain(count, head_dim)
 
 
 def attention_block(model: nn.Module, path: str) -> AttentionBlock | None:
-    """The attention block that the projection at `path` belongs to; None if the table does not know it as one."""
+    """The attention block that the projection at `path` belongs to; None if the table has no such projection."""
     family, _, config = owner_of(model, path)
     name = None if family is None else find_suffix(path, family.projections)
     if family is None or name is None:
@@ -108,7 +103,7 @@ def attention_block(model: nn.Module, path: str) -> AttentionBlock | None:
 
 
 def attention_blocks(model: nn.Module) -> dict[str, AttentionBlock]:
-    """All attention blocks of a model by the paths of their modules, those that layers share once."""
+    """Path -> attention block, of all of a model's; a block that several layers share appears once."""
     blocks: dict[int, AttentionBlock] = {}
     for path in default_targets(model):
         if (block := attention_block(model, path)) is not None:

@@ -1,4 +1,4 @@
-"""`HeadSlice`: which features of a projection belong to heads, and which projection they meet."""
+"""`HeadSlice`: the features of a projection that belong to heads. `Partner`: the projection that they meet."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import Tensor
 class HeadSlice:
     """Features of a projection that belong to heads.
 
-    Feature `start + (i // inner) * stride + offset + (i % inner) * inner_stride + j` is coordinate j of head i: a
-    shard of `inner` heads every `stride` features. With `inner` 1 that is `start + i * stride + offset + j`.
+    Shards of `inner` heads follow each other every `stride` features. Coordinate j of head i is the feature
+    `start + (i // inner) * stride + offset + (i % inner) * inner_stride + j`, or `start + i * stride + offset + j` if
+    `inner` is 1.
 
     Attributes:
         start: first feature of the region.
@@ -21,7 +22,7 @@ class HeadSlice:
         offset: first coordinate of a shard's first head inside the stride.
         dim: coordinates per head.
         inner: heads in a shard.
-        inner_stride: features from one head of a shard to the next; 0 where a shard is one head.
+        inner_stride: features from one head of a shard to the next; 0 if a shard is one head.
     """
 
     start: int
@@ -52,7 +53,7 @@ class HeadSlice:
         return replace(self, offset=self.offset + offset, dim=dim)
 
     def covers(self, features: int) -> bool:
-        """Whether the slice is every one of `features` features, in order."""
+        """Whether the slice has all of `features` features, in order."""
         return self.start == 0 and self.offset == 0 and self.dim == self.stride and self.features == features
 
     def indices(self) -> list[int]:
@@ -64,8 +65,7 @@ class HeadSlice:
         return [first + j for first in firsts for j in range(self.dim)]
 
     def heads(self, x: Tensor) -> Tensor:
-        """A view of `x` (..., features): (..., count, dim), or (..., count // inner, inner, dim) where shards have
-        several heads."""
+        """A view of `x` (..., features): (..., count, dim), or (..., count // inner, inner, dim) for `inner` > 1."""
         region = x[..., self.start : self.stop].unflatten(-1, (-1, self.stride))
         if self.inner == 1:
             return region[..., self.offset : self.offset + self.dim]
@@ -73,15 +73,15 @@ class HeadSlice:
         return region[..., self.offset : last].unfold(-1, self.dim, self.inner_stride)
 
     def blocks(self, x: Tensor, size: int) -> Tensor:
-        """(..., count * dim // size, size): the heads of `x` (..., features) split into, or joined to, blocks.
+        """The blocks of `x` (..., features): (..., count * dim // size, size).
 
-        A block of `size` features splits a head when it divides `dim`, and joins neighbours when `dim` divides it.
+        A `size` that divides `dim` splits a head into blocks; a multiple of `dim` joins neighbouring heads to one.
         """
         heads = x if self.covers(x.shape[-1]) else self.heads(x)
         return heads.reshape(*x.shape[:-1], self.features // size, size)
 
     def has_views(self, size: int) -> bool:
-        """Whether `blocks` is a view of a contiguous `x`: its blocks lie at equal distances, each in one piece."""
+        """Whether `blocks` of a contiguous `x` is a view, because each block is in one piece, at equal distances."""
         if self.inner > 1:
             return size == self.dim and self.stride == self.inner * self.inner_stride
         return size == self.dim or self.dim == self.stride
@@ -89,13 +89,13 @@ class HeadSlice:
 
 @dataclass(frozen=True)
 class Partner:
-    """The projection that meets the wrapped one inside a head.
+    """The other projection of a pair: it meets the wrapped one inside a head.
 
     Attributes:
         path: module path, relative to the model.
-        heads: its features; a multiple of the wrapped slice's heads under grouped-query attention.
-        reads: True if it reads the heads (output projection: its input features), False if it writes heads that meet
-            the wrapped ones in a dot product (query: its output features).
+        heads: its features; under grouped-query attention it has several heads for each wrapped one.
+        reads: True for an output projection, whose input features are the heads; False for a query projection, whose
+            output features meet the wrapped ones in a dot product.
     """
 
     path: str
@@ -105,13 +105,13 @@ class Partner:
 
 @dataclass(frozen=True)
 class TargetSlice:
-    """One slice of a target module and how it is to be treated.
+    """One slice of a target module.
 
     Attributes:
-        name: "weight" if it is the target's only slice, else the part's name ("k", "k_rotary", "v", ...).
-        part: what it computes: "q" (heads without a partner), "k", "k_rotary", "v", "up" or "linear" (no heads).
+        name: "weight" for a target's only slice, else the part's name.
+        part: "q" (heads without a partner), "k", "k_rotary", "v", "up" or "linear" (no heads).
         heads: its features.
-        partner: the projection it is paired with, or None for an intra-layer map.
+        partner: the other projection of its pair, or None for an intra-layer map.
     """
 
     name: str

@@ -1,11 +1,11 @@
-"""`BaseWeight`: the weight of a projection, however it is stored, and the projection itself inside of wrappers."""
+"""`BaseWeight`: the weight of a projection, however it is stored."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -18,37 +18,47 @@ from transformers.pytorch_utils import Conv1D
 
 from ..runtime.bitsandbytes import check_packing
 from ..runtime.offload import onloaded
+from ..runtime.sharding import computed_on_rank_0, only_rank_0_has_weights
 from .slices import Partner
+
+ResultT = TypeVar("ResultT")
 
 # Names of the stored weight in `nn.Linear`, `Conv1D` and the quantised linears.
 _WEIGHT_NAMES = ("qweight", "weight", "W_q")
 
 
 class _Original(NamedTuple):
-    """The base's own tensors while adapters are merged: plain attributes, neither trained nor saved."""
+    """The base model's own tensors while adapters are merged: plain attributes, neither trained nor saved.
 
-    module: Any  # some quantisations merge into a new module
-    weight: Any  # None where only the module can read its weights
+    Attributes:
+        module: the projection; some quantisations merge into a new one.
+        weight: its weight, or None if only the module can read it.
+        bias: its bias.
+        state: the 8-bit scales, which bitsandbytes keeps beside the weight.
+    """
+
+    module: Any
+    weight: Any
     bias: Tensor | None
-    state: Any  # bitsandbytes keeps the 8-bit scales beside the weight
+    state: Any
 
 
 class BaseWeight:
     """Reads and writes the weight of a projection: plain, `Conv1D`, quantised, offloaded, sharded or merged into.
 
-    `transposed` and `bias` are always those of the base model, also while adapters are merged. Offloaded and sharded
-    weights are whole only within `whole()`.
+    `transposed` and `bias` are the base model's own, even while adapters are merged. An offloaded or sharded weight is
+    whole only inside `with base.whole():`.
 
     Args:
         owner: the projection, or a tuner layer around it.
         path: its path in the model, for messages.
-        quantization_kwargs: what peft's quantisation backends need from the model.
+        quantization_kwargs: arguments of peft's quantisation backends (`get_quantization_kwargs(model)`).
     """
 
     def __init__(self, owner: nn.Module, path: str = "", quantization_kwargs: dict[str, Any] | None = None) -> None:
         self.owner = owner
         self.path = path
-        self.in_features, self.out_features = in_features(self.module, path), out_features(self.module, path)
+        self.in_features, self.out_features = feature_counts(self.module, path)
         self.fan_in_fan_out = isinstance(self.module, Conv1D)
         self.backend = resolve_quantization_backend(self.module, **(quantization_kwargs or {}))
         self._original: _Original | None = None
@@ -59,12 +69,12 @@ class BaseWeight:
         return base_of(self.owner)
 
     def resolve_backend(self) -> None:
-        """Look again how the weight is stored, after the projection was replaced."""
+        """Find out how the weight is stored, after the projection was replaced."""
         self.backend = resolve_quantization_backend(self.module)
 
     @property
     def stored(self) -> Tensor:
-        """The weight as it is stored: quantised ones packed, under the quantisation's own name.
+        """The weight in its stored form; a quantised weight is packed.
 
         Raises:
             TypeError: if the projection has none.
@@ -79,27 +89,44 @@ class BaseWeight:
 
     @property
     def precision(self) -> str:
-        """Name of the precision that the weight is stored in."""
+        """The name of the weight's precision, such as "bfloat16" or "bnb 4bit"."""
         return str(self.stored.dtype).removeprefix("torch.") if self.backend is None else self.backend.backend_name
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype that the projection computes in: its weight's, or bfloat16 where that is quantised."""
+        """The dtype that the projection computes in: the weight's own, or bfloat16 for a quantised weight."""
         return self.stored.dtype if self.stored.is_floating_point() else torch.bfloat16
 
     @property
     def is_readable(self) -> bool:
-        """Whether the quantisation lets the weight be read as a plain tensor (some are forward only)."""
+        """Whether the weight can be read as a plain tensor; some quantisations can only run it."""
         return self.backend is None or self.backend.supports_merge
 
     @property
     def is_present(self) -> bool:
-        """Whether the whole weight can be read here and now: neither on the meta device nor spread over processes."""
+        """Whether the whole weight can be read here and now: readable, not on the meta device, not sharded."""
         return self.is_readable and not (self.stored.is_meta or isinstance(self.stored, DTensor))
 
+    @property
+    def is_in_every_process(self) -> bool:
+        """Whether each process has the weight, or will load it itself."""
+        return self.backend is not None or not only_rank_0_has_weights()
+
     def whole(self) -> Any:
-        """A context within which an offloaded or sharded weight can be read."""
+        """A context in which an offloaded or sharded weight is whole and can be read."""
         return onloaded(self.module)
+
+    def compute(self, fn: Callable[[], ResultT]) -> ResultT:
+        """`fn()`, computed by the processes that have the weight and sent to those that have none."""
+        return fn() if self.is_in_every_process else computed_on_rank_0(fn)
+
+    def check_trainable(self) -> None:
+        """Refuse a weight that gradients cannot pass through.
+
+        Raises:
+            TypeError: naming the module and the remedy.
+        """
+        check_packing(self.module, self.path)
 
     def transposed(self) -> Tensor:
         """The base model's own weight as (in_features, out_features), dequantised.
@@ -107,7 +134,7 @@ class BaseWeight:
         Raises:
             TypeError: if bitsandbytes has repacked the 4-bit weight, which cannot be read back.
         """
-        check_packing(self.module, self.path)
+        self.check_trainable()
         if self._original is not None:
             weight = self._dense_original(self._original)
         else:
@@ -115,7 +142,7 @@ class BaseWeight:
         return weight if self.fan_in_fan_out else weight.mT
 
     def as_stored(self, transposed: Tensor) -> Tensor:
-        """A weight (in_features, out_features) in the layout of the projection's own."""
+        """A weight (in_features, out_features) in the projection's own layout."""
         return transposed if self.fan_in_fan_out else transposed.mT
 
     @property
@@ -138,8 +165,7 @@ class BaseWeight:
             bias: (out_features,) or None.
 
         Returns:
-            Squared norms of the change and of the rounding error that quantising the result made; zeros for plain
-            weights.
+            Squared norms of the change, and of the rounding error of the quantised result; zeros for plain weights.
         """
         module = self.module
         if self._original is None:
@@ -183,7 +209,7 @@ class BaseWeight:
         self._original = None
 
     def apply(self, fn: Any) -> None:
-        """Move or cast the kept tensors as `nn.Module._apply` does with a module's own."""
+        """Move or cast the kept tensors, as `nn.Module._apply` does with a module's own."""
         if self._original is None:
             return
         module, weight, bias, state = self._original
@@ -211,8 +237,7 @@ class BaseWeight:
 
 
 def base_weight(model: nn.Module, path: str) -> BaseWeight:
-    """The base weight of the projection at `path`: a tuner layer's own reader, which knows what is merged, or a new
-    one."""
+    """The base weight of the projection at `path`: a tuner layer's own, which knows of merges, or a new one."""
     module = model.get_submodule(path)
     known = getattr(module, "base_weight", None)
     return known if isinstance(known, BaseWeight) else BaseWeight(module, path, get_quantization_kwargs(model))
@@ -220,9 +245,9 @@ def base_weight(model: nn.Module, path: str) -> BaseWeight:
 
 @contextmanager
 def partner_weight(model: nn.Module, partner: Partner) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The partner's weight with the heads in its last dimension, (D, features), and the bias that belongs to them.
+    """The partner's weight with the heads in its last dimension, (D, features), and the heads' own bias.
 
-    They are whole within the context only.
+    Both are whole inside the context only.
     """
     weight = base_weight(model, partner.path)
     with weight.whole():
@@ -249,33 +274,20 @@ def has_module(model: nn.Module, path: str) -> bool:
         return False
 
 
-def out_features(module: nn.Module, path: str) -> int:
-    """Output features of a linear projection.
-
-    Raises:
-        TypeError: if it is none.
-    """
-    return _features(module, path)[1]
-
-
-def in_features(module: nn.Module, path: str) -> int:
-    """Input features of a linear projection.
-
-    Raises:
-        TypeError: if it is none.
-    """
-    return _features(module, path)[0]
-
-
 def is_projection(module: Any) -> bool:
-    """Whether it is `nn.Linear`, `Conv1D` or a quantised linear, whose class has any name."""
+    """Whether it is `nn.Linear`, `Conv1D` or a quantised linear, whose class may have any name."""
     sizes = (getattr(module, name, None) for name in ("in_features", "out_features"))
     return isinstance(module, Conv1D) or (
         all(isinstance(size, int) for size in sizes) and not isinstance(module, (nn.Embedding, nn.MultiheadAttention))
     )
 
 
-def _features(module: Any, path: str) -> tuple[int, int]:
+def feature_counts(module: Any, path: str) -> tuple[int, int]:
+    """Input and output features of a linear projection.
+
+    Raises:
+        TypeError: if the module is none.
+    """
     if isinstance(module, Conv1D):
         return module.nx, module.nf
     if not is_projection(module):
@@ -284,3 +296,8 @@ def _features(module: Any, path: str) -> tuple[int, int]:
             f"found {type(module).__name__}; leave it out of target_modules"
         )
     return int(module.in_features), int(module.out_features)
+
+
+def out_features(module: nn.Module, path: str) -> int:
+    """Output features of a linear projection; see `feature_counts`."""
+    return feature_counts(module, path)[1]

@@ -1,4 +1,4 @@
-"""What is fetched from outside, and where it is kept: hub reachability, wheels and archives, an atomic cache."""
+"""Downloads: whether the hub can be reached, files from PyPI and elsewhere, and the folder where they are kept."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import http.client
 import os
 import subprocess
 import sys
-import tempfile
 import threading
 import urllib.request
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,30 +143,3 @@ def download_archive(archive: Archive, folder: Path) -> Path:
         )
     path.write_bytes(content)
     return path
-
-
-def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """Returns `folder`, filled by `build` if it does not exist yet.
-
-    The content is built beside it and renamed into place, so a killed or concurrent run never leaves half a folder.
-
-    Args:
-        folder: the final place.
-        build: fills the empty folder it is given.
-
-    Returns:
-        `folder`.
-    """
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        content = Path(temporary) / "content"
-        content.mkdir()
-        build(content)
-        try:
-            content.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # otherwise another process was faster, and its content is as good
-                raise
-    return folder

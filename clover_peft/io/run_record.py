@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import os
 import platform
 import re
 import subprocess
 import sys
-import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from typing import Any
 import torch
 
 from .._version import __version__
+from . import atomic
 
 _LIST_OF_NUMBERS = re.compile(r"\[\n\s+[-+.\deE]+(,\n\s+[-+.\deE]+)*\n\s+\]")  # a line each, as json writes it
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes")
@@ -57,18 +56,11 @@ def write(path: str | os.PathLike[str], record: dict[str, Any]) -> Path:
     Returns:
         The path that was written.
     """
-    wanted = Path(path)
-    wanted.parent.mkdir(parents=True, exist_ok=True)
-    # Python's json writes and reads NaN, other readers do not
+    # Python's json writes and reads NaN, other readers do not.
     plain = json.loads(json.dumps(record, default=str), parse_constant=str)
     text = json.dumps(plain, indent=2, allow_nan=False) + "\n"
     text = _LIST_OF_NUMBERS.sub(lambda found: f"[{' '.join(found[0].strip('[]').split())}]", text)
-    partial = wanted.with_name(f".{wanted.name}.{uuid.uuid4().hex}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        return _link(partial, wanted)
-    finally:
-        partial.unlink(missing_ok=True)
+    return atomic.write_new(Path(path), text)
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
@@ -120,24 +112,6 @@ def digest(files: Iterable[Path]) -> str:
 def peak_gpu_bytes() -> int | None:
     """Return the most memory that torch has allocated on the CUDA device; None where it has not used one."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None
-
-
-def _link(partial: Path, wanted: Path) -> Path:
-    """Give a file the first free name of `run.json`, `run-2.json`, ...: whole at once, and never one that is taken."""
-    for number in itertools.count(1):
-        candidate = wanted if number == 1 else wanted.with_name(f"{wanted.stem}-{number}{wanted.suffix}")
-        try:
-            os.link(partial, candidate)
-        except FileExistsError:
-            continue
-        except OSError:  # a file system without links: empty for a moment
-            try:
-                candidate.touch(exist_ok=False)
-            except FileExistsError:
-                continue
-            os.replace(partial, candidate)
-        return candidate
-    raise AssertionError
 
 
 def _version(name: str) -> str | None:

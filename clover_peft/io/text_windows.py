@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
 import inspect
-import json
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .rows import read_lines, read_rows
 
 DEFAULT_ROWS, DEFAULT_LENGTH, DEFAULT_BATCH = 64, 512, 8
 # Fields of a row that are text, the first of these that it has.
@@ -162,23 +161,17 @@ def _texts(source: str) -> Iterator[str]:
             f"{source}: expected a .txt or .jsonl file, with .gz or without, or the name of a data set on the hub, "
             f"found {'no such file' if not path.exists() else 'a folder' if path.is_dir() else 'another file'}"
         )
-    opener: Any = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if kind == ".txt":
-                    yield line
-                elif line.strip():
-                    yield _row_text(f"{path.name}:{number}", _parsed(f"{path.name}:{number}", line))
-    except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{source}: expected text in UTF-8, found damage: {error}") from error
-
-
-def _parsed(where: str, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: expected one JSON object, found {error.msg} at column {error.colno}") from error
+    if kind == ".jsonl":
+        for where, row, problem in read_rows(path):
+            if problem:
+                raise ValueError(f"{where}: {problem}")
+            yield _row_text(where, row)
+        return
+    for line in read_lines(path):
+        try:
+            yield line.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{source}: expected text in UTF-8, found damage: {error}") from error
 
 
 def _hub_rows(source: str) -> Iterable[Any]:

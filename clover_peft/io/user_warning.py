@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import sys
 import warnings
-from pathlib import Path
 
-import torch
-
-_INSIDE = (str(Path(__file__).parents[1]), str(Path(str(torch.__file__)).parent))
+# Packages between this one and the user: they call it, and their decorators add frames.
+_BETWEEN = {
+    __name__.partition(".")[0],
+    "torch",
+    "peft",
+    "transformers",
+    "accelerate",
+    "trl",
+    "contextlib",
+    "dataclasses",
+}
 
 
 def warn(message: str) -> None:
-    """As `warnings.warn`, from the first caller outside of this package and torch, whose decorators add frames."""
+    """As `warnings.warn`, from the first caller outside of this package and the libraries that call it."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)

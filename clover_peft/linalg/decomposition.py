@@ -1,12 +1,12 @@
 """Bases of attention heads from d x d Gram matrices: pure, batched tensor functions.
 
-Nothing here knows about modules or adapters. Shapes use H for the number of blocks (heads, or parts of heads), d for
-the features of a block, r <= d for the directions kept and D for the hidden size. Everything is computed in float64
-and batched over H; no D x D matrix is ever formed.
+Shapes: H blocks (heads, or parts of heads), d features in a block, r <= d directions kept, hidden size D. Everything
+is computed in float64 and batched over H; no D x D matrix is ever formed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,27 +16,27 @@ from torch import Tensor
 MAX_CONDITION = 1e6
 # Directions of an ill-conditioned block below this fraction of the largest singular value are dropped.
 DROP_BELOW = 1e-5
-# The share of a map, condition x eps(compute dtype), up to which rounding that a head's condition amplifies is borne.
+# The largest rounding error of a map that needs no warning: condition x eps(compute dtype), relative to the map.
 MUCH_AMPLIFIED = 0.1
-# Rows of a weight are cast to float64 in pieces of at most this many elements, so that no whole weight is ever cast;
-# 8 MB stay in a CPU's cache, which makes a Gram 1.6 times as fast as pieces of 64 MB.
+# A weight is cast to float64 in pieces of at most this many elements, so that no whole weight is ever cast. Pieces of
+# 8 MB stay in a CPU's cache: a Gram is then 1.6 times as fast as with pieces of 64 MB.
 _CHUNK_ELEMENTS = 1_048_576
 
 
 @dataclass(frozen=True)
 class Bases:
-    """Frozen bases of H blocks, in the coordinates of the blocks' own outputs `z` (ours; DESIGN: head space).
+    """Frozen bases of H blocks, which read and write the projection's own output z (ours).
 
-    With `U`, `V` the orthonormal bases of the paper (Eq. 3, arXiv 2411.17426), `coordinates @ z = U^T x` and
-    `W_o @ back = V`, so that `back @ diag(S0) @ coordinates = I` whenever nothing was cut or dropped.
+    With the paper's orthonormal U and V (Eq. 3, arXiv 2411.17426): `C z = U^T x`, `W_o E = V`, and `E diag(S0) C = I`
+    if no direction was cut or dropped.
 
     Attributes:
         coordinates: (H, r, d) float64, C. A dropped direction is a zero row.
-        back: (H, d, r) float64, E, or None where it is the identity (QR basis).
-        singular_values: (H, r) float64, S0, descending (for the QR basis those of R: there S0 is R^T, not diagonal).
-        dropped: (H,) int64, the number of directions dropped because the block is degenerate.
-        condition: (H,) float64, how much `coordinates` (and `back`) amplify rounding: an upper estimate of the
-            condition number of the block, over the directions that were not dropped.
+        back: (H, d, r) float64, E, or None for the identity (QR basis).
+        singular_values: (H, r) float64, S0, descending; for the QR basis those of R, whose S0 = R^T is not diagonal.
+        dropped: (H,) int64, the number of directions that a degenerate block lacks.
+        condition: (H,) float64, an upper estimate of the block's condition number, without the dropped directions.
+            C and E amplify rounding by up to this factor.
     """
 
     coordinates: Tensor
@@ -46,12 +46,11 @@ class Bases:
     condition: Tensor
 
     def leading(self, r: int) -> Bases:
-        """The first `r` directions; the others are left out (not zeroed). Dropped ones are the last, and go first."""
+        """Bases of the first `r` directions alone. Dropped directions come last, so they are the first to go."""
         left_out = self.coordinates.shape[1] - r
-        back = None if self.back is None else self.back[..., :r].contiguous()
         return Bases(
             self.coordinates[:, :r].contiguous(),
-            back,
+            None if self.back is None else self.back[..., :r].contiguous(),
             self.singular_values[:, :r].clone(),
             (self.dropped - left_out).clamp(min=0),
             self.condition,
@@ -59,11 +58,11 @@ class Bases:
 
 
 def gram(blocks: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Gram matrices `sum_t w_t w_t^T` of every block; with a bias that of `[W b]`. Costs D H d^2.
+    """Gram matrix `sum_t w_t w_t^T` of every block; with a bias, the Gram matrix of `[W b]`. Costs D H d^2.
 
     Args:
-        blocks: (D, H, d), any floating dtype: for a projection `W` (out, in) this is `W^T` with its outputs cut into
-            blocks, for an output projection `W` itself with its inputs cut into blocks.
+        blocks: (D, H, d), any floating dtype. For a projection `W` (out, in): `W^T`, its outputs cut into blocks. For
+            an output projection: `W`, its inputs cut into blocks.
         bias: (H, d) or None.
 
     Returns:
@@ -83,11 +82,11 @@ def gram(blocks: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def norms(blocks: Tensor) -> Tensor:
-    """Norms over D of every feature, (D, H, d) to (H, d), in at least float32 on the device of `blocks`."""
+    """The norm of every feature, (D, H, d) to (H, d), in at least float32 on the device of `blocks`."""
     dtype = torch.promote_types(blocks.dtype, torch.float32)
     if blocks.device.type != "cpu":
         return torch.linalg.vector_norm(blocks, dim=0, dtype=dtype)
-    # There the same takes 10 to 20 times as long, but for float32 that lies in one piece for each feature.
+    # On a CPU, `vector_norm` takes 10 to 20 times as long as this loop, except for contiguous float32.
     squares = torch.empty(blocks.shape[1:], dtype=dtype)
     step = max(1, _CHUNK_ELEMENTS // max(1, blocks.shape[0] * blocks.shape[2]))
     for start in range(0, blocks.shape[1], step):
@@ -96,19 +95,18 @@ def norms(blocks: Tensor) -> Tensor:
 
 
 def per_key_value_head(g: Tensor, heads: int, groups: int) -> Tensor:
-    """Sums over the query heads that share a key-value head: (heads * groups * b, d, d) to (heads * b, d, d), with b
-    blocks a head."""
+    """Sum over the query heads of every group: (heads * groups * b, d, d) to (heads * b, d, d), b blocks a head."""
     return g.unflatten(0, (heads, groups, -1)).sum(1).flatten(0, 1)
 
 
 def _factor(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Factors `G = R^T R`: Cholesky where it can be trusted, otherwise that block alone by `eigh`.
+    """Factors `G = R^T R` by Cholesky; blocks whose Cholesky factor cannot be trusted go through `eigh`.
 
     Args:
         g: (H, d, d) float64, symmetric positive semi-definite.
 
     Returns:
-        R (H, d, d), its pseudo-inverse (H, d, d), the number of dropped directions (H,).
+        R (H, d, d), its pseudo-inverse (H, d, d), and the number of dropped directions (H,).
     """
     lower, info = torch.linalg.cholesky_ex(g)
     root = lower.mT
@@ -122,42 +120,42 @@ def _factor(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(g[bad])
         sigma = values.clamp(min=0).sqrt().flip(-1)
         vectors = vectors.flip(-1)
-        largest = sigma[:, :1]
-        keep = (sigma > DROP_BELOW * largest) & (largest > 0)
-        kept_sigma = torch.where(keep, sigma, torch.zeros_like(sigma))
-        reciprocal = torch.where(keep, 1 / sigma, torch.zeros_like(sigma))
-        root[bad] = kept_sigma.unsqueeze(-1) * vectors.mT
-        inverse[bad] = vectors * reciprocal.unsqueeze(-2)
+        keep = sigma > DROP_BELOW * sigma[:, :1]  # none in a block of zeros
+        root[bad] = (sigma * keep).unsqueeze(-1) * vectors.mT
+        inverse[bad] = vectors * torch.where(keep, 1 / sigma, 0).unsqueeze(-2)
         dropped[bad] = (~keep).sum(-1)
     return root, inverse, dropped
 
 
 def _condition(sigma: Tensor, dropped: Tensor) -> Tensor:
-    """Largest over smallest singular value (H, d), descending, that was not dropped; 1 where all were."""
+    """Largest over smallest kept singular value, of descending ones (H, d); 1 where all were dropped."""
     last = (sigma.shape[-1] - 1 - dropped).clamp(min=0).unsqueeze(-1)
     smallest = sigma.gather(-1, last).squeeze(-1)
-    return torch.where(smallest > 0, sigma[:, 0] / smallest, torch.ones_like(smallest))
+    return torch.where(smallest > 0, sigma[:, 0] / smallest, 1)
+
+
+def _condition_of_gram(g: Tensor, dropped: Tensor) -> Tensor:
+    return _condition(torch.linalg.eigvalsh(g).clamp(min=0).sqrt().flip(-1), dropped)
 
 
 def _fix_signs(coordinates: Tensor) -> Tensor:
-    """+-1 per direction, (H, r), that makes the largest entry of each row of `coordinates` (H, r, d) positive.
+    """Signs (H, r) that make the largest entry of each row of `coordinates` (H, r, d) positive.
 
-    Singular vectors are defined up to sign; a convention lets a decomposition be repeated elsewhere.
+    Singular vectors are defined up to sign; with a convention, another machine finds the same ones.
     """
     largest = coordinates.gather(-1, coordinates.abs().argmax(-1, keepdim=True)).squeeze(-1)
-    return torch.where(largest < 0, -torch.ones_like(largest), torch.ones_like(largest))
+    return torch.where(largest < 0, -1.0, 1.0).to(largest)
 
 
 def pair_bases(g_in: Tensor, g_out: Tensor) -> Bases:
-    """Bases of the product of two projections that meet inside a head: `W_o W_v = V S0 U^T` (Eq. 3, arXiv 2411.17426).
+    """Bases of a pair, two projections that meet inside a head: `W_o W_v = V S0 U^T` (Eq. 3, arXiv 2411.17426).
 
-    Ours in that it starts from Grams: `G_in = R_v^T R_v`, `G_out = R_o^T R_o`, `R_o R_v^T = X S0 Y^T`,
-    `C = Y^T R_v^-T`, `E = R_o^-1 X`. With activation moments for Grams the same function is data-aware.
+    From Gram matrices (ours): `G_in = R_v^T R_v`, `G_out = R_o^T R_o`, `R_o R_v^T = X S0 Y^T`, `C = Y^T R_v^-T`,
+    `E = R_o^-1 X`. Moments of activations in the place of Gram matrices give a data-aware decomposition.
 
     Args:
-        g_in: (H, d, d) float64, the Gram of the wrapped projection's rows (value or key), with its bias if it has one.
-        g_out: (H, d, d) float64, the Gram of the partner (output columns or query rows), summed over the query heads
-            that share a key-value head.
+        g_in: (H, d, d) float64, the Gram matrix of the value or key, with its bias if it has one.
+        g_out: (H, d, d) float64, the Gram matrix of the output or query, summed over the query heads of a group.
 
     Returns:
         `Bases` with r = d. Costs H d^3.
@@ -177,7 +175,7 @@ def pair_bases(g_in: Tensor, g_out: Tensor) -> Bases:
     coordinates = yt @ inverse_in.mT
     back = inverse_out @ x
     degenerate = (dropped_in > 0) | (dropped_out > 0)
-    # A direction of a degenerate pair is alive only if its singular value is, on the scale both factors were cut at.
+    # Both factors of a degenerate pair were cut relative to their norms, so its singular values are cut likewise.
     scale = torch.linalg.matrix_norm(root_in) * torch.linalg.matrix_norm(root_out)
     alive = ~degenerate.unsqueeze(-1) | (s0 > DROP_BELOW**2 * scale.unsqueeze(-1))
     sign = _fix_signs(coordinates) * alive
@@ -186,26 +184,21 @@ def pair_bases(g_in: Tensor, g_out: Tensor) -> Bases:
         back * sign.unsqueeze(-2),
         s0 * alive,
         (~alive).sum(-1),
-        torch.maximum(
-            *(
-                _condition(torch.linalg.eigvalsh(g).clamp(min=0).sqrt().flip(-1), n)
-                for g, n in ((g_in, dropped_in), (g_out, dropped_out))
-            )
-        ),
+        torch.maximum(_condition_of_gram(g_in, dropped_in), _condition_of_gram(g_out, dropped_out)),
     )
 
 
 def qr_bases(g: Tensor) -> Bases:
     """Bases of one projection, `W = R^T Q^T`: Q orthonormal and frozen, R trained (Section 3, arXiv 2411.17426).
 
-    `C = R^-T` and `E = I`, which is not stored. A degenerate block has no such R; its directions come from `eigh` and
-    the dropped ones are zero rows of C.
+    `C = R^-T`, `E = I`. A degenerate block has no such R: its directions come from `eigh`, and C has a zero row for
+    each dropped one.
 
     Args:
-        g: (H, d, d) float64, the Gram of the projection's rows (with the bias, if there is one).
+        g: (H, d, d) float64, the Gram matrix of the projection, with its bias if it has one.
 
     Returns:
-        `Bases` with r = d, `back` None and `singular_values` those of R. Costs H d^3.
+        `Bases` with r = d, `back` None and the singular values of R. Costs H d^3.
 
     Raises:
         ValueError: if the Gram is not finite.
@@ -217,22 +210,15 @@ def qr_bases(g: Tensor) -> Bases:
 
 
 def svd_bases(g: Tensor) -> Bases:
-    """Bases of one projection by its singular vectors: `W = L Sigma N^T`, `C = Sigma^-1 L^T`, `E = L`.
+    """Bases of one projection from its singular vectors: `W = L Sigma N^T`, `C = Sigma^-1 L^T`, `E = L`.
 
-    Args:
-        g: (H, d, d) float64, the Gram of the projection's rows (with the bias, if there is one).
-
-    Returns:
-        `Bases` with r = d, `singular_values` = Sigma. Costs H d^3.
-
-    Raises:
-        ValueError: if the Gram is not finite.
+    Argument, cost and errors as in `qr_bases`; `back` is E, and the singular values are Sigma.
     """
     _check(g)
     root, _, dropped = _factor(g)
     left, sigma, _ = torch.linalg.svd(root.mT)
     keep = (dropped.unsqueeze(-1) == 0) | (sigma > DROP_BELOW * sigma[:, :1])
-    reciprocal = torch.where(keep, 1 / sigma, torch.zeros_like(sigma))
+    reciprocal = torch.where(keep, 1 / sigma, 0)
     coordinates = reciprocal.unsqueeze(-1) * left.mT
     sign = _fix_signs(coordinates) * keep
     condition = sigma[:, 0] * reciprocal.amax(-1)
@@ -248,20 +234,14 @@ def _check(g: Tensor) -> None:
         )
 
 
-def _shorten(items: list[int]) -> str:
+def _shorten(items: Sequence[object]) -> str:
     return ", ".join(map(str, items[:8])) + (f" and {len(items) - 8} more" if len(items) > 8 else "")
 
 
 def describe_dropped(bases: Bases) -> str | None:
-    """One phrase that names the degenerate blocks and how many of their directions were dropped, or None."""
-    blocks = bases.dropped.nonzero().flatten().tolist()
-    if not blocks:
-        return None
-    counts = bases.dropped[blocks].tolist()
-    named = ", ".join(
-        f"{block} ({count} of {bases.coordinates.shape[-1]})" for block, count in zip(blocks[:8], counts, strict=False)
-    )
-    return named + (f" and {len(blocks) - 8} more" if len(blocks) > 8 else "")
+    """A phrase that names the degenerate blocks and how many of their directions were dropped; None without any."""
+    counts, directions = bases.dropped.tolist(), bases.coordinates.shape[-1]
+    return _shorten([f"{block} ({n} of {directions})" for block, n in enumerate(counts) if n]) or None
 
 
 def fold(s: Tensor, coordinates: Tensor | None, back: Tensor | None) -> Tensor:
@@ -280,53 +260,3 @@ def fold(s: Tensor, coordinates: Tensor | None, back: Tensor | None) -> Tensor:
         coordinates = None
     result = s if coordinates is None else torch.bmm(s, coordinates)
     return result if back is None else torch.bmm(back, result)
-
-
-@dataclass(frozen=True)
-class Factors:
-    """The paper's explicit factors of H blocks: `V S U^T` is the block's product of weights.
-
-    Attributes:
-        U: (H, D_in, r), columns orthonormal; D_in counts one more row, the last, where the projection has a bias.
-        S: (H, r, r), the current matrix (frozen singular values plus the trained offset).
-        V: (H, D_out, r), columns orthonormal; the identity (D_out = d) for an intra-layer QR basis.
-    """
-
-    U: Tensor
-    S: Tensor
-    V: Tensor
-
-    def product(self) -> Tensor:
-        """`V S U^T`, (H, D_out, D_in): for tests and analysis of small models only."""
-        return self.V @ self.S @ self.U.mT
-
-
-def factors(
-    rows: Tensor, columns: Tensor | None, s: Tensor, coordinates: Tensor, back: Tensor | None = None
-) -> Factors:
-    """The explicit factors of H blocks from their weights, in float64 (Eq. 3, arXiv 2411.17426).
-
-    `U = W^T C^T`, `V = W_o E`, and S is `V^T W_o W U` plus the trained offset, worked out from the small sides: costs
-    (D_in + D_out) H d^2.
-
-    Args:
-        rows: (H, D_in, d), the projection's rows, transposed, with the bias as one more row of D_in.
-        columns: (H, D_out, d), the partner's side, or None for an intra-layer target.
-        s: (H, r, r) or (H, r), the trained offset dS.
-        coordinates: (H, r, d), C.
-        back: (H, d, r), E, or None for the identity.
-
-    Returns:
-        `Factors`.
-    """
-    rows, s, coordinates = rows.double(), s.double(), coordinates.double()
-    u = rows @ coordinates.mT
-    v = torch.eye(rows.shape[-1], dtype=u.dtype, device=u.device).expand(len(rows), -1, -1)
-    if back is not None:
-        v = back.double()
-    product_side = v
-    if columns is not None:
-        v = columns.double() @ v
-        product_side = columns.double().mT @ v
-    s0 = product_side.mT @ (rows.mT @ u)
-    return Factors(u, s0 + (torch.diag_embed(s) if s.ndim == 2 else s), v)

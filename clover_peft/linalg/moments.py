@@ -1,25 +1,28 @@
-"""Second moments of activations, head by head: what a model's data says of its heads, in d x d matrices."""
+"""Second moments of activations, in one d x d matrix for every block."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .decomposition import per_key_value_head
+
 
 @dataclass
 class Moments:
-    """Mean and scatter of tokens, of H blocks of d features.
+    """Mean and scatter of the tokens of H blocks of d features.
 
-    Products are made in float32 about the mean of what is added, and merged in float64 (Chan, Golub and LeVeque,
-    1983): a large mean drowns nothing, and the order hardly matters.
+    Each batch is centred before its products are computed in float32; the sums are merged in float64 (Chan, Golub and
+    LeVeque, 1983). So a feature with a large mean does not drown the others, and the order of batches hardly matters.
 
     Attributes:
         scatter: (H, d, d) float64, sum of `(z - mean) (z - mean)^T`.
         mean: (H, d) float64.
-        tokens: how many.
-        precision: machine epsilon of the dtype that they came in.
+        tokens: number of tokens.
+        precision: machine epsilon of the activations' dtype.
     """
 
     scatter: Tensor
@@ -28,7 +31,7 @@ class Moments:
     precision: float = 0.0
 
     def add(self, blocks: Tensor) -> None:
-        """Count more tokens: (tokens, H, d), any floating dtype. Costs tokens H d^2, in at least float32."""
+        """Add tokens: (tokens, H, d), any floating dtype. Costs tokens H d^2, in at least float32."""
         count = len(blocks)
         if not count:
             return
@@ -38,7 +41,7 @@ class Moments:
             rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
             near = rows.mean(-1)
             rows = rows - near.unsqueeze(-1)
-            rest = rows.mean(-1).to(self.mean)  # by which the rounded mean is off
+            rest = rows.mean(-1).to(self.mean)  # the rounding error of `near`
             scatter = torch.bmm(rows, rows.mT).to(self.scatter) - count * _square(rest)
         away = near.to(self.mean) + rest - self.mean
         self.scatter += scatter + count * self.tokens / (self.tokens + count) * _square(away)
@@ -46,7 +49,7 @@ class Moments:
         self.tokens += count
 
     def check_finite(self, name: str) -> None:
-        """Raises ValueError if they are not."""
+        """Raise `ValueError`, naming the module, if a moment is NaN or infinite."""
         if not torch.isfinite(self.scatter).all():
             raise ValueError(f"{name}: expected finite activations, found NaN or infinite ones; check model and data")
 
@@ -61,12 +64,12 @@ class Moments:
 
     @property
     def covariance(self) -> Tensor:
-        """(H, d, d) float64, the same about the mean."""
+        """(H, d, d) float64, the mean of `(z - mean) (z - mean)^T`."""
         return self.scatter / max(1, self.tokens)
 
     @property
     def varies(self) -> Tensor:
-        """(H,) bool, whether there is more than the rounding of activations behind a block's covariance."""
+        """(H,) bool, whether a block's covariance is more than the rounding error of its activations."""
         around, whole = (m.diagonal(dim1=-2, dim2=-1).sum(-1) for m in (self.covariance, self.second))
         return around > (4 * self.precision) ** 2 * whole
 
@@ -77,7 +80,7 @@ def _square(vectors: Tensor) -> Tensor:
 
 
 def centred(moments: Moments, weight_gram: Tensor) -> Tensor:
-    """The covariance, drawn towards what the weights say; those alone of blocks that all tokens leave alike.
+    """The covariance, shrunk towards the weights' Gram matrix; the latter alone for blocks that do not vary.
 
     Args:
         moments: of H blocks of d features.
@@ -91,7 +94,7 @@ def centred(moments: Moments, weight_gram: Tensor) -> Tensor:
 
 
 def shrink(moment: Tensor, weight_gram: Tensor, tokens: int) -> Tensor:
-    """A moment drawn towards what the weights say, the more the fewer tokens it was made of (ours).
+    """A moment, shrunk towards the weights' Gram matrix; more so for fewer tokens (ours).
 
     `(1 - a) M + a t G` with `a = d / (d + tokens)`, and t that gives G the trace of M.
 
@@ -108,3 +111,63 @@ def shrink(moment: Tensor, weight_gram: Tensor, tokens: int) -> Tensor:
     trace, weight_trace = (g.diagonal(dim1=-2, dim2=-1).sum(-1).view(-1, 1, 1) for g in (moment, weight_gram))
     relative = weight_gram / weight_trace.clamp(min=torch.finfo(weight_gram.dtype).tiny)
     return (1 - share) * moment + share * trace * relative
+
+
+class PairGrams(NamedTuple):
+    """The Grams that a pair is decomposed by, `pair_bases(g_in, g_out)`.
+
+    Attributes:
+        g_in: (H, d, d) float64, of the value or key. If moments of what the output projection reads replace it, their
+            sum over the query heads that share a key-value head.
+        g_out: (H, d, d) float64, of the output or query, summed over the query heads that share a key-value head.
+        read: (G, d, d) float64, what the output projection reads of every query head: its moments drawn towards
+            the weights. None for a query and key, and without moments.
+    """
+
+    g_in: Tensor
+    g_out: Tensor
+    read: Tensor | None
+
+
+def pair_grams(
+    g_in: Tensor,
+    g_out: Tensor,
+    heads: int,
+    *,
+    reads: bool,
+    own: Moments | None = None,
+    partner: Moments | None = None,
+    constant: Tensor | None = None,
+) -> PairGrams:
+    """The Grams of a pair, in which moments of activations replace the Grams of the weights that compute them (ours).
+
+    Value and output meet in what the output projection reads: its moments, one for every query head, replace `g_in`.
+    Key and query meet in a dot product: the key's covariance replaces `g_in`, because softmax ignores a vector that is
+    added to all keys, and the query's second moments replace `g_out`. Every moment is drawn towards the Gram that it
+    replaces (`shrink`).
+
+    Args:
+        g_in: (H, d, d) float64, Gram of the weights that compute the pair's own features, value or key.
+        g_out: (G, d, d) float64, Gram of the partner's weights, output or query, for every query head. G is a multiple
+            of H.
+        heads: key-value heads; a divisor of H, which is larger where a head is split into several blocks.
+        reads: whether the partner reads the features (output projection) or meets them in a dot product (query).
+        own: moments of the pair's own features, H blocks of d; of a key only.
+        partner: moments of what the output projection reads or the query projection computes, G blocks of d.
+        constant: (G, d), the vector that moments of what is read are taken about; the origin if None.
+
+    Returns:
+        `PairGrams`, on the device of `g_in`.
+    """
+    groups, read = len(g_out) // len(g_in), None
+    g_out = g_out.to(g_in.device)
+    if partner is not None and reads:
+        moment = partner.second if constant is None else partner.about(constant.to(partner.mean))
+        shared = g_in.unflatten(0, (heads, 1, -1)).repeat(1, groups, 1, 1, 1).flatten(0, 2)
+        read = shrink(moment.to(g_in), shared, partner.tokens)
+        g_in = per_key_value_head(read, heads, groups)
+    elif partner is not None:
+        g_out = shrink(partner.second.to(g_in), g_out, partner.tokens)
+    if own is not None:
+        g_in = centred(own, g_in)
+    return PairGrams(g_in, per_key_value_head(g_out, heads, groups), read)

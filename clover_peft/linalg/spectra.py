@@ -1,4 +1,4 @@
-"""Figures of a spectrum of singular values."""
+"""Measures of a spectrum of singular values."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def effective_rank(singular_values: Tensor) -> float:
-    """exp of the entropy of the singular values' shares (Roy and Vetterli, 2007); 0 for zeros.
+    """The exponential of the entropy of the singular values' shares (Roy and Vetterli, 2007).
 
-    From 1, for a single direction, to their number, where all are equal.
+    It is 0 if all are zero, 1 for a single direction, and the number of singular values if all are equal.
     """
     total = singular_values.sum()
     if total == 0:

@@ -1,4 +1,4 @@
-"""Pruning of attention heads along their own directions (arXiv 2411.17426), not along their coordinates."""
+"""Pruning of attention heads along their singular directions (arXiv 2411.17426) instead of their coordinates."""
 
 from .calibration import Calibration, calibrate
 from .directions import Directions, decompose, mask

@@ -1,4 +1,4 @@
-"""What data say of a model's pairs: measured once, used by as many prunings as one likes."""
+"""`calibrate`: measure the activations of a model's pairs once, for any number of prunings."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import nn
 
 from ..base_model.activations import collect_moments
 from ..linalg.moments import Moments
-from .pairs import Pair, check_plain, probes, select_pairs
+from .pairs import Pair, check_plain, find_pairs, probes, select_pairs
 from .sensitivity import sensitivities
 
-_SAME = 1e-9  # of a sum, relative to that of the magnitudes: what the order of adding makes of it in float64
-_CHUNK = 2**24  # numbers that are held in float64 at a time
+# Float64 sums of the same numbers in another order differ by less than this share of the sum of magnitudes.
+_SAME = 1e-9
+_CHUNK = 2**24  # At most this many numbers are held in float64 at a time.
 
 
 @dataclass(frozen=True, repr=False)
 class Calibration:
-    """What `calibrate` measured. It belongs to the weights it was measured with: a model that was trained or pruned
-    since is another one.
+    """The result of `calibrate`. It is valid only for the weights that it was measured with.
 
     Attributes:
         moments: second moments of activations, d x d for every head, by the names of `probes`.
-        sensitivities: name of a value-output pair -> how much the loss minds an error behind it; empty if it was not
+        sensitivities: name of a value-output pair -> sensitivity of the loss to an error in its output; empty if not
             measured.
         weights: name of a parameter of the model -> the sums of its numbers and of their squares.
     """
@@ -49,25 +49,28 @@ def calibrate(
     gradients: bool = False,
     target_modules: str | Sequence[str] | None = None,
 ) -> Calibration:
-    """Run a model over data once, for `prune` at several ratios, by several rules, of several copies.
+    """Run a model over data once, in order to prune copies of it at several ratios or by several rules.
 
-    Costs one pass over the data, and d^2 numbers in float64 for every query head, and of Q-K for every key head, too.
+    Costs one pass over the data, and d^2 numbers in float64 for every query head and, for Q-K, for every key head.
 
     Args:
-        model: the model that is to be pruned, or a copy; it is not changed.
-        batches: keyword arguments of the model; some ten tokens for each dimension of a head are needed.
-        gradients: measure what `ranks="gradient"` needs, too, in a forward and a backward pass more.
-        target_modules: which pairs, as for `prune`; None for all.
+        model: the model to prune, or a copy. It is not changed.
+        batches: batches, each of the model's keyword arguments. Pass about ten tokens for each dimension of a head, or
+            more.
+        gradients: also measure the sensitivities that `ranks="gradient"` needs, with one more forward and backward
+            pass.
+        target_modules: selects pairs as in `prune`; None selects all.
 
     Returns:
-        `Calibration`, to be passed to `prune` as `calibration`.
+        `Calibration`, for the argument `calibration` of `prune`.
 
     Raises:
         ValueError: if the model has adapters or no such pair, there is no batch, or the data do not reach a pair.
-        TypeError: if this is one batch, not several, or no model.
+        TypeError: if `batches` is a single batch, or `model` is not a model.
     """
     check_plain(model)
-    return replace(measure(model, select_pairs(model, None, target_modules), batches, gradients), weights=_sums(model))
+    pairs = select_pairs(model, find_pairs(model), None, target_modules)
+    return replace(measure(model, pairs, batches, gradients), weights=_sums(model))
 
 
 def measure(
@@ -76,41 +79,44 @@ def measure(
     calibration: Iterable[Mapping[str, Any]] | Calibration | None,
     gradients: bool = False,
 ) -> Calibration:
-    """What is known of these pairs: nothing without data, and of what was measured already, that it fits.
+    """Measure these pairs, or check an earlier calibration.
 
     Args:
         model: the model.
-        pairs: of it.
-        calibration: batches, or from `calibrate`, or None.
-        gradients: whether sensitivities of the value-output pairs are wanted.
+        pairs: its pairs.
+        calibration: batches, or the result of `calibrate`, or None.
+        gradients: whether the sensitivities of the value-output pairs are needed.
+
+    Returns:
+        `Calibration`; an empty one if `calibration` is None.
 
     Raises:
-        ValueError: if the calibration is of other weights or lacks a pair, or what `calibrate` raises.
+        ValueError: if the calibration is of other weights or lacks a pair, or as in `calibrate`.
     """
     if calibration is None:
         return Calibration()
-    wanted, behind = probes(model, pairs), [pair for pair in pairs if pair.kind == "vo"] if gradients else []
+    wanted, weighted = probes(pairs), [pair for pair in pairs if pair.kind == "vo"] if gradients else []
     if not isinstance(calibration, Calibration):
         if isinstance(calibration, Mapping):
             raise TypeError("calibration: expected batches, found one batch; pass a list of them")
         if gradients:
             calibration = list(calibration)
         moments = collect_moments(model, wanted, calibration)
-        return Calibration(moments, sensitivities(model, behind, calibration) if behind else {})
+        return Calibration(moments, sensitivities(model, weighted, calibration) if weighted else {})
     if changed := _changed(model, calibration.weights):
         raise ValueError(
             f"calibration: expected one of this model as it is, found other weights ({changed}); calibrate again"
         )
     if missing := [name for name in wanted if name not in calibration.moments]:
         raise ValueError(f"{missing[0]}: expected moments, found none; calibrate with the same target_modules")
-    if missing := [pair.name for pair in behind if pair.name not in calibration.sensitivities]:
+    if missing := [pair.name for pair in weighted if pair.name not in calibration.sensitivities]:
         raise ValueError(f"{missing[0]}: expected a sensitivity, found none; calibrate with gradients=True")
     return calibration
 
 
 @torch.no_grad()
 def _sums(model: nn.Module) -> dict[str, tuple[float, float]]:
-    """Of every parameter, by name: enough to tell a model from one that was trained, pruned or cast."""
+    """The sum and the sum of squares of every parameter: they differ after training, pruning or casting."""
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
@@ -121,13 +127,13 @@ def _sums(model: nn.Module) -> dict[str, tuple[float, float]]:
 
 
 def _changed(model: nn.Module, known: Mapping[str, tuple[float, float]]) -> str | None:
-    """The name of a parameter that is not as it was; None if all are."""
+    """The name of a parameter that has changed; None if none has."""
     here, sizes = _sums(model), {name: parameter.numel() for name, parameter in model.named_parameters()}
     for name in {**known, **here}:
         if name not in known or name not in here:
             return name
         (total, squares), (total_then, squares_then) = here[name], known[name]
-        most = math.sqrt(sizes[name] * squares)  # at least the sum of magnitudes
+        most = math.sqrt(sizes[name] * squares)  # This is at least the sum of the magnitudes.
         if abs(total - total_then) > _SAME * most or abs(squares - squares_then) > _SAME * squares:
             return name
     return None

@@ -1,4 +1,4 @@
-"""The README.md beside a pruned model: how to load it, and what was done to it."""
+"""The README.md beside a pruned model: how to load it, and how it was pruned."""
 
 from __future__ import annotations
 
@@ -7,71 +7,60 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import ModelCard, ModelCardData
 
 from .._version import __version__
+from ..io import cards
 from .narrow.loading import read_record
 from .report import PruningReport
 
-_REGISTER = "import clover_peft  # lets transformers make the heads narrow; needed before loading\n"
+_REGISTER = "import clover_peft  # needed before loading: lets transformers make the heads narrow\n"
 
 
 def needs_import(model: Any) -> bool:
-    """Whether `clover_peft` has to be imported to load a model: not one that its own class describes."""
+    """Whether `clover_peft` must be imported to load a model. A model that its own class describes needs no import."""
     return bool((read_record(model) or {}).get("blocks"))
 
 
 def write_card(
     folder: Path, model: Any, report: PruningReport, base: str, license_name: str, calibration: str | None
 ) -> None:
-    """Writes `folder/README.md`.
+    """Write `folder/README.md`.
 
     Args:
         folder: where the model was saved.
         model: the pruned model.
         report: from `prune`.
-        base: name of the model before.
-        license_name: its licence, "not stated" where that is so.
-        calibration: one line on the data; None without any.
+        base: name of the unpruned model.
+        license_name: its licence, or "not stated".
+        calibration: one line that describes the data; None without data.
     """
-    importing = _REGISTER if needs_import(model) else ""
     kind = type(model).__name__
-    named = base if "/" in base else None  # a folder's name is none on the hub, or another model's
-    card = ModelCardData(base_model=named, library_name="transformers", tags=["pruning", "clover_peft"])
-    versions = f"clover_peft {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
-    text = f"""---
-{card.to_yaml()}
----
-# {base}, pruned
-
-```python
-{importing}from transformers import {kind}
-
-model = {kind}.from_pretrained("<this folder>")
-```
-
-{_needs(model, report)}
-
-{report.summary()}
-
-| | |
-| --- | --- |
-| base model | {base}, licence: {license_name} |
-| calibrated with | {calibration or "nothing: directions by weights alone"} |
-| versions | {versions} |
-
-Ranks of all heads are in pruning.json. The licence of the base model applies; the weights here carry no licence of
-their own.
-"""
-    ModelCard(text).save(folder / "README.md")
+    importing = _REGISTER if needs_import(model) else ""
+    versions = {"clover_peft": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    cards.write_card(
+        folder,
+        title=f"{base}, pruned",
+        base=base,
+        library="transformers",
+        tags=["pruning", "clover_peft"],
+        code=f'{importing}from transformers import {kind}\n\nmodel = {kind}.from_pretrained("<this folder>")',
+        text=f"{_needs(model, report)}\n\n{report.summary()}",
+        facts={
+            "base model": f"{base}, licence: {license_name}",
+            "calibrated with": calibration or "no data: directions by weights alone",
+            "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        },
+        ending="`pruning.json` has the ranks of all heads. The licence of the base model applies; these weights have "
+        "no other licence.",
+    )
 
 
 def _needs(model: Any, report: PruningReport) -> str:
     if report.masked:
-        return "Directions are zeroed and all sizes are as they were: for analysis, nothing is smaller."
+        return "Directions are zeroed and all shapes are unchanged. This is for analysis: nothing is smaller."
     if needs_import(model):
         return (
-            "Heads have other widths than the model's class gives them: without `import clover_peft` transformers "
-            "finds weights of unexpected sizes. Servers with model code of their own, such as vLLM, cannot load it."
+            "The heads are narrower than the model's class makes them. Without `import clover_peft`, transformers "
+            "finds weights of unexpected sizes. Servers with their own model code, such as vLLM, cannot load it."
         )
-    return "Its own class describes the narrower heads: stock transformers loads it, and what serves that class."
+    return "The model's own class describes the narrower heads: stock transformers loads it, and so do servers for it."

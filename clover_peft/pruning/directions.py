@@ -1,8 +1,7 @@
-"""Directions of attention heads in the order of their singular values, and the maps that keep the leading ones.
+"""The directions of attention heads in the order of their singular values, and the maps that keep the leading ones.
 
-With `W_o W_v = V S U^T` in a head (Eq. 3, arXiv 2411.17426) a head passes on `V S U^T x`. In the coordinates of the
-head (ours) cutting it to r directions is the map `P = E_r C_r` of its own features, where `C z = S^1/2 U^T x`,
-`W_o E = V S^1/2` and `E C = I` at full rank.
+A head computes `W_o W_v x = V S U^T x` (Eq. 3, arXiv 2411.17426). Keeping r of its directions is a map of the head's
+own features z (ours): `P = E_r C_r`, where `C z = S^1/2 U^T x`, `W_o E = V S^1/2` and `E C = I` at full rank.
 """
 
 from __future__ import annotations
@@ -14,12 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..base_model.resolve import attention_block
 from ..base_model.weight import base_of, base_weight, partner_weight
-from ..linalg.decomposition import gram, pair_bases, per_key_value_head
-from ..linalg.moments import Moments, centred, shrink
+from ..linalg.decomposition import gram, pair_bases
+from ..linalg.moments import Moments, pair_grams
 from .calibration import Calibration, measure
-from .pairs import Kind, Pair, beside_name, select_pairs
+from .pairs import Kind, Pair, beside_name, find_pairs, select_pairs
 
 Method = Literal["clover", "vanilla"]
 
@@ -29,13 +27,15 @@ class Directions:
     """The directions of a pair's heads, most important first.
 
     Attributes:
-        values: (H, d) float64, singular values, or importances of coordinates; descending.
-        down: (H, d, d) float64, C: coordinates of a head's features in its directions.
-        back: (H, d, d) float64, E: back from them; `back @ down = I`.
-        seen: (G, d, d) float64, second moments about the bias of what every query head reads, drawn towards the
-            weights, if its own way back is to be fitted.
-        bias: (G, d) float64, the value's, a constant in what the output projection reads of every query head.
-            Directions that are cut take no part of it with them, it goes into the output's bias. None without.
+        values: (H, d) float64, descending: singular values, or importances of coordinates.
+        down: (H, d, d) float64, C: maps a head's features to their coordinates along its directions.
+        back: (H, d, d) float64, E: maps these coordinates back to features; `back @ down = I`.
+        seen: (G, d, d) float64, second moments about `bias` of the features that the output projection reads from
+            every query head, drawn towards the weights. Each query head of a group fits an E of its own to them. None
+            without moments, or if no query heads share a key-value head.
+        bias: (G, d) float64, the bias of the value projection for every query head. It is a constant in the features
+            that the output projection reads, so the part along removed directions moves into the output's bias. None
+            if there is no bias, or it cannot move.
     """
 
     values: Tensor
@@ -45,18 +45,18 @@ class Directions:
     bias: Tensor | None = None
 
     def factors(self, ranks: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-        """The ways into the leading directions and back.
+        """C and E, with the trailing directions zeroed.
 
-        Under grouped-query attention C is one for all query heads of a group. Where it is known what each of them
-        reads (moment A), each has its own `E = A C^T (C A C^T)^-1`, the best for it in the mean.
+        Under grouped-query attention the query heads of a group share one C. If the moments A of each query head are
+        known (`seen`), each gets its own `E = A C^T (C A C^T)^-1`, which has the least mean squared error.
 
         Args:
-            ranks: (H,), directions that every head keeps.
-            groups: query heads that share a head.
+            ranks: (H,), the number of directions that every head keeps.
+            groups: query heads that share a key-value head.
 
         Returns:
-            C (H, d, d), of which the rows beyond a head's rank are zero, and E (H * groups, d, d), of which the
-            columns are; float64. Of a head that keeps all of them both are the identity.
+            C (H, d, d), whose rows beyond a head's rank are zero, and E (H * groups, d, d), whose columns beyond it
+            are zero; float64. Both are the identity for a head that keeps all its directions.
         """
         size = self.values.shape[1]
         eye = torch.eye(size, dtype=self.down.dtype, device=self.down.device)
@@ -74,24 +74,24 @@ class Directions:
 
     @staticmethod
     def product(down: Tensor, back: Tensor) -> Tensor:
-        """`P = E C`, (G, d, d): what is left of the features of every query head."""
+        """`P = E C`, (G, d, d): maps the features of every query head to their part along the kept directions."""
         return back @ down.repeat_interleave(len(back) // len(down), dim=0)
 
     def constant(self, down: Tensor, back: Tensor) -> Tensor | None:
-        """(G, d), the part of the bias that is cut, `(I - E C) b`; None without one."""
+        """(G, d), the part of the bias along removed directions, `(I - E C) b`; None without a bias."""
         if self.bias is None:
             return None
         return self.bias - (self.product(down, back) @ self.bias.unsqueeze(-1)).squeeze(-1)
 
     def energy(self, ranks: Tensor) -> Tensor:
-        """(H,), the share of the sum of squared values that the leading directions hold; 1 where all are zero."""
+        """(H,), the leading directions' share of the sum of squared values; 1 if all values are zero."""
         squares = self.values.square()
         kept = torch.arange(squares.shape[1], device=squares.device) < ranks.to(squares.device).unsqueeze(1)
         total = squares.sum(1)
         return torch.where(total > 0, (squares * kept).sum(1) / total.clamp(min=1e-300), torch.ones_like(total))
 
 
-Found = dict[str, tuple[Pair, Directions]]  # by name of a pair
+Found = dict[str, tuple[Pair, Directions]]  # name of a pair -> the pair and its directions
 
 
 @torch.no_grad()
@@ -102,115 +102,128 @@ def decompose(
     calibration: Iterable[Mapping[str, Any]] | Calibration | None = None,
     target_modules: str | Sequence[str] | None = None,
 ) -> Found:
-    """The directions of all pairs of a model.
+    """The directions of a model's pairs.
 
     Args:
         model: a model of a known family, without adapters.
-        kinds: which pairs; None for all that the model has.
-        method: "clover": singular directions; "vanilla": coordinates as they are, in the order of the product of the
-            norms on both sides.
-        calibration: batches, keyword arguments of the model, or from `calibrate`. With them moments of activations
-            take the place of the weights that compute them: of a value those of what the output projection reads, of a
-            key the centred ones.
-        target_modules: which of them, see `select_pairs`.
+        kinds: "qk", "vo" or both; None for the kinds that the model has.
+        method: "clover" uses singular directions; "vanilla" uses the coordinates themselves, ordered by the product of
+            their norms on both sides.
+        calibration: batches, each of the model's keyword arguments, or the result of `calibrate`. With it, moments of
+            activations replace the Grams of the weights that compute them (`pair_grams`).
+        target_modules: selects pairs, see `select_pairs`.
 
     Returns:
-        Name -> the pair and its directions.
+        Name of a pair -> the pair and its directions.
 
     Raises:
-        ValueError: if there is no such pair (queries and keys that are rotated are none), or no such method.
+        ValueError: if no such pair exists (rotated queries and keys are no pair), or the method is unknown.
     """
-    pairs = select_pairs(model, kinds, target_modules)
-    return decompose_pairs(model, pairs, method, measure(model, pairs, calibration).moments)
+    pairs = select_pairs(model, find_pairs(model), kinds, target_modules)
+    return decompose_pairs(pairs, method, measure(model, pairs, calibration).moments)
 
 
-def decompose_pairs(model: nn.Module, pairs: Iterable[Pair], method: Method, moments: Mapping[str, Moments]) -> Found:
-    """The same of these pairs; `moments` by the names of `probes`, none for directions by weights alone."""
+def decompose_pairs(pairs: Iterable[Pair], method: Method, moments: Mapping[str, Moments]) -> Found:
+    """The directions of these pairs.
+
+    Args:
+        pairs: from `find_pairs`.
+        method: "clover" or "vanilla", see `decompose`.
+        moments: moments by the names of `probes`; empty for directions by weights alone.
+
+    Returns:
+        Name of a pair -> the pair and its directions.
+
+    Raises:
+        ValueError: if the method is unknown, or a weight is not finite.
+    """
     if method not in ("clover", "vanilla"):
         raise ValueError(f"method: expected 'clover' or 'vanilla', found {method!r}")
     found = {}
     for pair in pairs:
         try:
-            found[pair.name] = (pair, decompose_pair(model, pair, method, moments))
+            found[pair.name] = (pair, decompose_pair(pair, method, moments))
         except ValueError as error:
             raise ValueError(f"{pair.name}: {error}") from error
     return found
 
 
-def decompose_pair(model: nn.Module, pair: Pair, method: Method, moments: Mapping[str, Moments]) -> Directions:
-    """Directions of one pair; `moments` by the names of `probes`."""
-    size = pair.heads.dim
+def decompose_pair(pair: Pair, method: Method, moments: Mapping[str, Moments]) -> Directions:
+    """The directions of one pair; see `decompose_pairs`."""
+    size, model = pair.heads.dim, pair.attention.model
     reader = base_weight(model, pair.path)
-    with reader.whole():  # a key's bias drops out of softmax, a value's adds a constant
+    with reader.whole():  # The Gram has no bias: softmax ignores a key's, and a value's adds a constant.
         g_in, own_bias = gram(pair.heads.blocks(reader.transposed(), size)), reader.bias
         if own_bias is not None:
             own_bias = pair.heads.blocks(own_bias, size).to(g_in)
     with partner_weight(model, pair.partner) as (rows, query_bias):
         heads = pair.partner.heads
         added = None if query_bias is None else heads.blocks(query_bias, size)
-        g_out = gram(heads.blocks(rows, size), added).to(g_in.device)
-    count, groups = len(g_in), len(g_out) // len(g_in)
-    beside, own = moments.get(beside_name(pair)), moments.get(pair.name)
-    seen, bias = None, None
-    if pair.kind == "vo" and own_bias is not None and _takes_bias(model, pair):
-        bias = own_bias.repeat_interleave(groups, dim=0)
-    if pair.kind == "vo" and beside is not None:
-        # Centred on what the weights say, not on the data: the mean of those is not that of what comes later.
-        seen = beside.second if bias is None else beside.about(bias.to(beside.mean))
-        seen = shrink(seen.to(g_in), g_in.repeat_interleave(groups, dim=0), beside.tokens)
-        g_in = per_key_value_head(seen, count, groups) / groups  # a mean: the other side is the sum over the group
-    elif beside is not None and own is not None:
-        g_in = centred(own, g_in)
-        g_out = shrink(beside.second.to(g_in), g_out, beside.tokens)
-    g_out = per_key_value_head(g_out, count, groups)
+        g_out = gram(heads.blocks(rows, size), added)
+    bias = None
+    if pair.kind == "vo" and own_bias is not None and _takes_bias(pair):
+        bias = own_bias.repeat_interleave(pair.groups, dim=0)
+    g_in, g_out, read = pair_grams(
+        g_in,
+        g_out,
+        pair.heads.count,
+        reads=pair.partner.reads,
+        own=moments.get(pair.name),
+        partner=moments.get(beside_name(pair)),
+        constant=bias,  # The bias is known from the weights; the mean of these data is not that of later ones.
+    )
+    if read is not None:
+        g_in = g_in / pair.groups  # The mean over the group, because `g_out` is the sum.
     if method == "vanilla":
         return replace(_coordinates(g_in, g_out), bias=bias)
     bases = pair_bases(g_in, g_out)
-    assert bases.back is not None  # a pair's never is the identity
+    assert bases.back is not None  # Only the basis of a single projection is the identity.
     root = bases.singular_values.sqrt()
     down, back = root.unsqueeze(-1) * bases.coordinates, bases.back * root.unsqueeze(-2)
-    return Directions(bases.singular_values, down, back, seen if groups > 1 else None, bias)
+    return Directions(bases.singular_values, down, back, read if pair.groups > 1 else None, bias)
 
 
-def _takes_bias(model: nn.Module, pair: Pair) -> bool:
-    """Whether a constant in the values can go into the output's bias: attention adds up to one (with sinks it does
-    not), and there is a bias or may be one (Multi-head Latent Attention stays what its class says)."""
-    block = attention_block(model, pair.path)
-    assert block is not None
-    output: Any = base_of(model.get_submodule(pair.partner.path))
-    return block.fact("sinks") is None and (block.family.positions != "decoupled" or output.bias is not None)
+def _takes_bias(pair: Pair) -> bool:
+    """Whether a constant in the values can move into the output's bias.
+
+    With attention sinks it cannot, because the attention weights do not add up to one. Multi-head Latent Attention
+    gets no new bias, so that its own class still describes it.
+    """
+    if pair.attention.fact("sinks") is not None:
+        return False
+    return pair.attention.family.positions != "decoupled" or pair.partner_projection.bias is not None
 
 
 def _coordinates(g_in: Tensor, g_out: Tensor) -> Directions:
-    """The coordinates themselves, by the product of the norms on both sides."""
+    """The coordinates themselves, ordered by the product of their norms on both sides."""
     norms = (g_in.diagonal(dim1=-2, dim2=-1) * g_out.diagonal(dim1=-2, dim2=-1)).sqrt()
     values, order = norms.sort(dim=-1, descending=True)
     down = nn.functional.one_hot(order, norms.shape[-1]).to(g_in)
     return Directions(values, down, down.mT)
 
 
-Factors = dict[str, tuple[Tensor, Tensor]]  # name of a pair -> C (H, d, d), E (G, d, d)
+Factors = dict[str, tuple[Tensor, Tensor]]  # name of a pair -> C (H, d, d) and E (G, d, d)
 
 
-def cut(found: Mapping[str, tuple[Pair, Directions]], ranks: Mapping[str, Tensor]) -> Factors:
-    """The factors of all pairs at these ranks, before any weight is changed.
+def compute_factors(found: Mapping[str, tuple[Pair, Directions]], ranks: Mapping[str, Tensor]) -> Factors:
+    """The factors C and E of all pairs at these ranks.
 
     Args:
         found: from `decompose`.
-        ranks: name -> (H,), directions that every head keeps.
+        ranks: name of a pair -> (H,), the number of directions that every head keeps.
 
     Raises:
-        ValueError: if ranks are missing, or more than there are directions.
+        ValueError: if a pair has no ranks, or a rank exceeds the number of directions.
     """
     factors = {}
     for name, (pair, directions) in found.items():
         check_ranks(name, ranks.get(name), *directions.values.shape)
-        factors[name] = directions.factors(ranks[name], pair.partner.heads.count // len(ranks[name]))
+        factors[name] = directions.factors(ranks[name], pair.groups)
     return factors
 
 
 def check_ranks(name: str, ranks: Sequence[int] | Tensor | None, count: int, size: int) -> None:
-    """Raises ValueError if these are not ranks of so many heads of this size."""
+    """Raises ValueError unless there is one rank from 0 to `size` for each of `count` heads."""
     found = ranks.tolist() if isinstance(ranks, Tensor) else ranks
     if found is None or len(found) != count or not all(0 <= rank <= size for rank in found):
         raise ValueError(f"{name}: expected {count} ranks from 0 to {size}, found {found and list(found)}")
@@ -218,37 +231,37 @@ def check_ranks(name: str, ranks: Sequence[int] | Tensor | None, count: int, siz
 
 @torch.no_grad()
 def mask(model: nn.Module, found: Mapping[str, tuple[Pair, Directions]], ranks: Mapping[str, Tensor]) -> None:
-    """Leave out all but the leading directions, in place, with every shape as it was: for analysis.
+    """Zero all but the leading directions in place and keep every shape, for analysis.
 
-    Output projections read, and query projections write, what `P = E C` leaves of a head. An output projection gets
-    a bias where a constant is left over. All maps are made before any weight is changed.
+    `P = E C` is multiplied into the output projection, or into the query projection. An output projection gets a bias
+    if the removed directions leave a constant. All maps are computed before any weight changes.
 
     Args:
-        model: the model that was decomposed.
+        model: the model that was decomposed, or a copy of it.
         found: from `decompose`.
-        ranks: name -> (H,), directions that every head keeps.
+        ranks: name of a pair -> (H,), the number of directions that every head keeps.
 
     Raises:
-        ValueError: if ranks are missing, or more than there are directions.
+        ValueError: if a pair has no ranks, or a rank exceeds the number of directions.
     """
-    for name, (down, back) in cut(found, ranks).items():
+    for name, (down, back) in compute_factors(found, ranks).items():
         pair, directions = found[name]
         module: Any = base_of(model.get_submodule(pair.partner.path))
-        rows = base_weight(model, pair.partner.path).transposed()  # (in, out), a view
+        rows = base_weight(model, pair.partner.path).transposed()  # (in, out), a view of the weight
         heads = pair.partner.heads
         p = directions.product(down, back)
         constant = directions.constant(down, back)
         if constant is not None:
             lost = torch.einsum("ogd,gd->o", heads.blocks(rows.mT, pair.heads.dim).to(p), constant)
-            add_bias(module, lost)
+            _add_bias(module, lost)
         for side in [rows.mT] if pair.partner.reads else [rows, *([module.bias] if module.bias is not None else [])]:
             changed = torch.einsum("...gd,gde->...ge", heads.blocks(side, pair.heads.dim).to(p), p)
             place = heads.heads(side)
             place.copy_(changed.reshape(place.shape))
 
 
-def add_bias(module: Any, values: Tensor) -> None:
-    """Add to the bias of a projection, which gets one if it has none and the values are not all zero."""
+def _add_bias(module: Any, values: Tensor) -> None:
+    """Add values to a projection's bias. A projection without a bias gets one, unless all values are zero."""
     if module.bias is None:
         if not bool(values.any()):
             return

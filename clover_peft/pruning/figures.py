@@ -1,44 +1,55 @@
-"""Pictures of pruning: the ranks of all heads, and the spectra that they are chosen by (needs matplotlib)."""
+"""Pictures of ranks and of the spectra that ranks are chosen by (needs matplotlib)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ..io.figures import canvas, find_pyplot
-from .report import PruningReport
 from .spectra import PairSpectra, labels
 
-_TICKS = 40  # rows of a heat map that are named, at most
+_MAX_TICKS = 40  # A heat map names at most this many rows.
 
 
-def plot_report(report: PruningReport, path: str | PathLike[str]) -> None:
-    """Draws a heat map, layer x key-value head, for each kind of pair: the share of directions that each head keeps,
-    and below it the share of its energy (sum of squared singular values).
+class HeatMap(NamedTuple):
+    """A heat map, layer x key-value head.
+
+    Attributes:
+        title: the text above it.
+        paths: the projection of each row.
+        rows: numbers from 0 to `most`; rows may have unequal lengths.
+        most: the end of the colour scale.
+    """
+
+    title: str
+    paths: Sequence[str]
+    rows: Sequence[Sequence[float]]
+    most: float = 1
+
+
+def plot_heat_maps(columns: Sequence[Sequence[HeatMap]], title: str, path: str | PathLike[str]) -> None:
+    """Draw heat maps in columns of equal length.
 
     Args:
-        report: from `prune`.
-        path: the picture, of any type that matplotlib writes.
+        columns: the heat maps, from top to bottom.
+        title: the text above all of them.
+        path: the picture, in any format that matplotlib writes.
 
     Raises:
         ValueError: if matplotlib is not installed.
     """
     pyplot = find_pyplot()
-    kinds = sorted({pair.kind for pair in report.pairs.values()})
-    most = max(sum(pair.kind == kind for pair in report.pairs.values()) for kind in kinds)
-    figure, grid = pyplot.subplots(2, len(kinds), figsize=(5 * len(kinds), 2 * _height(most)), squeeze=False)
-    for column, kind in zip(grid.T, kinds, strict=True):
-        pairs = {name: pair for name, pair in report.pairs.items() if pair.kind == kind}
-        names = labels([name.rpartition(" (")[0] for name in pairs])
-        kept = [[rank / pair.size for rank in pair.kept] for pair in pairs.values()]
-        _heat(column[0], kept, names, f"{kind}: directions kept, {1 - report.removed(kind):.1%} in all", 1)
-        _heat(column[1], [pair.energy for pair in pairs.values()], names, f"{kind}: energy kept", 1)
-    data = "with data" if report.calibrated else "by weights alone"
-    figure.suptitle(f"{report.method}, {data}, {report.rule['ranks']} ranks")
+    height = _height(max(len(heat_map.rows) for column in columns for heat_map in column))
+    size = (5 * len(columns), len(columns[0]) * height)
+    figure, grid = pyplot.subplots(len(columns[0]), len(columns), figsize=size, squeeze=False)
+    for axes_of_column, column in zip(grid.T, columns, strict=True):
+        for axes, heat_map in zip(axes_of_column, column, strict=True):
+            _draw(axes, heat_map)
+    figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(Path(path), dpi=150, bbox_inches="tight")
     pyplot.close(figure)
@@ -51,21 +62,23 @@ def plot_spectra(
     titles: Mapping[str, str],
     layers: Sequence[int] | None = None,
 ) -> list[Path]:
-    """Draws singular values of each head beside the norms of its coordinates in some layers (the paper's figures 2, 7
-    and 8) as `spectra_qk.png` and `spectra_vo.png`, and a heat map of ranks, layer x key-value head, as `ranks.png`.
+    """Draw the spectra of some layers and the ranks of all of them.
+
+    `spectra_qk.png` and `spectra_vo.png` show the singular values of each head beside the norms of its coordinates
+    (figures 2, 7 and 8 of arXiv 2411.17426). `ranks.png` is a heat map of ranks, layer x key-value head.
 
     Args:
         found: from `measure_spectra`.
-        folder: for the pictures.
-        ranks: name of a pair -> (H,), for the heat map.
-        titles: kind of pair -> what ranks these are.
-        layers: pairs of each kind to draw, counted from 0; None: the first, the middle and the last.
+        folder: where the pictures are written.
+        ranks: name of a pair -> (H,), the ranks of the heat map.
+        titles: kind of pair -> title of its heat map.
+        layers: the pairs of each kind to draw, counted from 0; None draws the first, the middle and the last.
 
     Returns:
-        The pictures.
+        The paths of the pictures.
 
     Raises:
-        ValueError: if matplotlib is not installed, or there is no such layer.
+        ValueError: if matplotlib is not installed, or a layer does not exist.
     """
     kinds = sorted({each.pair.kind for each in found.values()})
     of_kind = {kind: [each for each in found.values() if each.pair.kind == kind] for kind in kinds}
@@ -80,7 +93,7 @@ def plot_spectra(
         for axes, layer in zip(grid[0], chosen, strict=True):
             for method, style, text in (("vanilla", "C1--", "norms (vanilla)"), ("clover", "C0-", "singular values")):
                 values = getattr(pairs[layer], method).values.cpu()
-                # A log scale has no zero; what rounding leaves of one would stretch it.
+                # A log scale has no zero, and a zero that rounding has made tiny would stretch it.
                 shown = values.clamp(min=1e-6 * float(values.max()))
                 lines = axes.plot(shown.T, style, alpha=0.6, linewidth=1)
                 lines[0].set_label(text)
@@ -88,13 +101,12 @@ def plot_spectra(
         grid[0][0].set_ylabel("size, a line a head")
         grid[0][-1].legend()
         save(f"spectra_{kind}", figure)
-    figure, grid = pyplot.subplots(
-        1, len(kinds), figsize=(5 * len(kinds), _height(max(map(len, of_kind.values())))), squeeze=False
-    )
+    height = _height(max(map(len, of_kind.values())))
+    figure, grid = pyplot.subplots(1, len(kinds), figsize=(5 * len(kinds), height), squeeze=False)
     for axes, (kind, pairs) in zip(grid[0], of_kind.items(), strict=True):
         rows = [ranks[each.pair.name].tolist() for each in pairs]
-        size = max(each.pair.heads.dim for each in pairs)
-        _heat(axes, rows, labels([each.pair.path for each in pairs]), f"{kind}: {titles[kind]}", size)
+        most = max(each.pair.heads.dim for each in pairs)
+        _draw(axes, HeatMap(f"{kind}: {titles[kind]}", [each.pair.path for each in pairs], rows, most))
     figure.tight_layout()
     save("ranks", figure)
     return made
@@ -104,13 +116,13 @@ def _height(rows: int) -> float:
     return min(12.0, 1.8 + 0.22 * rows)
 
 
-def _heat(axes: Any, rows: Sequence[Sequence[float]], names: Sequence[str], title: str, most: float) -> None:
-    """A heat map of rows, which may have unequal lengths, from 0 to `most`."""
-    width = max(map(len, rows))
+def _draw(axes: Any, heat_map: HeatMap) -> None:
+    title, paths, rows, most = heat_map
+    names, width = labels(paths), max(map(len, rows))
     padded = [[*row, *[float("nan")] * (width - len(row))] for row in rows]
     image = axes.imshow(padded, aspect="auto", interpolation="nearest", vmin=0, vmax=most)
     axes.figure.colorbar(image, ax=axes)
-    step = -(-len(names) // _TICKS)
+    step = -(-len(names) // _MAX_TICKS)
     axes.set_yticks(range(0, len(names), step), names[::step], fontsize="small")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(title=title, xlabel="key-value head", ylabel="layer")

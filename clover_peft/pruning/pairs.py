@@ -1,11 +1,11 @@
-"""The pairs of projections that meet inside a model's heads, and what data can say of them."""
+"""The pairs of projections that meet inside a model's heads, and the activations to measure for each."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -13,7 +13,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..base_model.activations import Probe
-from ..base_model.resolve import default_targets, resolve
+from ..base_model.attention import AttentionBlock
+from ..base_model.resolve import attention_block, default_targets
 from ..base_model.slices import HeadSlice, Partner
 from ..base_model.weight import base_of
 
@@ -25,63 +26,96 @@ class Pair:
     """Two projections that meet inside a head with nothing between them.
 
     Attributes:
-        kind: "vo" (value and output) or "qk" (query and key, or the part of them that no position is put into).
-        path: the value or key projection.
+        kind: "vo" (value and output) or "qk" (query and key; under partial rotation their unrotated part).
+        path: path of the value or key projection.
         heads: its features, H heads of d.
         partner: the output or query projection, with G heads, a multiple of H.
+        attention: the attention block of both projections; all pairs of a block share it.
     """
 
     kind: Kind
     path: str
     heads: HeadSlice
     partner: Partner
+    attention: AttentionBlock = field(repr=False, compare=False)
 
     @property
     def name(self) -> str:
-        """Unique in a model: a fused projection has both kinds."""
+        """Unique in a model; the kind tells the two pairs of a fused projection apart."""
         return f"{self.path} ({self.kind})"
 
+    @property
+    def groups(self) -> int:
+        """Query heads that share a key-value head, G / H."""
+        return self.partner.heads.count // self.heads.count
+
+    @property
+    def projection(self) -> Any:
+        """The value or key projection itself."""
+        return base_of(self.attention.model.get_submodule(self.path))
+
+    @property
+    def partner_projection(self) -> Any:
+        """The output or query projection itself."""
+        return base_of(self.attention.model.get_submodule(self.partner.path))
+
     def is_named(self, target_modules: str | Sequence[str] | None) -> bool:
-        """Whether its path is matched by a regular expression, or has one of several ends; None names all."""
+        """Whether `target_modules` selects this pair.
+
+        Args:
+            target_modules: a regular expression for the whole path, or several ends of paths; None selects all pairs.
+
+        Raises:
+            ValueError: if the regular expression is invalid.
+        """
         if isinstance(target_modules, str):
             try:
                 return re.fullmatch(target_modules, self.path) is not None
             except re.error as error:
                 raise ValueError(
-                    f"target_modules={target_modules!r}: expected a regular expression, found one that says: {error}"
+                    f"target_modules={target_modules!r}: expected a regular expression, found an invalid one: {error}"
                 ) from error
         ends = target_modules
         return ends is None or any(self.path == end or self.path.endswith("." + end) for end in ends)
 
 
 def find_pairs(model: nn.Module) -> list[Pair]:
-    """All pairs of a model that the table of architectures knows, modules that layers share once."""
+    """All pairs of a model of a known family. A projection that several layers share is listed once."""
+    attentions: dict[str, AttentionBlock] = {}
     pairs: dict[tuple[int, str], Pair] = {}
-    for path in default_targets(model):
-        for target in resolve(model, path):
-            if target.partner is not None and target.part in ("k", "v"):
-                kind: Kind = "vo" if target.part == "v" else "qk"
-                shared = (id(base_of(model.get_submodule(path))), kind)
-                pairs.setdefault(shared, Pair(kind, path, target.heads, target.partner))
+    for path, name in default_targets(model).items():
+        attention = attention_block(model, path)
+        if attention is None:  # An up-projection has no heads.
+            continue
+        attention = attentions.setdefault(attention.path, attention)
+        for part, heads in attention.layout(path, name).items():
+            for target in attention.slices(part, heads) if part in ("k", "v") else ():
+                if target.partner is not None:
+                    kind: Kind = "vo" if part == "v" else "qk"
+                    pair = Pair(kind, path, target.heads, target.partner, attention)
+                    pairs.setdefault((id(pair.projection), kind), pair)
     return list(pairs.values())
 
 
 def select_pairs(
-    model: nn.Module, kinds: Iterable[Kind] | None = None, target_modules: str | Sequence[str] | None = None
+    model: nn.Module,
+    pairs: Sequence[Pair],
+    kinds: Iterable[Kind] | None = None,
+    target_modules: str | Sequence[str] | None = None,
 ) -> list[Pair]:
-    """The pairs of these kinds.
+    """The pairs of these kinds that `target_modules` names.
 
     Args:
         model: a model of a known family, without adapters.
-        kinds: "qk", "vo" or both; None for those that the model has and `target_modules` names.
-        target_modules: which pairs, by the path of the key or value projection: a regular expression that matches all
-            of it, or ends of paths; None for all.
+        pairs: all its pairs, from `find_pairs`.
+        kinds: "qk", "vo" or both; None for the kinds that the model has and `target_modules` names.
+        target_modules: selects pairs by the path of their key or value projection: a regular expression for the whole
+            path, or a list of ends of paths; None selects all.
 
     Raises:
-        ValueError: if there is none of some kind (queries and keys that are rotated are none).
+        ValueError: if a kind has no pair. Rotated queries and keys are no pair.
     """
-    there = find_pairs(model)
-    present = {pair.kind for pair in there}
+    present = {pair.kind for pair in pairs}
     wanted = present if kinds is None else set(kinds)
     if not present or wanted - present:
         absent = ", ".join(sorted(wanted - present)) or type(model).__name__
@@ -89,10 +123,10 @@ def select_pairs(
             f"{absent}: expected pairs of projections, found none in {type(model).__name__}"
             + ("; its queries and keys are rotated by their position" if absent == "qk" else "")
         )
-    chosen = [pair for pair in there if pair.kind in wanted and pair.is_named(target_modules)]
+    chosen = [pair for pair in pairs if pair.kind in wanted and pair.is_named(target_modules)]
     missing = sorted(wanted - {pair.kind for pair in chosen})
     if missing and (kinds is not None or not chosen):
-        first = [f"{next(p.path for p in there if p.kind == kind)}, ... ({kind})" for kind in missing]
+        first = [f"{next(p.path for p in pairs if p.kind == kind)}, ... ({kind})" for kind in missing]
         raise ValueError(
             f"target_modules={target_modules!r}: expected it to name a pair, found none; they are called "
             + ", ".join(first)
@@ -105,23 +139,30 @@ def beside_name(pair: Pair) -> str:
     return f"{pair.name} with {pair.partner.path}"
 
 
-def probes(model: nn.Module, pairs: Iterable[Pair]) -> dict[str, Probe]:
-    """What data can say of pairs: of each what its partner reads or computes, of a key what it computes itself."""
+def probes(pairs: Iterable[Pair]) -> dict[str, Probe]:
+    """The activations to measure for these pairs, by name.
+
+    They are the input of an output projection, or the outputs of a query and of its key.
+    """
     found = {}
     for pair in pairs:
-        partner = base_of(model.get_submodule(pair.partner.path))
-        found[beside_name(pair)] = Probe(partner, pair.partner.reads, pair.partner.heads, pair.heads.dim)
+        size, partner = pair.heads.dim, pair.partner
+        found[beside_name(pair)] = Probe(pair.partner_projection, partner.reads, partner.heads, size)
         if pair.kind == "qk":
-            own = base_of(model.get_submodule(pair.path))
-            found[pair.name] = Probe(own, False, pair.heads, pair.heads.dim)
+            found[pair.name] = Probe(pair.projection, False, pair.heads, size)
     return found
 
 
 def check_plain(model: nn.Module) -> None:
-    """Raises TypeError if this is no model, and ValueError if it has adapters, or weights that are not in memory."""
+    """Check that a model has no adapters and all its weights in memory.
+
+    Raises:
+        TypeError: if it is not a model.
+        ValueError: if it has adapters, or offloaded or meta weights.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module, found {type(model).__name__}; load the model first")
-    for path, module in model.named_modules():  # the model itself comes first
+    for path, module in model.named_modules():  # The model itself comes first.
         if isinstance(module, (PeftModel, BaseTunerLayer, AuxiliaryTrainingWrapper)):
             raise ValueError(
                 f"{path or 'model'}: expected a model without adapters, found {type(module).__name__}; call "

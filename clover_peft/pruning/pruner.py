@@ -1,4 +1,4 @@
-"""`prune`: from a model to the same model with narrower heads."""
+"""`prune`: make the attention heads of a model narrower."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..base_model.attention import AttentionBlock
-from ..base_model.resolve import attention_block, attention_blocks
+from ..base_model.resolve import attention_blocks
 from ..io.user_warning import warn
 from .calibration import Calibration, measure
-from .directions import Directions, Method, cut, decompose_pairs, mask
+from .directions import Directions, Found, Method, compute_factors, decompose_pairs, mask
 from .narrow.loading import VERSION, read_record, relative_base, relative_prefix, write_record
 from .narrow.modules import become_stock, check_projections, check_supported, padded_width, widths
 from .narrow.rewriting import Change, rewrite
 from .pairs import Kind, Pair, check_plain, find_pairs, select_pairs
+from .ranks import Ranks
 from .report import PrunedPair, PruningReport
-from .rule import Rule, check_pairs, choose_ranks, choose_rule
-from .sequential import refit
+from .rule import RankRule, Rule, check_pairs, choose_ranks, choose_rule
 
 
 @torch.inference_mode(False)
@@ -42,162 +42,157 @@ def prune(
     threshold: float | Mapping[Kind, float] | None = None,
     energy: float | Mapping[Kind, float] | None = None,
     multiple: int = 1,
-    sequential: bool = False,
     masked: bool = False,
     target_modules: str | Sequence[str] | None = None,
 ) -> PruningReport:
     """Make the heads of a model physically narrower, in place, along their singular directions (arXiv 2411.17426).
 
-    The product of the two projections that meet in a head, `V S U^T`, keeps its leading directions:
-    `k' = S^1/2 U^T`, `q' = V S^1/2`. The softmax scale stays 1/sqrt(original head_dim). The model is then one that
-    `save_pretrained` saves and, after `import clover_peft`, `from_pretrained` loads.
+    Two projections that meet in a head have the product `V S U^T`. Pruning keeps its leading directions:
+    `k' = S^1/2 U^T`, `q' = V S^1/2`. The softmax scale stays 1/sqrt(original head_dim). `save_pretrained` saves the
+    pruned model, and `from_pretrained` loads it after `import clover_peft`.
 
-    Everything is computed before any weight is changed; then layers are rewritten one by one, which an interrupt
-    waits for. Costs D d^2 for a head, beside one pass over the calibration data; `sequential` and "gradient" add one.
+    Everything is computed before any weight changes. Then layers are rewritten one by one, and an interrupt is raised
+    when all of them are rewritten. Costs D d^2 for a head and one pass over the calibration data; "gradient" adds one.
 
     Args:
         model: a model of a known family, without adapters and not quantised.
-        ratio: share of directions to remove, for each kind of pair; one number is for all that the model has. 0.5 if
-            no other rule is given; 0 removes none.
-        method: "clover", or the baseline "vanilla", which drops coordinates by the norms on both sides.
-        calibration: batches, keyword arguments of the model, or what `calibrate` made of them. With them moments of
-            activations take the place of the weights that compute them, which is far better; some ten tokens for each
-            dimension of a head are needed.
-        ranks: how `ratio` is spread. "global": one threshold over all heads, which are padded to the widest of their
-            layer. "layer": one rank for all heads of a layer, so that none is padded, by values relative to the
-            layer's. "gradient": the same by values weighed by what an error there does to the model's predictions
-            (needs `calibration`, and a backward pass over it); of Q-K, which is not weighed, as "layer". "uniform". Or
-            ranks by name of a pair (as in the report), for every key-value head; other pairs are left alone.
+        ratio: share of directions to remove, for each kind of pair, or one number for all kinds of the model. The
+            default is 0.5 if no other rule is given; 0 removes none.
+        method: "clover", or the baseline "vanilla", which removes coordinates by their norms on both sides.
+        calibration: batches, each of the model's keyword arguments, or the result of `calibrate`. Moments of
+            activations then replace the Grams of the weights that compute them, which is far better. Pass about ten
+            tokens for each dimension of a head, or more.
+        ranks: how `ratio` is distributed. "global": one threshold for all heads; narrower heads are padded to the
+            widest of their layer. "layer": one rank for all heads of a layer, by singular values relative to the
+            layer's, without padding. "gradient": the same by singular values weighted by the sensitivity of the
+            model's predictions, which needs `calibration` and a backward pass; Q-K is not weighted and ranked as by
+            "layer". "uniform": one rank for all heads. Or a mapping from the name of a pair (as in the report) to one
+            rank for each key-value head; other pairs stay as they are.
         threshold: instead of `ratio`, the smallest singular value to keep (the paper's rule for Whisper).
         energy: instead of `ratio`, the share of each head's sum of squared singular values to keep.
-        multiple: round every rank to the nearest multiple of this; kernels like 8.
-        sequential: fit every layer to what the pruned layers before it pass on. Needs `calibration`, as a sequence
-            of batches, which are then all under way at once.
+        multiple: round every rank to the nearest multiple of this number; kernels prefer 8.
         masked: zero directions and keep all shapes, for analysis.
-        target_modules: which pairs, by the path of the key or value projection: a regular expression that matches all
-            of it, or ends of paths; None for all.
+        target_modules: selects pairs by the path of their key or value projection: a regular expression for the whole
+            path, or a list of ends of paths; None selects all.
 
     Returns:
         `PruningReport`.
 
     Raises:
-        ValueError, TypeError: for a model, data or figures that do not fit, with the model as it was.
+        ValueError, TypeError: if the model, the data or an argument does not fit. The model is then unchanged.
     """
     started = time.perf_counter()
     check_plain(model)
     _check_whole(model, masked)
-    if method not in ("clover", "vanilla"):  # before any data are read
+    if method not in ("clover", "vanilla"):  # Check it before any data are read.
         raise ValueError(f"method: expected 'clover' or 'vanilla', found {method!r}")
     if not isinstance(cast(Any, multiple), Integral) or multiple < 1:
         raise ValueError(f"multiple: expected a positive whole number, found {multiple!r}")
-    multiple, sequential, masked = int(multiple), bool(sequential), bool(masked)  # NumPy's, too
-    for option, wanted in {"sequential=True": sequential, "ranks='gradient'": ranks == "gradient"}.items():
-        if wanted and calibration is None:
-            raise ValueError(f"{option}: expected data to run the model on, found none; pass calibration")
-    batches: list[Mapping[str, Any]] = []
-    if sequential:
-        if isinstance(calibration, Calibration):
-            raise ValueError("sequential=True: expected batches to run the model on again, found a Calibration")
-        calibration = batches = list(cast("Iterable[Mapping[str, Any]]", calibration))
-    rule, there = choose_rule(ratio, ranks, threshold, energy), find_pairs(model)
-    if unknown := set(rule.given) - {pair.name for pair in there}:
-        known = ", ".join(repr(pair.name) for pair in there[:2])
-        raise ValueError(f"ranks: expected names of pairs such as {known}, found {sorted(unknown)[0]!r}")
-    kinds, skipped = _kinds(model, {pair.kind for pair in there}, rule.kinds)
-    if rule.kinds is None:  # a figure for all kinds is one for those that are named
-        named = {pair.kind for pair in there if pair.is_named(target_modules)}
-        kinds = [kind for kind in kinds if kind in named] or kinds
-    pairs = select_pairs(model, kinds, target_modules)
-    if rule.given:
-        pairs = [pair for pair in pairs if pair.name in rule.given]
-        if not pairs:
-            raise ValueError(
-                f"ranks: expected names of pairs that target_modules={target_modules!r} names, found none"
-            )
+    multiple, masked = int(multiple), bool(masked)  # A config cannot hold NumPy's numbers.
+    if ranks == "gradient" and calibration is None:
+        raise ValueError("ranks='gradient': expected data to run the model on, found none; pass calibration")
+    rule = choose_rule(ratio, ranks, threshold, energy)
+    pairs, skipped = _choose_pairs(model, rule, target_modules)
     check_pairs(rule, pairs, multiple)
     _check_untied(model, pairs)
-    blocks = _blocks(model, pairs, masked)
+    for pair in pairs:
+        check_projections(pair.attention)
+        if not masked:
+            check_supported(pair.attention)
     data = measure(model, pairs, calibration, gradients=rule.name == "gradient")
-    found = decompose_pairs(model, pairs, method, data.moments)
+    found = decompose_pairs(pairs, method, data.moments)
     kept = choose_ranks(found, rule, multiple, data.sensitivities if rule.name == "gradient" else {})
     if (
         calibration is None
         and method == "clover"
         and any(bool((k < found[n][1].values.shape[1]).any()) for n, k in kept.items())
     ):
-        warn("directions are chosen by weights alone, which models bear badly; pass calibration=<batches of data>")
-    if sequential:
-        found = refit(model, found, kept, method, batches)
-    before = _sizes(model)
+        warn("directions are chosen by weights alone, which often ruins a model; pass calibration=<batches of data>")
+    attentions = attention_blocks(model)
+    before = _sizes(model, attentions)
     if masked:
-        wide = {name: directions.values.shape[1] for name, (_, directions) in found.items()}
+        new_widths = {name: directions.values.shape[1] for name, (_, directions) in found.items()}
         with _uninterrupted():
             mask(model, found, kept)
     else:
-        wide = {
-            name: padded_width(block, found[name][0].kind, int(kept[name].max()))
-            for block, names in blocks.values()
-            for name in names
-        }
-        factors = cut(found, kept)
-        step = {"method": method, **rule.to_dict(), "multiple": multiple}
-        step |= {"calibrated": calibration is not None, "sequential": sequential}
-        with _uninterrupted(), _recorded(model, step) as done:
-            for block, names in tqdm(blocks.values(), desc="CLOVER pruning", unit=" layers", delay=3, leave=False):
-                rewrite(block, [Change(*found[name], *factors[name], wide[name]) for name in names])
-                done.append(block)
-    after = _sizes(model)
+        new_widths = {pair.name: padded_width(pair.attention, pair.kind, int(kept[pair.name].max())) for pair in pairs}
+        step = {"method": method, **rule.to_dict(), "multiple": multiple, "calibrated": calibration is not None}
+        _rewrite_all(model, attentions, found, kept, new_widths, step)
+    after = _sizes(model, attentions)
     report = PruningReport(
         method=method,
         rule=rule.to_dict() | ({"multiple": multiple} if multiple > 1 else {}),
         calibrated=calibration is not None,
-        sequential=sequential,
         masked=masked,
-        pairs={name: _summary(*found[name], kept[name], width) for name, width in wide.items()},
+        pairs={name: _summary(*found[name], kept[name], width) for name, width in new_widths.items()},
         skipped=skipped,
         parameters=(before[0], after[0]),
         cache_bytes=(before[1], after[1]),
         seconds=time.perf_counter() - started,
     )
-    for kind, share in rule.ratios(kinds).items() if multiple > 1 else ():
+    for kind, share in rule.ratios(sorted({pair.kind for pair in pairs})).items() if multiple > 1 else ():
         if abs(report.removed(kind) - share) > 0.05:
             warn(
-                f"{kind}: {report.removed(kind):.0%} of the directions are removed, not {share:.0%}, by rounding "
-                f"ranks to multiples of {multiple}"
+                f"{kind}: {report.removed(kind):.0%} of the directions are removed instead of {share:.0%}, because "
+                f"ranks are rounded to multiples of {multiple}"
             )
     return report
 
 
-# ---------------------------------------------------------------------- what is asked for
+# ---------------------------------------------------------------------- which pairs
 
 
-def _kinds(model: nn.Module, present: set[Kind], wanted: list[Kind] | None) -> tuple[list[Kind], dict[Kind, str]]:
-    """The kinds of pairs to prune, and of those that the model does not have, why."""
+def _choose_pairs(
+    model: nn.Module, rule: RankRule, target_modules: str | Sequence[str] | None
+) -> tuple[list[Pair], dict[Kind, str]]:
+    """The pairs to prune, and the kinds that the model does not have, with the reason."""
+    everything = find_pairs(model)
+    if unknown := set(rule.given) - {pair.name for pair in everything}:
+        known = ", ".join(repr(pair.name) for pair in everything[:2])
+        raise ValueError(f"ranks: expected names of pairs such as {known}, found {sorted(unknown)[0]!r}")
+    kinds, skipped = _choose_kinds(model, {pair.kind for pair in everything}, rule.kinds)
+    if rule.kinds is None:  # One number for all kinds means all kinds that `target_modules` names.
+        named = {pair.kind for pair in everything if pair.is_named(target_modules)}
+        kinds = [kind for kind in kinds if kind in named] or kinds
+    pairs = select_pairs(model, everything, kinds, target_modules)
+    if rule.given:
+        pairs = [pair for pair in pairs if pair.name in rule.given]
+        if not pairs:
+            raise ValueError(
+                f"ranks: expected names of pairs that target_modules={target_modules!r} names, found none"
+            )
+    return pairs, skipped
+
+
+def _choose_kinds(
+    model: nn.Module, present: set[Kind], wanted: list[Kind] | None
+) -> tuple[list[Kind], dict[Kind, str]]:
+    """The kinds of pairs to prune, and the wanted kinds that the model does not have, with the reason."""
     reasons: dict[Kind, str] = {
         "qk": "queries and keys are rotated by their position, or normed",
-        "vo": "something stands between value and output",
+        "vo": "another operation stands between value and output",
     }
     kinds: list[Kind] = [kind for kind in reasons if kind in (wanted or reasons) and kind in present]
     skipped = {kind: reason for kind, reason in reasons.items() if kind in (wanted or reasons) and kind not in present}
     if not kinds:
-        said = "; ".join(f"{kind}: {reason}" for kind, reason in skipped.items())
-        raise ValueError(f"{type(model).__name__}: expected pairs of projections to prune, found none ({said})")
+        absent = "; ".join(f"{kind}: {reason}" for kind, reason in skipped.items())
+        raise ValueError(f"{type(model).__name__}: expected pairs of projections to prune, found none ({absent})")
     for kind, reason in skipped.items():
-        warn(f"{kind}: not pruned, {reason}; pruning {', '.join(kinds)} alone")
+        warn(f"{kind}: not pruned, because {reason}; only {', '.join(kinds)} is pruned")
     return kinds, skipped
 
 
-# ---------------------------------------------------------------------- what a model must be
+# ---------------------------------------------------------------------- checks of the model
 
 
 def _check_whole(model: nn.Module, masked: bool) -> None:
     whole = isinstance(model, PreTrainedModel) or hasattr(model, "register_to_config")
     if not masked and not whole:
         raise ValueError(
-            f"{type(model).__name__}: expected a model of transformers or diffusers, whose config can say what is "
-            "narrow, found another module; prune the whole model, or pass masked=True"
+            f"{type(model).__name__}: expected a model of transformers or diffusers, whose config can record the "
+            "narrow heads, found another module; prune the whole model, or pass masked=True"
         )
-    read_record(model)  # raises if it is damaged
+    read_record(model)  # This raises if the record of an earlier pruning is damaged.
 
 
 def _check_untied(model: nn.Module, pairs: Iterable[Pair]) -> None:
@@ -213,38 +208,54 @@ def _check_untied(model: nn.Module, pairs: Iterable[Pair]) -> None:
                 )
 
 
-def _blocks(model: nn.Module, pairs: Iterable[Pair], masked: bool) -> dict[str, tuple[AttentionBlock, list[str]]]:
-    """Path of an attention block -> the block and the names of its pairs."""
-    blocks: dict[str, tuple[AttentionBlock, list[str]]] = {}
-    for pair in pairs:
-        block = attention_block(model, pair.path)
-        assert block is not None  # the pair was found in it
-        check_projections(block)
-        if not masked:
-            check_supported(block)
-        blocks.setdefault(block.path, (block, []))[1].append(pair.name)
-    return blocks
-
-
-def _sizes(model: nn.Module) -> tuple[int, int]:
-    """Parameters, and bytes of the keys and values that are kept of one token: those of decoders."""
+def _sizes(model: nn.Module, attentions: Mapping[str, AttentionBlock]) -> tuple[int, int]:
+    """The parameters of a model, and the bytes that its decoder's key-value cache needs for a token."""
     parameters, total = sum(parameter.numel() for parameter in model.parameters()), 0
     both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     encoder: Any = model.get_encoder() if both and hasattr(model, "get_encoder") else None  # type: ignore[operator]
     uncached = set() if encoder is None else {id(module) for module in encoder.modules()}
-    for block in attention_blocks(model).values():
-        # A decoder's cross-attention is not causal and keeps what it makes of the encoder.
-        if id(block.modules[0]) not in uncached and (both or getattr(block.modules[0], "is_causal", True)):
-            total += block.cached_features(block.path) * next(block.modules[0].parameters()).element_size()
+    for attention in attentions.values():
+        module = attention.modules[0]
+        # A decoder's cross-attention is not causal, but caches the keys and values of the encoder's output.
+        if id(module) not in uncached and (both or getattr(module, "is_causal", True)):
+            total += attention.cached_features(attention.path) * next(module.parameters()).element_size()
     return parameters, total
 
 
 # ---------------------------------------------------------------------- the weights
 
 
+def _rewrite_all(
+    model: nn.Module,
+    attentions: Mapping[str, AttentionBlock],
+    found: Found,
+    kept: Ranks,
+    new_widths: Mapping[str, int],
+    step: Mapping[str, Any],
+) -> None:
+    """Put narrower projections into all attention blocks that have pairs, and record it in the model's config.
+
+    Args:
+        model: the model.
+        attentions: all its attention blocks, by path.
+        found: the pairs and their directions.
+        kept: name of a pair -> (H,), the number of directions that every head keeps.
+        new_widths: name of a pair -> width of its heads.
+        step: what the record states about this pruning.
+    """
+    factors = compute_factors(found, kept)
+    changes: dict[str, list[Change]] = defaultdict(list)  # path of an attention block -> changes to its pairs
+    for name, (pair, directions) in found.items():
+        changes[pair.attention.path].append(Change(pair, directions, *factors[name], new_widths[name]))
+    with _uninterrupted(), _recorded(model, attentions, step) as done:
+        for each in tqdm(changes.values(), desc="CLOVER pruning", unit=" layers", delay=3, leave=False):
+            rewrite(each)
+            done.append(each[0].pair.attention)
+
+
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Within it an interrupt is kept for the end, so that no model is left half rewritten."""
+    """Delay an interrupt until the end of the context, so that no model is left half rewritten."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -259,9 +270,16 @@ def _uninterrupted() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _recorded(model: nn.Module, step: Mapping[str, Any]) -> Iterator[list[AttentionBlock]]:
-    """Takes the blocks that are rewritten, and enters them in the model's config; after an error, too, so that what
-    is narrow by then can be saved and loaded."""
+def _recorded(
+    model: nn.Module, attentions: Mapping[str, AttentionBlock], step: Mapping[str, Any]
+) -> Iterator[list[AttentionBlock]]:
+    """Record the rewritten attention blocks in the model's config, even after an error.
+
+    After an error the blocks that are narrow by then can still be saved and loaded.
+
+    Yields:
+        A list, to which the caller appends every block that it has rewritten.
+    """
     done: list[AttentionBlock] = []
     try:
         yield done
@@ -269,13 +287,16 @@ def _recorded(model: nn.Module, step: Mapping[str, Any]) -> Iterator[list[Attent
         record = read_record(model) or {"version": VERSION, "blocks": {}, "steps": []}
         prefix = relative_prefix(model)
         made = {
-            block.path.removeprefix(prefix): [*widths(block), block.module_of(block.family.output).bias is not None]
-            for block in done
+            attention.path.removeprefix(prefix): [
+                *widths(attention),
+                attention.module_of(attention.family.output).bias is not None,
+            ]
+            for attention in done
         }
-        known = {} if become_stock(model, attention_blocks(model)) else record["blocks"] | made
+        known = {} if become_stock(model, attentions) else record["blocks"] | made
         config = getattr(model, "config", None)
         if getattr(config, "is_encoder_decoder", False) and not hasattr(relative_base(model), "decoder"):
-            record = {**record, "tower": type(model).__name__}  # the config is that of the whole
+            record = {**record, "tower": type(model).__name__}  # The whole model shares this config.
         write_record(model, {**record, "blocks": known, "steps": [*record["steps"], dict(step)]})
 
 

@@ -1,4 +1,4 @@
-"""How many directions every head keeps: rules from singular values to ranks, pure functions."""
+"""Rules that choose how many directions every head keeps: pure functions from singular values to ranks."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ Ranks = dict[str, Tensor]  # name of a pair -> (H,) int64
 
 
 def uniform(spectra: Spectra, ratio: float) -> Ranks:
-    """The same share of directions removed from every head.
+    """Remove the same share of directions from every head.
 
-    Directions whose value is 0, which pad a head that was pruned before, are none, here and below.
+    No rule counts directions of value 0, which only pad a head that was pruned before.
 
     Args:
         spectra: singular values of every pair.
         ratio: share to remove; 0 removes none.
 
     Raises:
-        ValueError: if `ratio` is no share, 0 <= ratio < 1.
+        ValueError: unless 0 <= ratio < 1.
     """
     check_share("ratio", ratio)
     return {name: there - (ratio * there).round().long() for name, there in _there(spectra).items()}
 
 
 def global_ratio(spectra: Spectra, ratio: float) -> Ranks:
-    """One threshold over all heads of all layers, such that this share of all directions is removed.
+    """Remove this share of all directions by one threshold for all heads of all layers.
 
     Args:
         spectra: singular values of every pair.
         ratio: share to remove; 0 removes none.
 
     Raises:
-        ValueError: if `ratio` is no share, 0 <= ratio < 1.
+        ValueError: unless 0 <= ratio < 1.
     """
     check_share("ratio", ratio)
     values = torch.cat([part.flatten().cpu() for part in spectra.values()])
@@ -47,16 +47,16 @@ def global_ratio(spectra: Spectra, ratio: float) -> Ranks:
 
 
 def by_layer(spectra: Spectra, ratio: float) -> Ranks:
-    """One threshold over all layers, with one rank for all heads of a layer, so that no head is padded.
+    """Remove this share of all directions, with one rank for all heads of a layer, so that no head is padded.
 
-    The k-th directions of a layer's heads go together, by the mean of their squares.
+    One threshold for all layers compares the mean square of the k-th singular values of a layer's heads.
 
     Args:
         spectra: singular values of every pair.
-        ratio: share to remove, of all directions; kept to within one layer's heads.
+        ratio: share of all directions to remove; it is met to within one direction of each head of a layer.
 
     Raises:
-        ValueError: if `ratio` is no share, 0 <= ratio < 1.
+        ValueError: unless 0 <= ratio < 1.
     """
     check_share("ratio", ratio)
     squares = {name: values.double().square().mean(0).cpu() for name, values in spectra.items()}
@@ -71,37 +71,38 @@ def by_layer(spectra: Spectra, ratio: float) -> Ranks:
 
 
 def _there(spectra: Spectra) -> Ranks:
-    """How many directions every head has."""
+    """The number of directions that every head has."""
     return {name: (values > 0).sum(1).cpu() for name, values in spectra.items()}
 
 
 def threshold(spectra: Spectra, smallest: float) -> Ranks:
-    """The directions whose singular value is at least `smallest` (the paper's rule for Whisper)."""
+    """Keep the directions whose singular value is at least `smallest` (the paper's rule for Whisper)."""
     return {name: (values >= smallest).sum(1).cpu() for name, values in spectra.items()}
 
 
 def energy(spectra: Spectra, share: float) -> Ranks:
-    """As many leading directions of each head as hold this share of its sum of squares.
+    """Keep the fewest leading directions of each head that hold this share of its sum of squares.
 
     Raises:
-        ValueError: if `share` is no share, 0 <= share <= 1.
+        ValueError: unless 0 <= share <= 1.
     """
     check_share("share", share, whole=True)
     result = {}
     for name, values in spectra.items():
         squares = values.double().square()
         total = squares.sum(1, keepdim=True)
-        before = squares.cumsum(1) - squares  # held by those before each direction
+        before = squares.cumsum(1) - squares  # sum over the directions before each one
         result[name] = (before < share * total * (1 - 1e-12)).sum(1).cpu()
     return result
 
 
 def rounded(ranks: Ranks, spectra: Spectra, multiple: int) -> Ranks:
-    """To the nearest multiple, at most the width of a head. What is left of a head is not rounded away, and one that
-    is whole stays whole.
+    """Round ranks to the nearest multiple, up to the width of a head.
+
+    No rank is rounded down to 0, and a head that keeps all its directions keeps them.
 
     Raises:
-        ValueError: if `multiple` is no positive number.
+        ValueError: if `multiple` is not positive.
     """
     if multiple < 1:
         raise ValueError(f"multiple: expected a positive number, found {multiple}")
@@ -114,6 +115,6 @@ def rounded(ranks: Ranks, spectra: Spectra, multiple: int) -> Ranks:
 
 
 def check_share(name: str, share: float, whole: bool = False) -> None:
-    """Raises ValueError if it is none; 1 is one where the `whole` may be meant."""
+    """Raises ValueError unless 0 <= share < 1; `whole` permits 1."""
     if not (0 <= share < 1 or (whole and share == 1)):
         raise ValueError(f"{name}: expected a share from 0 to {'' if whole else 'below '}1, found {share}")

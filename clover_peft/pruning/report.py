@@ -1,4 +1,4 @@
-"""What `prune` did, for people and for JSON."""
+"""The report of a pruning: a table for people, and JSON."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from ..io.tables import markdown_table
 from .directions import Method
+from .figures import HeatMap, plot_heat_maps
 from .pairs import Kind
 
 
 @dataclass(frozen=True)
 class PrunedPair:
-    """What was done to one pair of projections.
+    """The change to one pair of projections.
 
     Attributes:
         kind: "qk" or "vo".
-        size: width of a head before.
-        before: directions that every key-value head had, without those that padded it.
+        size: width of a head before pruning.
+        before: directions that every key-value head had, without padding.
         kept: directions that every key-value head keeps.
-        width: of all its heads, after those with fewer directions were padded.
-        energy: share of the sum of squared singular values that each head keeps.
+        width: width of all heads after pruning; heads with fewer directions are padded to it.
+        energy: share of its sum of squared singular values that each head keeps.
     """
 
     kind: Kind
@@ -36,25 +38,23 @@ class PrunedPair:
 
 @dataclass(frozen=True)
 class PruningReport:
-    """What `prune` did.
+    """The result of `prune`.
 
     Attributes:
         method: "clover" or "vanilla".
-        rule: how ranks were chosen, and its figure for each kind of pair.
+        rule: the rule that chose the ranks, and its number for each kind of pair.
         calibrated: whether moments of activations were used.
-        sequential: whether each layer was fitted to what the pruned ones before it pass on.
-        masked: whether directions were zeroed, with all shapes as they were.
-        pairs: name of a pair -> what was done to it.
-        skipped: kind of pair -> why nothing was done to it.
-        parameters: of the model, before and after.
-        cache_bytes: of keys and values, for a token, in the dtype of the weights, before and after.
-        seconds: that it took, with calibration where batches were given.
+        masked: whether directions were zeroed and all shapes kept.
+        pairs: name of a pair -> the change to it.
+        skipped: kind of pair -> the reason why it was not pruned.
+        parameters: number of the model's parameters, before and after.
+        cache_bytes: bytes of keys and values for a token, in the dtype of the weights, before and after.
+        seconds: duration; it includes calibration if `prune` was given batches.
     """
 
     method: Method
     rule: dict[str, Any]
     calibrated: bool
-    sequential: bool
     masked: bool
     pairs: dict[str, PrunedPair]
     skipped: dict[Kind, str]
@@ -67,11 +67,10 @@ class PruningReport:
         return asdict(self)
 
     def summary(self) -> str:
-        """A Markdown table of how ranks were chosen, what was removed, and what that saves."""
+        """A Markdown table: the rule for the ranks, the directions removed, and the sizes before and after."""
         rule = ", ".join(f"{name} {value}" for name, value in self.rule.items())
         how = [self.method, rule, "calibrated" if self.calibrated else "by weights alone"]
-        rows = [["", "before", "after", "removed"], ["---", "---:", "---:", "---:"]]
-        rows.append([", ".join([*how, *(["sequential"] if self.sequential else [])]), "", "", ""])
+        rows = [[", ".join(how), "", "", ""]]
         rows.append(["parameters", *_change(*self.parameters)])
         if any(self.cache_bytes):
             rows.append(["KV cache, bytes a token", *_change(*self.cache_bytes)])
@@ -86,24 +85,45 @@ class PruningReport:
             rows.append([f"{kind} width of a head", *widths, ""])
             least = f"{sum(energy) / len(energy):.1%}, {min(energy):.1%}"
             rows.append([f"{kind} energy, mean and least", "", least, ""])
-        return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        return markdown_table(["", "before", "after", "removed"], rows)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write it as JSON."""
+        """Write the report as JSON."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     def plot(self, path: str | PathLike[str]) -> None:
-        """Draw the ranks of all heads (needs matplotlib)."""
-        from .figures import plot_report
+        """Draw heat maps, layer x key-value head, for each kind of pair (needs matplotlib).
 
-        plot_report(self, path)
+        The upper one shows the share of directions that each head keeps, the lower one the share of its energy, the
+        sum of squared singular values.
 
-    def removed(self, kind: Kind) -> float:
-        """The share of directions of this kind that was removed; padding counts as removed, and costs as if it was not
-        (`parameters` and `cache_bytes` say what is saved). 0 if the kind was not pruned.
+        Args:
+            path: the picture, in any format that matplotlib writes.
 
         Raises:
-            ValueError: if there is no such kind.
+            ValueError: if matplotlib is not installed.
+        """
+        columns = []
+        for kind in sorted({pair.kind for pair in self.pairs.values()}):
+            pairs = {name: pair for name, pair in self.pairs.items() if pair.kind == kind}
+            paths = [name.rpartition(" (")[0] for name in pairs]
+            kept = [[rank / pair.size for rank in pair.kept] for pair in pairs.values()]
+            energy = [pair.energy for pair in pairs.values()]
+            title = f"{kind}: directions kept, {1 - self.removed(kind):.1%} in all"
+            columns.append([HeatMap(title, paths, kept), HeatMap(f"{kind}: energy kept", paths, energy)])
+        data = "with data" if self.calibrated else "by weights alone"
+        plot_heat_maps(columns, f"{self.method}, {data}, {self.rule['ranks']} ranks", path)
+
+    def removed(self, kind: Kind) -> float:
+        """The share of directions of this kind that was removed; 0 if the kind was not pruned.
+
+        Padding counts as removed although it takes space; `parameters` and `cache_bytes` show what is saved.
+
+        Args:
+            kind: "qk" or "vo".
+
+        Raises:
+            ValueError: if the kind is unknown.
         """
         if kind not in ("qk", "vo"):
             raise ValueError(f"kind: expected 'qk' or 'vo', found {kind!r}")

@@ -1,4 +1,4 @@
-"""What `prune` is asked for as to ranks, checked, and the ranks that it makes of singular values."""
+"""The rule for ranks that `prune`'s arguments describe: checked, and applied to singular values."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Rule = Literal["global", "gradient", "layer", "uniform"]
 SPREADS: tuple[Rule, ...] = get_args(Rule)
 _RULES: dict[str, Callable[[rules.Spectra, Any], rules.Ranks]] = {
     "global": rules.global_ratio,
-    "gradient": rules.by_layer,  # of values that are weighed; of kinds that are not as "layer"
-    "layer": rules.by_layer,  # of values relative to the layer's
+    "gradient": rules.by_layer,  # applied to weighted values; a kind without weights is treated as by "layer"
+    "layer": rules.by_layer,  # applied to values relative to the layer's
     "uniform": rules.uniform,
     "threshold": rules.threshold,
     "energy": rules.energy,
@@ -30,9 +30,9 @@ class RankRule:
     """A rule for ranks.
 
     Attributes:
-        name: one of `Rule`, or "threshold" or "energy", or "given".
-        figures: the ratio, threshold or share, for all kinds of pairs or for each.
-        given: ranks by name of a pair.
+        name: one of `Rule`, or "threshold", "energy" or "given".
+        figures: the ratio, threshold or share, one for all kinds of pairs or one for each.
+        given: name of a pair -> its ranks.
     """
 
     name: str
@@ -41,7 +41,7 @@ class RankRule:
 
     @property
     def kinds(self) -> list[Kind] | None:
-        """The kinds of pairs that it speaks of; None for all."""
+        """The kinds of pairs that the rule names; None for all."""
         if self.name == "given":
             return sorted({cast(Kind, name.rpartition("(")[2].rstrip(")")) for name in self.given})
         return sorted(self.figures) if isinstance(self.figures, Mapping) else None
@@ -54,13 +54,13 @@ class RankRule:
         return _RULES[self.name](spectra, figure)
 
     def ratios(self, kinds: Iterable[Kind]) -> dict[Kind, float]:
-        """The shares that are to be removed, where they are said."""
+        """Kind of pair -> the share to remove; empty if the rule does not state shares."""
         if self.name not in SPREADS or self.figures is None:
             return {}
         return {k: self.figures[k] if isinstance(self.figures, Mapping) else self.figures for k in kinds}
 
     def to_dict(self) -> dict[str, Any]:
-        """For the report."""
+        """The rule for the report and the model's config."""
         if self.name == "given":
             return {"ranks": "given"}
         return {
@@ -75,10 +75,10 @@ def choose_rule(
     threshold: float | Mapping[Kind, float] | None,
     energy: float | Mapping[Kind, float] | None,
 ) -> RankRule:
-    """The rule that `prune`'s arguments of these names ask for.
+    """The rule that `prune`'s arguments of these names describe.
 
     Raises:
-        ValueError: if they are no figures, or more than one rule.
+        ValueError: if an argument is not a valid number, or they describe more than one rule.
     """
     figures = {n: _plain(n, figure) for n, figure in (("ratio", ratio), ("threshold", threshold), ("energy", energy))}
     given = [name for name, figure in figures.items() if figure is not None]
@@ -106,7 +106,7 @@ def choose_rule(
 
 
 def check_figures(figures: Mapping[str, float | Mapping[Kind, float] | None]) -> None:
-    """Raises ValueError if a ratio, threshold or share, by these names, is out of its range."""
+    """Raises ValueError if a "ratio", "threshold" or "energy" is out of its range."""
     for name, figure in figures.items():
         if isinstance(figure, Mapping) and (not figure or set(figure) - {"qk", "vo"}):
             raise ValueError(f"{name}: expected a figure for 'qk', for 'vo' or for both, found {dict(figure)}")
@@ -119,7 +119,7 @@ def check_figures(figures: Mapping[str, float | Mapping[Kind, float] | None]) ->
 
 
 def _plain(name: str, figure: Any) -> float | dict[Kind, float] | None:
-    """A figure, or figures by kind of pair, as Python's own numbers, which a config can hold."""
+    """A number, or numbers by kind of pair, as Python's own floats, which a config can hold."""
     try:
         if isinstance(figure, Mapping):
             return {kind: _number(value) for kind, value in figure.items()}
@@ -135,10 +135,10 @@ def _number(figure: Any) -> float:
 
 
 def check_pairs(rule: RankRule, pairs: Iterable[Pair], multiple: int) -> None:
-    """Before any data are read.
+    """Check a rule against the heads of these pairs, before any data are read.
 
     Raises:
-        ValueError: if the rule's ranks, or the multiple they are rounded to, do not fit the heads of these pairs.
+        ValueError: if the given ranks, or the multiple to round to, exceed the heads' directions.
     """
     for pair in pairs:
         if multiple > pair.heads.dim:
@@ -150,7 +150,7 @@ def check_pairs(rule: RankRule, pairs: Iterable[Pair], multiple: int) -> None:
 
 
 def choose_ranks(found: Found, rule: RankRule, multiple: int, weights: Mapping[str, float]) -> rules.Ranks:
-    """Ranks of all heads.
+    """The ranks of all heads by a rule.
 
     Args:
         found: from `decompose`.
@@ -158,8 +158,11 @@ def choose_ranks(found: Found, rule: RankRule, multiple: int, weights: Mapping[s
         multiple: see `ranks.rounded`.
         weights: name of a value-output pair -> factor of its values, for "gradient".
 
+    Returns:
+        Name of a pair -> (H,) ranks.
+
     Raises:
-        ValueError: if no direction of some kind would be left.
+        ValueError: if a kind of pair would keep no direction.
     """
     kept: rules.Ranks = {}
     for kind in sorted({pair.kind for pair, _ in found.values()}):

@@ -1,4 +1,4 @@
-"""How much a model's loss minds an error in what its attention blocks pass on, from gradients (ours)."""
+"""Sensitivity of a model's loss to errors in the outputs of its attention blocks, from gradients (ours)."""
 
 from __future__ import annotations
 
@@ -10,31 +10,30 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..base_model.activations import TokenReader, evaluating, hooks
-from ..base_model.weight import base_of
 from .pairs import Pair
 
 
 def sensitivities(model: nn.Module, pairs: Iterable[Pair], batches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """The root of the sum of squares, over tokens, of the loss's gradient behind every output projection.
+    """The sensitivity of the loss to the output of every output projection.
 
-    To second order, and with errors and gradients taken as independent, cutting a direction of singular value s raises
-    the loss in proportion to s^2 times the square of this (the Fisher information, in one number for each block). The
-    loss is that of the model's own predictions: an answer drawn from its logits; of a model without logits, its hidden
-    states drawn out at random. Costs a forward and a backward pass over the data, whose activations are held a batch
-    at a time.
+    It is the norm of the loss's gradient there, over all tokens. To second order, and if errors and gradients are
+    independent, removing a direction of singular value s raises the loss in proportion to s^2 times its square: the
+    Fisher information, in one number for each attention block. The loss is the cross-entropy of answers that are
+    sampled from the model's own logits. For a model without logits, it is a random projection of its hidden states.
+    Costs a forward and a backward pass over the data, which holds the activations of one batch at a time.
 
     Args:
-        model: the model; it is run in evaluation mode, and no weight gets a gradient.
-        pairs: those of value and output.
-        batches: keyword arguments of the model.
+        model: the model. It runs in evaluation mode, and no weight gets a gradient.
+        pairs: value-output pairs.
+        batches: batches, each of the model's keyword arguments.
 
     Returns:
         Name of a pair -> its sensitivity.
 
     Raises:
-        ValueError: if the model has neither logits nor hidden states, or a pair is not reached.
+        ValueError: if the model returns neither logits nor hidden states, or the data do not reach a pair.
     """
-    named = {pair.name: base_of(model.get_submodule(pair.partner.path)) for pair in pairs}
+    named = {pair.name: pair.partner_projection for pair in pairs}
     squares = dict.fromkeys(named, 0.0)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     reader = TokenReader(model)
@@ -45,7 +44,7 @@ def sensitivities(model: nn.Module, pairs: Iterable[Pair], batches: Iterable[Map
             squares[name] += float(gradient.double().square().sum())
 
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-            if not output.requires_grad:  # the first block that runs: here the graph begins
+            if not output.requires_grad:  # The graph begins at the first block that runs.
                 output = output.detach().requires_grad_()
             output.register_hook(add)
             return output
@@ -59,7 +58,7 @@ def sensitivities(model: nn.Module, pairs: Iterable[Pair], batches: Iterable[Map
             hooked.extend(module.register_forward_hook(behind(name)) for name, module in named.items())
             for batch in tqdm(batches, desc="CLOVER gradients", unit=" batches", delay=3, leave=False):
                 values, masks = reader.start(batch)
-                values.pop("logits_to_keep", None)  # all predictions count
+                values.pop("logits_to_keep", None)  # The gradients of all predictions are needed.
                 _loss(model, model(**values), masks, generator).backward()
     finally:
         for parameter in trained:
@@ -67,7 +66,7 @@ def sensitivities(model: nn.Module, pairs: Iterable[Pair], batches: Iterable[Map
     if missing := [name for name, square in squares.items() if not 0 < square < float("inf")]:
         raise ValueError(
             f"{missing[0]}: expected gradients of the model's output, found none or infinite ones; pass batches that "
-            "reach it, or another rule with ranks=..."
+            "reach it, or choose another rule with ranks=..."
         )
     return {name: square**0.5 for name, square in squares.items()}
 
@@ -86,7 +85,7 @@ def _loss(model: nn.Module, output: Any, masks: Mapping[str, Tensor], generator:
     else:
         raise ValueError(
             f"{type(model).__name__}: expected an output with logits or last_hidden_state to take gradients of, "
-            "found neither; pass another rule with ranks=..."
+            "found neither; choose another rule with ranks=..."
         )
     if mask is not None and mask.shape == losses.shape:
         losses = losses * mask

@@ -6,8 +6,7 @@ from torch import nn
 
 
 def check_packing(module: nn.Module, name: str) -> None:
-    """Refuse a 4-bit weight that bitsandbytes has repacked for the CPU: gradients through it and what is read of it
-    would be wrong.
+    """Refuse a 4-bit weight that bitsandbytes repacked for the CPU: it is read wrongly, and its gradients are wrong.
 
     Raises:
         TypeError: naming the module and the remedy.

@@ -1,4 +1,4 @@
-"""Weights that are not where they are used: offloaded by accelerate, sharded by DeepSpeed's ZeRO-3."""
+"""Weights that accelerate has offloaded, or DeepSpeed's ZeRO-3 has sharded."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import nn
 
 @contextmanager
 def onloaded(module: nn.Module) -> Iterator[None]:
-    """Within it, a weight that accelerate has offloaded is where it is used, and one that ZeRO-3 has sharded whole.
+    """Bring an offloaded weight to its device, or gather a sharded one, for the duration of the context.
 
-    It may be nested: the inner one leaves what the outer one brought.
+    Contexts may be nested: the inner one leaves the weight for the outer one to take away.
     """
     parameters = list(module.parameters(recurse=False))
     if sharded := [p for p in parameters if hasattr(p, "ds_shape") and not p.numel()]:

@@ -1,4 +1,4 @@
-"""Makes CLOVER a method that peft knows. Peft keeps its methods in a closed enum and has no hook for plugins."""
+"""Registers CLOVER with peft, which keeps its methods in a closed enum and has no hook for plugins."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _NAME = "CLOVER"
 
 
 def _extend_peft_type() -> PeftType:
-    """Add CLOVER to `PeftType` in place, once, as the enum's own machinery would have."""
+    """Add CLOVER to `PeftType` in place, as the enum's own machinery would; once."""
     if _NAME in PeftType.__members__:
         return PeftType[_NAME]
     member: Any = str.__new__(PeftType, _NAME)
@@ -33,7 +33,7 @@ CLOVER = _extend_peft_type()
 
 
 def register(config_cls: type, model_cls: type) -> None:
-    """Enter CLOVER in peft's tables; a second import or a reload replaces its own entries.
+    """Enter CLOVER in peft's tables. A second import or a reload replaces the entries.
 
     Raises:
         ImportError: if peft ships a CLOVER of its own.
@@ -45,7 +45,6 @@ def register(config_cls: type, model_cls: type) -> None:
                 f"peft already has a method {_NAME}, {known.__module__}.{known.__qualname__}; use that one, or an "
                 "older peft together with clover_peft"
             )
-    mapping.PEFT_TYPE_TO_CONFIG_MAPPING.pop(CLOVER, None)
-    mapping.PEFT_TYPE_TO_TUNER_MAPPING.pop(CLOVER, None)
+        table.pop(CLOVER, None)
     mapping.PEFT_TYPE_TO_PREFIX_MAPPING.pop(CLOVER, None)
     register_peft_method(name=_NAME.lower(), config_cls=config_cls, model_cls=model_cls)

@@ -2,16 +2,86 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
 import torch.distributed as dist
 from accelerate.utils import parse_flag_from_env
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.integrations import is_fsdp_enabled
+
+ResultT = TypeVar("ResultT")
 
 
 def filled_by_rank_0() -> bool:
-    """Whether accelerate is to spare memory by filling all processes' models from the first one's."""
+    """Whether accelerate loads weights in the first process only and sends them to the others later."""
     return all(parse_flag_from_env(name) for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"))
 
 
 def only_rank_0_has_weights() -> bool:
-    """Whether for now only the first process may have the weights (`fsdp_cpu_ram_efficient_loading`)."""
+    """Whether, for now, only the first process may have the weights (`fsdp_cpu_ram_efficient_loading`)."""
     return is_fsdp_enabled() and dist.get_world_size() > 1
+
+
+def computed_on_rank_0(compute: Callable[[], ResultT]) -> ResultT:
+    """Compute in the first process; all processes return its result, or raise its `ValueError`."""
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            found = [compute()]
+        except ValueError as error:  # the other processes wait for a message
+            found = [error]
+    dist.broadcast_object_list(found, src=0)
+    if isinstance(found[0], ValueError):
+        raise found[0]
+    return found[0]
+
+
+def broadcast_from_rank_0(tensors: Iterable[Tensor]) -> None:
+    """Write the first process's numbers into the tensors of all processes."""
+    for tensor in tensors:
+        dist.broadcast(tensor, src=0)
+
+
+def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The parameter's shape; one that DeepSpeed's ZeRO-3 has sharded is itself empty."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Refuse weights that tensor parallelism spreads over processes, because bases need whole weights.
+
+    Raises:
+        ValueError: naming the parameter and the remedy.
+    """
+    for path, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise ValueError(
+                f"{path}: expected a whole weight, found one sharded over {parameter.device_mesh}; load the model "
+                "without tp_plan and distributed_config, and add the adapter before the model is sharded, as "
+                "`accelerate launch` with FSDP2 does"
+            )
+
+
+def spare_broadcasts(model: nn.Module, buffers: Iterable[str]) -> None:
+    """Keep DistributedDataParallel from sending constant buffers to all processes in each forward pass.
+
+    DistributedDataParallel may wrap the bare model, the tuner or a `PeftModel`; each has other names for a buffer.
+
+    Args:
+        model: the bare model.
+        buffers: names of the buffers in it.
+    """
+    known = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+    wrapped = {prefix + name for name in buffers for prefix in ("", "model.", "base_model.model.")}
+    model._ddp_params_and_buffers_to_ignore = sorted(known | wrapped)  # type: ignore[assignment]
+
+
+def forget_spared(model: Any, attributes: Iterable[str]) -> None:
+    """Undo `spare_broadcasts` for all names that contain one of these attributes."""
+    kept, gone = getattr(model, "_ddp_params_and_buffers_to_ignore", []), set(attributes)
+    if others := [name for name in kept if not set(name.split(".")) & gone]:
+        model._ddp_params_and_buffers_to_ignore = others
+    elif kept:
+        del model._ddp_params_and_buffers_to_ignore

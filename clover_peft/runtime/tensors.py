@@ -1,4 +1,4 @@
-"""Tensors that survive whatever casts, shards or moves the module that holds them."""
+"""Tensors that keep their precision whatever casts, shards or moves the module that holds them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ class GuardedTensors(nn.Module):
     """Named tensors, parameters or buffers, that keep at least float32 whatever the model is cast to.
 
     Args:
-        tensors: slice name -> tensor.
+        tensors: name -> tensor.
         trainable: make them parameters.
-        persistent: whether buffers are in the model's state dict. An adapter's file has them either way.
-        guarded: undo what casts the parameters' `data` behind the module's back (TRL casts whatever is trained on a
-            quantised model to bfloat16), without the loss of a bit.
+        persistent: whether the model's state dict has the buffers.
+        guarded: also undo casts that replace a parameter's `data`. TRL casts all trained parameters of a quantised
+            model to bfloat16 in this way.
     """
 
     def __init__(
         self, tensors: dict[str, Tensor], trainable: bool = False, persistent: bool = True, guarded: bool = False
     ) -> None:
         super().__init__()
-        # What the parameters' `data` was: the same storage, as long as nobody replaces it.
+        # The parameters' `data`: it shares their storage until somebody replaces it.
         self._kept: dict[str, Tensor] | None = {} if guarded else None
         for name, tensor in tensors.items():
             if trainable:
@@ -47,27 +47,26 @@ class GuardedTensors(nn.Module):
         self._keep()
 
     def train(self, mode: bool = True) -> GuardedTensors:
-        """As in torch. Every trainer calls it before its first step, and after whatever cast the parameters."""
+        """As in torch. Trainers call it after they cast parameters and before the first step."""
         self.restore()
         return super().train(mode)
 
     def forward(self, name: str, use: Callable[[Tensor], Tensor]) -> Tensor:
-        """`use` of the tensor of slice `name`. What shards parameters module by module (DeepSpeed's ZeRO-3) gathers
-        them for a module's call, and only then."""
+        """`use` of a tensor. DeepSpeed's ZeRO-3 gathers parameters for a call of their module, and only then."""
         return use(getattr(self, name))  # FSDP1 puts plain tensors in the parameters' places
 
     def registered(self, name: str) -> Tensor | None:
-        """The parameter or buffer of this name; None where something else was put in its place."""
+        """The parameter or buffer of this name; None if something else was put in its place."""
         return self._parameters.get(name, self._buffers.get(name))
 
     def get(self, name: str) -> Tensor | None:
-        """The tensor of slice `name`, or None where it is an identity."""
+        """The tensor of this name, or None if there is none."""
         return getattr(self, name, None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GuardedTensors:
         def at_least_float32(tensor: Tensor) -> Tensor:
             if tensor.is_meta and not isinstance(tensor, nn.Parameter):
-                return tensor  # bases that are to be loaded have nothing to move, and get no numbers by `to_empty`
+                return tensor  # not loaded yet: `to_empty` would give it arbitrary numbers
             result = fn(tensor)
             if result.is_floating_point() and result.dtype.itemsize < 4 <= tensor.dtype.itemsize:
                 return tensor.to(result.device)
@@ -80,7 +79,7 @@ class GuardedTensors(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
         self.restore()
-        # A tensor that is offered is taken, also where the model's own state dict would not have it.
+        # Load every tensor that the state dict offers, also buffers that the model's own state dict leaves out.
         left_out = self._non_persistent_buffers_set
         self._non_persistent_buffers_set = {name for name in left_out if prefix + name not in state_dict}
         try:
@@ -91,4 +90,5 @@ class GuardedTensors(nn.Module):
 
 
 def has_meta(module: nn.Module) -> bool:
+    """Whether a parameter or buffer is on the meta device."""
     return any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))

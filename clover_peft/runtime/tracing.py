@@ -1,4 +1,4 @@
-"""Whether torch records or transforms what runs."""
+"""Whether torch records or transforms the operations that run now."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch.autograd import forward_ad
 
 
 def is_traced() -> bool:
-    """Whether torch records or transforms what runs (`torch.compile`, `torch.jit.trace`, `torch.func`, forward mode).
+    """Whether torch records or transforms operations: `torch.compile`, `jit.trace`, `torch.func`, forward mode.
 
-    It does not take writing in place then, and fuses plain operations by itself.
+    Operations must not write in place then; compilers fuse plain ones themselves.
     """
     if torch.compiler.is_compiling() or is_transformed() or torch.jit.is_tracing():
         return True
@@ -18,10 +18,16 @@ def is_traced() -> bool:
 
 
 def is_transformed() -> bool:
+    """Whether `torch.func` (`vmap`, `grad`, ...) transforms operations."""
     transform: object = torch._C._functorch.peek_interpreter_stack()
     return transform is not None
 
 
+def takes_writes() -> bool:
+    """Whether a result may be written to; under `torch.func` it may lack the batch dimension of the written values."""
+    return torch.compiler.is_compiling() or not is_transformed()
+
+
 def is_captured(tensor: Tensor) -> bool:
-    """Whether what is done with the tensor goes into a CUDA graph, which will read the same addresses again."""
+    """Whether operations on the tensor go into a CUDA graph, which reads the same addresses again when it runs."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

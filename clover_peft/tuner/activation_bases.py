@@ -1,4 +1,4 @@
-"""Bases made from what a model does with data."""
+"""Bases from the moments of a model's activations, instead of its weights alone."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from torch import nn
 
 from ..base_model.activations import Probe, collect_moments
 from ..base_model.weight import base_of
-from ..runtime.sharding import only_rank_0_has_weights
-from .bases import _stored, clover_layers, compute_bases, inner_model, warn_about_conditions, warn_about_dropped
+from .bases import BasesReport, compute_bases, inner_model, layers_with, stored_bases
 from .block_spec import BlockSpec
 from .layer import CloverLayer
 
@@ -19,46 +18,45 @@ from .layer import CloverLayer
 def initialize_from_activations(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], adapter_name: str = "default"
 ) -> None:
-    """Make the bases of a new adapter from what the model does with data, instead of from the weights alone (ours).
+    """Compute the bases of a new adapter from data instead of from the weights alone (ours).
 
-    In the Grams `R^T R` of the decomposition, moments of activations take the place of weights: of an intra-layer
-    target those of its output, of a value those of what the output projection reads, of key and query those of both.
-    The coordinates `C z` are then uncorrelated on the data, and the leading directions those that carry most of it.
-    The function stays that of the base model, bit for bit. Call it before training; costs one pass over the data.
+    Moments of activations replace Gram matrices of weights in the decomposition: the output of an intra-layer target,
+    the input of the output projection for a value, the outputs of both for key and query. Then the coordinates `C z`
+    are uncorrelated on the data, and the leading directions carry most of it. The model's outputs stay equal to the
+    base model's, bit for bit. Call it before training; it costs one pass over the data.
 
     Args:
         model: a model with a CLOVER adapter that is not trained yet.
-        batches: keyword arguments for `model`, such as `{"input_ids": ..., "attention_mask": ...}`. Some ten tokens
-            for each feature of a block are needed.
+        batches: keyword arguments for `model`, such as `{"input_ids": ..., "attention_mask": ...}`, with at least ten
+            tokens for each feature of a block.
         adapter_name: the adapter.
 
     Raises:
-        ValueError: if the adapter is not there, is merged, trained, folded or to be saved without its bases; if the
-            data does not reach a target, with nothing changed.
+        ValueError: if the adapter is not there, is merged, trained, folded or to be saved without its bases, or if the
+            data does not reach a target; then nothing is changed.
     """
     inner = inner_model(model)
     config = getattr(model, "peft_config", {}).get(adapter_name)
-    layers = [(path, layer) for path, layer in clover_layers(inner) if adapter_name in layer.specs]
+    layers = layers_with(inner, adapter_name)
     _check_new(adapter_name, config, layers)
     probes: dict[str, Probe] = {}
     for path, layer in layers:
         for spec in layer.specs[adapter_name]:
+            own, beside = _names(path, spec)
             if spec.partner is None or not spec.partner.reads:
-                probes[f"{path} ({spec.part})"] = Probe(layer.base_layer, False, spec.heads, spec.size)
+                probes[own] = Probe(layer.base_layer, False, spec.heads, spec.size)
             if spec.partner is not None:
-                module, partner = base_of(inner.get_submodule(spec.partner.path)), spec.partner
-                probes[_beside(path, spec)] = Probe(module, partner.reads, partner.heads, spec.size)
+                module = base_of(inner.get_submodule(spec.partner.path))
+                probes[beside] = Probe(module, spec.partner.reads, spec.partner.heads, spec.size)
     found = collect_moments(model, probes, batches)
-    made, conditions = [], {}
+    made, report = [], BasesReport()
     for path, layer in layers:
         with layer.base_weight.whole():
             weight, bias = layer.base_weight.transposed(), layer.base_weight.bias
             for spec in layer.specs[adapter_name]:
-                own, beside = (found.get(name) for name in (f"{path} ({spec.part})", _beside(path, spec)))
-                bases = compute_bases(inner, spec, weight, bias, own, beside)
-                warn_about_dropped(layer, spec, bases)
-                conditions[f"{path} ({spec.part})"] = (float(bases.condition.max()), layer.base_weight.compute_dtype)
-                made.append((layer, spec, _stored(bases)))
+                bases = compute_bases(inner, spec, weight, bias, *map(found.get, _names(path, spec)))
+                report.add(layer, spec, bases)
+                made.append((layer, spec, stored_bases(bases)))
     for layer, spec, tensors in made:
         for attribute, tensor in tensors.items():
             getattr(layer, attribute)[adapter_name].get(spec.name).copy_(tensor)
@@ -66,16 +64,16 @@ def initialize_from_activations(
         layer.specs[adapter_name] = tuple(replace(s, from_activations=True) for s in layer.specs[adapter_name])
     if config is not None:
         config.from_activations = True
-    warn_about_conditions(conditions)
+    report.warn()
 
 
-def _beside(path: str, spec: BlockSpec) -> str:
-    return f"{path} ({spec.part}), beside it {spec.partner.path if spec.partner else None}"
+def _names(path: str, spec: BlockSpec) -> tuple[str, str]:
+    """Names for the moments of a slice and of its partner, for messages."""
+    own = f"{path} ({spec.part})"
+    return own, f"{own}, beside it {spec.partner.path if spec.partner else None}"
 
 
 def _check_new(adapter_name: str, config: Any, layers: list[tuple[str, CloverLayer]]) -> None:
-    if not layers:
-        raise ValueError(f"adapter {adapter_name!r}: expected a model with this CLOVER adapter, found none")
     if config is not None and config.save_bases is False:
         raise ValueError(
             f"adapter {adapter_name!r}: expected save_bases=True or 'folded', found False, which computes the bases "
@@ -83,7 +81,7 @@ def _check_new(adapter_name: str, config: Any, layers: list[tuple[str, CloverLay
         )
     for path, layer in layers:
         layer.check_bases(adapter_name, "initialize")
-        if layer.base_weight.backend is None and only_rank_0_has_weights():
+        if not layer.base_weight.is_in_every_process:
             raise ValueError(
                 f"{path}: expected weights in every process, found them in the first alone; leave "
                 "fsdp_cpu_ram_efficient_loading out"

@@ -1,24 +1,25 @@
-"""What an adapter's file holds, and the checks made before any of it is loaded."""
+"""The tensors in an adapter's file: which ones are saved, and the checks before any of them is loaded."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from .adapter_tensors import BASES_PROBE, WHOLE, tensor_keys
+from .adapter_tensors import BASES_CHECKSUM, FROZEN, TRAINED, WHOLE, tensor_keys
 from .base_check import check_fingerprint, fingerprint
 from .bases import frozen_tensors, inner_model
 from .block_spec import BlockSpec, BlockTensors
 from .config import CloverConfig
-from .file_check import check_tensors
 from .layer import CloverLayer
 
-# Largest relative difference of a probe of the bases that is put down to rounding.
-PROBE_TOLERANCE = 1e-2
+# The largest relative difference between checksums of equal bases, by rounding.
+CHECKSUM_TOLERANCE = 1e-2
 
 
 def select_for_saving(name: str, layer: CloverLayer, adapter_name: str, config: CloverConfig, state: dict) -> None:
-    """Leave in `state` what `config.save_bases` asks for, for one layer: bases and S, S alone, or one folded map.
+    """Leave in `state`, for one layer, the tensors that `config.save_bases` asks for.
+
+    True: bases and S. False: S and a checksum of the bases. "folded": the map of each block, in the place of S.
 
     Raises:
         ValueError: if the adapter's bases were never computed or loaded.
@@ -29,10 +30,9 @@ def select_for_saving(name: str, layer: CloverLayer, adapter_name: str, config: 
         state[bias] = layer.base_weight.bias.detach()
     for spec in layer.specs[adapter_name]:
         keys = tensor_keys(name, adapter_name, spec.name)
-        if keys["clover_S"] in state:  # where the model's own state dict leaves the bases out (`SliceTensors`)
+        if keys["clover_S"] in state:  # the model's own state dict may leave out the bases (`GuardedTensors`)
             for attribute in spec.base_shapes:
-                if keys[attribute] not in state:
-                    state[keys[attribute]] = getattr(layer, attribute)[adapter_name].get(spec.name)
+                state.setdefault(keys[attribute], getattr(layer, attribute)[adapter_name].get(spec.name))
         if config.save_bases is True or spec.basis == "folded" or keys["clover_S"] not in state:
             continue
         tensors = BlockTensors.of({attribute: state.get(key) for attribute, key in keys.items()})
@@ -42,73 +42,66 @@ def select_for_saving(name: str, layer: CloverLayer, adapter_name: str, config: 
             del state[keys["clover_S0"]]
             state[keys["clover_S"]] = spec.residual_map(tensors)
         elif tensors.u is not None:
-            state[keys[BASES_PROBE]] = _probe(tensors.u)
+            state[keys[BASES_CHECKSUM]] = _checksum(tensors.u)
 
 
-def name_bases(name: str, layer: CloverLayer, adapter_name: str, state: dict[str, Tensor]) -> None:
-    """Give the bases in a file the model's keys where the model's own state dict leaves them out (`SliceTensors`), for
-    one layer: peft names what it finds there. In the file they are without the adapter's name, and with the prefix of
-    a `PeftModel` also where the model is a bare one."""
-    for spec in layer.specs[adapter_name]:
-        for attribute, key in tensor_keys(name, adapter_name, spec.name).items():
-            in_file = f"{name}.{attribute}.{spec.name}".removeprefix(".")
-            for found in (in_file, f"base_model.model.{in_file}"):
-                if attribute in spec.base_shapes and key not in state and found in state:
-                    state[key] = state.pop(found)
-
-
-def take_checkpoint(
-    model: nn.Module,
-    name: str,
-    layer: CloverLayer,
-    adapter_name: str,
-    config: CloverConfig,
-    state: dict[str, Tensor],
+def take_file(
+    model: nn.Module, layers: dict[str, CloverLayer], adapter_name: str, config: CloverConfig, state: dict[str, Tensor]
 ) -> None:
-    """Compare what a file holds for one layer with the layer, and add to it the bases that were not saved.
-
-    Nothing is loaded here.
+    """Check a file's tensors against the model, and add the bases that were not saved. Nothing is loaded here.
 
     Args:
         model: the model that is loaded into.
-        name: path of the layer in it, as in the keys of `state`.
-        layer: the layer.
+        layers: the adapter's layers by their paths, as in the keys of `state`.
         adapter_name: the adapter.
         config: its config.
         state: the file's tensors by the model's keys; changed in place.
 
     Raises:
-        ValueError: naming the module, what was expected, what was found and what to do.
+        ValueError: naming the module, the expected and the found tensors, and the remedy.
     """
+    for name, layer in layers.items():
+        _take_layer(model, name, layer, adapter_name, config, state)
+    _check_nothing_left(layers, adapter_name, state)
+    _check_no_base_weights(model, adapter_name, state)
+
+
+def _take_layer(
+    model: nn.Module, name: str, layer: CloverLayer, adapter_name: str, config: CloverConfig, state: dict[str, Tensor]
+) -> None:
     inner, computed = inner_model(model), None
-    if beside := {a: tuple(t[WHOLE].shape) for a, t in layer.trained_tensors(adapter_name).items() if a != "clover_S"}:
-        check_tensors(layer, config, tensor_keys(name, adapter_name, WHOLE), beside, state)
+    trained = layer.trained_tensors(adapter_name)
+    if low_rank := {a: tuple(tensors[WHOLE].shape) for a, tensors in trained.items() if a != "clover_S"}:
+        _check_tensors(layer, config, tensor_keys(name, adapter_name, WHOLE), low_rank, state)
     for spec in layer.specs[adapter_name]:
         keys = tensor_keys(name, adapter_name, spec.name)
-        probe = _take_probe(name, spec, state)
+        for attribute in spec.base_shapes:
+            found = None if keys[attribute] in state else _take(state, name, attribute, spec.name)
+            if found is not None:
+                state[keys[attribute]] = found
+        checksum = _take(state, name, BASES_CHECKSUM, spec.name)
         expected = {"clover_S": spec.s_shape, **spec.base_shapes}
-        if probe is not None:
+        if checksum is not None:
             expected = {a: shape for a, shape in expected.items() if a not in ("clover_U", "clover_V")}
-        check_tensors(layer, config, keys, expected, state, folded=spec.basis == "folded")
+        _check_tensors(layer, config, keys, expected, state, folded=spec.basis == "folded")
         if config.check_base and (here := fingerprint(inner, layer.base_weight, spec)) is not None:
             check_fingerprint(layer.base_weight, spec, config, here, state[keys["clover_norm"]].to(here))
-        if probe is None:
+        if checksum is None:
             continue
-        tensors = layer.tensors(adapter_name, spec)
-        u, v = tensors.u, tensors.v
+        _, u, v, *_ = layer.tensors(adapter_name, spec)
         if u is None or not layer.has_bases(adapter_name):
             computed = computed or frozen_tensors(inner, layer, layer.specs[adapter_name])
             if computed is None:
-                readable = layer.base_weight.is_readable
-                without = "a base model without weights; load it first"
+                source = "a base model without weights; load it first"
+                if not layer.base_weight.is_readable:
+                    source = f"{layer.base_weight.precision} weights"
                 raise ValueError(
                     f"{layer.name}: the adapter was saved without its bases, and they cannot be computed from "
-                    f"{without if readable else layer.base_weight.precision + ' weights'}, or save the adapter with "
-                    "save_bases=True"
+                    f"{source}, or save the adapter with save_bases=True"
                 )
             u, v = computed[spec.name]["clover_U"], computed[spec.name].get("clover_V")
         if config.check_base:
-            _check_probe(layer, spec, u, probe.to(u))
+            _check_checksum(layer, spec, u, checksum.to(u))
         dtype = state[keys["clover_S0"]].dtype
         state[keys["clover_U"]] = u.to(dtype)
         if v is not None:
@@ -116,30 +109,101 @@ def take_checkpoint(
 
 
 def is_untouched(layers: dict[str, CloverLayer], adapter_name: str) -> bool:
-    """Whether the adapter is still as it was made: nothing loaded, nothing trained."""
+    """Whether nothing was loaded into the adapter and nothing trained."""
     return not any(layer.is_trained(adapter_name) for layer in layers.values())
 
 
-def _take_probe(name: str, spec: BlockSpec, state: dict[str, Tensor]) -> Tensor | None:
-    """The probe of one slice. It is no tensor of the layer, so its key is still the file's: without an adapter's name,
-    and with the prefix of a `PeftModel` also where the adapter is loaded into a bare model."""
-    key = f"{name}.{BASES_PROBE}.{spec.name}" if name else f"{BASES_PROBE}.{spec.name}"
+def _take(state: dict[str, Tensor], name: str, attribute: str, part: str) -> Tensor | None:
+    """Remove a tensor by its key in the file and return it.
+
+    Peft renames only keys of the model's own state dict. Others have no adapter's name, and may have the prefix of a
+    `PeftModel` although the model is a bare one.
+    """
+    key = f"{name}.{attribute}.{part}".removeprefix(".")
     found = [state.pop(k) for k in (key, f"base_model.model.{key}") if k in state]
     return found[0] if found else None
 
 
-def _probe(coordinates: Tensor) -> Tensor:
-    """(H, r): C times a fixed vector; tells whether other bases are the same, signs and order included."""
+def _checksum(coordinates: Tensor) -> Tensor:
+    """(H, r): C times a fixed vector. Bases with other signs or another order have another checksum."""
     d = coordinates.shape[-1]
     return coordinates @ torch.cos(torch.arange(1, d + 1, dtype=coordinates.dtype, device=coordinates.device))
 
 
-def _check_probe(layer: CloverLayer, spec: BlockSpec, coordinates: Tensor, there: Tensor) -> None:
-    here = _probe(coordinates)
+def _check_checksum(layer: CloverLayer, spec: BlockSpec, coordinates: Tensor, there: Tensor) -> None:
     scale = torch.linalg.vector_norm(coordinates, dim=-1).clamp(min=1e-30)
-    if float(((here - there).abs() / scale).max()) > PROBE_TOLERANCE:
+    if float(((_checksum(coordinates) - there).abs() / scale).max()) > CHECKSUM_TOLERANCE:
         raise ValueError(
             f"{layer.name} ({spec.part}): the adapter was saved with save_bases=False, and the bases computed here "
             "are not those it was trained with (equal singular values, or a base in another precision); load it on "
             "the base it was trained on and save it with save_bases=True"
         )
+
+
+def _check_tensors(
+    layer: CloverLayer,
+    config: CloverConfig,
+    keys: dict[str, str],
+    expected: dict[str, tuple[int, ...]],
+    state: dict[str, Tensor],
+    folded: bool = False,
+) -> None:
+    """Check that `state` has the expected attributes, with their shapes and finite numbers."""
+    if any(keys[attribute] not in state for attribute in expected) or (folded and keys["clover_S0"] in state):
+        raise ValueError(
+            f"{layer.name}: expected {sorted(expected)} in the adapter's file, found "
+            f"{sorted(a for a in keys if keys[a] in state)}; it belongs to another configuration, or was saved folded "
+            "and can then only be loaded with its own adapter_config.json, for inference (checkpoints to resume "
+            "from are saved with save_bases=True)"
+        )
+    for attribute, shape in expected.items():
+        value = state[keys[attribute]]
+        if tuple(value.shape) != shape:
+            raise ValueError(
+                f"{layer.name}: expected {attribute} of shape {shape}, found {tuple(value.shape)} in the adapter's "
+                f"file; load it onto the base model it was trained on ({config.base_model_name_or_path})"
+            )
+        if not value.is_meta and not torch.isfinite(torch.stack(torch.aminmax(value))).all():
+            raise ValueError(
+                f"{layer.name}: {attribute} in the adapter's file has NaN or infinite values; the file is damaged or "
+                "its training diverged, use an earlier checkpoint"
+            )
+
+
+def _check_nothing_left(layers: dict[str, CloverLayer], adapter_name: str, state: dict[str, Tensor]) -> None:
+    """Refuse tensors of an adapter that have no place in the model."""
+    known = set()
+    for name, layer in layers.items():
+        parts = [(a, spec.name) for spec in layer.specs[adapter_name] for a in spec.base_shapes]
+        parts += [(a, part) for a, tensors in layer.trained_tensors(adapter_name).items() for part in tensors]
+        known |= {tensor_keys(name, adapter_name, part)[attribute] for attribute, part in parts}
+    attributes = {*TRAINED, *FROZEN}
+    if left := sorted(key for key in state if key not in known and attributes & set(key.split("."))):
+        module, _, tensor = left[0].removeprefix("base_model.model.").rpartition(".clover_")
+        raise ValueError(
+            f"{module}: expected only tensors that the adapter's configuration targets, found clover_{tensor} and "
+            f"{len(left) - 1} more tensors in its file without a place in this model; load it with its own "
+            "adapter_config.json (a folded one takes folded files only) onto the base model it was trained on"
+        )
+
+
+def _check_no_base_weights(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) -> None:
+    """Refuse weights of the base model. Peft does save resized embeddings and biases under the base's own names."""
+    found = (_embedding(model, side) for side in ("input", "output"))
+    embeddings = {inner for embedding in found if embedding is not None for inner in embedding.modules()}
+    for path, module in model.named_modules():
+        for name, _ in module.named_parameters(recurse=False):
+            key = f"{path}.{name}".removeprefix(".")
+            if key in state and not (adapter_name in key.split(".") or module in embeddings or name == "bias"):
+                raise ValueError(
+                    f"{key}: expected no weights of the base model in the adapter's file, found some, which would "
+                    "replace its own; the file was not written by save_pretrained, take a copy that was"
+                )
+
+
+def _embedding(model: nn.Module, side: str) -> nn.Module | None:
+    get = getattr(model, f"get_{side}_embeddings", None)
+    try:
+        return None if get is None else get()
+    except NotImplementedError:  # raised by models of transformers that have no embeddings
+        return None

@@ -22,7 +22,7 @@ def check_weight_file(path: str) -> None:
     """Check that an adapter's weight file, if it exists, can be read and is CLOVER's.
 
     Raises:
-        ValueError: naming the file, what is wrong with it and what to do.
+        ValueError: naming the file, the fault and the remedy.
     """
     if not os.path.exists(path):
         return
@@ -42,11 +42,11 @@ def check_weight_file(path: str) -> None:
 
 
 def check_source(source: str | None, needed: bool) -> None:
-    """Refuse to make an adapter whose weights are to be loaded from a folder that has none.
+    """Refuse a folder without weights for an adapter that needs them.
 
     Args:
-        source: the folder; None or "" where it is not known.
-        needed: the weights are loaded next, or the adapter makes no sense without them.
+        source: the folder; None or "" if it is not known.
+        needed: the weights are loaded next, or the adapter is useless without them.
 
     Raises:
         ValueError: naming the folder.
@@ -64,7 +64,7 @@ def check_source(source: str | None, needed: bool) -> None:
 def complete_model_card(path: str, base: str | None, task_type: str | None) -> None:
     """Add the loading recipe to the model card that peft wrote, once."""
     if not os.path.isfile(path):
-        # Of an adapter that is not named "default", peft writes the card one folder up.
+        # The card of an adapter that is not named "default" is one folder up.
         path = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(path))), os.path.basename(path))
         if os.path.exists(os.path.join(os.path.dirname(path), SAFETENSORS_WEIGHTS_NAME)):
             return  # another adapter's card

@@ -1,8 +1,9 @@
-"""`AdapterTensors`: what a layer holds of its adapters, and how it is read."""
+"""`AdapterTensors`: the tensors of a layer's adapters, and how they are read."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,15 +17,19 @@ from .maps import HeadMap, Place, UnfoldedMap
 
 TRAINED = ("clover_S", "clover_A", "clover_B")
 FROZEN = ("clover_U", "clover_V", "clover_S0", "clover_norm")
-WHOLE = "weight"  # the name of what belongs to all of a target
-BASES_PROBE = "clover_probe"  # in a file without bases: a checksum of those that S belongs to
+WHOLE = "weight"  # the slice name of tensors that belong to the whole target
+BASES_CHECKSUM = "clover_probe"  # a file that leaves out the bases has a checksum of them
 
 
 class AdapterTensors(nn.Module):
-    """The tensors of a layer's adapters: C in `clover_U`, E in `clover_V`, dS in `clover_S` (the paper's U, V and S),
-    the frozen singular values `clover_S0`, the base's fingerprint `clover_norm`, and the low-rank part B A.
+    """The tensors of a layer's adapters.
 
-    Names read `clover_S.<adapter>.<slice>`: trainers find the parameters of an adapter by `.<adapter>.` in them.
+    A map is `E dS C`. The bases C and E are `Bases.coordinates` and `Bases.back` where they are computed, and
+    `clover_U` and `clover_V` here and on disk, because they stand for the paper's U and V (`C z = U^T x`,
+    `W_o E = V`). `clover_S` is the trained dS, and `clover_S0` the frozen singular values. `clover_norm` is the
+    fingerprint of the base weights. `clover_A` and `clover_B` are the low-rank part.
+
+    Parameter names are `clover_S.<adapter>.<slice>`: trainers find an adapter's parameters by `.<adapter>.` in them.
 
     Args:
         base_layer: the projection, or another tuner's layer around it.
@@ -62,47 +67,54 @@ class AdapterTensors(nn.Module):
         init_weights: bool = True,
         empty_device: torch.device | str = "meta",
     ) -> None:
-        """Make the tensors of an adapter.
+        """Create the tensors of an adapter.
 
         Args:
             adapter_name: its name.
             specs: the target's slices.
-            bases: slice name -> the frozen tensors of `BlockSpec.base_shapes`, which are copied; None leaves them to
-                be loaded: they are on the meta device until then.
-            empty_device: where the trained tensors are without bases, and the bases once they are loaded; the meta
-                device takes no values, but others in their place.
-            low_rank: rank of the part beside the maps.
+            bases: slice name -> the frozen tensors of `BlockSpec.base_shapes`, which are copied. None leaves them on
+                the meta device until they are loaded.
+            low_rank: rank of the low-rank part.
             dropout: probability on the input of the map.
-            init_weights: True starts at the base model, False visibly elsewhere.
+            init_weights: True starts as the base model, False visibly elsewhere.
+            empty_device: without bases, the device of the trained tensors, and later of the loaded bases.
         """
         weight = self.base_weight.stored
         device = torch.device(empty_device) if bases is None else weight.device
-        if bases and device.type == "meta":  # offloaded: the bases were computed where the weight is used
+        if bases and device.type == "meta":  # the weight is offloaded, and its bases are where it is used
             device = next(iter(bases.values()))["clover_norm"].device
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        trained: dict[str, dict[str, Tensor]] = {"clover_S": {}}
         frozen: dict[str, dict[str, Tensor]] = {attribute: {} for attribute in FROZEN}
-        s = {}
         for spec in specs:
-            s[spec.name] = torch.zeros(spec.s_shape, dtype=dtype, device=device)
             values = bases[spec.name] if bases is not None else {}
-            for attribute, shape in spec.base_shapes.items():
-                value = values[attribute] if values else torch.empty(shape, device="meta")
-                # A copy: bases shared with another adapter must not be written to when this one's are loaded.
-                target = device if values else value.device
-                frozen[attribute][spec.name] = value.to(device=target, dtype=dtype, copy=True).contiguous()
+            s = torch.zeros(spec.s_shape, dtype=dtype, device=device)
             if not init_weights and "clover_S0" in values:
-                # Random, and about half as large as the frozen part.
+                # Random numbers, about half as large as the frozen singular values.
                 scale = 0.5 * values["clover_S0"].mean(-1) / (spec.r**0.5 if spec.form == "full" else 1)
-                noise = torch.randn_like(s[spec.name])
-                s[spec.name] = noise * scale.to(noise).view(-1, *[1] * (noise.ndim - 1))
+                s = torch.randn_like(s) * scale.to(s).view(-1, *[1] * (s.ndim - 1))
+            trained["clover_S"][spec.name] = s
+            for attribute, shape in spec.base_shapes.items():
+                # A copy, because loading must not write into bases that another adapter has too.
+                frozen[attribute][spec.name] = (
+                    values[attribute].to(device, dtype, copy=True).contiguous()
+                    if values
+                    else torch.empty(shape, dtype=dtype, device="meta")
+                )
+        if low_rank:  # starts as in LoRA
+            a = torch.empty(low_rank, self.base_weight.in_features, dtype=dtype, device=device)
+            b = torch.zeros(self.base_weight.out_features, low_rank, dtype=dtype, device=device)
+            nn.init.kaiming_uniform_(a, a=5**0.5)
+            if not init_weights:
+                nn.init.normal_(b, std=0.1)
+            trained |= {"clover_A": {WHOLE: a}, "clover_B": {WHOLE: b}}
 
-        # Accelerate then shards the model, fills its state dict, and takes all of it to be sharded.
-        persistent = self.base_weight.backend is not None or not filled_by_rank_0()
+        is_quantised = self.base_weight.backend is not None
+        # Accelerate fills the state dict of the sharded model, and expects each of its entries to be sharded.
+        persistent = is_quantised or not filled_by_rank_0()
         self.specs[adapter_name] = specs
-        trained = {"clover_S": s, **self._low_rank_start(low_rank, init_weights, dtype, device)}
         for attribute, tensors in trained.items():
-            guarded = self.base_weight.backend is not None
-            getattr(self, attribute)[adapter_name] = GuardedTensors(tensors, trainable=True, guarded=guarded)
+            getattr(self, attribute)[adapter_name] = GuardedTensors(tensors, trainable=True, guarded=is_quantised)
         for attribute, tensors in frozen.items():
             getattr(self, attribute)[adapter_name] = GuardedTensors(tensors, persistent=persistent)
         self.clover_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
@@ -111,19 +123,6 @@ class AdapterTensors(nn.Module):
                 getattr(self, attribute)[adapter_name].to("meta")
         self._missing_bases.add(adapter_name)
         self._note_loaded()
-
-    def _low_rank_start(
-        self, rank: int, init_weights: bool, dtype: torch.dtype, device: torch.device
-    ) -> dict[str, dict[str, Tensor]]:
-        """A (rank, in) and B (out, rank) at their start, as LoRA's; nothing for rank 0."""
-        if not rank:
-            return {}
-        a = torch.empty(rank, self.base_weight.in_features, dtype=dtype, device=device)
-        b = torch.zeros(self.base_weight.out_features, rank, dtype=dtype, device=device)
-        nn.init.kaiming_uniform_(a, a=5**0.5)
-        if not init_weights:
-            nn.init.normal_(b, std=0.1)
-        return {"clover_A": {WHOLE: a}, "clover_B": {WHOLE: b}}
 
     def trained_tensors(self, adapter_name: str) -> dict[str, dict[str, Tensor]]:
         """The trained tensors of an adapter: attribute -> slice name -> tensor."""
@@ -134,7 +133,7 @@ class AdapterTensors(nn.Module):
         }
 
     def is_trained(self, adapter_name: str) -> bool:
-        """Whether the adapter is no longer as it started: with numbers in S or B. Without weights it is not."""
+        """Whether S or B, which start at zero, have other numbers. An adapter on the meta device has none."""
         trained = self.trained_tensors(adapter_name)
         tensors = [t for a in ("clover_S", "clover_B") for t in trained.get(a, {}).values()]
         return any(not t.is_meta and bool(t.any()) for t in tensors)
@@ -144,8 +143,10 @@ class AdapterTensors(nn.Module):
         return BlockTensors.of({a: getattr(self, a)[adapter_name].get(spec.name) for a in ("clover_S", *FROZEN)})
 
     def read(self, adapter_name: str, spec: BlockSpec, use: Callable[[BlockTensors], Any]) -> Any:
-        """`use` of the tensors of a slice, S in the dtype of the bases, within calls of the modules that hold them:
-        elsewhere they may be empty (sharded) or not there (offloaded)."""
+        """`use` of the tensors of a slice, with S in the dtype of the bases.
+
+        It runs inside calls of the modules that hold the tensors. Outside, these may be sharded or offloaded.
+        """
         held = ["clover_S", *(a for a in spec.base_shapes if a != "clover_norm")]
 
         def read(attributes: list[str], found: dict[str, Tensor | None]) -> Any:
@@ -153,7 +154,7 @@ class AdapterTensors(nn.Module):
                 module: GuardedTensors = getattr(self, attributes[0])[adapter_name]
                 return module(spec.name, lambda tensor: read(attributes[1:], {**found, attributes[0]: tensor}))
             tensors = BlockTensors.of(found)
-            # Without peft's `autocast_adapter_dtype` S has the dtype of the base weights.
+            # Without peft's `autocast_adapter_dtype`, S has the dtype of the base weights.
             norm = self.tensors(adapter_name, spec).norm
             return use(tensors if norm is None else tensors._replace(s=tensors.s.to(norm.dtype)))
 
@@ -162,41 +163,32 @@ class AdapterTensors(nn.Module):
     def maps(self, adapter_names: Iterable[str], dropout: bool = False) -> list[HeadMap]:
         """The adapters' maps, one a slice, in the precision of S and outside of autocast.
 
-        Maps of adapters that cut the same features alike are added up.
+        Maps of adapters that cut the same features into the same blocks are added up.
 
         Args:
-            adapter_names: adapters, in any order; those that this layer does not have are passed over.
-            dropout: with the adapters' dropout, in training.
+            adapter_names: adapters, in any order; names that this layer does not have are ignored.
+            dropout: apply the adapters' dropout in training.
         """
         names = [name for name in adapter_names if name in self.clover_S]
         result: dict[tuple, HeadMap] = {}
         for name in names:
-            if self._missing_bases:
-                self.check_bases(name, "run")
+            self.check_bases(name, "run")
             drop = self.clover_dropout[name] if dropout and self.training else None
             drop = drop if getattr(drop, "p", 0.0) else None
             for spec in self.specs[name]:
-                staged = len(names) == 1 and spec.is_staged
-
-                def fold(tensors: BlockTensors, spec: BlockSpec = spec, staged: bool = staged) -> tuple[Tensor, Any]:
-                    with torch.autocast(device_type=tensors.s.device.type, enabled=False):
-                        coordinates = tensors.u if staged else None
-                        return spec.map(tensors._replace(u=None) if staged else tensors), coordinates
-
-                matrix, coordinates = self.read(name, spec, fold)
+                matrix, coordinates = self.read(name, spec, partial(_fold, spec, len(names) == 1 and spec.is_staged))
                 place = Place(spec.heads, spec.size, spec.truncate)
-                key = (place, drop and name)  # dropout draws its own mask for every adapter
+                key = (place, drop and name)  # each adapter draws a dropout mask of its own
                 if key in result:
                     matrix = result[key].matrix + matrix
                 result[key] = HeadMap(place, matrix, coordinates, drop)
         return list(result.values())
 
     def staged_maps(self, adapter_names: Iterable[str]) -> list[UnfoldedMap]:
-        """The same as `maps`, without dropout, as E, S and C one after the other, for features in S's precision."""
+        """The same maps as C, dS and E one after the other, without dropout, for features in the precision of S."""
         result = []
         for name in adapter_names:
-            if self._missing_bases:
-                self.check_bases(name, "run")
+            self.check_bases(name, "run")
             for spec in self.specs[name]:
 
                 def mapped(tokens: Tensor, name: str = name, spec: BlockSpec = spec) -> Tensor:
@@ -205,11 +197,26 @@ class AdapterTensors(nn.Module):
                 result.append(UnfoldedMap(Place(spec.heads, spec.size, spec.truncate), mapped))
         return result
 
-    def bases_to_share(self, specs: tuple[BlockSpec, ...]) -> dict[str, dict[str, Tensor]] | None:
-        """The frozen tensors of an adapter of this layer with the same structure, if there is one.
+    def add_low_rank(self, y: Tensor, x: Tensor, adapter_names: Iterable[str], dropout: bool = False) -> Tensor:
+        """`y + B A x`, (..., out_features), over the adapters that have a low-rank part.
 
-        They save a decomposition; and trainers that make a reference adapter copy parameters only, so that it must be
-        born with the same bases.
+        Args:
+            y: (..., out_features).
+            x: (..., in_features).
+            adapter_names: the adapters.
+            dropout: apply the adapters' dropout in training.
+        """
+        for name in adapter_names:
+            if name in self.clover_A:
+                x_name = (self.clover_dropout[name](x) if dropout else x).to(y.dtype)
+                low = self.clover_A[name](WHOLE, partial(_linear, x_name))
+                y = y + self.clover_B[name](WHOLE, partial(_linear, low)).to(y.dtype)
+        return y
+
+    def bases_to_share(self, specs: tuple[BlockSpec, ...]) -> dict[str, dict[str, Tensor]] | None:
+        """The frozen tensors of an adapter of this layer with the same slices, if there is one.
+
+        They save a decomposition. A trainer that makes a reference adapter needs them too: it copies parameters only.
         """
         for adapter_name, known in self.specs.items():
             if known == specs and self.has_bases(adapter_name):
@@ -218,18 +225,6 @@ class AdapterTensors(nn.Module):
                     for spec in specs
                 }
         return None
-
-    def has_same_bases(self, one: str, other: str) -> bool:
-        """Whether two adapters cut the target alike and stand in the same bases, so that their S can be added."""
-        if one == other:
-            return True
-        if self.specs[one] != self.specs[other]:
-            return False
-        pairs = ((self.tensors(one, spec), self.tensors(other, spec)) for spec in self.specs[one])
-        # C, E and S0; the fingerprint of the base, which is rounded, is no part of them.
-        return all(
-            a is None or b is None or torch.equal(a, b) for x, y in pairs for a, b in zip(x[1:4], y[1:4], strict=True)
-        )
 
     def has_bases(self, adapter_name: str) -> bool:
         """Whether the adapter's bases were computed or loaded."""
@@ -251,7 +246,7 @@ class AdapterTensors(nn.Module):
             )
 
     def forget_tensors(self, adapter_name: str) -> None:
-        """Remove what is there of an adapter, also after an interrupted start."""
+        """Remove the tensors of an adapter, also after an interrupted start."""
         for attribute in (*TRAINED, *FROZEN, "clover_dropout", "specs"):
             held = getattr(self, attribute)
             if adapter_name in held:
@@ -259,7 +254,7 @@ class AdapterTensors(nn.Module):
         self._missing_bases.discard(adapter_name)
 
     def _note_loaded(self, *_: Any) -> None:
-        """What is on the meta device still waits for its numbers."""
+        """Bases are missing as long as a tensor of their adapter is on the meta device."""
         self._missing_bases = {
             name
             for name in self._missing_bases
@@ -276,12 +271,12 @@ class AdapterTensors(nn.Module):
                     tensors = getattr(self, attribute)[adapter_name]
                     value = state_dict.get(f"{prefix}{attribute}.{adapter_name}.{spec.name}")
                     empty = tensors.get(spec.name)
-                    # Room for what is written into it next.
+                    # The file's numbers are written into this tensor next.
                     if empty.is_meta and not s.is_meta and value is not None and value.shape == shape:
                         setattr(tensors, spec.name, torch.empty(shape, dtype=empty.dtype, device=s.device))
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # Unlike peft's own: never to the dtype of the base layer.
+        # Peft's own method also casts the tensors to the dtype of the base layer.
         target = device or self.base_weight.stored.device
         if target.type == "meta":
             return
@@ -291,7 +286,18 @@ class AdapterTensors(nn.Module):
                 tensors[adapter_name].to(target)
 
 
+def _fold(spec: BlockSpec, staged: bool, tensors: BlockTensors) -> tuple[Tensor, Tensor | None]:
+    """The map of a slice: folded, or its left factor E S, and C."""
+    with torch.autocast(device_type=tensors.s.device.type, enabled=False):
+        return (spec.map(tensors._replace(u=None)), tensors.u) if staged else (spec.map(tensors), None)
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    return nn.functional.linear(x, weight.to(x.dtype))
+
+
 def tensor_keys(name: str, adapter_name: str, part: str) -> dict[str, str]:
-    """Attribute -> key in a state dict, of a slice by its name, or of `WHOLE`."""
+    """Attribute -> state dict key, for a slice by its name, or for `WHOLE`."""
     prefix = f"{name}." if name else ""
-    return {attribute: f"{prefix}{attribute}.{adapter_name}.{part}" for attribute in (*TRAINED, *FROZEN, BASES_PROBE)}
+    attributes = (*TRAINED, *FROZEN, BASES_CHECKSUM)
+    return {attribute: f"{prefix}{attribute}.{adapter_name}.{part}" for attribute in attributes}

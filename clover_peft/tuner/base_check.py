@@ -6,38 +6,35 @@ import torch
 from torch import Tensor, nn
 
 from ..base_model.weight import BaseWeight, partner_weight
-from ..linalg.decomposition import (
-    norms,
-)
+from ..linalg.decomposition import norms
 from .adapter_tensors import tensor_keys
 from .block_spec import BlockSpec, BlockTensors
 from .config import CloverConfig
 from .layer import CloverLayer
 
-# Largest relative difference of a fingerprint that rounding of the base's weights explains, by the coarser of the two
-# precisions. Rounding averages out over a row: what is left of it is far below the precision itself.
+# The largest relative difference of two fingerprints by rounding of the base's weights, for the coarser precision of
+# the two. It is far below the precision itself, because rounding averages out over a row.
 ROUNDING = {"float64": 1e-5, "float32": 1e-5, "bfloat16": 5e-3, "float16": 1e-3, "bnb 8bit": 1e-2}
 COARSE = 0.1  # any other quantisation
-# Root mean square of what rounding to a precision changes in normally distributed weights, relative to theirs.
+# Root mean square of the rounding error of normally distributed weights, relative to that of the weights.
 ROUNDED = {"float64": 0.0, "float32": 0.0, "bfloat16": 1.7e-3, "float16": 2e-4, "bnb 8bit": 8e-3, "bnb 4bit": 0.092}
-# Share of an adapter's effect that rounding of the base's weights may change without a word.
+# Loading warns if rounding of the base's weights changes more than this share of an adapter's effect.
 MUCH_CHANGED = 0.05
-_COMPARED = 8  # features of every block
+_COMPARED = 8  # features of a block in a fingerprint: reading all of them takes longer than the rest of loading
 
 
 @torch.no_grad()
 def fingerprint(model: nn.Module, base: BaseWeight, spec: BlockSpec) -> Tensor | None:
-    """`clover_norm` of the first features of every block, (H, 8) or (H, d) if less; None without whole weights.
+    """`clover_norm` of the first features of every block, (H, min(8, d)); None if the weight cannot be read.
 
-    It tells base models apart, and is hardly moved by rounding, which averages out over a row. Reading all rows would
-    take longer than all the rest of loading.
+    It differs between base models, and hardly changes by rounding.
     """
     with base.whole():
         return row_norms(model, spec, base.transposed(), _COMPARED) if base.is_present else None
 
 
 def row_norms(model: nn.Module, spec: BlockSpec, weight: Tensor, features: int | None = None) -> Tensor:
-    """(H, d): norms of the weight's rows, for a pair times those of the partner's columns; of `features` of d."""
+    """(H, d), or (H, features): norms of the weight's rows; for a pair, times the norms of the partner's columns."""
     own = norms(spec.heads.blocks(weight, spec.size)[..., :features])
     if spec.partner is None:
         return own
@@ -50,18 +47,10 @@ def row_norms(model: nn.Module, spec: BlockSpec, weight: Tensor, features: int |
 
 @torch.no_grad()
 def error_from_rounding(layers: dict[str, CloverLayer], adapter_name: str, config: CloverConfig, state: dict) -> float:
-    """How much of an adapter's effect, `E dS C W`, changes because W here has another precision than in training.
+    """The share of an adapter's effect, `E dS C W`, that changes because W has another precision than in training.
 
-    An estimate: what rounding changes in W is taken to be white, of the usual size for the coarser precision.
-
-    Args:
-        layers: the adapter's layers by their paths, as in the keys of `state`.
-        adapter_name: the adapter.
-        config: its config.
-        state: the file's tensors by the model's keys.
-
-    Returns:
-        A relative error; 0 where the precisions are the same, or the weights cannot be read.
+    An estimate, which takes rounding errors in W to be white, of the usual size for the coarser precision. It is 0 if
+    the precisions are the same, or the weights cannot be read. The arguments are those of `take_file`.
     """
     changed = effect = 0.0
     for name, layer in layers.items():
@@ -73,7 +62,7 @@ def error_from_rounding(layers: dict[str, CloverLayer], adapter_name: str, confi
             if not layer.base_weight.is_present:
                 continue
             weight = layer.base_weight.transposed()
-            weight = weight[:: 1 + weight.shape[0] // 512]  # some of the inputs are enough for an estimate
+            weight = weight[:: 1 + weight.shape[0] // 512]  # some inputs are enough for an estimate
             for spec in layer.specs[adapter_name]:
                 keys = tensor_keys(name, adapter_name, spec.name)
                 tensors = BlockTensors.of({attribute: state.get(key) for attribute, key in keys.items()})
@@ -88,17 +77,10 @@ def error_from_rounding(layers: dict[str, CloverLayer], adapter_name: str, confi
 
 
 def check_fingerprint(base: BaseWeight, spec: BlockSpec, config: CloverConfig, here: Tensor, there: Tensor) -> None:
-    """Compare the fingerprint of a layer's weights with that of those an adapter was trained on.
-
-    Args:
-        base: the weights.
-        spec: one slice of the target.
-        config: the adapter's.
-        here: `bases.fingerprint`, of some features of every block.
-        there: the adapter's `clover_norm`, (H, d).
+    """Compare the fingerprint of a layer's weights with an adapter's `clover_norm`, (H, d), from training.
 
     Raises:
-        ValueError: naming the block that differs most, if rounding does not explain it.
+        ValueError: naming the block that differs most, if it differs by more than rounding.
     """
     there = there[:, : here.shape[1]]
     error = (here - there).abs() / torch.maximum(here, there).clamp(min=1e-30)
@@ -108,8 +90,8 @@ def check_fingerprint(base: BaseWeight, spec: BlockSpec, config: CloverConfig, h
         block = int(error.amax(-1).argmax())
         raise ValueError(
             f"{base.path} ({spec.part}, block {block}): expected the weights of the base model that the adapter was "
-            f"trained on ({config.base_model_name_or_path}), found norms of their rows to differ by "
-            f"{float(error.max()):.2g} where rounding explains {allowed:.2g}; load it onto that model (without "
+            f"trained on ({config.base_model_name_or_path}), found norms of their rows that differ by "
+            f"{float(error.max()):.2g}, where rounding explains {allowed:.2g}; load it onto that model (without "
             "an adapter merged into it), or pass config=c after c = PeftConfig.from_pretrained(<adapter>) and "
             "c.check_base = False"
         )

@@ -1,127 +1,128 @@
-"""From a model's weights to the frozen tensors of its CLOVER layers, to fingerprints and to the paper's factors."""
+"""From a model's weights to the frozen tensors of its CLOVER layers."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
-
 import torch
-import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from ..base_model.weight import partner_weight
+from ..io.user_warning import warn
 from ..linalg.decomposition import (
     MUCH_AMPLIFIED,
     Bases,
     describe_dropped,
     gram,
     pair_bases,
-    per_key_value_head,
     qr_bases,
     svd_bases,
 )
-from ..linalg.moments import Moments, centred, shrink
-from ..runtime.sharding import only_rank_0_has_weights
-from .adapter_tensors import FROZEN
+from ..linalg.moments import Moments, pair_grams, shrink
 from .base_check import row_norms
 from .block_spec import BlockSpec
 from .layer import CloverLayer
 
+_NAMED = 8  # the most degenerate targets that a warning names
 
-def clover_layers(model: nn.Module) -> list[tuple[str, CloverLayer]]:
-    """Every CLOVER layer of a model and its path."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, CloverLayer)]
+
+def clover_layers(model: nn.Module, adapter_name: str | None = None) -> list[tuple[str, CloverLayer]]:
+    """Every CLOVER layer of a model and its path; with a name, the layers that have this adapter."""
+    layers = [(path, module) for path, module in model.named_modules() if isinstance(module, CloverLayer)]
+    return [(path, layer) for path, layer in layers if adapter_name is None or adapter_name in layer.specs]
+
+
+def layers_with(model: nn.Module, adapter_name: str) -> list[tuple[str, CloverLayer]]:
+    """The layers that have an adapter, and their paths.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if layers := clover_layers(model, adapter_name):
+        return layers
+    raise ValueError(f"adapter {adapter_name!r}: expected a model with this CLOVER adapter, found none")
 
 
 def inner_model(model: nn.Module) -> nn.Module:
-    """The adapted model itself, inside a `PeftModel` or tuner; partners' paths are relative to it."""
+    """The adapted model inside a `PeftModel` or tuner; partners' paths are relative to it."""
     tuner = model if isinstance(model, BaseTuner) else getattr(model, "base_model", None)
     return tuner.model if isinstance(tuner, BaseTuner) else model
 
 
+class BasesReport:
+    """Collects degenerate and ill-conditioned targets of a model, for one warning of each kind."""
+
+    def __init__(self) -> None:
+        self._dropped: dict[str, str] = {}  # target -> its degenerate blocks
+        self._conditions: dict[str, float] = {}  # target -> its condition, if that amplifies rounding too much
+
+    def add(self, layer: CloverLayer, spec: BlockSpec, bases: Bases) -> None:
+        """Check the bases of one slice of a layer."""
+        name, condition = f"{layer.name} ({spec.part})", float(bases.condition.max())
+        if (dropped := describe_dropped(bases)) is not None:
+            self._dropped[name] = dropped
+        if condition * torch.finfo(layer.base_weight.compute_dtype).eps > MUCH_AMPLIFIED:
+            self._conditions[name] = condition
+
+    def warn(self) -> None:
+        """Warn of the degenerate targets with their blocks, and of the target that amplifies rounding most."""
+        if self._dropped:
+            places = [f"{name}, block(s) {blocks}" for name, blocks in list(self._dropped.items())[:_NAMED]]
+            more = f"; and {len(self._dropped) - _NAMED} more target(s)" if len(self._dropped) > _NAMED else ""
+            warn(
+                "degenerate weights: some directions of their blocks are zero or too small to decompose, and will not "
+                f"be trained: {'; '.join(places)}{more}"
+            )
+        if self._conditions:
+            worst = max(self._conditions, key=self._conditions.__getitem__)
+            warn(
+                f"{len(self._conditions)} target(s) are so ill-conditioned that rounding in the compute dtype is "
+                f"amplified to over 10 % of the map; worst: {worst}, condition up to {self._conditions[worst]:.0f}; "
+                "compute in float32, or leave these modules out with exclude_modules"
+            )
+
+
 @torch.no_grad()
 def frozen_tensors(
-    model: nn.Module,
-    layer: CloverLayer,
-    specs: tuple[BlockSpec, ...],
-    report: Callable[[CloverLayer, BlockSpec, Bases], None] | None = None,
+    model: nn.Module, layer: CloverLayer, specs: tuple[BlockSpec, ...], report: BasesReport | None = None
 ) -> dict[str, dict[str, Tensor]] | None:
-    """The frozen tensors of every slice of a layer, computed from the base weights.
+    """The frozen tensors of a layer's slices, computed from the base weights.
 
     Args:
         model: the model that partners' paths are relative to.
         layer: the layer.
         specs: its slices.
-        report: called with every slice's bases.
-
-    Where only the first process has the weights, it computes the tensors and all processes return them.
+        report: takes the bases of every slice.
 
     Returns:
-        Slice name -> attribute -> tensor, as in `BlockSpec.base_shapes`; None where the weights are on the meta
-        device, or a quantisation cannot be read.
+        Slice name -> attribute -> tensor, as in `BlockSpec.base_shapes`; None if the weights cannot be read.
 
     Raises:
         ValueError: naming the module, for weights that are not finite.
     """
-    if layer.base_weight.backend is not None or not only_rank_0_has_weights():
-        return _computed(model, layer, specs, report)
-    found: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            found = [_computed(model, layer, specs, report)]
-        except ValueError as error:  # the others wait to hear of it
-            found = [error]
-    dist.broadcast_object_list(found, src=0)
-    if isinstance(found[0], ValueError):
-        raise found[0]
-    return found[0]
+
+    def compute() -> dict[str, dict[str, Tensor]] | None:
+        with layer.base_weight.whole():
+            if not layer.base_weight.is_present:
+                return None
+            weight, bias = layer.base_weight.transposed(), layer.base_weight.bias
+            result = {}
+            for spec in specs:
+                result[spec.name] = {"clover_norm": row_norms(model, spec, weight)}
+                if spec.basis != "folded":
+                    try:
+                        bases = compute_bases(model, spec, weight, bias)
+                    except ValueError as error:
+                        raise ValueError(f"{layer.name}: {error}") from error
+                    result[spec.name] |= stored_bases(bases)
+                    if report is not None:
+                        report.add(layer, spec, bases)
+            return result
+
+    return layer.base_weight.compute(compute)
 
 
-def broadcast_bases(model: nn.Module) -> None:
-    """Give all processes the bases of the first one, where unlike machines train together under DDP.
-
-    Processes compute equal bases on equal machines; other linear algebra may turn a singular vector around. All
-    processes must call it, with the model on their devices.
-
-    Args:
-        model: a model with CLOVER adapters.
-    """
-    for _, layer in clover_layers(inner_model(model)):
-        layer.forget_maps()
-        for name, buffer in layer.named_buffers():
-            if name.startswith(FROZEN):
-                dist.broadcast(buffer, src=0)
-
-
-def _computed(
-    model: nn.Module,
-    layer: CloverLayer,
-    specs: tuple[BlockSpec, ...],
-    report: Callable[[CloverLayer, BlockSpec, Bases], None] | None,
-) -> dict[str, dict[str, Tensor]] | None:
-    with layer.base_weight.whole():
-        if layer.base_weight.stored.is_meta or not layer.base_weight.is_readable:
-            return None
-        weight, bias = layer.base_weight.transposed(), layer.base_weight.bias
-        result = {}
-        for spec in specs:
-            tensors = {"clover_norm": row_norms(model, spec, weight)}
-            if spec.basis != "folded":
-                try:
-                    bases = compute_bases(model, spec, weight, bias)
-                except ValueError as error:
-                    raise ValueError(f"{layer.name}: {error}") from error
-                tensors |= _stored(bases)
-                if report is not None:
-                    report(layer, spec, bases)
-            result[spec.name] = tensors
-    return result
-
-
-def _stored(bases: Bases) -> dict[str, Tensor]:
-    """The tensors of bases that a layer holds; an identity is not stored."""
+def stored_bases(bases: Bases) -> dict[str, Tensor]:
+    """The tensors of bases by the names that a layer has for them; an identity is not stored."""
     found = {"clover_U": bases.coordinates, "clover_S0": bases.singular_values, "clover_V": bases.back}
     return {attribute: tensor for attribute, tensor in found.items() if tensor is not None}
 
@@ -134,10 +135,9 @@ def compute_bases(
     own: Moments | None = None,
     partner: Moments | None = None,
 ) -> Bases:
-    """Bases of one slice: the pair's by the Grams of both sides, otherwise the projection's own.
+    """Bases of one slice: of the pair, from the Gram matrices of both projections, or of the projection alone.
 
-    Moments of activations take the place of the Gram of the weights that compute them. Of a value they are those of
-    what the output projection reads; of a key, which softmax does not mind being shifted, they are centred.
+    Moments of activations replace the Grams of the weights that compute them (`pair_grams`).
     """
     g_in = gram(spec.heads.blocks(weight, spec.size), None if bias is None else spec.heads.blocks(bias, spec.size))
     if spec.partner is None:
@@ -145,43 +145,9 @@ def compute_bases(
             g_in = shrink(own.second.to(g_in.device), g_in, own.tokens)
         bases = qr_bases(g_in) if spec.basis == "qr" else svd_bases(g_in)
         return bases if spec.r == spec.size else bases.leading(spec.r)
-    heads, count = spec.partner.heads, spec.heads.count
-    groups = heads.count // count
+    heads, reads = spec.partner.heads, spec.partner.reads
     with partner_weight(model, spec.partner) as (rows, bias):
-        g = gram(heads.blocks(rows, spec.size), None if bias is None else heads.blocks(bias, spec.size))
-    g = g.to(g_in.device)
-    if partner is not None and spec.partner.reads:
-        g_in = shrink(per_key_value_head(partner.second.to(g), count, groups), g_in, partner.tokens)
-    elif partner is not None:
-        g = shrink(partner.second.to(g), g, partner.tokens)
-    if own is not None:
-        g_in = centred(own, g_in)
-    bases = pair_bases(g_in, per_key_value_head(g, count, groups))
+        g_out = gram(heads.blocks(rows, spec.size), None if bias is None else heads.blocks(bias, spec.size))
+    grams = pair_grams(g_in, g_out, spec.heads.count, reads=reads, own=own, partner=partner)
+    bases = pair_bases(grams.g_in, grams.g_out)
     return bases if spec.r == spec.size else bases.leading(spec.r)
-
-
-def warn_about_dropped(layer: CloverLayer, spec: BlockSpec, bases: Bases) -> None:
-    """Name the blocks of degenerate weights and what is left out of them."""
-    if (dropped := describe_dropped(bases)) is not None:
-        warnings.warn(
-            f"{layer.name} ({spec.part}): degenerate weights; directions dropped, which will not be trained, in "
-            f"block(s) {dropped}",
-            stacklevel=3,
-        )
-
-
-def warn_about_conditions(conditions: Mapping[str, tuple[float, torch.dtype]]) -> None:
-    """Name the target in which rounding is amplified most: name -> condition and the dtype that is computed in."""
-    suspect = {
-        name: condition
-        for name, (condition, dtype) in conditions.items()
-        if condition * torch.finfo(dtype).eps > MUCH_AMPLIFIED
-    }
-    if suspect:
-        worst = max(suspect, key=suspect.__getitem__)
-        warnings.warn(
-            f"{len(suspect)} target(s) are so ill-conditioned that rounding in the compute dtype is amplified to "
-            f"over 10 % of the map; worst: {worst}, condition up to {suspect[worst]:.0f}; compute in float32, or "
-            "leave these modules out with exclude_modules",
-            stacklevel=3,
-        )

@@ -1,8 +1,7 @@
-"""`BlockSpec`: how one slice of a target is adapted. Everything about an adapter but its numbers."""
+"""`BlockSpec`: how one slice of a target is adapted."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -11,19 +10,20 @@ import torch
 from torch import Tensor
 
 from ..base_model.slices import HeadSlice, Partner, TargetSlice
+from ..io.user_warning import warn
 from ..linalg.decomposition import fold
 from .config import CloverConfig
 
 
 class BlockTensors(NamedTuple):
-    """The tensors of one slice. Shapes with H blocks of d features and r directions.
+    """The tensors of one slice, with H blocks of d features and r directions.
 
     Attributes:
-        s: (H, r, r) or (H, r), the trained offset dS; (H, d, d), the whole map, in a folded adapter.
+        s: (H, r, r) or (H, r), the trained offset dS. In an adapter that was saved folded: (H, d, d), the whole map.
         u: (H, r, d), C; None in a folded adapter.
-        v: (H, d, r), E; None where it is the identity.
+        v: (H, d, r), E; None for the identity.
         s0: (H, r), the frozen singular values; None in a folded adapter.
-        norm: (H, d), norms of the base's rows, times those of the partner's columns; see `bases.fingerprint`.
+        norm: (H, d), the fingerprint of the base weights (`base_check.row_norms`).
     """
 
     s: Tensor
@@ -34,29 +34,31 @@ class BlockTensors(NamedTuple):
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> BlockTensors:
-        """From the tensors by the names that a layer has for them."""
+        """From a layer's names to tensors."""
         u, v, s0, norm = (found.get(name) for name in ("clover_U", "clover_V", "clover_S0", "clover_norm"))
         return cls(found["clover_S"], u, v, s0, norm)
 
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """How one slice of a target is adapted: everything but the numbers.
+    """How one slice of a target is adapted: everything except the numbers.
+
+    Two specs are equal, and their adapters can share bases, whatever their `partner` and `output_is_kept`.
 
     Attributes:
         name: name of the slice's tensors ("weight" for the only slice of a target).
-        part: what the slice computes ("k", "v", "up", ...).
+        part: the part that the slice computes ("k", "v", "up", ...).
         heads: its features.
         size: features of a block, d.
         r: directions trained in each block.
         form: "full" (S is r x r) or "diagonal".
-        basis: "pair", "qr", "svd", or "folded" (no bases; S is the whole map of an adapter saved folded).
+        basis: "pair", "qr", "svd", or "folded" (no bases: S is the whole map of an adapter that was saved folded).
         truncate: drop the directions beyond r.
-        from_activations: the bases were made from moments of activations, not from the weights alone.
-        partner: the projection a "pair" basis was made with. Not part of what makes two specs equal, as the next.
-        output_is_kept: what follows may keep the slice's output for its own backward pass, and does not write into it.
-            Attention keeps values that nothing stands before (keys it keeps too, but rotated); activations, or the
-            product with the gate, keep up projections.
+        from_activations: the bases were computed from moments of activations.
+        partner: the other projection of the pair.
+        output_is_kept: the next operation may keep the slice's output for its backward pass, and does not write into
+            it. Attention keeps values (and keys, but after the rotation); an activation or the product with the gate
+            keeps the output of an up-projection.
     """
 
     name: str
@@ -83,9 +85,9 @@ class BlockSpec:
 
     @property
     def is_staged(self) -> bool:
-        """Whether C is applied first, then E S: where that keeps fewer numbers for training, or is less work."""
-        recovered = self.output_is_kept and not self.truncate  # from an output that is there anyway, mostly
-        return self.r < self.size and (not recovered or self.r <= self.size // 4)
+        """Whether to apply C and then E S, because that saves fewer numbers for training or is less work."""
+        saves_nothing = self.output_is_kept and not self.truncate  # training needs only an output that is kept anyway
+        return self.r < self.size and (not saves_nothing or self.r <= self.size // 4)
 
     @property
     def base_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -99,35 +101,35 @@ class BlockSpec:
         return shapes
 
     def map(self, tensors: BlockTensors) -> Tensor:
-        """(H, d, d), what is added to a block's features, `E dS C`; with `truncate` replaces them, `E (S0 + dS) C`.
+        """The folded map of each block, (H, d, d): `E dS C`, or with `truncate` `E (S0 + dS) C`.
 
-        Without `u` the left factor alone, (H, d, r).
+        Without `u`, its left factor alone, (H, d, r).
         """
         s, u, v, *_ = self._with_frozen_part(tensors)
         return fold(s, u, v)
 
     def mapped(self, tensors: BlockTensors, tokens: Tensor) -> Tensor:
-        """`map` of features, (H, tokens, d), in the dtype of the tensors, but not multiplied out: E (S (C z))."""
+        """The map of features, (H, tokens, d), as `E (S (C z))`, computed in the dtype of the tensors."""
         s, u, v, *_ = self._with_frozen_part(tensors)
         result = tokens.to(s.dtype) if u is None else torch.bmm(tokens.to(s.dtype), u.mT)
         result = result * s.unsqueeze(1) if s.ndim == 2 else torch.bmm(result, s.mT)
         return (result if v is None else torch.bmm(result, v.mT)).to(tokens.dtype)
 
     def _with_frozen_part(self, tensors: BlockTensors) -> BlockTensors:
-        """With S in the place of dS where the map replaces its input."""
+        """With `truncate`, S0 + dS in the place of dS."""
         s, s0 = tensors.s, tensors.s0
         if self.truncate and s0 is not None:
             s = s + (s0 if self.form == "diagonal" else torch.diag_embed(s0))
         return tensors._replace(s=s)
 
     def residual_map(self, tensors: BlockTensors) -> Tensor:
-        """(H, d, d), what is added to a block's features in either case."""
+        """(H, d, d): the map minus the identity that it replaces, so that it is always added to the features."""
         folded = self.map(tensors)
         return folded - torch.eye(self.size, dtype=folded.dtype, device=folded.device) if self.truncate else folded
 
 
 def block_spec(config: CloverConfig, key: str, target: TargetSlice, rank: int | None) -> BlockSpec:
-    """The choices of a config for one slice of a target.
+    """Apply a config to one slice of a target.
 
     Args:
         config: the adapter's config.
@@ -136,7 +138,7 @@ def block_spec(config: CloverConfig, key: str, target: TargetSlice, rank: int | 
         rank: directions to train in each block; None for all.
 
     Raises:
-        ValueError: if they do not fit it.
+        ValueError: if the config does not fit the slice.
     """
     heads, is_attention = target.heads, target.part not in ("up", "linear")
     paired = config.cross_layer and target.partner is not None
@@ -144,10 +146,9 @@ def block_spec(config: CloverConfig, key: str, target: TargetSlice, rank: int | 
     if size is None:
         size = heads.dim if is_attention else max(n for n in range(1, 65) if heads.features % n == 0)
     if not is_attention and config.mlp_block_size is None and size < min(8, heads.features):
-        warnings.warn(
+        warn(
             f"{key}: {heads.features} features have no divisor between 8 and 64, blocks are of {size}, which trains "
             "little; pass mlp_block_size, or leave the module out with exclude_modules",
-            stacklevel=2,
         )
     if heads.features % size or (heads.dim % size and size % heads.dim):
         option = "block_size" if is_attention else "mlp_block_size"
@@ -162,7 +163,7 @@ def block_spec(config: CloverConfig, key: str, target: TargetSlice, rank: int | 
         )
     r = size if rank is None else rank
     if target.name != "weight" and is_attention:
-        r = min(r, size)  # of a fused projection, a part narrower than r is trained whole
+        r = min(r, size)  # a part of a fused projection may be narrower than r
     if r > size:
         raise ValueError(
             f"{key}: r={r} is larger than a block of {size} features ({target.part}); lower r, or give this module "
@@ -173,7 +174,7 @@ def block_spec(config: CloverConfig, key: str, target: TargetSlice, rank: int | 
         basis = "qr" if config.s_matrix == "full" and r == size else "svd"
     elif basis == "qr" and r < size:
         raise ValueError(
-            f"{key}: r={r} trains the leading directions of {size}, which the QR basis has not; use "
+            f"{key}: r={r} trains the leading directions of {size}, but the QR basis has no order; use "
             "basis='svd' or r=None"
         )
     partner = target.partner if paired else None

@@ -1,8 +1,8 @@
 """From a quantised base to plain weights: under an adapter, or onto another copy of the base model.
 
-A CLOVER map belongs to the weights it was trained on: its effect is `E dS C W`, and on weights in another precision
-the directions of small singular values are off by the rounding times the head's condition number. So the base is
-dequantised with the adapter in place, or the update that was trained is added to other weights as it is.
+The effect of a CLOVER map, `E dS C W`, depends on the weights. In another precision of W, rounding times the head's
+condition number changes the directions of small singular values. So either the base is dequantised under the adapter,
+or the trained update is added to the other weights unchanged.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 
-from ..base_model.weight import BaseWeight, in_features, out_features
+from ..base_model.weight import BaseWeight, feature_counts
 from ..runtime.bitsandbytes import check_packing
 from .base_check import check_fingerprint, fingerprint
-from .bases import clover_layers, inner_model
+from .bases import clover_layers, inner_model, layers_with
 from .config import CloverConfig
 from .layer import CloverLayer
 from .merging import map_constant
@@ -29,19 +29,19 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 @torch.no_grad()
 def dequantize(model: ModelT, dtype: torch.dtype | None = None) -> ModelT:
-    """Replace every quantised projection by an `nn.Linear` with the weights it stands for, in place.
+    """Replace every quantised projection by an `nn.Linear` with the dequantised weights, in place.
 
-    Adapters stay where they are and compute the same; merging then loses nothing but the rounding of `dtype`.
+    Adapters stay in place and compute the same. Merging afterwards loses only the rounding of `dtype`.
 
     Args:
-        model: a `PeftModel`, or a model with adapters injected into it, or without any.
-        dtype: of the new weights; None: of the model's other weights.
+        model: a `PeftModel`, or a model with injected adapters or without any.
+        dtype: dtype of the new weights; None for the dtype of the model's other weights.
 
     Returns:
         `model`.
 
     Raises:
-        ValueError: if nothing is quantised, adapters are merged, or a quantisation cannot be read, with nothing
+        ValueError: if nothing is quantised, adapters are merged, or a quantised weight cannot be read; then nothing is
             changed.
         TypeError: if bitsandbytes has repacked a 4-bit weight.
     """
@@ -61,9 +61,7 @@ def dequantize(model: ModelT, dtype: torch.dtype | None = None) -> ModelT:
     dtype = dtype or inner.dtype
     for path, (module, backend) in quantised.items():
         weight = backend.get_base_weight(module)
-        plain = nn.Linear(
-            in_features(module, path), out_features(module, path), bias=module.bias is not None, device="meta"
-        )
+        plain = nn.Linear(*feature_counts(module, path), bias=module.bias is not None, device="meta")
         plain.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
         if module.bias is not None:
             plain.bias = nn.Parameter(module.bias.to(dtype), requires_grad=module.bias.requires_grad)
@@ -83,10 +81,10 @@ def dequantize(model: ModelT, dtype: torch.dtype | None = None) -> ModelT:
 
 @torch.no_grad()
 def merge_onto(model: nn.Module, base: ModelT, adapter_name: str = "default") -> ModelT:
-    """Add what an adapter adds to its own base to another copy of that base, such as the one that was quantised.
+    """Add an adapter's update to another copy of the base model, such as the weights before quantisation.
 
-    `W <- W + E dS C W'` with W' the weights that the adapter was trained on: unlike loading the adapter onto `base`,
-    its update is kept exactly.
+    `W <- W + E dS C W'`, where W' are the weights that the adapter was trained on. This keeps the update exactly;
+    loading the adapter onto `base` does not.
 
     Args:
         model: the model with the adapter, on the base it was trained on.
@@ -97,13 +95,11 @@ def merge_onto(model: nn.Module, base: ModelT, adapter_name: str = "default") ->
         `base`.
 
     Raises:
-        ValueError: if the adapter is not there, `base` is another model, or is quantised or adapted itself, with
-            nothing changed.
+        ValueError: if the adapter is not there, or `base` is another model, quantised or adapted; then nothing is
+            changed.
     """
     inner = inner_model(model)
-    layers = [(path, layer) for path, layer in clover_layers(inner) if adapter_name in layer.specs]
-    if not layers:
-        raise ValueError(f"adapter {adapter_name!r}: expected a model with this CLOVER adapter, found none")
+    layers = layers_with(inner, adapter_name)
     config: CloverConfig = model.peft_config[adapter_name]  # type: ignore[index,assignment]
     if inner_model(base) is not base or any(isinstance(module, BaseTunerLayer) for module in base.modules()):
         raise ValueError("base: expected a model without adapters, found some; merge or unload them first")
@@ -131,7 +127,7 @@ def merge_onto(model: nn.Module, base: ModelT, adapter_name: str = "default") ->
 
 
 def _check_target(base: nn.Module, path: str, layer: CloverLayer, adapter_name: str, config: CloverConfig) -> None:
-    """Refuse a projection that the adapter's update does not belong on."""
+    """Refuse a projection that is not the one the adapter was trained on, in plain weights."""
     try:
         target: Any = base.get_submodule(path)
     except AttributeError:

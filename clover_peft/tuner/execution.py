@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,12 +18,12 @@ from .maps import HeadMap
 
 
 class Form(enum.Enum):
-    """A way to compute `z + E dS C z`; all give the same numbers but for rounding.
+    """A way to compute `z + E dS C z`; all forms give the same numbers up to rounding.
 
     Attributes:
-        CACHED: by `E dS C`, folded in an earlier pass and kept.
-        FOLDED: by `E dS C`, folded for this pass.
-        STAGED: by C, dS and E one after the other, which is less work for a few tokens.
+        CACHED: with `E dS C`, folded in an earlier pass and kept.
+        FOLDED: with `E dS C`, folded for this pass.
+        STAGED: with C, dS and E one after the other, which is less work for a few tokens.
     """
 
     CACHED = "cached"
@@ -32,99 +31,73 @@ class Form(enum.Enum):
     STAGED = "staged"
 
 
-class Pass(NamedTuple):
-    """What decides the form of one pass.
-
-    Attributes:
-        differentiated: torch records gradients, or the layer is in training mode.
-        traced: torch records or transforms the operations themselves.
-        compiled: by `torch.compile` or `torch.export`.
-        keeps_nothing: a CUDA graph is captured, or the layer is a replica of `DataParallel`.
-        is_decoding: one token a sequence, fewer of them than a block has features, and nothing is differentiated.
-        has_dropout: dropout is applied to the maps' input.
-    """
-
-    differentiated: bool
-    traced: bool
-    compiled: bool
-    keeps_nothing: bool
-    is_decoding: bool
-    has_dropout: bool
-
-
-def choose_form(p: Pass, cacheable: bool = True) -> Form:
+def choose_form(*, has_kept_maps: bool, is_decoding: bool, has_dropout: bool) -> Form:
     """The form of a pass.
 
     Args:
-        p: the pass.
-        cacheable: the adapters are frozen, so that folded maps may be kept.
+        has_kept_maps: folded maps of frozen adapters were kept, and may be used.
+        is_decoding: no gradients, and one token a sequence, fewer of them than a block has features.
+        has_dropout: dropout is applied to the maps' input.
     """
-    if cacheable and not (p.differentiated or p.traced or p.keeps_nothing):
+    if has_kept_maps:
         return Form.CACHED
-    # Other passes of few tokens are folded as well: they then round as those of the same adapter in training.
-    return Form.STAGED if p.is_decoding and not p.has_dropout else Form.FOLDED
+    # A pass of few tokens that is not decoding is folded too: it then rounds like the same adapter in training.
+    return Form.STAGED if is_decoding and not has_dropout else Form.FOLDED
 
 
 def apply_adapters(layer: AdapterTensors, z: Tensor, adapter_names: Sequence[str], cache: MapCache) -> Tensor:
-    """`z + sum_i E_i dS_i C_i z` over the adapters, with their dropout in training.
+    """`z + sum_i E_i dS_i C_i z` over the layer's adapters of these names, with their dropout in training.
 
     Args:
-        layer: holds the adapters.
+        layer: the layer.
         z: (..., out_features), the base projection's output.
-        adapter_names: the adapters; those that the layer does not have are passed over.
-        cache: of the layer; cleared by differentiated passes.
+        adapter_names: the adapters; names that the layer does not have are ignored.
+        cache: the layer's kept maps, which a pass with gradients clears.
 
     Returns:
         (..., out_features), dtype of `z`.
     """
     names = [name for name in adapter_names if name in layer.specs]
-    this = _describe(layer, z, names)
-    if this.differentiated or this.traced or this.keeps_nothing:
-        _invalidate(cache, this)
-    elif (kept := _kept_maps(layer, names, z.dtype, cache)) is not None:
-        return apply_maps(z, kept)
-    if choose_form(this, cacheable=False) is Form.STAGED:
-        wide = z.to(torch.promote_types(z.dtype, torch.float32))  # as E, S and C are, which are larger
-        return apply_maps(wide, layer.staged_maps(names)).to(z.dtype)
-    return apply_maps(z, layer.maps(names, dropout=True), output_is_kept(layer, names))
-
-
-def _describe(layer: AdapterTensors, z: Tensor, names: Sequence[str]) -> Pass:
-    grad, traced, compiled = torch.is_grad_enabled(), is_traced(), torch.compiler.is_compiling()
-    # A tracer's sizes are tensors, and cannot be compared.
-    sizes_are_known = compiled or not traced
-    return Pass(
-        differentiated=layer.training or grad,
-        traced=traced,
-        compiled=compiled,
-        keeps_nothing=is_captured(z) or bool(layer.__dict__.get("_is_replica")),
-        is_decoding=not grad and sizes_are_known and _is_decoding(layer, z, names),
-        has_dropout=layer.training and any(getattr(layer.clover_dropout[name], "p", 0.0) for name in names),
+    traced, differentiated = is_traced(), layer.training or torch.is_grad_enabled()
+    is_replica = bool(layer.__dict__.get("_is_replica"))  # of `nn.DataParallel`, which shares the cache
+    kept = None
+    if not (differentiated or traced or is_replica or is_captured(z)):
+        kept = _kept_maps(layer, names, z.dtype, cache)
+    elif not torch.compiler.is_compiling():
+        cache.clear()
+    elif differentiated and not torch.compiler.is_exporting():
+        cache.is_stale = True
+    dropouts = (layer.clover_dropout[name] for name in names) if layer.training else ()
+    form = choose_form(
+        has_kept_maps=kept is not None,
+        is_decoding=kept is None and not torch.is_grad_enabled() and _is_decoding(layer, z, names, traced),
+        has_dropout=any(getattr(dropout, "p", 0.0) for dropout in dropouts),
     )
+    if form is Form.STAGED:
+        wide = z.to(torch.promote_types(z.dtype, torch.float32))  # cheaper than casting the larger E, S and C
+        return apply_maps(wide, layer.staged_maps(names)).to(z.dtype)
+    if form is Form.FOLDED:
+        return apply_maps(z, layer.maps(names, dropout=True), output_is_kept(layer, names))
+    return apply_maps(z, kept or ())
 
 
-def _is_decoding(layer: AdapterTensors, z: Tensor, names: Sequence[str]) -> bool:
+def _is_decoding(layer: AdapterTensors, z: Tensor, names: Sequence[str], traced: bool) -> bool:
+    if traced and not torch.compiler.is_compiling():
+        return False  # sizes are tensors there, and cannot be compared
     if z.ndim < 3 or not statically_known_true(z.shape[-2] == 1):
         return False
-    sizes = [spec.size for name in names for spec in layer.specs[name]]
+    sizes = [spec.size for name in names for spec in layer.specs[name]]  # the compiler takes no generator
     smallest, sequences = min(sizes, default=0), math.prod(z.shape[:-2])
-    # What is not known while compiling must not be asked for: the graph is to hold for any number of sequences.
+    # A question about a size that the compiler does not know would tie its graph to one number of sequences.
     if torch.compiler.is_exporting():
         return bool(statically_known_true(sequences < smallest))
     return not statically_known_true(sequences >= smallest)
 
 
-def _invalidate(cache: MapCache, this: Pass) -> None:
-    if not this.compiled:
-        cache.clear()
-    elif this.differentiated and not torch.compiler.is_exporting():
-        cache.is_stale = True
-
-
 def _kept_maps(
     layer: AdapterTensors, names: Sequence[str], dtype: torch.dtype, cache: MapCache
 ) -> list[HeadMap] | None:
-    """The maps of frozen adapters, folded once; None for others."""
+    """The maps of frozen adapters, folded once; None for other adapters."""
     sources = [
         getattr(layer, attribute)[name].registered(spec.name)
         for name in names
@@ -135,7 +108,6 @@ def _kept_maps(
 
 
 def output_is_kept(layer: AdapterTensors, names: Sequence[str]) -> bool:
-    """Whether what follows may keep the layer's output for its backward pass; with a low-rank part, that is no longer
-    the output of the maps."""
+    """Whether the next operation may keep the maps' output for its backward pass; a low-rank part changes it first."""
     specs = (spec for name in names for spec in layer.specs[name])
     return any(spec.output_is_kept for spec in specs) and not any(name in layer.clover_A for name in names)

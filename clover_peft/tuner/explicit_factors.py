@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
-from ..base_model.slices import Partner
-from ..linalg.decomposition import (
-    Factors,
-    factors,
-)
-from .bases import clover_layers, inner_model, partner_weight
+from ..base_model.weight import partner_weight
+from .bases import clover_layers, inner_model
 from .block_spec import BlockSpec
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The paper's explicit factors of H blocks: `V S U^T` is the block's product of weights.
+
+    Attributes:
+        U: (H, D_in, r), columns orthonormal. A projection with a bias has it as the last of its D_in rows.
+        S: (H, r, r), the current matrix: frozen singular values plus the trained offset.
+        V: (H, D_out, r), columns orthonormal; the identity (D_out = d) for an intra-layer QR basis.
+    """
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+
+    def product(self) -> Tensor:
+        """`V S U^T`, (H, D_out, D_in): for tests and analysis of small models only."""
+        return self.V @ self.S @ self.U.mT
 
 
 @torch.no_grad()
 def explicit_factors(model: nn.Module, target: str, adapter_name: str = "default") -> dict[str, Factors]:
-    """The paper's U, S and V (Eq. 3, arXiv 2411.17426) of an adapted projection.
+    """The paper's U, S and V (Eq. 3, arXiv 2411.17426) of an adapted projection, in float64.
 
-    U and V have orthonormal columns. Where nothing was cut (r = d, no degenerate head), `V S U^T` is the current
-    product of a pair, `W_o (I + E dS C) W_v`, and for an intra-layer target the current weight itself.
+    `U = W^T C^T`, `V = W_o E`, and S is `V^T W_o W U` plus the trained offset. If no direction was cut or dropped,
+    `V S U^T` is the current product of a pair, `W_o (I + E dS C) W_v`, or the current weight of an intra-layer target.
+    Costs (D_in + D_out) H d^2.
 
     Args:
         model: a model with a CLOVER adapter: a `PeftModel`, or one that an adapter was injected into.
@@ -27,11 +45,11 @@ def explicit_factors(model: nn.Module, target: str, adapter_name: str = "default
         adapter_name: the adapter.
 
     Returns:
-        Slice name ("weight" where there is only one) -> `Factors` of its blocks, in float64. Under grouped-query
-        attention V's rows are those of all query heads that share the key-value head.
+        Slice name ("weight" for a single slice) -> `Factors`. Under grouped-query attention V has the rows of all
+        query heads that share the key-value head.
 
     Raises:
-        ValueError: if no module or more than one matches, or the adapter is not there.
+        ValueError: if no module or more than one matches, or the adapter is not there, or has no bases of the weights.
     """
     inner = inner_model(model)
     found = [(n, m) for n, m in clover_layers(inner) if n == target or n.endswith("." + target)]
@@ -43,7 +61,7 @@ def explicit_factors(model: nn.Module, target: str, adapter_name: str = "default
     layer = found[0][1]
     layer.check_bases(adapter_name, "factor")
     with layer.base_weight.whole():
-        weight, bias = layer.base_weight.transposed().double(), layer.base_weight.bias
+        weight, bias = layer.base_weight.transposed(), layer.base_weight.bias
     result = {}
     for spec in layer.specs[adapter_name]:
         tensors = layer.tensors(adapter_name, spec)
@@ -56,21 +74,29 @@ def explicit_factors(model: nn.Module, target: str, adapter_name: str = "default
                 f"{layer.name}: expected bases of the weights, found some of activations, whose U and V are not "
                 "orthonormal; make the adapter without initialize_from_activations"
             )
-        rows = spec.heads.blocks(weight, spec.size).permute(1, 0, 2)
-        if bias is not None:
-            rows = torch.cat([rows, spec.heads.blocks(bias.double(), spec.size).unsqueeze(1)], dim=1)
-        columns = None if spec.partner is None else _partner_columns(inner, spec, spec.partner)
-        result[spec.name] = factors(rows, columns, tensors.s, tensors.u, tensors.v)
+        rows = spec.heads.blocks(_with_bias(weight, bias), spec.size).transpose(0, 1)
+        u = rows @ tensors.u.double().mT
+        v = torch.eye(spec.size).to(u) if tensors.v is None else tensors.v.double()
+        wv = v = v.expand(spec.blocks, -1, -1)
+        if spec.partner is not None:
+            columns = _partner_columns(inner, spec)
+            v = columns @ v
+            wv = columns.mT @ v
+        ds = tensors.s.double()
+        result[spec.name] = Factors(u, wv.mT @ (rows.mT @ u) + (torch.diag_embed(ds) if ds.ndim == 2 else ds), v)
     return result
 
 
-def _partner_columns(model: nn.Module, spec: BlockSpec, partner: Partner) -> Tensor:
+def _with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(D, features), with the bias as one more row, in float64."""
+    return weight.double() if bias is None else torch.cat([weight, bias.to(weight).unsqueeze(0)]).double()
+
+
+def _partner_columns(model: nn.Module, spec: BlockSpec) -> Tensor:
     """(H, D, d) float64: the partner's side of every block, the query heads of a group one below the other."""
-    heads = partner.heads
-    with partner_weight(model, partner) as (weight, bias):
-        if bias is not None:
-            weight = torch.cat([weight, bias.to(weight).unsqueeze(0)])
-        blocks = heads.blocks(weight.double(), spec.size)  # (D, groups * H, d)
-    groups = heads.count // spec.heads.count
-    grouped = blocks.unflatten(1, (spec.heads.count, groups, -1))  # (D, kv heads, groups, blocks a head, d)
+    assert spec.partner is not None
+    heads, count = spec.partner.heads, spec.heads.count
+    with partner_weight(model, spec.partner) as (weight, bias):
+        blocks = heads.blocks(_with_bias(weight, bias), spec.size)  # (D, groups * H, d)
+    grouped = blocks.unflatten(1, (count, heads.count // count, -1))  # (D, kv heads, groups, blocks a head, d)
     return grouped.permute(1, 3, 2, 0, 4).flatten(2, 3).flatten(0, 1)

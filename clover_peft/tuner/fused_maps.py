@@ -1,16 +1,16 @@
-"""Maps of heads onto themselves, applied to features: the plain formula, and a fast form of it with its own backward.
+"""Maps of blocks onto themselves, applied to features fast, with a backward pass of their own (ours).
 
-With `z_h` the features in block h and M_h the folded map (`E dS C`; ours, equal to the paper's `V S U^T`):
+With `z_h` the features of block h, M_h its folded map and g_h the gradient of y_h:
 
     y_h = z_h + M_h z_h                 dL/dz_h = g_h + M_h^T g_h
                                         dL/dM_h = sum over tokens of g_h z_h^T
 
-The last one needs z, which nothing else keeps. What follows a value or an up projection often keeps y, however, and
-with `A_h = I + M_h`
+The last gradient needs z, which nothing else saves. But the operation after a value or an up-projection often saves y,
+and with `A_h = I + M_h`
 
     dL/dM_h = (sum over tokens of g_h y_h^T) A_h^-T
 
-needs nothing but y: the d x d system is solved after the sum over tokens, so that its cost does not grow with them.
+needs only y. The d x d system is solved after the sum over tokens, so its cost does not grow with their number.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from ..linalg.decomposition import MUCH_AMPLIFIED
 from ..runtime.tracing import is_captured, is_traced
 from .maps import HeadMap, Place, UnfoldedMap, formula
 
+# The coarsest rounding of a product: torch may be set to round factors of float32 products to TF32 or bfloat16.
+_EPS = torch.finfo(torch.bfloat16).eps
+
 
 def apply_maps(z: Tensor, maps: Sequence[HeadMap | UnfoldedMap], output_is_kept: bool = False) -> Tensor:
     """`y` of all maps together, each of the same z.
@@ -33,10 +36,10 @@ def apply_maps(z: Tensor, maps: Sequence[HeadMap | UnfoldedMap], output_is_kept:
     Args:
         z: (..., features), any floating dtype.
         maps: in any order.
-        output_is_kept: what follows may keep y for its own backward, and does not write into it.
+        output_is_kept: the next operation may save y for its backward pass, and does not write into it.
 
     Returns:
-        (..., features), dtype of `z`, whatever autocast says.
+        (..., features), dtype of `z`, also under autocast.
     """
     if torch.is_autocast_enabled(z.device.type):
         with torch.autocast(z.device.type, enabled=False):
@@ -44,10 +47,8 @@ def apply_maps(z: Tensor, maps: Sequence[HeadMap | UnfoldedMap], output_is_kept:
     if is_traced() or (len(maps) > 1 and not _are_apart(tuple(m.place for m in maps))):
         return formula(z, maps)
     folded = [m for m in maps if isinstance(m, HeadMap) and m.coordinates is None and m.dropout is None]
-    if others := [
-        m for m in maps if all(m is not one for one in folded)
-    ]:  # being apart, maps may be applied one after the other
-        z = formula(z, others)
+    if others := [m for m in maps if all(m is not one for one in folded)]:
+        z = formula(z, others)  # maps of different features may be applied one after the other
     if not folded:
         return z
     places, matrices = [m.place for m in folded], [m.matrix for m in folded]
@@ -59,9 +60,9 @@ def apply_maps(z: Tensor, maps: Sequence[HeadMap | UnfoldedMap], output_is_kept:
 def _add_up(z: Tensor, places: Sequence[Place], matrices: Sequence[Tensor]) -> Tensor:
     """`y` of maps at places that are apart."""
     if z.numel() == z.shape[-1] and places[0].heads.covers(z.shape[-1]) and not places[0].replaces:
-        # One token, as in decoding, is laid out as its blocks are: nothing needs to be copied first (a third faster).
+        # The blocks of a single token need no copy of z first, which is a third faster in decoding.
         own, y = z.reshape(-1, 1, places[0].size), torch.empty_like(z, memory_format=torch.contiguous_format)
-        torch.baddbmm(own, own, matrices[0].to(z.dtype).mT, out=y.view(own.shape))  # y itself is no view
+        torch.baddbmm(own, own, matrices[0].to(z.dtype).mT, out=y.view(own.shape))  # y itself must not be a view
         return y
     y = z.clone(memory_format=torch.contiguous_format)
     for place, matrix in zip(places, matrices, strict=True):
@@ -70,7 +71,7 @@ def _add_up(z: Tensor, places: Sequence[Place], matrices: Sequence[Tensor]) -> T
 
 
 class _ApplyMaps(torch.autograd.Function):
-    """`_add_up`, which keeps z for its backward pass, but y instead where that is safe. Twice differentiable."""
+    """`_add_up`, which saves y for its backward pass if that is safe, and otherwise z. Twice differentiable."""
 
     @staticmethod
     def forward(z: Tensor, places: Sequence[Place], output_is_kept: bool, *matrices: Any) -> Tensor:
@@ -82,14 +83,14 @@ class _ApplyMaps(torch.autograd.Function):
         trained = {i: matrix for i, matrix in enumerate(matrices) if ctx.needs_input_grad[3 + i]}
         ctx.places, ctx.squares = places, None
         if trained and output_is_kept and not any(place.replaces for place in places):
-            ctx.squares = _squares_if_safe(trained, _eps(z.dtype))
+            ctx.squares = _squares_if_safe(trained)
         kept = None if not trained else z if ctx.squares is None else output
         ctx.save_for_backward(kept, *matrices)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # what is checkpointed is computed again here
-        with torch.autocast(gradient.device.type, enabled=False):  # within which a backward pass may run
+        saved = ctx.saved_tensors  # gradient checkpointing computes them now, under autocast if that is on
+        with torch.autocast(gradient.device.type, enabled=False):
             return _ApplyMaps._gradients(ctx, gradient, *saved)
 
     @staticmethod
@@ -101,8 +102,8 @@ class _ApplyMaps(torch.autograd.Function):
             if ctx.needs_input_grad[3 + i] and ctx.squares is None:
                 for_matrices[i] = torch.bmm(of_y.mT, place.tokens(kept)).to(matrix.dtype)
             elif ctx.needs_input_grad[3 + i]:
-                # The map as it was applied, and a sum that is not rounded: what a feature with a large mean leaves of
-                # its rounding would else be more than the others have.
+                # Invert the map as it was applied, rounded, but sum in its own dtype: otherwise a feature with a large
+                # mean drowns the others in rounding error.
                 inverse = inverse_of_one_plus(weight.to(matrix.dtype), ctx.squares[i])
                 for_matrices[i] = torch.bmm(_sum_over_tokens(of_y, place.tokens(kept), matrix.dtype), inverse.mT)
             if for_z is not None:
@@ -111,7 +112,7 @@ class _ApplyMaps(torch.autograd.Function):
 
 
 def _sum_over_tokens(g: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-    """`sum g y^T`, (H, d, d) in `dtype`, of (H, tokens, d) each."""
+    """`sum g y^T`, (H, d, d) in `dtype`, of g and y (H, tokens, d)."""
     if g.is_cuda and g.dtype != dtype and not torch.is_grad_enabled():
         return torch.bmm(g.mT, y, out_dtype=dtype)
     return torch.bmm(g.mT.to(dtype), y.to(dtype))
@@ -119,25 +120,16 @@ def _sum_over_tokens(g: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def _are_apart(places: tuple[Place, ...]) -> bool:
-    """Whether no feature is in two of the places."""
+    """Whether every feature is in one of the places at most."""
     features = [feature for place in places for feature in place.heads.indices()]
     return len(features) == len(set(features))
 
 
-def _eps(dtype: torch.dtype) -> float:
-    """The rounding of a product in `dtype`: of float32 more where torch may round the factors (`tf32=True`)."""
-    backends: Any = torch.backends
-    allowed = {of.fp32_precision for of in (backends, backends.cuda.matmul, backends.mkldnn.matmul)}
-    narrower = {"tf32": torch.float16, "bf16": torch.bfloat16}  # TF32 has as many bits as float16
-    rounded = [narrower[precision] for precision in allowed & narrower.keys() if dtype == torch.float32]
-    return max(torch.finfo(d).eps for d in (dtype, *rounded))
+def _squares_if_safe(matrices: Mapping[int, Tensor]) -> dict[int, float] | None:
+    """The largest `||M_h^2||` of each map; None if y does not determine z well enough for one of them.
 
-
-def _squares_if_safe(matrices: Mapping[int, Tensor], eps: float) -> dict[int, float] | None:
-    """Of each of the maps the largest `||M_h^2||`; None if y does not determine z well enough for one of them.
-
-    The condition of I + M is at most (1 + ||M||)^2 / (1 - ||M^2||). Reading the norms waits for the device once; where
-    that is not possible (while a CUDA graph is captured, without numbers) z is kept.
+    The condition of I + M is at most (1 + ||M||)^2 / (1 - ||M^2||). Reading the norms waits for the device once; if
+    they cannot be read now, the answer is None.
     """
     some = next(iter(matrices.values()))
     if type(some) is not Tensor or some.is_meta or is_captured(some):
@@ -149,7 +141,7 @@ def _squares_if_safe(matrices: Mapping[int, Tensor], eps: float) -> dict[int, fl
     ]
     figures = torch.stack(norms).tolist()
     once, twice = figures[::2], figures[1::2]
-    if all(b < 1 and (1 + a) ** 2 / (1 - b) * eps <= MUCH_AMPLIFIED for a, b in zip(once, twice, strict=True)):
+    if all(b < 1 and (1 + a) ** 2 / (1 - b) * _EPS <= MUCH_AMPLIFIED for a, b in zip(once, twice, strict=True)):
         return dict(zip(matrices, twice, strict=True))
     return None
 
@@ -157,7 +149,7 @@ def _squares_if_safe(matrices: Mapping[int, Tensor], eps: float) -> dict[int, fl
 def inverse_of_one_plus(matrix: Tensor, square: float) -> Tensor:
     """`(I + M)^-1 = (I - M)(I + M^2)(I + M^4)...` to the precision of the dtype.
 
-    Products of d x d matrices alone: on accelerators a batch of small solves takes many times as long.
+    Only products of d x d matrices: on accelerators, a batch of small solves takes many times as long.
 
     Args:
         matrix: (H, d, d), M.
@@ -167,11 +159,11 @@ def inverse_of_one_plus(matrix: Tensor, square: float) -> Tensor:
         (H, d, d).
     """
     result = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device) - matrix
-    rest = matrix  # its square is I - (I + M) result
+    rest = matrix  # invariant: rest^2 = I - (I + M) result
     while square > torch.finfo(matrix.dtype).eps / 2:
         rest = rest @ rest
         result = torch.baddbmm(result, result, rest)
-        # The norm itself is well below its bound, and saves two products; on an accelerator it would be waited for.
+        # The norm is well below its bound and saves two products, but an accelerator would have to wait for it.
         norm = square if rest.device.type != "cpu" else float(torch.linalg.vector_norm(rest, dim=(-2, -1)).amax())
         square = norm * norm
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from peft import PeftConfig, PeftModel
@@ -9,51 +10,39 @@ from peft import PeftConfig, PeftModel
 from .bases import clover_layers
 from .config import CloverConfig
 
-# What a file does not tell by the names and shapes of its tensors, but the function depends on.
-_STRUCTURE = (
-    "r",
-    "s_matrix",
-    "cross_layer",
-    "block_size",
-    "mlp_block_size",
-    "basis",
-    "truncate",
-    "low_rank",
-    "rank_pattern",
-    "folded",
-    "from_activations",
-    "bias",
-    "modules_to_save",
-    "trainable_token_indices",
-)
+# The adapter's function does not depend on these fields, or the names and shapes in its file show a difference.
+_FREE = {
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "head_dim", "num_heads"),
+    *("clover_dropout", "save_bases", "init_weights", "check_base", "base_precision"),
+    *(field.name for field in fields(PeftConfig)),
+}
 
 
 def hotswap_adapter(model: PeftModel, model_name_or_path: str, adapter_name: str = "default", **kwargs: Any) -> None:
-    """Put another adapter's numbers into the tensors of a loaded one; a compiled model is not compiled again.
+    """Load another adapter's numbers into the tensors of a loaded one; a compiled model is not compiled again.
 
-    The counterpart of `peft.utils.hotswap.hotswap_adapter`, which knows LoRA alone.
+    It corresponds to `peft.utils.hotswap.hotswap_adapter`, which supports LoRA only.
 
     Args:
         model: the model; `torch.compile` may have wrapped it.
         model_name_or_path: the adapter to swap in, as for `PeftModel.load_adapter`.
-        adapter_name: the loaded adapter, whose name stays.
+        adapter_name: the loaded adapter, which keeps its name.
         **kwargs: passed to `load_adapter` (`subfolder`, `revision`, `torch_device`, ...).
 
     Raises:
-        ValueError: if the adapters differ in structure, the file does not fit, or the loaded adapter is merged;
-            nothing is changed then.
+        ValueError: if the adapters differ in structure, the file does not fit, or the loaded adapter is merged; then
+            nothing is changed.
     """
     known = model.peft_config.get(adapter_name)
     if not isinstance(known, CloverConfig):
         raise ValueError(f"adapter {adapter_name!r}: expected a loaded CLOVER adapter, found {type(known).__name__}")
-    merged = [name for name, layer in clover_layers(model) if adapter_name in layer.merged_adapters]
-    if merged:
+    if merged := [name for name, layer in clover_layers(model) if adapter_name in layer.merged_adapters]:
         raise ValueError(f"{merged[0]}: adapter {adapter_name!r} is merged; call unmerge_adapter before swapping it")
     hub = {key: kwargs[key] for key in ("subfolder", "revision", "cache_dir", "token") if key in kwargs}
     other = PeftConfig.from_pretrained(model_name_or_path, **hub)
     if not isinstance(other, CloverConfig):
         raise ValueError(f"{model_name_or_path}: expected a CLOVER adapter, found {type(other).__name__}")
-    for name in _STRUCTURE:
+    for name in (field.name for field in fields(CloverConfig) if field.name not in _FREE):
         if getattr(known, name) != getattr(other, name):
             raise ValueError(
                 f"{model_name_or_path}: expected {name}={getattr(known, name)!r} as in the loaded adapter, found "

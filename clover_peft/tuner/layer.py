@@ -1,20 +1,18 @@
 """`CloverLayer`: a linear projection followed by a trained map of every head onto itself.
 
 With `z = W x + b` the frozen projection's output and `z_h` its features in block h (ours; equal to the paper's
-`V S U^T`, Eq. 3 of arXiv 2411.17426, in the coordinates of the head):
+`V S U^T`, Eq. 3, arXiv 2411.17426):
 
     y_h = z_h + E_h dS_h C_h z_h            S = S0 + dS
     y_h =       E_h (S0 + dS_h) C_h z_h     with truncate=True
 
-`clover_U` holds C, `clover_V` holds E and `clover_S` the trained dS, zero at the start. With `low_rank` a part `B A x`
-of the projection's input is added to y: `clover_A`, and `clover_B`, zero at the start.
+dS is trained and starts at zero. With `low_rank`, `B A x` is added to y, with x the projection's input; A and B are
+trained and B starts at zero. `AdapterTensors` names the tensors.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +20,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..base_model.weight import BaseWeight
-from ..runtime.bitsandbytes import check_packing
+from ..io.user_warning import warn
 from . import merging
-from .adapter_tensors import FROZEN, TRAINED, WHOLE, AdapterTensors
+from .adapter_tensors import FROZEN, TRAINED, AdapterTensors
 from .block_spec import BlockSpec
 from .execution import apply_adapters
 from .map_cache import MapCache
@@ -51,7 +49,7 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter = [adapter_name]
         self._cache = MapCache()
-        # Squared norms of what the last merge changed, and of the error that quantising the result made.
+        # Squared norms of the last merge's change, and of the rounding error of the quantised result.
         self.merge_rounding: tuple[float, float] = (0.0, 0.0)
         self.base_weight = BaseWeight(self, name, quantization_kwargs)
         self.in_features, self.out_features = self.base_weight.in_features, self.base_weight.out_features
@@ -64,7 +62,7 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The base weight as it is stored: quantised ones packed, under the quantisation's own name."""
+        """The base weight in its stored form; a quantised weight is packed."""
         return self.base_weight.stored
 
     # ------------------------------------------------------------------ adapters
@@ -78,21 +76,13 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
         inference_mode: bool = False,
         **options: Any,
     ) -> None:
-        """Add an adapter.
-
-        Args:
-            adapter_name: its name.
-            specs: the target's slices.
-            bases: their frozen tensors; None leaves them to be loaded.
-            inference_mode: the adapter is not trained.
-            **options: see `AdapterTensors.create_tensors`.
-        """
+        """Add an adapter, frozen with `inference_mode`; for the other arguments see `create_tensors`."""
         self.forget_maps()
         self.create_tensors(adapter_name, specs, bases, **options)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter, also one whose bases never came."""
+        """Delete an adapter, even if its bases were never computed or loaded."""
         self.forget_maps()
         super().delete_adapter(adapter_name)
         self._missing_bases.discard(adapter_name)
@@ -108,18 +98,18 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
     def forget_maps(self) -> None:
-        """Fold the maps again in the next pass, after a change that torch does not count."""
+        """Fold the maps again in the next pass. Call it after a change that torch does not count."""
         self._cache.clear()
 
     def train(self, mode: bool = True) -> CloverLayer:
         """As in torch.
 
         Raises:
-            TypeError: if the base can no longer be trained through (see `check_packing`).
+            TypeError: if gradients cannot pass through the base weight.
         """
         if mode:
-            check_packing(self.get_base_layer(), self.name)
-        self._note_loaded()  # transformers' loader puts tensors in their places itself
+            self.base_weight.check_trainable()
+        self._note_loaded()  # some loaders assign tensors without `load_state_dict`
         self.forget_maps()
         super().train(mode)
         return self
@@ -137,10 +127,10 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
 
         Args:
             x: (..., in_features).
-            adapter_names: one adapter for each row of `x`, or "__base__" for none, instead of the active ones.
+            adapter_names: instead of the active adapters, one for each row of `x`, or "__base__" for none.
 
         Raises:
-            ValueError: if there is not one name a row, or adapters are merged.
+            ValueError: if rows and names differ in number, or adapters are merged.
         """
         if adapter_names is not None:
             self._check_mixed_batch(x, adapter_names)
@@ -159,14 +149,9 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
         return result
 
     def _adapted(self, z: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
-        """`z + E dS C z + B A x`, (..., out_features), of all the adapters together."""
+        """`z + E dS C z + B A x`, (..., out_features), over the adapters."""
         y = apply_adapters(self, z, adapter_names, self._cache)
-        for name in adapter_names:
-            if name in self.clover_A:
-                x_name = self.clover_dropout[name](x).to(y.dtype)
-                low = self.clover_A[name](WHOLE, partial(_linear, x_name))
-                y = y + self.clover_B[name](WHOLE, partial(_linear, low)).to(y.dtype)
-        return y
+        return self.add_low_rank(y, x, adapter_names, dropout=True)
 
     def _check_mixed_batch(self, x: Tensor, adapter_names: list[str]) -> None:
         if len(x) != len(adapter_names):
@@ -184,25 +169,25 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
     # ------------------------------------------------------------------ merging
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """What the adapter adds to the base weight, in the base weight's layout and at least float32."""
+        """The adapter's update of the base weight, in the base weight's layout and at least float32."""
         return merging.delta_weight(self, adapter_name)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the update can be written as a sum with the base weight: yes, unless biases change too."""
+        """Whether the update can be added to the base weight, which needs a projection without a bias."""
         return self.get_base_layer().bias is None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write the active adapters (or `adapter_names`) into the base weight, `W <- (I + E dS C) W`, bias too.
+        """Write adapters into the base weight, `W <- (I + E dS C) W + B A`, and into the bias.
 
-        The original tensors are kept, so that `unmerge` restores the very same bits; a further merge starts from them.
+        The original tensors are kept: `unmerge` restores them bit for bit, and a further merge starts from them.
 
         Args:
             safe_merge: refuse results that are not finite.
-            adapter_names: adapters to merge; None: the active ones.
+            adapter_names: adapters to merge; None for the active ones.
 
         Raises:
             ValueError: see `merging.merged_tensors`.
-            TypeError: if the quantisation of the base cannot be read or written.
+            TypeError: if the quantised base cannot be read or written.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.clover_S]
         if names:
@@ -214,7 +199,7 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
     def unmerge(self) -> None:
         """Put the base's own tensors back."""
         if not self.base_weight.is_merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            warn("Already unmerged. Nothing to do.")
             return
         self.base_weight.restore()
         self.merged_adapters = []
@@ -233,7 +218,3 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "clover." + super().__repr__()
-
-
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    return nn.functional.linear(x, weight.to(x.dtype))

@@ -1,4 +1,4 @@
-"""How well a LoRA can stand in for a CLOVER adapter."""
+"""How well a LoRA can approximate a CLOVER adapter."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .bases import clover_layers
+from .bases import layers_with
 
 
 @torch.no_grad()
 def lora_errors(
     model: nn.Module, ranks: Sequence[int] = (16, 64, 256), adapter_name: str = "default"
 ) -> dict[str, dict[int, float]]:
-    """The error that `peft.convert_to_lora` makes at each rank: CLOVER's update has full rank, a LoRA's has not.
+    """The error of `peft.convert_to_lora` at each rank, because CLOVER's update has full rank and a LoRA has not.
 
     Args:
         model: a model with a trained CLOVER adapter.
@@ -22,22 +22,17 @@ def lora_errors(
         adapter_name: the adapter.
 
     Returns:
-        Module path -> rank -> relative error `|dW - BA| / |dW|` in the Frobenius norm, of the best LoRA of that rank;
-        under "all" that of the whole adapter. 0 where the update is zero. Costs a singular value decomposition of
+        Module path -> rank -> relative error `|dW - BA| / |dW|` (Frobenius norm) of the best LoRA of this rank; "all"
+        has the errors of the whole adapter. The error of a zero update is 0. Costs a singular value decomposition of
         every update, one at a time.
 
     Raises:
         ValueError: if no module has the adapter.
     """
-    layers = [(name, layer) for name, layer in clover_layers(model) if adapter_name in layer.specs]
-    if not layers:
-        raise ValueError(
-            f"adapter {adapter_name!r}: expected a model with this CLOVER adapter, found no layer with it"
-        )
     lost = {rank: torch.zeros((), dtype=torch.float64) for rank in ranks}
     total = torch.zeros((), dtype=torch.float64)
     result = {}
-    for name, layer in layers:
+    for name, layer in layers_with(model, adapter_name):
         with layer.base_weight.whole():
             energy = torch.linalg.svdvals(layer.get_delta_weight(adapter_name)).double().square().cpu()
         result[name] = {rank: _root_share(energy[rank:].sum(), energy.sum()) for rank in ranks}

@@ -11,24 +11,22 @@ from .maps import HeadMap
 
 
 class _Seen(NamedTuple):
-    """A tensor that maps were folded from, and how torch counts and places what it holds."""
+    """A tensor that maps were folded from, with torch's count of writes to it, and a view of its numbers."""
 
     tensor: Tensor
     version: int
-    address: int
-    storage: Tensor  # kept alive, so that nothing else comes to lie at the address
+    numbers: Tensor  # also keeps the memory alive, so that no other tensor gets its address
 
 
 class MapCache:
-    """Folded maps by what they were folded for: the adapters, in order, and a dtype.
+    """Folded maps by the adapters, in order, and the dtype that they were folded for.
 
-    Maps are folded again when one of their tensors was replaced, moved or written to. Fused optimizers, collectives
-    and `tensor.data` write without torch counting it. So maps are kept of frozen adapters alone, as
-    `PeftModel.from_pretrained` loads them, and the layer clears them in `train()`, in `eval()` and in differentiated
-    passes.
+    Maps are folded again if one of their tensors was replaced, moved or written to. Torch does not count writes by
+    fused optimizers, by collectives and through `tensor.data`. So only maps of frozen adapters are kept, and the layer
+    clears them in `train()`, `eval()` and passes with gradients.
 
     Attributes:
-        is_stale: clear the cache at the next look; a compiled pass sets it, because it cannot clear the cache itself.
+        is_stale: clear the cache before its next use; a compiled pass, which cannot clear the cache, sets it.
     """
 
     def __init__(self) -> None:
@@ -38,12 +36,12 @@ class MapCache:
     def get(
         self, key: Hashable, sources: Sequence[Tensor | None], fold: Callable[[], list[HeadMap]]
     ) -> list[HeadMap] | None:
-        """The maps for `key`, folded now if they are missing or out of date; None where they cannot be kept.
+        """The maps for `key`, folded now if they are missing or out of date; None if they cannot be kept.
 
         Args:
-            key: what the maps are for.
-            sources: the tensors that `fold` reads, as they are now.
-            fold: makes the maps.
+            key: adapters and dtype.
+            sources: the tensors that `fold` reads now.
+            fold: computes the maps.
         """
         if self.is_stale:
             self.clear()
@@ -54,7 +52,7 @@ class MapCache:
             maps = fold()
             if any(type(m.matrix) is not Tensor for m in maps):  # a tracer's stand-in
                 return maps
-            seen = [_Seen(t, t._version, t.data_ptr(), t.detach()) for t in sources if t is not None]
+            seen = [_Seen(t, t._version, t.detach()) for t in sources if t is not None]
         self._entries[key] = (maps, seen)
         return maps
 
@@ -67,22 +65,18 @@ class MapCache:
         return len(self._entries)
 
     def __reduce__(self) -> tuple[type[MapCache], tuple[()]]:
-        return MapCache, ()  # a copy starts without any
+        return MapCache, ()  # a copy starts empty
 
 
 def _is_same(seen: _Seen, now: Tensor | None) -> bool:
-    """Whether a tensor is the one that was read, still frozen and unchanged as far as torch counts."""
-    return (
-        now is seen.tensor
-        and not now.requires_grad
-        and now._version == seen.version
-        and now.data_ptr() == seen.address
-    )
+    """Whether a tensor is the one that was read, and is still frozen and, as far as torch counts, unchanged."""
+    if now is not seen.tensor or now.requires_grad:
+        return False
+    return now._version == seen.version and now.data_ptr() == seen.numbers.data_ptr()
 
 
 def _can_watch(tensor: Tensor | None) -> bool:
-    """Whether changes of a tensor would be seen: not of one that is trained, sharded, shared between processes,
-    offloaded, or made in inference mode."""
+    """Whether changes of a tensor can be noticed: it is frozen, here, whole, and of one process only."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor is None or tensor.is_inference() or tensor.requires_grad:
         return False
     shared = tensor.device.type == "cpu" and tensor.is_shared()

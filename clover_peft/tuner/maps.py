@@ -1,6 +1,6 @@
-"""Maps of heads onto themselves, applied to features by the plain formula.
+"""Maps of blocks onto themselves, applied to features by the plain formula.
 
-With `z_h` the features in block h and M_h the folded map (`E dS C`; ours, equal to the paper's `V S U^T`):
+With `z_h` the features of block h and M_h its folded map (`E dS C`; ours, equal to the paper's `V S U^T`):
 
     y_h = z_h + M_h z_h
 """
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..base_model.slices import HeadSlice
-from ..runtime.tracing import is_transformed
+from ..runtime.tracing import takes_writes
 
 
 class Place(NamedTuple):
-    """The features that a map is of: H blocks of d.
+    """The features that a map acts on, H blocks of d, and how.
 
     Attributes:
         heads: the features.
@@ -31,13 +31,15 @@ class Place(NamedTuple):
     replaces: bool
 
     def tokens(self, features: Tensor) -> Tensor:
-        """(H, tokens, d) of (..., features): a view, unless the features of a head are spread over it."""
+        """The blocks of (..., features) as (H, tokens, d); a view if `heads.has_views(size)`."""
         blocks = self.heads.blocks(features, self.size)
         return blocks.reshape(-1, *blocks.shape[-2:]).transpose(0, 1)
 
     def add_(self, result: Tensor, tokens: Tensor, weight: Tensor) -> None:
-        """Add `tokens @ weight`, (H, tokens, d) times (H, d, d), to the place's features of a contiguous `result`, or
-        put it there instead where the map replaces its input."""
+        """Add `tokens @ weight`, (H, tokens, d) by (H, d, d), to the features of a contiguous `result`.
+
+        If the map replaces its input, write it there instead.
+        """
         target = self.tokens(result)
         target.baddbmm_(tokens, weight, beta=0 if self.replaces else 1)
         if not self.heads.has_views(self.size):
@@ -50,9 +52,9 @@ class HeadMap(NamedTuple):
 
     Attributes:
         place: the features, (H, d).
-        matrix: (H, d, d), M; or (H, d, r), its left factor E S, where there are coordinates.
-        coordinates: (H, r, d), C, for a map in two stages, M = (E S) C; None for one that is folded.
-        dropout: what is applied to the map's input first.
+        matrix: (H, d, d), M; with coordinates (H, d, r), its left factor E S.
+        coordinates: (H, r, d), C, of a map in two stages, M = (E S) C; None for a folded map.
+        dropout: a module that is applied to the map's input.
     """
 
     place: Place
@@ -74,7 +76,7 @@ class HeadMap(NamedTuple):
 
 
 class UnfoldedMap(NamedTuple):
-    """A map that was not multiplied out, which is less work for a few tokens.
+    """A map as its factors, which are less work for a few tokens.
 
     Attributes:
         place: the features, (H, d).
@@ -86,7 +88,7 @@ class UnfoldedMap(NamedTuple):
 
 
 def formula(z: Tensor, maps: Sequence[HeadMap | UnfoldedMap]) -> Tensor:
-    """The same as `apply_maps`, in plain operations of torch."""
+    """`y` of all maps together, each of the same z; `apply_maps` in plain operations of torch."""
     whole = len(maps) == 1 and maps[0].place.heads.covers(z.shape[-1])
     result = z if whole else z.clone()
     for m in maps:
@@ -94,10 +96,10 @@ def formula(z: Tensor, maps: Sequence[HeadMap | UnfoldedMap]) -> Tensor:
         tokens = m.place.tokens(z)
         mapped = m.mapped(tokens)
         if whole:
-            # The sum is laid out like its first operand, so that `mapped` is never copied into place.
+            # The sum has the memory layout of its first operand, so the reshape does not copy.
             return (mapped if replaces else tokens + mapped).transpose(0, 1).reshape(z.shape)
         change = (mapped - tokens if replaces else mapped).transpose(0, 1)
-        if not torch.compiler.is_compiling() and is_transformed():  # there only the change may have a batch
+        if not takes_writes():
             index = torch.tensor(heads.indices(), device=z.device)
             result = result.index_add(-1, index, change.reshape(*z.shape[:-1], -1))
         else:

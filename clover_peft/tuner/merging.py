@@ -8,20 +8,15 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
-from .adapter_tensors import WHOLE, AdapterTensors
+from .adapter_tensors import AdapterTensors
 from .fused_maps import apply_maps
 
 
 def check_truncation(layer: AdapterTensors, adapter_names: Iterable[str], use: str) -> None:
-    """Refuse to use two adapters together that both replace their input.
-
-    Args:
-        layer: the layer.
-        adapter_names: the adapters.
-        use: what they are to be, "active" or "merged".
+    """Refuse two truncating adapters together, because each replaces its input; `use` is "active" or "merged".
 
     Raises:
-        ValueError: naming them.
+        ValueError: naming the adapters.
     """
     truncating = [n for n in dict.fromkeys(adapter_names) if any(spec.truncate for spec in layer.specs.get(n, ()))]
     if len(truncating) > 1:
@@ -32,10 +27,10 @@ def check_truncation(layer: AdapterTensors, adapter_names: Iterable[str], use: s
 
 
 def check_merge(layer: AdapterTensors, adapter_names: list[str]) -> None:
-    """Raise what merging these adapters would, short of computing the result.
+    """Refuse adapters that cannot be merged, without computing the result.
 
     Raises:
-        ValueError: if two of them truncate, one has no bases, or another tuner's update lies below.
+        ValueError: if two of them truncate, one has no bases, or another tuner has an unmerged update below.
     """
     check_truncation(layer, adapter_names, "merged")
     below = layer.base_layer
@@ -50,9 +45,9 @@ def check_merge(layer: AdapterTensors, adapter_names: list[str]) -> None:
 
 @torch.no_grad()
 def map_constant(layer: AdapterTensors, z: Tensor, adapter_names: list[str]) -> Tensor:
-    """The map of a weight or bias, (..., out_features), in at least float32 and outside of autocast.
+    """The map of a transposed weight or a bias, (..., out_features), in at least float32 and outside of autocast.
 
-    The function that maps activations maps the transposed weight and the bias: merging is this map of the weight.
+    Merging applies the map to the weight and bias, as the forward pass applies it to activations.
     """
     z = z.detach().to(torch.promote_types(z.dtype, torch.float32))
     with torch.autocast(device_type=z.device.type, enabled=False):
@@ -61,34 +56,33 @@ def map_constant(layer: AdapterTensors, z: Tensor, adapter_names: list[str]) -> 
 
 @torch.no_grad()
 def map_weight(layer: AdapterTensors, transposed: Tensor, adapter_names: list[str]) -> Tensor:
-    """What adapters make of a transposed weight, (in_features, out_features), in at least float32."""
+    """A transposed weight, (in_features, out_features), with the adapters' maps and low-rank parts, as above."""
     result = map_constant(layer, transposed, adapter_names)
-    for name in adapter_names:
-        if name in layer.clover_A:
-            a, b = (getattr(layer, part)[name].get(WHOLE) for part in ("clover_A", "clover_B"))
-            with torch.autocast(device_type=result.device.type, enabled=False):
-                result = result + (b.to(result) @ a.to(result)).mT
+    if any(name in layer.clover_A for name in adapter_names):
+        one = torch.eye(len(result), dtype=result.dtype, device=result.device)  # B A x of the identity is A^T B^T
+        with torch.autocast(device_type=result.device.type, enabled=False):
+            result = layer.add_low_rank(result, one, adapter_names)
     return result
 
 
 @torch.no_grad()
 def delta_weight(layer: AdapterTensors, adapter_name: str) -> Tensor:
-    """What the adapter adds to the base weight, in the base weight's layout and at least float32."""
+    """The adapter's update of the base weight, in the base weight's layout and at least float32."""
     layer.check_bases(adapter_name, "merge")
     with layer.base_weight.whole():
         weight = layer.base_weight.transposed()
         return layer.base_weight.as_stored(map_weight(layer, weight, [adapter_name]) - weight)
 
 
-@torch.inference_mode(False)  # what is merged stays in the model, where it may be trained
+@torch.inference_mode(False)  # the results stay in the model, where they may be trained
 @torch.no_grad()
 def merged_tensors(
     layer: AdapterTensors, adapter_names: list[str], safe_merge: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Weight (base layout and dtype) and bias with the adapters merged; nothing is changed.
+    """Weight (base layout and dtype) and bias with the adapters merged; the layer is not changed.
 
     Raises:
-        ValueError: with `safe_merge`, if a merged number is not finite; and see `check_merge`.
+        ValueError: as `check_merge`, and with `safe_merge` if a result is not finite.
     """
     check_merge(layer, adapter_names)
     base = layer.base_weight

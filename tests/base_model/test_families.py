@@ -319,15 +319,15 @@ def test_stacks_of_experts_are_refused_by_name(family):
         get_peft_model(build(family), CloverConfig(target_modules=["k_proj", "gate_up_proj"]))
 
 
-def test_the_readme_has_the_support_matrix():
+def test_the_page_of_families_has_the_support_matrix():
     script = Path(__file__).parents[2] / "scripts" / "support_matrix.py"
     subprocess.run([sys.executable, str(script), "--check"], check=True)
 
 
-def _rows_of_the_readme() -> dict[str, dict[str, str]]:
-    """Model type -> what the README's table says of its value and its key."""
+def _rows_of_the_page() -> dict[str, dict[str, str]]:
+    """Model type -> what the table of the documentation says of its value and its key."""
     script = load_script("support_matrix")
-    table_text = script.README.read_text(encoding="utf-8").partition(script.BEGIN)[2].partition(script.END)[0]
+    table_text = script.PAGE.read_text(encoding="utf-8").partition(script.BEGIN)[2].partition(script.END)[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table_text.strip().splitlines()[2:]]
     return {name: {"value": row[2], "key": row[3]} for row in rows for name in row[0].split(", ")}
 
@@ -362,8 +362,8 @@ def _done(model, attention: AttentionBlock, path: str, part: str) -> str | None:
     return "with Q" if partner.heads.dim == attention.dim("q", path) else "unrotated part with Q"
 
 
-def test_the_readme_says_of_every_family_what_resolve_does():
-    rows = _rows_of_the_readme()
+def test_the_page_says_of_every_family_what_resolve_does():
+    rows = _rows_of_the_page()
     tried = {name: {part: set() for part in cells} for name, cells in rows.items()}
     wrong = {}
     for family, kwargs in [(family, kwargs) for family, variants in VARIANTS.items() for kwargs, _ in variants]:

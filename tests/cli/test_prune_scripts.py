@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 import clover_peft
+from clover_peft.cli.pruning_options import figures
 from clover_peft.io.text_windows import batches_for, text_batches
 from clover_peft.pruning import decompose, find_pairs, global_ratio
 from clover_peft.pruning import figures as pictures
 from clover_peft.pruning.narrow import loading
-from clover_peft.pruning.options import figures
 from clover_peft.pruning.spectra import SHARES, Spectrum, labels, measure_spectra, suggest
 from tests.support.tiny import build, load_script, relative
 from tests.support.tiny_chat import make_tokenizer, rows
@@ -170,8 +170,7 @@ def test_models_without_a_tokenizer_keep_what_they_have(tmp_path, text, capsys):
         "--ratio 0.5 --calibration TEXT",
         "--ratio 0.5 --calibration TEXT --rows 2",
         "--ratio 0.5 --calibration TEXT --max-length 20",
-        "--ratio 0.5 --calibration TEXT --sequential",
-        "--ratio 0.5 --calibration TEXT --sequential --batch-size 64",
+        "--ratio 0.5 --calibration TEXT --batch-size 64",
     ],
 )
 def test_every_option_counts(options, tmp_path, text):
@@ -201,7 +200,6 @@ def test_every_option_counts(options, tmp_path, text):
             if f"--{name.replace('_', '-')} {value}" in options:
                 sizes[name] = value
         expected["calibration"] = batches_for(model, AutoTokenizer.from_pretrained(source), text, **sizes)
-        expected["sequential"] = "sequential" in options
     report = clover_peft.prune(model, **expected)
     plain = load(tmp_path / "model")
     clover_peft.prune(plain, 0.5)
@@ -230,7 +228,7 @@ def test_every_option_counts(options, tmp_path, text):
         ("--energy 2", "energy: expected a share"),
         ("--energy 0.9 --ranks layer", "--ranks layer: expected --ratio with it"),
         ("--ratio 0.5 --multiple 0", "multiple: expected a positive whole number"),
-        ("--ratio 0.5 --sequential", "expected data to run the model on, found none"),
+        ("--ratio 0.5 --ranks gradient", "--ranks gradient: expected --calibration with it, found none"),
         ("--ratio 0.5 --rows 3", "--rows: expected --calibration with it, found none"),
         ("--ratio 0.5 --max-length 3", "--max-length: expected --calibration with it, found none"),
         ("--ratio 0.5 --target-modules nothing", "expected it to name a pair"),

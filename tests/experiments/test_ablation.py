@@ -24,12 +24,13 @@ from safetensors.torch import save_file
 
 pytest.importorskip("trl", reason="needs the train extra: pip install clover-peft[train]")
 
-from clover_peft.experiments.ablation import making, report, table
+from clover_peft.experiments.ablation import report, results, trial_runner
 from clover_peft.experiments.ablation.grid import read_grid, settings_of, trials_of
 from clover_peft.experiments.commonsense import TASKS, Example, prepare, render
 from clover_peft.experiments.training.arguments import parse
+from clover_peft.experiments.training.loading import load_tokenizer
 from clover_peft.experiments.training.run import load_rows
-from clover_peft.io.hub_models import find_model, load_tokenizer
+from clover_peft.io.hub_models import find_model
 from tests.support.tiny import load_script
 from tests.support.tiny_chat import save_chat_model
 
@@ -75,15 +76,15 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
 def fill(path: Path, out: Path) -> list[str]:
     """Makes all records that are missing, in this process."""
     grid, made = read_grid(path), []
-    while ready := making.ready_steps(grid, out / "records"):
-        making.make(grid, ready[0], out, out / "records")
+    while ready := trial_runner.ready_steps(grid, out / "records"):
+        trial_runner.make(grid, ready[0], out, out / "records")
         made.append(ready[0])
     return made
 
 
 def same_numbers(records: Path) -> list[dict]:
     """The table, less what the machine has to do with."""
-    lines = csv.DictReader(io.StringIO(report.as_csv(table.load(records))))
+    lines = csv.DictReader(io.StringIO(report.as_csv(results.load(records))))
     return [{key: value for key, value in line.items() if key not in MACHINE} for line in lines]
 
 
@@ -110,8 +111,8 @@ def test_a_grid_killed_half_way_resumes_to_the_same_table(tiny, tmp_path, capsys
     assert [path.stem for path in (out / "records").glob("*.json")] == whole[:1]
     assert fill(tiny.path, out) == whole[1:]
     assert same_numbers(out / "records") == same_numbers(tmp_path / "whole" / "records")
-    found = table.load(out / "records")
-    logs = [[r["run"]["loss"]["log"] for r in table.load(d / "records").values() if "run" in r] for d in (
+    found = results.load(out / "records")
+    logs = [[r["run"]["loss"]["log"] for r in results.load(d / "records").values() if "run" in r] for d in (
         out, tmp_path / "whole")]  # fmt: skip
     assert logs[0] == logs[1]
 
@@ -126,7 +127,7 @@ def test_a_grid_killed_half_way_resumes_to_the_same_table(tiny, tmp_path, capsys
     made = sorted(path.name for path in (tmp_path / "pictures").iterdir())
     assert made == ["accuracies.png", "losses.png", "parameters.png", "rates.png", "table.csv", "table.md"]
     assert "Please choose" not in json.dumps(found)
-    narrow = next(row for row in table.table_rows(found) if row.method == "narrow")
+    narrow = next(row for row in results.table_rows(found) if row.method == "narrow")
     assert narrow.parameters == 2 * sum((64 + 64, 64 + 32)) * 2  # of rank 2 in peft's targets, q and v, two layers
     assert (len(narrow.seeds), len(narrow.candidates)) == (2, 2)
     losses = {rate: loss for rate, (_, loss) in narrow.candidates.items()}
@@ -136,10 +137,10 @@ def test_a_grid_killed_half_way_resumes_to_the_same_table(tiny, tmp_path, capsys
 def test_an_adapter_that_is_gone_is_trained_again(tiny, tmp_path, one_thread):
     grid = read_grid(tiny.path)
     out, name = tmp_path / "out", "clover-lr0.001-seed3"
-    first = json.loads(making.make(grid, name, out, out / "records").read_text())
+    first = json.loads(trial_runner.make(grid, name, out, out / "records").read_text())
     try_others(grid, out / "records")
     kept = (out / "records" / f"{name}.json").read_bytes()
-    other = json.loads(making.make(grid, f"{name}.test", tmp_path / "elsewhere", out / "records").read_text())
+    other = json.loads(trial_runner.make(grid, f"{name}.test", tmp_path / "elsewhere", out / "records").read_text())
     assert other["trial"] == first["trial"]
     assert sum(task["questions"] for task in other["test"]["tasks"].values()) == 24
     assert (out / "records" / f"{name}.json").read_bytes() == kept
@@ -151,7 +152,7 @@ def test_an_adapter_that_is_gone_is_trained_again(tiny, tmp_path, one_thread):
     del first["weights_sha256"]  # as in records of earlier versions, which do not say what was validated
     (out / "records" / f"{name}.json").write_text(json.dumps(first))
     (out / "records" / f"{name}.test.json").unlink()
-    again = json.loads(making.make(grid, f"{name}.test", tmp_path / "elsewhere", out / "records").read_text())
+    again = json.loads(trial_runner.make(grid, f"{name}.test", tmp_path / "elsewhere", out / "records").read_text())
     assert again["run"]["loss"]["log"] == first["run"]["loss"]["log"]
     assert again["test"] == other["test"]
 
@@ -192,7 +193,7 @@ def test_no_test_question_is_asked_before_every_rate_is_chosen(tiny, tmp_path):
     grid = read_grid(tiny.path)
     folder, order = tmp_path / "records", []
     better = {0.001: 0.4, 0.3: 0.5, 0.1: 0.4}
-    while ready := making.ready_steps(grid, folder):
+    while ready := trial_runner.ready_steps(grid, folder):
         order.append(step := ready[0])
         name = step.removesuffix(".test")
         if name == "base":
@@ -216,12 +217,12 @@ def test_rates_are_chosen_by_loss_and_else_by_accuracy():
         return {"trial": {"learning_rate": rate}, "validation": {"mean": accuracy, **loss}}
 
     by_loss = [candidate(0.1, 0.6, loss=0.7), candidate(0.2, 0.5, loss=0.6), candidate(0.3, 0.7, loss=0.6)]
-    assert table.choose(by_loss)["trial"]["learning_rate"] == 0.2
+    assert results.choose(by_loss)["trial"]["learning_rate"] == 0.2
     by_accuracy = [candidate(0.3, 0.7), candidate(0.1, 0.6), candidate(0.2, 0.7)]
-    assert table.choose(by_accuracy)["trial"]["learning_rate"] == 0.2
+    assert results.choose(by_accuracy)["trial"]["learning_rate"] == 0.2
     diverged = [candidate(0.1, 0.9), candidate(0.2, 0.9, loss="NaN"), candidate(0.3, 0.1, loss=9.0)]
-    assert table.choose(diverged)["trial"]["learning_rate"] == 0.3
-    assert table.choose(diverged[:2])["trial"]["learning_rate"] == 0.1
+    assert results.choose(diverged)["trial"]["learning_rate"] == 0.3
+    assert results.choose(diverged[:2])["trial"]["learning_rate"] == 0.1
 
 
 def finished(settings) -> str:
@@ -239,13 +240,13 @@ def test_a_run_that_diverged_loses_and_stops_nothing(tiny, tmp_path, monkeypatch
 
     monkeypatch.setattr("clover_peft.experiments.training.run.run", train)
     grid = read_grid(tiny.path)
-    path = making.make(grid, "clover-lr0.3-seed3", tmp_path, tmp_path / "records")
+    path = trial_runner.make(grid, "clover-lr0.3-seed3", tmp_path, tmp_path / "records")
     record = json.loads(path.read_text())
     assert record["validation"]["mean"] == 0
     assert {task["unparsed"] for task in record["validation"]["tasks"].values()} == {2}
     assert "loss" not in record["validation"]
     good = {"trial": {"learning_rate": 0.5}, "validation": {"mean": 0.1, "loss": 3.0}}
-    assert table.choose([record, good]) is good
+    assert results.choose([record, good]) is good
 
 
 def test_all_questions_meet_the_model_in_the_dtype_of_training(tiny, tmp_path, monkeypatch):
@@ -261,12 +262,12 @@ def test_all_questions_meet_the_model_in_the_dtype_of_training(tiny, tmp_path, m
 
     loaded: list[str] = []
     monkeypatch.setattr("clover_peft.experiments.training.run.run", train)
-    monkeypatch.setattr(making, "load_trained", load)
+    monkeypatch.setattr(trial_runner, "load_trained", load)
     grid = read_grid(tiny.path, ["settings.model_init_kwargs={dtype: bfloat16}"])
     records = tmp_path / "records"
     for step in ("clover-lr0.3-seed3", "clover-lr0.3-seed3.test", "base.test"):
         with pytest.raises(KeyboardInterrupt):
-            making.make(grid, step, tmp_path, records)
+            trial_runner.make(grid, step, tmp_path, records)
         write(records, "clover-lr0.3-seed3", "clover", 0.3, 3, validation={**result(0.1), "loss": 1.0})
         try_others(grid, records)
     assert loaded == ["bfloat16"] * 3
@@ -298,7 +299,7 @@ def test_all_questions_meet_the_model_in_the_dtype_of_training(tiny, tmp_path, m
 )
 def test_a_grid_goes_on_with_its_own_data_and_settings_only(tiny, tmp_path, change, message):
     grid, records, name = read_grid(tiny.path), tmp_path / "records", "narrow-lr0.1-seed3"
-    making.make_data(grid, tmp_path / "data")
+    trial_runner.make_data(grid, tmp_path / "data")
     _, trial = trials_of(grid)[name]
     values = parse(grid.base, settings_of(grid, grid.methods[1], trial, Path("/elsewhere"))).values
     asked = {"mode": "score", "rows": 3, "batch_size": 8}
@@ -318,19 +319,19 @@ def test_a_grid_goes_on_with_its_own_data_and_settings_only(tiny, tmp_path, chan
         (records / f"{step}.json").write_text(json.dumps(parts))
     changed = read_grid(tiny.path, [change])
     with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
-        making.make_data(changed, tmp_path / "data")
-        making.check_records(changed, records)
+        trial_runner.make_data(changed, tmp_path / "data")
+        trial_runner.check_records(changed, records)
     if message is None:  # a record that was lost is made again
         (records / "narrow-lr0.001-seed3.json").unlink()
         with pytest.raises(ValueError, match=r"found narrow-lr0\.001-seed3 to try"):
-            making.check_records(changed, records)
+            trial_runner.check_records(changed, records)
         test = {"trial": vars(trial), "test": {"evaluation": asked}, "chosen_from": ["narrow-lr0.001-seed3"]}
         (records / f"{name}.test.json").write_text(json.dumps(test))
-        making.check_records(changed, records)
+        trial_runner.check_records(changed, records)
     if change == "evaluation.rows=2":  # all validation rows are asked
         for path in records.glob("*.test.json"):
             path.unlink()
-        making.check_records(changed, records)
+        trial_runner.check_records(changed, records)
 
 
 def test_a_grid_killed_while_it_writes_data_starts_again(tiny, tmp_path, monkeypatch):
@@ -341,15 +342,15 @@ def test_a_grid_killed_while_it_writes_data_starts_again(tiny, tmp_path, monkeyp
         return write_rows(path, rows)
 
     written: list[Path] = []
-    grid, write_rows = read_grid(tiny.path), prepare._write
-    monkeypatch.setattr(prepare, "_write", killed)
+    grid, write_rows = read_grid(tiny.path), prepare.write_rows
+    monkeypatch.setattr(prepare, "write_rows", killed)
     with pytest.raises(KeyboardInterrupt):
-        making.make_data(grid, tmp_path / "data")
-    making.make_data(grid, tmp_path / "data")
+        trial_runner.make_data(grid, tmp_path / "data")
+    trial_runner.make_data(grid, tmp_path / "data")
     assert len(list((tmp_path / "data").rglob("*.gz"))) == 2 + len(TASKS)
     (tmp_path / "other").mkdir()
     with pytest.raises(ValueError, match=r"other: expected no folder or one with data.json, found none in it; delete"):
-        making.make_data(grid, tmp_path / "other")
+        trial_runner.make_data(grid, tmp_path / "other")
 
 
 def test_a_task_without_questions_shows_before_anything_is_trained(tiny, tmp_path):
@@ -357,13 +358,13 @@ def test_a_task_without_questions_shows_before_anything_is_trained(tiny, tmp_pat
     shutil.copytree(tiny.folder / "suite", source)
     (source / "test" / "piqa.jsonl.gz").write_bytes(gzip.compress(b""))
     with pytest.raises(ValueError, match="expected tasks with rows to train on and to test, found none of piqa"):
-        making.make_data(read_grid(tiny.path, [f"data.source=folder:{source}"]), tmp_path / "data")
+        trial_runner.make_data(read_grid(tiny.path, [f"data.source=folder:{source}"]), tmp_path / "data")
 
 
 def test_a_damaged_record_is_named(tmp_path):
     (tmp_path / "a.json").write_text("")
     with pytest.raises(ValueError, match=r"a.json: expected a block in JSON, found .*; delete it"):
-        table.load(tmp_path)
+        results.load(tmp_path)
 
 
 def test_a_stop_before_the_first_record_is_no_error(tiny, tmp_path, capsys):
@@ -373,12 +374,12 @@ def test_a_stop_before_the_first_record_is_no_error(tiny, tmp_path, capsys):
 
 def test_a_search_asks_no_test_question(tiny, tmp_path):
     grid = read_grid(tiny.path, ["evaluation.test=false"])
-    names = making.ready_steps(grid, tmp_path)
+    names = trial_runner.ready_steps(grid, tmp_path)
     assert len(names) == 4
     for name in names:
         trial = trials_of(grid)[name][1]
         write(tmp_path, name, trial.method, trial.learning_rate, trial.seed, validation=result(0.5))
-    assert making.ready_steps(grid, tmp_path) == []
+    assert trial_runner.ready_steps(grid, tmp_path) == []
 
 
 def test_the_table_is_arithmetic_on_records(tmp_path):
@@ -390,17 +391,17 @@ def test_the_table_is_arithmetic_on_records(tmp_path):
         write(folder, f"b-lr0.2-seed{seed}", "b", 0.2, seed, validation=result(0.3))
         write(folder, f"b-lr0.2-seed{seed}.test", "b", 0.2, seed, test=result(0.5))
     write(folder, "a-lr0.3-seed0", "a", 0.3, 0, validation={**result(0.8), "loss": 0.25})  # tried
-    rows = {row.method: row for row in table.table_rows(table.load(folder))}
+    rows = {row.method: row for row in results.table_rows(results.load(folder))}
     assert rows["a"].average == pytest.approx(0.6)
     assert rows["a"].sd == pytest.approx(0.1)
     assert rows["a"].interval == pytest.approx([0.5, 0.7])
     assert rows["a"].candidates == {0.1: (0.9, None), 0.3: (0.8, 0.25)}
     assert rows["a"].at_edge
     assert rows["a"].unparsed == 3
-    found = table.difference(rows["a"], rows["b"])
+    found = results.difference(rows["a"], rows["b"])
     assert (found.points, found.of_seeds) == pytest.approx((0.1, 0.1 / 3**0.5))
     assert found.of_questions is None  # the records do not say which were right
-    shown = report.markdown(table.load(folder))
+    shown = report.markdown(results.load(folder))
     assert "| a | 10 | 60.0 | 60.00 ± 10.00 | 50.0 to 70.0 |" in shown
     assert "- a against b: +10.00 points (standard error: 5.77 of the seeds)" in shown
     assert "| a | 0.1 (edge) | 0.1: 90.0%, 0.3: 80.0% (loss 0.250) | 3 | 3 | 1.0 | 2 | 1 | 1.0 |" in shown
@@ -409,10 +410,10 @@ def test_the_table_is_arithmetic_on_records(tmp_path):
         tried = ["a-lr0.1-seed5", "a-lr0.3-seed5"]
         write(tmp_path / "falling", f"a-lr0.1-seed{seed}.test", "a", 0.1, seed, test=result(0.5), chosen_from=tried)
     write(tmp_path / "falling", "a-lr0.3-seed5", "a", 0.3, 5, validation={**result(0.1), "loss": "NaN"})
-    [row] = table.table_rows(table.load(tmp_path / "falling"))
+    [row] = results.table_rows(results.load(tmp_path / "falling"))
     assert row.candidates == {0.1: (0.5, None), 0.3: (0.1, None)}
     assert report.markdown({}) == "No method has met the test questions."
-    searched = {name: record for name, record in table.load(folder).items() if not name.endswith(".test")}
+    searched = {name: record for name, record in results.load(folder).items() if not name.endswith(".test")}
     lines = report.markdown(searched).splitlines()
     assert lines[4] == "| a | 10 | 0.3 | 0.2500 | 80.0% | 5 | 2 | `a-lr0.3-seed0.json` |"
     assert sum(line.startswith("| ") for line in lines) == 2 + 7
@@ -478,7 +479,7 @@ def test_a_wrong_grid_is_refused_before_anything_runs(tiny, tmp_path, change, me
 def test_a_run_that_fails_is_named_with_its_log(tiny, tmp_path, capsys):
     out = tmp_path / "out"
     grid = read_grid(tiny.path)
-    making.make_data(grid, out / "data")
+    trial_runner.make_data(grid, out / "data")
     assert script.main(["--config", str(tiny.path), "--out", str(out), "settings.max_length=1"]) == 1
     shown = capsys.readouterr().err
     for step in ("clover-lr0.001-seed3", "narrow-lr0.1-seed3"):  # it does not stop the others
@@ -495,7 +496,7 @@ def test_several_processes_at_a_time_keep_the_order_that_matters(tiny, tmp_path,
     running = []
 
     def start(given, step, records):
-        found = table.load(records)
+        found = results.load(records)
         order.append((step, set(found)))
         running[:] = [process for process in running if process.poll() is None]
         name = step.removesuffix(".test")
@@ -516,7 +517,7 @@ def test_several_processes_at_a_time_keep_the_order_that_matters(tiny, tmp_path,
     command = ["--config", str(tiny.path), "--out", str(out), "--records", str(records), "--jobs", "3"]
     assert script.main(command) == 0
     assert max(at_once) == 3
-    assert len(order) == len({step for step, _ in order}) == len(table.load(records)) == 11
+    assert len(order) == len({step for step, _ in order}) == len(results.load(records)) == 11
     candidates = {step for step, _ in order[:4]}
     for step, found in order:
         assert step in candidates or candidates <= found  # no test question before every rate is chosen
@@ -539,15 +540,15 @@ def test_a_step_waits_for_its_turn_and_for_other_processes(tiny, tmp_path):
     with pytest.raises(
         ValueError, match=r"whose turn it is, found others to be made first, such as clover-lr0.001-seed3"
     ):
-        making.make(grid, "clover-lr0.3-seed3.test", tmp_path, records)
+        trial_runner.make(grid, "clover-lr0.3-seed3.test", tmp_path, records)
     try_others(grid, records)
     there = records / "clover-lr0.3-seed3.json"
-    assert making.make(grid, "clover-lr0.3-seed3", tmp_path, records) == there  # what is there is not made again
+    assert trial_runner.make(grid, "clover-lr0.3-seed3", tmp_path, records) == there  # what is there is not made again
     with (
-        making._alone(records / ".base.test.lock"),
+        trial_runner._alone(records / ".base.test.lock"),
         pytest.raises(ValueError, match="expected no other process to make it, found one"),
     ):
-        making.make(grid, "base.test", tmp_path, records)
+        trial_runner.make(grid, "base.test", tmp_path, records)
 
 
 def test_what_was_trained_otherwise_is_not_taken(tiny, tmp_path, monkeypatch):
@@ -559,19 +560,19 @@ def test_what_was_trained_otherwise_is_not_taken(tiny, tmp_path, monkeypatch):
     values = parse(grid.base, settings_of(grid, method, trial, tmp_path)).values
     (folder / "record.json").write_text(json.dumps({"settings": {**values, "max_steps": 4}}))
     with pytest.raises(ValueError, match=r"expected an adapter or a model, found the record alone; delete the folder"):
-        making.make(grid, step, tmp_path, records)
+        trial_runner.make(grid, step, tmp_path, records)
     (folder / "adapter").mkdir()
     with pytest.raises(ValueError, match=r"max_steps: expected 4 as in .*record.json, found 5"):
-        making.make(grid, step, tmp_path, records)
-    making.make_data(grid, tmp_path / "data")
+        trial_runner.make(grid, step, tmp_path, records)
+    trial_runner.make_data(grid, tmp_path / "data")
     record = json.loads(finished(parse(grid.base, settings_of(grid, method, trial, tmp_path))))
     record["data"]["fingerprint"] = "of other rows"
     (folder / "record.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match=r"data.fingerprint: expected 'of other rows' as in .*record.json"):
-        making.make(grid, step, tmp_path, records)
+        trial_runner.make(grid, step, tmp_path, records)
     write(records, "gone-lr1-seed3", "gone", 1, 3, validation=result(0.1), model={"origin": "another place"})
     with pytest.raises(ValueError, match=r"model.origin: expected 'another place' as in .*gone-lr1-seed3.json"):
-        making.make(grid, step, tmp_path, records)
+        trial_runner.make(grid, step, tmp_path, records)
     write(
         records,
         "gone-lr1-seed3",
@@ -582,7 +583,7 @@ def test_what_was_trained_otherwise_is_not_taken(tiny, tmp_path, monkeypatch):
         data={"files": {"train.jsonl.gz": {"rows": 1}}},
     )
     with pytest.raises(ValueError, match=r"data.test/\S+: expected None as in .*gone-lr1-seed3.json"):
-        making.make(grid, step, tmp_path, records)
+        trial_runner.make(grid, step, tmp_path, records)
     assert [path.name for path in records.glob("*.json")] == ["gone-lr1-seed3.json"]
 
 
@@ -590,17 +591,17 @@ def test_a_file_that_is_no_record_of_its_name_stops_the_grid(tiny, tmp_path):
     grid, step = read_grid(tiny.path), "clover-lr0.001-seed3"
     (tmp_path / f"{step}.json").write_text("{}")
     with pytest.raises(ValueError, match=f"{step}.json: expected a record or no file, found another; take it out"):
-        making.make(grid, step, tmp_path, tmp_path)
+        trial_runner.make(grid, step, tmp_path, tmp_path)
     write(tmp_path, step, "clover", 0.001, 3, test=result(0.1))  # validation is missing
     with pytest.raises(ValueError, match=f"{step}.json: expected the record of {step}, found one of"):
-        table.load(tmp_path)
+        results.load(tmp_path)
     (tmp_path / f"{step}.json").unlink()
     write(tmp_path, "clover-lr0.001-seed4.test", "clover", 0.001, 3, test=result(0.1))
     with pytest.raises(ValueError, match=r"the record of clover-lr0.001-seed4.test, found one of clover-lr0"):
-        table.load(tmp_path)
+        results.load(tmp_path)
     write(tmp_path, "clover-lr0.001-seed4.test", "clover", 0.001, 3, test=result(0.1), trial={"seed": 1})
     with pytest.raises(ValueError, match=r"the record of clover-lr0.001-seed4.test, found one of {'seed': 1}"):
-        table.load(tmp_path)
+        results.load(tmp_path)
 
 
 def test_records_that_were_asked_otherwise_are_not_one_table(tmp_path):
@@ -613,13 +614,13 @@ def test_records_that_were_asked_otherwise_are_not_one_table(tmp_path):
         test={**result(0.1), "questions": "x", "evaluation": {"mode": "score"}},
     )
     write(tmp_path, "b-lr1-seed0.test", "b", 1, 0, test=result(0.1))  # an old one, which does not say
-    table.table_rows(table.load(tmp_path))
+    results.table_rows(results.load(tmp_path))
     write(tmp_path, "b-lr1-seed0.test", "b", 1, 0, test={**result(0.1), "evaluation": {"mode": "generate"}})
     with pytest.raises(ValueError, match=r"b-lr1-seed0.test: expected the evaluation of a-lr1-seed0.test, .*score"):
-        table.table_rows(table.load(tmp_path))
+        results.table_rows(results.load(tmp_path))
     write(tmp_path, "b-lr1-seed0.test", "b", 1, 0, test={**result(0.1), "questions": "y"})
     with pytest.raises(ValueError, match=r"expected the questions of a-lr1-seed0.test, x, found y; take out"):
-        table.table_rows(table.load(tmp_path))
+        results.table_rows(results.load(tmp_path))
 
 
 def test_what_runs_differ_in_and_what_is_missing_is_said(tmp_path):
@@ -630,7 +631,7 @@ def test_what_runs_differ_in_and_what_is_missing_is_said(tmp_path):
         write(tmp_path, f"{method}-lr1-seed0", method, 1, 0, validation=result(0.1), run=run)
         tried = {"chosen_from": [f"{method}-lr1-seed0", f"{method}-lr2-seed0"]}
         write(tmp_path, f"{method}-lr1-seed0.test", method, 1, 0, test=result(0.1), **tried)
-    shown = report.markdown(table.load(tmp_path))
+    shown = report.markdown(results.load(tmp_path))
     assert "- settings: calibration_rows 64 or null; max_steps 5 or 9\n" in shown + "\n"
     assert "Rates were also chosen from records that are not here: a-lr2-seed0, b-lr2-seed0." in shown
 
@@ -648,7 +649,7 @@ def test_a_grid_that_is_asked_to_end_takes_its_runs_with_it(tiny, tmp_path):
     assert lock.exists()
     process.terminate()
     assert process.wait(60) == 128 + signal.SIGTERM
-    with making._alone(lock):
+    with trial_runner._alone(lock):
         pass  # nobody is left
 
 
@@ -666,8 +667,8 @@ def test_questions_that_both_answer_are_compared_in_pairs(tmp_path):
             found = {"tasks": tasks, "mean": mean, "interval": [0, 1], "questions": "a digest"}
             write(tmp_path, f"{method}-lr1-seed{seed}", method, 1, seed, validation=result(0.5))
             write(tmp_path, f"{method}-lr1-seed{seed}.test", method, 1, seed, test=found)
-    one, other = table.table_rows(table.load(tmp_path))
-    paired = table.difference(one, other)
+    one, other = results.table_rows(results.load(tmp_path))
+    paired = results.difference(one, other)
     differences = [0, 0, 1, 0.5, 0, 0, 0, 0, 0, 0.5]
     both = [differences, differences[1:5]]
     assert paired.points == pytest.approx(statistics.mean(map(statistics.mean, both)))
@@ -675,9 +676,9 @@ def test_questions_that_both_answer_are_compared_in_pairs(tmp_path):
     assert paired.of_questions == pytest.approx(sum(squares) ** 0.5 / 2)
     del found["questions"]  # as in old records
     write(tmp_path, "b-lr1-seed0.test", "b", 1, 0, test=found)
-    assert table.difference(*table.table_rows(table.load(tmp_path))).of_questions is None
+    assert results.difference(*results.table_rows(results.load(tmp_path))).of_questions is None
     write(tmp_path, "a-lr2-seed0.test", "a", 2, 0, test=result(0.9))
     with pytest.raises(
         ValueError, match="a: expected test records at the one learning rate chosen for it, found 1, 2"
     ):
-        table.table_rows(table.load(tmp_path))
+        results.table_rows(results.load(tmp_path))

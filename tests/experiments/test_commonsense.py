@@ -389,16 +389,16 @@ def test_a_clone_of_llm_adapters_is_a_folder_too(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"instruction": "a", "answer"', "expected rows in JSON"),
-        ('{"instruction": "a"}', "expected an instruction and an answer in row 0"),
-        ("[1]", "expected an instruction and an answer in row 0"),
-        (b"\x1f\x8b\x08\x00" + bytes(40), "expected rows in JSON"),
+        ('{"instruction": "a", "answer"', ":1: expected one JSON object, found Expecting ':' delimiter"),
+        ('{"instruction": "a"}', ": expected an instruction and an answer in row 0"),
+        ("[1]", ": expected an instruction and an answer in row 0"),
+        (b"\x1f\x8b\x08\x00" + bytes(40), ": expected gzip'd JSON lines, found damage after 0 lines"),
     ],
 )
 def test_a_damaged_file_of_rows_is_named(text, message, tmp_path):
     file = tmp_path / f"train.jsonl{'.gz' if isinstance(text, bytes) else ''}"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ValueError, match=f"{file.name}: {message}"):
+    with pytest.raises(ValueError, match=f"{file.name}{message}"):
         sources.from_folder(tmp_path, "train")
 
 
@@ -408,4 +408,7 @@ def test_blank_lines_and_a_mark_of_the_encoding_are_no_rows(tmp_path):
     assert sources.read_rows(tmp_path / "rows.jsonl") == [row]
     (tmp_path / "rows.json").write_text(json.dumps(row))
     with pytest.raises(ValueError, match=r"rows.json: expected a list of rows, found dict"):
+        sources.read_rows(tmp_path / "rows.json")
+    (tmp_path / "rows.json").write_text("[")
+    with pytest.raises(ValueError, match=r"rows.json: expected rows in JSON, found damage .*; copy the file again"):
         sources.read_rows(tmp_path / "rows.json")

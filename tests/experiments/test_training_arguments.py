@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import yaml
 pytest.importorskip("trl", reason="needs the train extra: pip install clover-peft[train]")
 
 from clover_peft.experiments.training.arguments import JobArguments, parse
+from tests.support.tiny import load_script
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -125,7 +125,7 @@ def test_ways_to_train_that_do_not_fit_are_refused(settings, config, options, me
 
 
 def test_the_command_line(tiny, tmp_path, monkeypatch, capsys):
-    main = runpy.run_path(str(ROOT / "scripts" / "sft.py"))["main"]
+    main = load_script("sft").main
     command = ["sft.py", "--config", str(ROOT / "configs" / "clover_full.yaml"), f"model={tiny.model}", "--rows=20"]
     command += ["--data", str(tiny.data), "held_out_rows=4", "--max_steps=1", f"output_dir={tmp_path / 'run'}"]
     monkeypatch.setattr(sys, "argv", command)

@@ -186,7 +186,7 @@ def test_rows_of_the_wheel(monkeypatch, tmp_path):
     assert len(split.train) == 12  # of which five are WinoGrande's one row, in all sizes but the debiased
     [built] = (tmp_path / "data").iterdir()
     assert [file.name for file in built.iterdir()] == ["train.jsonl.gz"]
-    made = [row for _, row, _ in data.read_jsonl(built / "train.jsonl.gz")]
+    made = [row for _, row, _ in data.read_rows(built / "train.jsonl.gz")]
     assert made[0]["instruction"] == (
         "Please answer the following question with true or false, question: is it so?\n\nAnswer format: true/false"
     )

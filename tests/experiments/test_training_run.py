@@ -13,10 +13,11 @@ pytest.importorskip("trl", reason="needs the train extra: pip install clover-pef
 
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from clover_peft.experiments.training.loading import load_tokenizer
 from clover_peft.experiments.training.run import first_and_last, run
 from clover_peft.experiments.training.verify import main as verify_main
 from clover_peft.experiments.training.verify import verify
-from clover_peft.io import hub_models
+from clover_peft.io.hub_models import find_model
 from tests.support.tiny_chat import CHATML, make_tokenizer
 
 METHODS = {"clover_diagonal", "clover_full", "dora", "full", "hira", "lora", "pissa"}
@@ -183,14 +184,14 @@ def test_tokenizer_settings(settings, tiny, tmp_path):
     tokenizer = make_tokenizer(template=None)
     tokenizer.eos_token = tokenizer.pad_token = None
     tokenizer.save_pretrained(plain)
-    source = hub_models.find_model(str(plain))
+    source = find_model(str(plain))
     with pytest.raises(ValueError, match="expected a tokenizer with an end token"):
-        hub_models.load_tokenizer(source, settings().sft)
+        load_tokenizer(source, settings().sft)
     template = tmp_path / "chatml.jinja"
     with pytest.raises(ValueError, match=r"expected a \.jinja file"):
-        hub_models.load_tokenizer(source, settings(eos_token="<|im_end|>", chat_template_path=template).sft)
+        load_tokenizer(source, settings(eos_token="<|im_end|>", chat_template_path=template).sft)
     template.write_text(CHATML)
-    loaded = hub_models.load_tokenizer(source, settings(eos_token="<|im_end|>", chat_template_path=template).sft)
+    loaded = load_tokenizer(source, settings(eos_token="<|im_end|>", chat_template_path=template).sft)
     assert loaded.chat_template == CHATML
     assert loaded.pad_token == "<|im_end|>"
 

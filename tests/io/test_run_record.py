@@ -110,7 +110,8 @@ def test_a_failure_in_the_last_step_leaves_no_partial_file(tmp_path, monkeypatch
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(records, "_link", fail)
+    monkeypatch.setattr("os.link", fail)
+    monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         records.write(tmp_path / "run.json", {})
     assert list(tmp_path.iterdir()) == []

@@ -16,7 +16,6 @@ from torch import Tensor
 import clover_peft.linalg.decomposition
 from clover_peft.linalg.decomposition import (
     Bases,
-    Factors,
     describe_dropped,
     fold,
     gram,
@@ -25,6 +24,7 @@ from clover_peft.linalg.decomposition import (
     qr_bases,
     svd_bases,
 )
+from clover_peft.tuner.explicit_factors import Factors
 from tests.support.tiny import TOLERANCE, relative
 
 # Required of condition numbers up to 1e3 (each side of a pair), in float64: largest absolute entry of the difference.

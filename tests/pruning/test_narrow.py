@@ -9,7 +9,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import threading
 import warnings
 from pathlib import Path
 
@@ -25,51 +24,15 @@ from tokenizers.pre_tokenizers import Whitespace
 
 import clover_peft
 from clover_peft.base_model.resolve import attention_block, default_targets
-from clover_peft.pruning import by_layer, decompose, find_pairs, mask
+from clover_peft.pruning import by_layer, decompose, find_pairs
 from clover_peft.pruning.narrow.attention import split_heads
 from clover_peft.pruning.narrow.loading import install, read_record
 from clover_peft.pruning.narrow.modules import narrow, widths
 from clover_peft.pruning.sensitivity import sensitivities
+from tests.support.pruning import GENERATING, NARROW, batches, kinds, prune, ratio, shown
 from tests.support.tiny import FAMILIES, TOLERANCE, VOCAB, build, inputs, logits, output, perturb, relative
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-# Families whose heads can be made narrower.
-NARROW = [
-    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "opt", "bloom"),
-    *("bert", "roberta", "xlm-roberta", "camembert", "electra"),
-    *("bart", "mbart", "pegasus", "marian", "m2m_100", "blenderbot", "plbart", "whisper", "t5", "mt5"),
-    *("vit", "clip", "siglip", "deepseek_v2", "deepseek_v3", "unet"),
-]
-
-
-def kinds(model) -> list[str]:
-    return sorted({pair.kind for pair in find_pairs(model)})
-
-
-def ratio(model, share: float) -> dict[str, float]:
-    return dict.fromkeys(kinds(model), share)
-
-
-def batches(family: str, count: int = 12) -> list[dict]:
-    generator = torch.Generator().manual_seed(5)
-    found = []
-    for _ in range(count):
-        batch = inputs(family, batch=2, length=20)
-        for name in ("input_ids", "decoder_input_ids"):
-            if name in batch:
-                batch[name] = torch.randint(3, VOCAB, batch[name].shape, generator=generator)
-        for name in ("pixel_values", "input_features", "sample", "encoder_hidden_states"):
-            if name in batch:
-                batch[name] = torch.randn(batch[name].shape, generator=generator)
-        found.append(batch)
-    return found
-
-
-def prune(model, *args, **kwargs):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*tokens for blocks of.*are few|directions are chosen by weights")
-        return clover_peft.prune(model, *args, **kwargs)
 
 
 @pytest.mark.parametrize("family", NARROW)
@@ -164,9 +127,6 @@ def test_saved_and_loaded(family, ranks, tmp_path):
     loaded = reload(model, tmp_path)
     assert torch.equal(logits(loaded, family), logits(model, family))
     assert read_record(loaded)["steps"] == read_record(model)["steps"]
-
-
-GENERATING = [name for name in NARROW if hasattr(build(name), "generate") and FAMILIES[name].kind != "contrast"]
 
 
 @pytest.mark.parametrize("family", GENERATING)
@@ -342,10 +302,10 @@ def test_calibrated_once_and_pruned_often(family, ranks):
     before = {name: p.clone() for name, p in whole.named_parameters()}
     measured = clover_peft.calibrate(whole, iter(data), gradients=ranks == "gradient")
     assert all(torch.equal(p, before[name]) for name, p in whole.named_parameters())
-    for ratio, method in ((0.25, "clover"), (0.5, "clover"), (0.5, "vanilla")):
+    for share, method in ((0.25, "clover"), (0.5, "clover"), (0.5, "vanilla")):
         one, other = (copy.deepcopy(whole) for _ in range(2))
         reports = [
-            prune(model, ratio, ranks=ranks, method=method, calibration=c)
+            prune(model, share, ranks=ranks, method=method, calibration=c)
             for model, c in ((one, measured), (other, data))
         ]
         assert reports[0].calibrated
@@ -365,8 +325,6 @@ def test_what_was_calibrated_must_fit():
         prune(model, 0.5, calibration=measured)
     with pytest.raises(ValueError, match="expected a sensitivity, found none; calibrate with gradients=True"):
         prune(model, {"vo": 0.5}, calibration=measured, ranks="gradient")
-    with pytest.raises(ValueError, match="sequential=True: expected batches"):
-        prune(model, {"vo": 0.5}, calibration=measured, sequential=True)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     with pytest.raises(ValueError, match="target_modules='nothing'"):
         clover_peft.calibrate(build("bart"), data, target_modules="nothing")
@@ -409,66 +367,15 @@ def test_gradient_spreads_by_weighed_values():
     assert {n: p.kept for n, p in report.pairs.items()} == {n: k.tolist() for n, k in by_layer(spectra, 0.4).items()}
 
 
-# ---------------------------------------------------------------------- sequential calibration
-
-
-@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "gpt_neox", "bart", "bert"])
-def test_sequential_fits_what_pruned_layers_pass_on(family):
-    """The first layer's directions are the same; later ones are those of the model whose first layers are pruned."""
-    data = batches(family, 4)
-    model, twin = build(family, torch.float64), build(family, torch.float64)
-    if FAMILIES[family].kind == "seq2seq":
-        model, twin = model.double(), twin.double()
-    threads = threading.active_count()
-    report = prune(model, ratio(model, 0.4), calibration=data, sequential=True)
-    assert threading.active_count() == threads
-    assert report.sequential
-    # By hand, with one pass for each pair.
-    found = decompose(twin, kinds(twin), calibration=data)
-    kept = {name: torch.tensor(report.pairs[name].kept) for name in found}
-    for name in order_of_use(twin, found, data):
-        fresh = decompose(twin, [found[name][0].kind], calibration=data)
-        mask(twin, {name: fresh[name]}, kept)
-    assert relative(logits(model, family), logits(twin, family)) < 1e-6
-
-
-def order_of_use(model, found, data) -> list[str]:
-    seen: dict[str, None] = {}
-    handles = []
-    for name, (pair, _) in found.items():
-        module = model.get_submodule(pair.partner.path if pair.kind == "vo" else pair.path)
-        handles.append(module.register_forward_hook(lambda *_, name=name: seen.setdefault(name)))
-    with torch.no_grad():
-        model(**data[0])
-    for handle in handles:
-        handle.remove()
-    return sorted(seen, key=list(seen).index)
-
-
-@pytest.mark.parametrize("target", [".*vision.*v_proj", ".*v_proj"])
-def test_sequential_says_so_where_batches_go_different_ways(target):
-    model = build("llava")
-    both = inputs("llava")
-    logits(model, "llava")  # after which the model has hooks of its own
-
-    def hooks() -> int:
-        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-
-    count = hooks()
-    text = {"input_ids": both["input_ids"].clamp(min=9), "attention_mask": both["attention_mask"]}
-    with pytest.raises(ValueError, match="expected every batch to reach it in turn"):
-        prune(model, {"vo": 0.4}, calibration=[both, text], sequential=True, masked=True, target_modules=target)
-    assert hooks() == count
-
-
-def test_sequential_stops_for_good_on_an_error():
-    model = build("opt")
+@pytest.mark.parametrize("ranks", ["global", "gradient"])
+def test_an_error_in_a_batch_changes_nothing(ranks):
+    model = build("opt").requires_grad_()
     before = {name: p.clone() for name, p in model.named_parameters()}
     data = [*batches("opt", 3), {"input_ids": torch.tensor([[VOCAB + 5]])}]
     with pytest.raises(IndexError):
-        prune(model, 0.5, calibration=data, sequential=True)
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        prune(model, 0.5, calibration=data, ranks=ranks)
+    assert unchanged(model, before)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 # ---------------------------------------------------------------------- as any model
@@ -492,26 +399,10 @@ def test_another_process_loads_and_generates(tmp_path):
         model.save_pretrained(tmp_path / family)
         expected[family] = shown(model, family)
     code = f"""
-from tests.pruning.test_narrow import load_all
+from tests.support.pruning import load_all
 print(json.dumps(load_all({str(tmp_path)!r}, {list(NARROW)!r})))
 """
     assert json.loads(in_another_process(code)) == expected
-
-
-def load_all(folder: str, families: list[str]) -> dict[str, list]:
-    found = {}
-    for family in families:
-        kind = type(FAMILIES[family].build())
-        same = {"experts_implementation": "eager"} if "deepseek" in family else {}
-        found[family] = shown(kind.from_pretrained(f"{folder}/{family}", **same).eval(), family)
-    return found
-
-
-def shown(model, family: str) -> list:
-    if family in GENERATING:
-        given = {k: v for k, v in inputs(family).items() if not k.startswith("decoder")}
-        return model.generate(**given, max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0).tolist()
-    return [round(float(x), 3) for x in logits(model, family).flatten()[:50]]
 
 
 def test_other_heads_and_pipelines_load_it(tmp_path):
@@ -715,6 +606,19 @@ def test_records_of_other_versions_are_refused(tmp_path):
             prune(model, 0.5)
 
 
+def test_records_that_say_sequential_still_load(tmp_path):
+    """Earlier versions wrote `sequential`, which is no option any more, into every step of the record."""
+    model = build("opt")
+    prune(model, {"vo": 0.5}, ranks="uniform")
+    expected = logits(model, "opt")
+    for step in model.config.clover_pruning["steps"]:
+        step["sequential"] = True
+    again = reload(model, tmp_path)
+    assert torch.equal(logits(again, "opt"), expected)
+    prune(again, {"qk": 0.5})
+    assert [step.get("sequential") for step in again.config.clover_pruning["steps"]] == [True, None]
+
+
 def test_figures_of_other_libraries_are_saved(tmp_path):
     model = build("opt")
     prune(model, {"vo": np.float32(0.5)}, multiple=np.int64(4))
@@ -836,7 +740,7 @@ def test_options_of_wrong_types():
         prune(model, 0.5, target_modules="(")
     with pytest.raises(TypeError, match="model: expected a module, found str"):
         prune("my-model", 0.5)
-    report = prune(model, 0.5, calibration=batches("opt"), sequential=np.bool_(True), multiple=np.int64(2))
+    report = prune(model, 0.5, calibration=batches("opt"), masked=np.bool_(False), multiple=np.int64(2))
     json.dumps(report.to_dict())
     json.dumps(read_record(model))
 
@@ -918,10 +822,8 @@ def unchanged(model, before) -> bool:
         ({"threshold": 1e9}, "expected a rule that keeps some direction"),
         ({"threshold": float("nan")}, "threshold: expected a singular value"),
         ({"energy": 0.0}, "expected a rule that keeps some direction"),
-        ({"ratio": 0.5, "sequential": True}, "sequential=True: expected data"),
         ({"ratio": 0.5, "ranks": "gradient"}, "ranks='gradient': expected data"),
         ({"energy": 0.5, "ranks": "uniform"}, "ranks='uniform': expected a ratio to spread, found energy"),
-        ({"ratio": 0.5, "sequential": True, "calibration": []}, "expected batches to run the model on, found none"),
         ({"ratio": 0.5, "multiple": 0}, "multiple: expected a positive whole number"),
         ({"ratio": 0.5, "target_modules": "nothing"}, "expected it to name a pair"),
     ],
@@ -959,7 +861,7 @@ def test_models_that_cannot_be_pruned():
         empty = FAMILIES["opt"].build()
     with pytest.raises(ValueError, match="expected all weights in memory"):
         prune(empty, 0.5)
-    with pytest.warns(UserWarning, match="qk: not pruned, queries and keys are rotated"):
+    with pytest.warns(UserWarning, match="qk: not pruned, because queries and keys are rotated"):
         report = prune(build("llama"), 0.5)
     assert report.skipped == {"qk": "queries and keys are rotated by their position, or normed"}
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from clover_peft.base_model.resolve import attention_blocks, resolve
 from clover_peft.linalg.decomposition import gram
 from clover_peft.linalg.moments import Moments
 from clover_peft.pruning import (
@@ -42,6 +43,27 @@ def whole(found: dict) -> dict[str, Tensor]:
 
 def kinds(model) -> list[str]:
     return sorted({pair.kind for pair in find_pairs(model)})
+
+
+# ---------------------------------------------------------------------- pairs
+
+
+@pytest.mark.parametrize("family", PAIRED)
+def test_pairs_carry_their_attention_block(family):
+    """One object for all pairs of an attention block, with the facts that the table of families reads for each."""
+    model = build(family)
+    pairs = find_pairs(model)
+    blocks = attention_blocks(model)
+    for pair in pairs:
+        assert pair.attention.path in blocks
+        assert pair.path.startswith(pair.attention.prefix)
+        assert pair.attention is next(p for p in pairs if p.attention.path == pair.attention.path).attention
+        part = "v" if pair.kind == "vo" else "k"
+        target = next(target for target in resolve(model, pair.path) if target.part == part)
+        assert (pair.heads, pair.partner) == (target.heads, target.partner)
+        assert pair.projection is model.get_submodule(pair.path)
+        assert pair.partner_projection is model.get_submodule(pair.partner.path)
+        assert pair.groups * pair.heads.count == pair.partner.heads.count
 
 
 # ---------------------------------------------------------------------- directions
@@ -198,7 +220,7 @@ def test_the_energy_of_a_group_is_that_of_its_query_heads():
     seen = gram(torch.randn(40, 1, size, generator=torch.Generator().manual_seed(1)).double())
     tokens = 10**12  # the weights have no say
     moments = Moments(seen.repeat(heads, 1, 1) * tokens, torch.zeros(heads, size).double(), tokens, 1e-16)
-    found = decompose_pair(model, pair, "clover", {beside_name(pair): moments}).values
+    found = decompose_pair(pair, "clover", {beside_name(pair): moments}).values
     o = model.get_submodule(pair.partner.path).weight.detach().unflatten(1, (heads, size))
     each = torch.einsum("ohd,ohe,ed->h", o, o, seen[0])
     torch.testing.assert_close(found.square().sum(1), each.unflatten(0, (-1, groups)).sum(1))

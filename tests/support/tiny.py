@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -652,7 +653,9 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 def load_script(name: str) -> ModuleType:
-    """A script of `scripts/` as a module."""
+    """The module of a subcommand, or a script of `scripts/` that is none."""
+    if importlib.util.find_spec(f"clover_peft.cli.{name}") is not None:
+        return importlib.import_module(f"clover_peft.cli.{name}")
     spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "scripts" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None

@@ -13,6 +13,7 @@ from clover_peft.base_model.slices import HeadSlice
 from clover_peft.linalg.decomposition import gram
 from clover_peft.linalg.moments import Moments, centred, shrink
 from clover_peft.tuner.bases import clover_layers
+from clover_peft.tuner.combining import have_same_bases
 from tests.support.tiny import VOCAB, build, inputs, logits, perturb, relative
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tokens for blocks of")
@@ -263,10 +264,10 @@ def test_saved_and_reloaded_under_another_seed(options, tmp_path, one_thread):
     # a reference adapter of the same configuration is born with the same bases, as trainers need
     model.peft_config["default"].save_bases = True
     model.add_adapter("reference", model.peft_config["default"])
-    assert all(layer.has_same_bases("default", "reference") for _, layer in clover_layers(model))
+    assert all(have_same_bases(layer, "default", "reference") for _, layer in clover_layers(model))
     # one of its own is not
     model.add_adapter("other", CloverConfig(**options))
-    assert not any(layer.has_same_bases("default", "other") for _, layer in clover_layers(model))
+    assert not any(have_same_bases(layer, "default", "other") for _, layer in clover_layers(model))
 
 
 def test_leading_directions_are_those_of_the_data(one_thread):

@@ -215,7 +215,7 @@ def _last(model: nn.Module, suffix: str) -> str:
         (dict(block_size=48), "k_proj: block_size=48 neither divides nor is a multiple of 12"),
         (dict(mlp_block_size=7), "up_proj: mlp_block_size=7 neither divides nor is a multiple of 80"),
         (dict(block_size=24), "v_proj: block_size=24 spans several heads of 12.*cross_layer=False"),
-        (dict(r=4, basis="qr"), "r=4 trains the leading directions of 12, which the QR basis has not.*basis='svd'"),
+        (dict(r=4, basis="qr"), "r=4 trains the leading directions of 12, but the QR basis has no order.*basis='svd'"),
         (dict(rank_pattern={"up_proj": 4}, basis="qr"), "up_proj: r=4 trains the leading directions"),
         (dict(target_modules=["no_such_proj"]), "no_such_proj.* not found in the base model"),
         (dict(layers_to_transform=2), "not found in the base model.*layers_to_transform': 2"),

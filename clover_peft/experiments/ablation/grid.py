@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ...io.configs import config_names, find_config
 from ...io.overrides import apply_override, load_yaml
 from ..commonsense import prepare
 from ..training.arguments import parse
 
 BASE = "base"  # the model that is not fine-tuned
-CONFIGS = Path(__file__).parents[3] / "configs"
 _MODES = ("score", "generate")
 # Keys of a run that the grid sets itself; accepting them would be ignoring them.
 _SAID_ELSEWHERE = {
@@ -104,14 +104,14 @@ def read_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
     """Reads and checks a grid's file.
 
     Args:
-        path: a YAML file; its `base` is looked for beside it, one folder up, and in `configs/` of the repository.
+        path: a YAML file or the name of a shipped one; its `base` is looked for beside it, one folder up, and among
+            the shipped files.
         overrides: `key=value`, with dots into blocks.
 
     Raises:
         ValueError: naming the key, what was expected and what was found.
     """
-    if not path.is_file():
-        raise ValueError(f"--config {path}: expected a YAML file, found none; see configs/ablations/")
+    path = find_config(path)
     values = load_yaml(path.read_text(encoding="utf-8"), str(path))
     keys = [part.name for part in fields(Grid)]
     if isinstance(values, dict):
@@ -193,11 +193,15 @@ def count_steps(grid: Grid) -> int:
 
 
 def _find_base(path: Path, name: str) -> Path:
-    folders = (*path.resolve().parents[:2], CONFIGS)
+    folders = path.resolve().parents[:2]
     for folder in folders:
         if (folder / name).is_file():
             return folder / name
-    raise ValueError(f"{path}: base: expected a file in {', '.join(map(str, folders))}, found no {name}")
+    if name.removesuffix(".yaml") in config_names():
+        return find_config(name)
+    raise ValueError(
+        f"{path}: base: expected a file in {', '.join(map(str, folders))}, or a shipped one, found no {name}"
+    )
 
 
 def _method(name: str, given: Any) -> Method:

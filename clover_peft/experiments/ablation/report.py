@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ...io.figures import canvas
+from ...io.tables import markdown_table
 from ..commonsense import TASKS
 from .grid import BASE
-from .table import Record, TableRow, difference, made_with, table_rows, trials
+from .results import Record, TableRow, difference, made_with, table_rows, trials
 
 _REFERENCE = "clover"  # what the others are compared with, where it is in the table
 _TOOK = ["method", "rate", "validation at each rate", "seeds", "unparsed"]
@@ -40,7 +41,7 @@ def markdown(found: dict[str, Record]) -> str:
     order = sorted(rows, key=lambda row: (row.method == BASE, -row.average))
     trained = [row for row in order if row.method != BASE]
     sections = [
-        _table(
+        markdown_table(
             ["method", "params", *(_SHORT[name] for name in tasks), "avg ± sd", "95 %", "loss"],
             [
                 [
@@ -55,7 +56,7 @@ def markdown(found: dict[str, Record]) -> str:
             ],
         ),
         _scale(rows),
-        _table(
+        markdown_table(
             _TOOK,
             [
                 [
@@ -217,7 +218,7 @@ def _versus(one: TableRow, other: TableRow) -> str:
 def _trials(found: dict[str, Record]) -> str:
     """What a search found on the validation questions, every trial of it."""
     rows = trials(found)
-    table = _table(
+    table = markdown_table(
         ["method", "params", "rate", "validation loss", "validation accuracy", "training rows", "train s", "record"],
         [
             [
@@ -243,8 +244,3 @@ def _validation(accuracy: float, loss: float | None) -> str:
 
 def _numbers(values: Sequence[int]) -> str:
     return " or ".join(f"{value:,}" for value in values) or "no"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

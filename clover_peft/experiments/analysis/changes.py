@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from ...base_model.activations import evaluating, hooks
 
 
 @dataclass(frozen=True)
@@ -122,22 +125,13 @@ def collect_inputs(
 
         return hook
 
-    hooks = [inner.get_submodule(name).register_forward_pre_hook(keep(name)) for name in kept]
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for i, batch in enumerate(batches):
-                wanted = tokens * (i + 1) // len(batches) - tokens * i // len(batches)
-                if hasattr(model, "peft_config"):
-                    with model.disable_adapter():
-                        model(**batch)
-                else:
-                    model(**batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.train(training)
+    without = model.disable_adapter if hasattr(model, "peft_config") else contextlib.nullcontext
+    with evaluating(model), hooks() as hooked, torch.no_grad():
+        hooked += [inner.get_submodule(name).register_forward_pre_hook(keep(name)) for name in kept]
+        for i, batch in enumerate(batches):
+            wanted = tokens * (i + 1) // len(batches) - tokens * i // len(batches)
+            with without():
+                model(**batch)
     return {name: torch.cat(rows)[:tokens] for name, rows in kept.items() if rows}
 
 

@@ -19,9 +19,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...io import run_record as records
+from ...io.atomic import write_json, write_text
+from ...io.rows import Row, parse_row, read_lines
+from ...io.tables import markdown_table
 from . import prepare, sources
 from .protocols import Protocol
-from .sources import Row
 from .tasks import TASKS, extract, options
 
 Prediction = dict[str, Any]
@@ -224,14 +226,12 @@ def evaluate(
     elif any(out.iterdir()):
         raise ValueError(f"{out}: expected a new or empty folder, found files; choose another")
     else:
-        asked.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_json(asked, settings)
     done = list(_complete(kept)) if kept.is_file() else []
     if [[each[key] for key in _KEPT] for each in done] != [[row[key] for key in _KEPT] for row in rows[: len(done)]]:
         raise ValueError(f"{kept}: expected answers to these questions, found others; delete it to ask all again")
     done = done[: len(done) if len(done) == len(rows) else len(done) // batch_size * batch_size]
-    partial = kept.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(prediction) + "\n" for prediction in done), encoding="utf-8")
-    partial.replace(kept)
+    write_text(kept, "".join(json.dumps(prediction) + "\n" for prediction in done))
     with kept.open("a", encoding="utf-8") as file, tqdm(total=len(rows), initial=len(done), unit="question") as bar:
         for start in range(len(done), len(rows), batch_size):
             predictions = predict(rows[start : start + batch_size])
@@ -297,14 +297,16 @@ def wilson(correct: int, questions: int) -> list[float]:
 
 def show(summary: dict[str, Any]) -> str:
     """A summary as a Markdown table, in per cent."""
-    lines = ["| task | questions | accuracy | 95 % | unparsed | loss |", "| --- | ---: | ---: | --- | ---: | ---: |"]
-    for name, task in summary["tasks"].items():
-        low, high = task["interval"]
-        figures = f"{task['accuracy']:.1%} | {low:.1%} to {high:.1%} | {task['unparsed']} | {_shown(task)}"
-        lines.append(f"| {name} | {task['questions']:,} | {figures} |")
-    low, high = summary["interval"]
-    lines.append(f"| mean | | {summary['mean']:.1%} | {low:.1%} to {high:.1%} | | {_shown(summary)} |")
-    return "\n".join(lines)
+
+    def interval(low: float, high: float) -> str:
+        return f"{low:.1%} to {high:.1%}"
+
+    rows = [
+        [name, f"{t['questions']:,}", f"{t['accuracy']:.1%}", interval(*t["interval"]), t["unparsed"], _shown(t)]
+        for name, t in summary["tasks"].items()
+    ]
+    rows.append(["mean", "", f"{summary['mean']:.1%}", interval(*summary["interval"]), "", _shown(summary)])
+    return markdown_table(["task", "questions", "accuracy", "95 %", "unparsed", "loss"], rows)
 
 
 def _shown(scored: dict[str, Any]) -> str:
@@ -365,14 +367,13 @@ def _parsed(row: Row, text: str) -> Prediction:
 
 def _complete(path: Path) -> Iterator[Prediction]:
     """The lines of a file that may have been cut off."""
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), start=1):
-        if not line.endswith("\n"):
+    for number, line in enumerate(read_lines(path), start=1):
+        if not line.endswith(b"\n"):
             return
-        try:
-            prediction = json.loads(line)
-            [prediction[key] for key in (*_KEPT, "predicted")]
-        except (ValueError, TypeError, KeyError) as error:
+        prediction, _ = parse_row(line)
+        if not isinstance(prediction, dict) or not prediction.keys() >= {*_KEPT, "predicted"}:
+            found = line[:40].decode(errors="replace")
             raise ValueError(
-                f"{path}: expected a prediction in line {number}, found {line[:40]!r}; delete it to ask all again"
-            ) from error
+                f"{path}: expected a prediction in line {number}, found {found!r}; delete it to ask all again"
+            )
         yield prediction

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import json
 import random
 import re
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...io.atomic import write_json
+from ...io.rows import Row, write_rows
 from . import sources
-from .sources import Row
 from .tasks import TASKS, Task, options, task_of
 
 RECORD = "data.json"
@@ -232,11 +231,11 @@ def write(suite: Suite, folder: Path, options: dict[str, Any]) -> dict[str, Any]
     if suite.validation:
         files["validation.jsonl.gz"] = _joined(suite.validation)
     files |= {f"test/{name}.jsonl.gz": rows for name, rows in suite.test.items()}
-    described = {name: {"rows": len(rows), "sha256": _write(folder / name, rows)} for name, rows in files.items()}
+    described = {name: {"rows": len(rows), "sha256": write_rows(folder / name, rows)} for name, rows in files.items()}
     counts = {name: len(rows) for name, rows in suite.train.items()}
     record: dict[str, Any] = {"options": options, "source": suite.source}
     record |= {"train_rows": counts, "left_out": suite.left_out, "files": described}
-    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / RECORD, record)
     return record
 
 
@@ -258,13 +257,6 @@ def check_files(folder: Path, record: dict[str, Any]) -> None:
 
 def _joined(rows: dict[str, list[Row]]) -> list[Row]:
     return [row for part in rows.values() for row in part]
-
-
-def _write(path: Path, rows: Iterable[Row]) -> str:
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    with path.open("wb") as file, gzip.GzipFile(fileobj=file, mode="wb", mtime=0, filename="") as packed:
-        packed.write(text)  # no time and no name: the same rows give the same bytes
-    return hashlib.sha256(text).hexdigest()
 
 
 def _is_new(key: str, seen: set[str]) -> bool:

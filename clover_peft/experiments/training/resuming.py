@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
 
 from ...io import run_record as records
+from ...io.atomic import write_json
 from .arguments import LOCAL, Settings
 
 _SETTINGS = "settings.json"
@@ -59,7 +59,7 @@ def find_checkpoint(out: Path, settings: Settings) -> str | None:
 def keep_settings(out: Path, settings: Settings, fingerprint: str) -> None:
     """Writes down what a resumed run must repeat: its settings, and its rows by their fingerprint."""
     out.mkdir(parents=True, exist_ok=True)
-    _write_json(out / _SETTINGS, {**_repeatable(settings), _ROWS: fingerprint})
+    write_json(out / _SETTINGS, {**_repeatable(settings), _ROWS: fingerprint})
 
 
 def check_rows(out: Path, fingerprint: str) -> None:
@@ -89,13 +89,6 @@ def _damaged(checkpoint: Path) -> str | None:
         except (OSError, ValueError, SafetensorError):
             return file.name
     return None
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    """Complete or not at all: what was there stays until all is written."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _repeatable(settings: Settings) -> dict[str, Any]:
@@ -143,7 +136,7 @@ class Before(TrainerCallback):
             return
         self.measured = self.measure()  # in all processes: a sharded model runs in all of them or in none
         if state.is_world_process_zero:
-            _write_json(self.path, self.measured)
+            write_json(self.path, self.measured)
 
 
 @contextlib.contextmanager

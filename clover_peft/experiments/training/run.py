@@ -20,12 +20,13 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from ... import broadcast_bases, initialize_from_activations
 from ...io import run_record as records
-from ...io.cards import change
-from ...io.hub_models import ModelSource, find_model, load_model, load_tokenizer
+from ...io.hub_models import ModelSource, find_model
 from ..commonsense.protocols import find_protocol
 from .answers import Questions
 from .arguments import Settings
+from .card import show_change
 from .data import Split, load_data
+from .loading import load_model, load_tokenizer
 from .resuming import Before, Clock, bases_saved, check_rows, find_checkpoint, keep_settings
 from .saving import keep_start, save
 from .trainer import Trainer
@@ -56,7 +57,7 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
     if sft.n_gpu > 1:
         raise ValueError(
             f"expected one GPU a process, found {sft.n_gpu}, over which DataParallel would spread every batch; use "
-            "accelerate launch (docs/scale.md), or set CUDA_VISIBLE_DEVICES=0"
+            "accelerate launch (docs/how_to/several_gpus.md), or set CUDA_VISIBLE_DEVICES=0"
         )
     out = Path(sft.output_dir)
     say = sft.distributed_state.print  # of several processes on a machine, one speaks
@@ -239,8 +240,8 @@ def _adapter(model: Any) -> dict[str, Any]:
 
 def _print_summary(record: dict[str, Any]) -> None:
     loss, speed = record["loss"], record["tokens_per_second"]
-    held_out = change(loss["held_out_before"], loss["held_out_after"], "not measured")
-    print(f"\nloss {change(loss['first'], loss['last'], 'not logged')} over {record['steps']} steps", end="")
+    held_out = show_change(loss["held_out_before"], loss["held_out_after"], "not measured")
+    print(f"\nloss {show_change(loss['first'], loss['last'], 'not logged')} over {record['steps']} steps", end="")
     print(f", held-out {held_out}", end="")
     print(f"; {record['seconds']['train']:.0f} s, {speed:,.0f} tokens/s" if speed else "")
     lost = [entry["step"] for entry in loss["log"] if not math.isfinite(entry["loss"])]

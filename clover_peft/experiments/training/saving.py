@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from ...io.cards import write_card
 from .arguments import Settings
+from .card import write_card
 from .trainer import Trainer
 
 _INITIAL = "initial_adapter"

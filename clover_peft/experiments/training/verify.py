@@ -1,6 +1,6 @@
 """Checks what a run saved: the adapter reloaded and the merged model must be the model that was trained.
 
-    python -m clover_peft.training.verify <output_dir>
+    python -m clover_peft.experiments.training.verify <output_dir>
 
 A run stores what its trained model answers to held-out questions, and the logits (probe.safetensors). This loads
 `adapter/` and `merged/` in its own process and compares.
@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import clover_peft  # noqa: F401  registers CLOVER, which the adapter may need
 
-from ...io.cards import change
 from .answers import answer_logits, greedy_ids
+from .card import show_change
 
 LOSS_RATIO = 0.8
 EXACT = 1e-4  # largest difference allowed in a float32 logit; the merge is computed in another order
@@ -56,7 +56,7 @@ def verify(output_dir: str | Path, tolerance: float | None = None, loss_fell: bo
     record = json.loads((out / "record.json").read_text(encoding="utf-8"))
     probe = load_file(out / "probe.safetensors")
     loss, problems = record["loss"], []
-    shown = change(loss["first"], loss["last"], "not logged")
+    shown = show_change(loss["first"], loss["last"], "not logged")
     # "not <" also catches NaN
     if loss_fell and not (loss["last"] is not None and float(loss["last"]) < LOSS_RATIO * float(loss["first"])):
         problems.append(f"loss: expected a fall to {LOSS_RATIO:.0%} or less, found {shown}")

@@ -39,7 +39,8 @@ class Style:
     """What differs between the attention modules of transformers that otherwise do the same.
 
     Attributes:
-        forward: of the narrow module.
+        forward: of the narrow module; takes the arguments of the stock forward by their roles (`calls.ROLES`), and as
+            `rest` the keywords that go on to the attention function.
         output: attribute of the output projection; None if another module has it.
         scale: attribute of the softmax scale.
         scales_query: the scale is multiplied onto the query, before the dot product.
@@ -81,7 +82,12 @@ def split_heads(module: Any, x: Tensor, source: Tensor | None, keys: bool) -> di
 
 
 def _query_key_value(
-    module: Any, x: Tensor, cache: Cache | None, source: Tensor | None, positions: tuple[Tensor, Tensor] | None
+    module: Any,
+    x: Tensor,
+    cache: Cache | None,
+    source: Tensor | None,
+    positions: tuple[Tensor, Tensor] | None,
+    rest: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value of all tokens so far, (batch, heads, tokens, width)."""
     layers, known = cache, False
@@ -101,7 +107,9 @@ def _query_key_value(
     if positions is not None:
         query, key = module.clover_modeling.apply_rotary_pos_emb(query, key, *positions)
     if layers is not None:
-        key, value = layers.update(key, value, module.layer_idx)
+        # Where the parameter is called `cache`, it may also change what goes to the attention function.
+        more = {"kwargs": rest} if "cache" in module.clover_call.own else {}
+        key, value = layers.update(key, value, module.layer_idx, **more)
         if source is not None and isinstance(cache, EncoderDecoderCache):
             cache.is_updated[module.layer_idx] = True
     return query, key, value
@@ -139,50 +147,47 @@ def _attended(
 
 def _forward(
     self: Any,
-    hidden_states: Tensor,
     *,
-    attention_mask: Tensor | None = None,
-    past_key_values: Cache | None = None,
-    position_embeddings: tuple[Tensor, Tensor] | None = None,
-    layer_past: Cache | None = None,
-    key_value_states: Tensor | None = None,
-    encoder_hidden_states: Tensor | None = None,
-    encoder_attention_mask: Tensor | None = None,
-    output_attentions: bool = False,
-    **kwargs: Any,
+    hidden_states: Tensor,
+    rest: dict[str, Any],
+    mask: Tensor | None = None,
+    cache: Cache | None = None,
+    positions: tuple[Tensor, Tensor] | None = None,
+    source: Tensor | None = None,
+    source_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Self-attention and cross-attention, by the keywords that the models' layers use.
+    """Self-attention and cross-attention.
 
-    Returns what the module returns, (batch, tokens, features), and the attention weights where there are some.
+    Args:
+        hidden_states: (batch, tokens, features).
+        rest: other keywords of the attention function.
+        mask: (batch, 1, tokens, tokens of keys), or what the attention function takes.
+        cache: keys and values of the tokens before.
+        positions: cosines and sines of rotary embeddings, (batch, tokens, width).
+        source: what keys and values are made from in cross-attention, (batch, tokens of keys, features).
+        source_mask: the mask in cross-attention.
+
+    Returns:
+        What the module returns, (batch, tokens, features), and the attention weights where there are some.
     """
-    source = key_value_states if key_value_states is not None else encoder_hidden_states
-    cache = past_key_values if past_key_values is not None else layer_past
-    states = _query_key_value(self, hidden_states, cache, source, position_embeddings)
-    mask = attention_mask if encoder_attention_mask is None else encoder_attention_mask
-    return _attended(self, *states, mask, **kwargs)
-
-
-def _image_forward(
-    self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
-) -> tuple[Tensor, Tensor | None]:
-    """The same for layers that pass the mask by its place."""
-    return _forward(self, hidden_states, attention_mask=attention_mask, **kwargs)
+    states = _query_key_value(self, hidden_states, cache, source, positions, rest)
+    return _attended(self, *states, mask if source_mask is None else source_mask, **rest)
 
 
 def _t5_forward(
     self: Any,
-    hidden_states: Tensor,
     *,
+    hidden_states: Tensor,
+    rest: dict[str, Any],
     mask: Tensor | None = None,
-    key_value_states: Tensor | None = None,
+    source: Tensor | None = None,
     position_bias: Tensor | None = None,
-    past_key_values: Cache | None = None,
-    **kwargs: Any,
+    cache: Cache | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Attention with a bias by distance, which the first layer makes for all others (as `T5Attention.forward`)."""
-    seen = past_key_values.get_seq_length(self.layer_idx) if past_key_values is not None else 0
+    seen = cache.get_seq_length(self.layer_idx) if cache is not None else 0
     seen = seen.clone() if isinstance(seen, Tensor) else seen  # a static cache counts in place
-    query, key, value = _query_key_value(self, hidden_states, past_key_values, key_value_states, None)
+    query, key, value = _query_key_value(self, hidden_states, cache, source, None, rest)
     if position_bias is None:
         length, key_length = hidden_states.shape[1], key.shape[2]
         if self.has_relative_attention_bias:
@@ -190,26 +195,27 @@ def _t5_forward(
         else:
             position_bias = query.new_zeros(1, self.n_heads, length, key_length)
             position_bias.requires_grad_(self.gradient_checkpointing and self.training)
-    out, weights = _attended(self, query, key, value, mask, position_bias=position_bias, **kwargs)
+    out, weights = _attended(self, query, key, value, mask, position_bias=position_bias, **rest)
     return out, position_bias, weights
 
 
 def _bloom_forward(
     self: Any,
+    *,
     hidden_states: Tensor,
     residual: Tensor,
     alibi: Tensor,
-    attention_mask: Tensor | None,
-    layer_past: Cache | None = None,
-    **kwargs: Any,
+    mask: Tensor | None,
+    rest: dict[str, Any],
+    cache: Cache | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention with linear biases, (batch * heads, 1, tokens), residual added (as `BloomAttention.forward`)."""
-    query, key, value = _query_key_value(self, hidden_states, layer_past, None, None)
+    query, key, value = _query_key_value(self, hidden_states, cache, None, None, rest)
     batch, heads, length, _ = query.shape
     scores = alibi.baddbmm(query.flatten(0, 1), key.flatten(0, 1).mT, beta=self.beta, alpha=self.inv_norm_factor)
     scores = scores.view(batch, heads, length, -1)
-    if attention_mask is not None:
-        scores = scores + attention_mask
+    if mask is not None:
+        scores = scores + mask
     weights = self.attention_dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype))
     out = torch.bmm(weights.flatten(0, 1), value.flatten(0, 1)).view(batch, heads, length, -1)
     out = self.dense(out.transpose(1, 2).flatten(2))
@@ -220,8 +226,7 @@ _BART_STYLE = Style(_forward, output="out_proj", dropout="dropout")
 _BERT_STYLE = Style(_forward, output=None, dropout="dropout")
 _SLIDING = {"sliding_window": "sliding_window"}
 _TABLE: list[tuple[str, Style]] = [
-    ("LlamaAttention GemmaAttention", Style(_forward)),
-    ("ViTAttention", Style(_image_forward)),
+    ("LlamaAttention GemmaAttention ViTAttention", Style(_forward)),
     ("MistralAttention", Style(_forward, options={"sliding_window": "config.sliding_window"})),
     ("Qwen2Attention Qwen3Attention Gemma3Attention", Style(_forward, options=_SLIDING)),
     ("Gemma2Attention", Style(_forward, options={**_SLIDING, "softcap": "attn_logit_softcapping"})),
@@ -236,7 +241,7 @@ _TABLE: list[tuple[str, Style]] = [
         "OPTAttention WhisperAttention",
         Style(_forward, output="out_proj", dropout="dropout", scales_query=True),
     ),
-    ("CLIPAttention SiglipAttention", Style(_image_forward, output="out_proj", dropout="dropout", scale="scale")),
+    ("CLIPAttention SiglipAttention", Style(_forward, output="out_proj", dropout="dropout", scale="scale")),
     (
         "BertSelfAttention BertCrossAttention RobertaSelfAttention RobertaCrossAttention XLMRobertaSelfAttention "
         "XLMRobertaCrossAttention CamembertSelfAttention CamembertCrossAttention ElectraSelfAttention "

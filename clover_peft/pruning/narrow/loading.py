@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
-from ...base_model.attention import AttentionBlock
+from ...base_model.attention import WIDTHS, AttentionBlock
 from ...base_model.resolve import attention_block
 from ...base_model.weight import has_module
 from .modules import check_supported, narrow, widths
@@ -99,6 +99,24 @@ def _block_at(model: nn.Module, path: str) -> AttentionBlock | None:
     return next((block for block in found if block is not None and block.path == path), None)
 
 
+def _install_lazy_caches() -> None:
+    """Let `generate` make a static cache for chunks of a prompt when it is first used, where heads are narrow.
+
+    It would make the cache before, with keys and values of the head size that stands in the config.
+    """
+    mixin: Any = GenerationMixin
+    shape = getattr(mixin, "_get_static_cache_init_shape", None)  # older versions make all caches when they are used
+    if shape is None or getattr(shape, "clover", False):
+        return
+
+    @functools.wraps(shape)
+    def none_if_narrow(self: Any) -> Any:
+        return None if any(hasattr(module, WIDTHS) for module in self.modules()) else shape(self)
+
+    none_if_narrow.clover = True  # type: ignore[attr-defined]
+    mixin._get_static_cache_init_shape = none_if_narrow
+
+
 def install() -> None:
     """Let transformers and diffusers load pruned models; once."""
     if not getattr(PreTrainedModel.post_init, "clover", False):
@@ -111,6 +129,7 @@ def install() -> None:
 
         narrow_first.clover = True  # type: ignore[attr-defined]
         PreTrainedModel.post_init = narrow_first
+    _install_lazy_caches()
     if importlib.util.find_spec("diffusers") is None:
         return
     try:

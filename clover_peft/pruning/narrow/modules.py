@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
@@ -18,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...base_model.attention import WIDTHS, AttentionBlock
 from .attention import STYLES, NarrowAttnProcessor, Part, Projection
+from .calls import call_of, check_parameters
 
 # Modules that read the sizes of their heads from attributes of their own: key, value, and what depends on them.
 SELF_DESCRIBED = ("DeepseekV2Attention", "DeepseekV3Attention")
@@ -70,6 +72,22 @@ def check_supported(block: AttentionBlock) -> None:
             f"{block.path}: expected diffusers' plain attention processor, found {processor}; call "
             "set_default_attn_processor() first"
         )
+    try:
+        _check_calls(module, stock)
+    except ValueError as error:
+        raise ValueError(f"{block.path}: {error}") from None
+
+
+def _check_calls(module: Any, stock: Any) -> None:
+    """Raises ValueError, naming the class, if the stock forward has a parameter that the narrow one would not read."""
+    if stock.__name__ in STYLES:
+        call_of(stock, STYLES[stock.__name__].forward)
+    elif hasattr(module, "set_processor"):
+        diffusers = sys.modules["diffusers"]
+        # Positional arguments more than these are what diffusers itself ignores.
+        known = {*inspect.signature(NarrowAttnProcessor.__call__).parameters, "args"}
+        for owner, function in ((stock, stock.forward), (type(module.processor), type(module.processor).__call__)):
+            check_parameters(owner.__name__, function, known, f"diffusers {diffusers.__version__}")
 
 
 @contextlib.contextmanager
@@ -104,8 +122,12 @@ def narrow(block: AttentionBlock, key_width: int, value_width: int, output_bias:
         key_width: dimensions of a query and key head, with those that are rotated.
         value_width: dimensions of a value head.
         output_bias: whether the output projection is to have a bias.
+
+    Raises:
+        ValueError: if calls of the class cannot be read; nothing is changed then.
     """
     module: Any = block.modules[0]
+    _check_calls(module, _stock_class(module))
     widths = {"q": key_width, "k": key_width, "v": value_width}
     if type(module).__name__ in SELF_DESCRIBED:
         widths["q"] += module.qk_rope_head_dim
@@ -133,12 +155,20 @@ def narrow(block: AttentionBlock, key_width: int, value_width: int, output_bias:
 
 @functools.cache
 def _narrow_class(stock: Any) -> type[nn.Module]:
-    """A subclass of an attention class with the forward of its narrow form; narrow ones as they are."""
+    """A subclass of an attention class with the forward of its narrow form; narrow ones as they are. How its calls are
+    read is found out here, once for each class."""
     if hasattr(stock, "clover_style"):
         return stock
     style = STYLES[stock.__name__]
+    call = call_of(stock, style.forward)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return style.forward(self, **call.read(args, kwargs))
+
+    forward.__signature__ = inspect.signature(stock.forward)  # type: ignore[attr-defined]
     namespace = {
-        "forward": style.forward,
+        "forward": forward,
+        "clover_call": call,
         "clover_stock": stock,
         "clover_style": style,
         "clover_modeling": sys.modules[stock.__module__],

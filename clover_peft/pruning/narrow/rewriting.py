@@ -1,4 +1,4 @@
-"""New, narrower projections in place of an attention block's."""
+"""Replaces the projections of an attention block by narrower ones."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .modules import narrow, undone_on_error
 
 
 class Change(NamedTuple):
-    """What becomes of one pair of a block.
+    """The change to one pair of an attention block.
 
     Attributes:
         pair: the pair.
         directions: its directions.
         down: (H, d, d) float64, C, from `Directions.factors`.
         back: (G, d, d) float64, E.
-        width: directions that all heads of the pair are given room for.
+        width: the new width of all its heads.
     """
 
     pair: Pair
@@ -34,32 +34,36 @@ class Change(NamedTuple):
     width: int
 
 
-def rewrite(block: AttentionBlock, pairs: Sequence[Change]) -> None:
-    """Put narrower projections in place of a block's, those that change; in float64, one block at a time.
+def rewrite(changes: Sequence[Change]) -> None:
+    """Replace the projections of one attention block that change by narrower ones; computed in float64.
 
     After an error the block is as it was.
+
+    Args:
+        changes: the changes to pairs of the same attention block.
     """
-    with undone_on_error(block):
-        _rewrite(block, pairs)
+    attention = changes[0].pair.attention
+    with undone_on_error(attention):
+        _rewrite(attention, changes)
 
 
-def _rewrite(block: AttentionBlock, pairs: Sequence[Change]) -> None:
-    at = pairs[0].down.device
-    changed = {part for change in pairs for part in ("qk" if change.pair.kind == "qk" else "v")}
-    parts: dict[str, Tensor] = {}  # rows of a head's features, the bias as the last row: (D + 1, heads, d)
+def _rewrite(attention: AttentionBlock, changes: Sequence[Change]) -> None:
+    at = changes[0].down.device
+    changed = {part for change in changes for part in ("qk" if change.pair.kind == "qk" else "v")}
+    parts: dict[str, Tensor] = {}  # (D + 1, heads, d): rows of the heads' features; the last row is the bias
     slices: dict[str, HeadSlice] = {}
-    for name in block.present():
-        layout = block.layout(block.prefix + name, name)
+    for name in attention.present():
+        layout = attention.layout(attention.prefix + name, name)
         slices |= layout
         if changed & set(layout):
-            projection = block.module_of(name)
+            projection = attention.module_of(name)
             rows = _rows(projection).to(at).double()
             if projection.bias is not None:
                 rows = torch.cat([rows, projection.bias.to(rows).unsqueeze(0)])
             parts |= {part: heads.blocks(rows, heads.dim) for part, heads in layout.items()}
-    output, read = block.module_of(block.family.output), None
+    output, read = attention.module_of(attention.family.output), None
     bias = None if output.bias is None else output.bias.to(at).double()
-    for pair, directions, down, back, width in pairs:
+    for pair, directions, down, back, width in changes:
         down, back = down[:, :width], back[..., :width]
         if pair.kind == "vo":
             read = pair.partner.heads.blocks(_rows(output).mT.to(at).double(), pair.heads.dim)
@@ -70,16 +74,17 @@ def _rewrite(block: AttentionBlock, pairs: Sequence[Change]) -> None:
             read = torch.einsum("ogd,gdw->ogw", read, back)
             continue
         for part, heads, factor in (("k", pair.heads, down.mT), ("q", pair.partner.heads, back)):
+            # Under partial rotation a pair is a part of its heads, and their other features stay.
             start, whole = heads.offset - slices[part].offset, parts[part]
             first, middle, last = whole.split([start, heads.dim, whole.shape[-1] - start - heads.dim], dim=-1)
             parts[part] = torch.cat([first, torch.einsum("nhd,hdw->nhw", middle, factor), last], dim=-1)
     if output.bias is None and bias is not None and not bool(bias.any()):
         bias = None
     dims = {part: parts[part].shape[-1] if part in parts else slices[part].dim for part in "kv"}
-    narrow(block, dims["k"], dims["v"], bias is not None)
-    for name in block.present():
-        layout = block.layout(block.prefix + name, name)
-        projection = block.module_of(name)
+    narrow(attention, dims["k"], dims["v"], bias is not None)
+    for name in attention.present():
+        layout = attention.layout(attention.prefix + name, name)
+        projection = attention.module_of(name)
         if not changed & set(layout):
             continue
         for part, heads in layout.items():
@@ -89,7 +94,7 @@ def _rewrite(block: AttentionBlock, pairs: Sequence[Change]) -> None:
             if projection.bias is not None:
                 place = heads.heads(projection.bias)
                 place.copy_(parts[part][-1].reshape(place.shape))
-    output = block.module_of(block.family.output)
+    output = attention.module_of(attention.family.output)
     if read is not None:
         _rows(output).copy_(read.flatten(1).mT)
     if bias is not None:

@@ -1,0 +1,90 @@
+"""Finds the subcommand that the command line names, parses its arguments, and runs it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from .._version import __version__
+from . import parsers
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand.
+
+    Attributes:
+        help: one line.
+        extra: the extra of the package that it needs, or None.
+        modules: the modules of that extra that it imports.
+    """
+
+    help: str
+    extra: str | None = None
+    modules: tuple[str, ...] = ()
+
+
+_TRAIN = ("train", ("trl", "datasets"))
+COMMANDS = {
+    "sft": Command("fine-tune a language model on instruction data with TRL", *_TRAIN),
+    "prune": Command("make attention heads narrower along their singular directions"),
+    "spectra": Command("show what attention heads would lose to pruning"),
+    "export": Command("merge an adapter into its base model, or approximate it by LoRAs"),
+    "plan": Command("count an adapter's parameters and bytes without loading weights"),
+    "evaluate": Command("ask a model the questions of the commonsense suite"),
+    "ablate": Command("compare methods over learning rates and seeds", *_TRAIN),
+    "analyze": Command("measure what fine-tuning did to the weights"),
+    "prepare-data": Command("build the commonsense suite's training and test rows"),
+    "run": Command("run a Python program in which CLOVER is registered with peft"),
+}
+
+
+def parse(arguments: Sequence[str] | None = None) -> tuple[str, argparse.Namespace]:
+    """Parses a command line without importing torch.
+
+    Args:
+        arguments: those after `clover`; None: those of the process.
+
+    Returns:
+        The subcommand's name, and its parsed arguments.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    width = max(map(len, COMMANDS))
+    parser = argparse.ArgumentParser(
+        prog="clover",
+        usage="clover COMMAND ...",
+        description="Fine-tune and prune attention with CLOVER (arXiv 2411.17426).",
+        epilog="\n".join(
+            [
+                "commands:",
+                *(f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()),
+                "",
+                "`clover COMMAND --help` lists a command's options.",
+            ]
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
+    name = parser.parse_args(arguments[:1]).command
+    return name, parsers.PARSERS[name](arguments[1:])
+
+
+def run(name: str, given: argparse.Namespace) -> int:
+    """Runs a subcommand.
+
+    Returns:
+        The exit code of the process.
+    """
+    command = COMMANDS[name]
+    for module in command.modules:
+        if find_spec(module) is None:
+            remedy = f'pip install "clover-peft[{command.extra}]"'
+            print(f"error: clover {name}: expected the package {module}, found none; {remedy}", file=sys.stderr)
+            return 1
+    code: int = importlib.import_module(f".{name.replace('-', '_')}", __package__).run(given)
+    return code

@@ -1,0 +1,144 @@
+"""`clover evaluate`: a model's accuracy on the commonsense suite."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from ..experiments.commonsense import TASKS, evaluation
+from ..experiments.commonsense.protocols import find_protocol
+from ..io import run_record as records
+from ..io.hub_models import ModelSource, accelerator, find_adapter, find_model, load_trained, weights_digest
+from . import parsers
+from .errors import reports_errors
+
+_UNUSED_BY_HARNESS = ("data", "split", "tasks", "mode", "prompt", "beams", "new_tokens", "merge", "vllm")
+
+
+@reports_errors()
+def run(given: argparse.Namespace) -> int:
+    if (given.out / "record.json").exists():
+        raise ValueError(f"{given.out}: expected an unfinished evaluation or a new folder, found a finished one")
+    for key in ("rows", "batch_size", "beams", "new_tokens"):
+        if (value := getattr(given, key)) is not None and value < 1:
+            raise ValueError(f"--{key.replace('_', '-')}: expected at least 1, found {value}")
+    _refuse_unused(given)
+    if given.merge and given.adapter is None:
+        raise ValueError("--merge: expected --adapter, found none to merge")
+    given.mode, given.split = given.mode or "generate", given.split or "test"
+    trained = _trained(given.adapter or given.model)
+    given.dtype = given.dtype or trained.get("model", {}).get("dtype", "torch.float32").removeprefix("torch.")
+    source = find_model(given.model or _base(given.adapter))
+    result = _harness(given, source, trained) if given.harness else _suite(given, source, trained)
+    options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()}
+    record = {"options": options, "model": source.name, "origin": source.origin, **result}
+    print(f"record: {records.write(given.out / 'record.json', {**record, 'environment': records.environment()})}")
+    return 0
+
+
+def _refuse_unused(given: argparse.Namespace) -> None:
+    for what, chosen, keys in (
+        ("--harness", given.harness, _UNUSED_BY_HARNESS),
+        ("--mode score", given.mode == "score", ("beams", "new_tokens")),
+        ("no --harness", not given.harness, ("harness_tasks",)),
+    ):
+        if chosen and (unused := [key for key in keys if getattr(given, key) not in (None, False)]):
+            raise ValueError(f"--{unused[0].replace('_', '-')}: expected none with {what}, which does not use it")
+
+
+def _suite(given: argparse.Namespace, source: ModelSource, trained: dict[str, Any]) -> dict[str, Any]:
+    if given.data is None:
+        raise ValueError("--data: expected a folder that `clover prepare-data` wrote, found none")
+    rows = evaluation.read_questions(given.data, given.split, given.tasks or list(TASKS), given.rows, given.seed)
+    if given.vllm and (given.adapter or given.mode == "score"):
+        raise ValueError("--vllm generates with a merged model: pass its folder as --model (`clover export`)")
+    model: Any = None
+    if given.vllm:
+        tokenizer = AutoTokenizer.from_pretrained(source.path)
+    else:
+        model, tokenizer = load_trained(source, given.adapter, given.dtype, given.merge, **_revision(trained))
+    in_training = (trained.get("settings") or {}).get("prompt")
+    prompt = given.prompt or in_training
+    protocol = find_protocol(prompt, tokenizer)
+    why = "as asked for" if given.prompt else "as in training" if in_training else "nothing says how it was trained"
+    print(f"prompt: {prompt or ('chat' if protocol is None else 'clover')} ({why}); weights: {given.dtype}")
+    beams = given.beams or (protocol.beams if protocol else 1)
+    new_tokens = given.new_tokens or (protocol.new_tokens if protocol else 32)
+    if given.mode == "score":
+        predict = evaluation.scorer(model, tokenizer, protocol)
+    elif given.vllm:
+        predict = evaluation.vllm_generator(source.path, tokenizer, protocol, beams, new_tokens, given.dtype)
+    else:
+        predict = evaluation.generator(model, tokenizer, protocol, beams, new_tokens)
+    asked = {
+        key: getattr(given, key)
+        for key in ("adapter", "data", "split", "tasks", "seed", "mode", "prompt", "dtype", "merge", "vllm")
+    }
+    asked["prompt"] = prompt
+    if given.adapter and given.adapter.is_dir():  # another may have been trained into the same folder
+        asked["adapter_sha256"] = records.digest(sorted(given.adapter.glob("adapter_*")))
+    asked |= {"model_sha256": weights_digest(source.path), **_revision(trained)}
+    if given.mode == "generate":
+        asked |= {"beams": beams, "new_tokens": new_tokens}
+    resumed = (given.out / "predictions.jsonl").exists()
+    started = time.perf_counter()
+    predictions = evaluation.evaluate(rows, predict, given.batch_size, given.out, {"model": source.path, **asked})
+    summary = evaluation.summarise(predictions)
+    print(evaluation.show(summary))
+    return {**summary, "asked": asked, "seconds": None if resumed else time.perf_counter() - started}
+
+
+def _harness(given: argparse.Namespace, source: ModelSource, trained: dict[str, Any]) -> dict[str, Any]:
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+        from lm_eval.utils import make_table
+    except ImportError as error:
+        raise ValueError("--harness: expected lm-evaluation-harness, found none; pip install lm-eval") from error
+    arguments = {"pretrained": source.path, "dtype": given.dtype, **_revision(trained)}
+    if given.adapter:
+        arguments["peft"] = str(given.adapter)
+    found = lm_eval.simple_evaluate(
+        model="hf",
+        model_args=arguments,
+        tasks=given.harness,
+        num_fewshot=0,
+        batch_size=given.batch_size,
+        device=str(accelerator()),  # its own default is CUDA
+        limit=given.rows,
+        task_manager=TaskManager(include_path=given.harness_tasks),
+        random_seed=given.seed,
+    )
+    print(make_table(found))
+    return {key: found[key] for key in ("results", "versions", "n-samples", "higher_is_better") if key in found}
+
+
+def _trained(folder: str | Path | None) -> dict[str, Any]:
+    """The record that `clover sft` left beside an adapter or a model; empty where there is none."""
+    record = None if folder is None else Path(folder).resolve().parent / "record.json"
+    if record is None or not record.is_file():
+        return {}
+    return records.read_json(record, "move it away, and pass --prompt")
+
+
+def _revision(trained: dict[str, Any]) -> dict[str, str]:
+    """The base's revision that an adapter was trained on, where it was pinned."""
+    revision = ((trained.get("settings") or {}).get("model_init_kwargs") or {}).get("revision")
+    return {"revision": revision} if revision else {}
+
+
+def _base(adapter: Path | None) -> str | None:
+    """The base that an adapter names; None is the default model."""
+    if adapter is None:
+        return None
+    name = find_adapter(adapter).base_model_name_or_path
+    return str(name) if name else None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run(parsers.evaluate(arguments))

@@ -1,0 +1,259 @@
+"""`clover export`: merges an adapter into its base model, or approximates it by LoRAs."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftConfig, PeftModel, convert_to_lora, get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..tuner.bases import clover_layers
+from ..tuner.config import CloverConfig
+from ..tuner.lora_approximation import lora_errors
+from . import parsers
+from .errors import reports_errors
+
+_KINDS = {
+    "CAUSAL_LM": transformers.AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
+    "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
+}
+_FEATURES = transformers.AutoModel
+# What rounding may do to float32 logits: their relative distance.
+_ALLOWED = 64 * torch.finfo(torch.float32).eps
+_TOKENS = 32
+
+
+def export(
+    adapter: str,
+    out: Path,
+    base: str | None = None,
+    dtype: torch.dtype | None = None,
+    lora_ranks: list[int] | None = None,
+) -> dict[str, Any]:
+    """Writes the merged model, and LoRAs beside it.
+
+    Args:
+        adapter: folder or hub name of a CLOVER adapter (or of another that peft can merge).
+        out: folder to write, new or empty.
+        base: base model; None: the one that the adapter names.
+        dtype: of the export; None: the base's own. All else is computed in float32, which must fit into memory.
+        lora_ranks: ranks of the LoRAs to write.
+
+    Returns:
+        `difference`: relative distance of the merge's float32 logits on random tokens from the adapter's, or of the
+        folder's from those of the rounded merge, the larger one; `changed`: tensors of the folder that are not the
+        merge, rounded once; `rounding`: what rounding does to the logits, as a share of what the adapter does;
+        `dtype`; `lora`: rank -> `weights` and `logits`, the relative error of the update and of its effect.
+
+    Raises:
+        ValueError: `out` is in use, the base is not known, something of the adapter would be lost, or no LoRA can be
+            made of it.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: expected a new or empty folder, found files; choose another")
+    config = PeftConfig.from_pretrained(adapter)
+    base = base or config.base_model_name_or_path
+    if not base:
+        raise ValueError(f"{adapter}: expected the name of its base model, found none; pass --base")
+    extra = [name for name in ("modules_to_save", "trainable_token_indices") if getattr(config, name, None)]
+    extra += ["bias"] if getattr(config, "bias", "none") != "none" else []
+    if lora_ranks and extra:
+        raise ValueError(f"{adapter}: {extra[0]} cannot be part of a LoRA made of it; leave --lora-rank out")
+    if lora_ranks and not isinstance(config, CloverConfig):
+        raise ValueError(f"{adapter}: expected a CLOVER adapter, found {config.peft_type}; leave --lora-rank out")
+    tokenizer = _tokenizer(adapter, base)
+    kind = _class_of(config)
+    model = kind.from_pretrained(base, dtype="auto")
+    if getattr(model, "is_quantized", False):
+        raise ValueError(f"{base}: expected weights that are not quantised, found some; merge into the original model")
+    own, wide = dtype or model.dtype, torch.promote_types(model.dtype, torch.float32)
+    del model  # loaded again, not cast: what a model computes while it loads, as Gemma its scale, has its dtype
+    model = kind.from_pretrained(base, dtype=wide)
+    grown = _grow(model, adapter, tokenizer)
+    plain = _probe(model)
+    model = PeftModel.from_pretrained(model, adapter).eval()
+    if lora_ranks:
+        _check_loras(model, lora_ranks)
+    expected = _probe(model)
+    loras = {}
+    if lora_ranks:
+        errors = lora_errors(model, lora_ranks)["all"]
+        for rank in lora_ranks:
+            folder = out.with_name(f"{out.name}-lora-r{rank}")
+            _write_lora(model, folder, rank, tokenizer if grown else None, embeddings=grown)
+            lora = kind.from_pretrained(base, dtype=wide)
+            _grow(lora, adapter, tokenizer)
+            found = _probe(PeftModel.from_pretrained(lora, folder))
+            loras[rank] = {"weights": errors[rank], "logits": _distance(found, expected, expected - plain)}
+            del lora
+    merged = model.merge_and_unload(safe_merge=True)
+    exact = _probe(merged)
+    digests = _digests(merged, own)
+    _settle_ties(_cast(merged, own))
+    merged.save_pretrained(out)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(out)
+    rounded = _probe(_cast(merged, wide))
+    del model, merged
+    read = kind.from_pretrained(out, dtype=wide)
+    there, found = _digests(read, own), _probe(read)
+    differences = torch.tensor([_distance(exact, expected, expected), _distance(found, rounded, rounded)])
+    return {
+        "difference": float(differences.max()),  # NaN if any is
+        "changed": [name for name in digests if there.get(name) != digests[name]],
+        "rounding": _distance(found, exact, expected - plain),
+        "dtype": str(own),
+        "lora": loras,
+    }
+
+
+def _class_of(config: PeftConfig) -> Any:
+    """The class to load the base with: by the task, else the one that peft noted, as AutoPeftModel does."""
+    noted = (config.auto_mapping or {}).get("base_model_class")
+    if config.task_type is None and isinstance(found := getattr(transformers, str(noted), None), type):
+        return found
+    return _KINDS.get(str(getattr(config.task_type, "value", config.task_type)), _FEATURES)
+
+
+def _tokenizer(adapter: str, base: str) -> Any:
+    """The adapter's own tokenizer, else the base's; None where neither has one."""
+    for place in (adapter, base):
+        try:
+            return transformers.AutoTokenizer.from_pretrained(place)
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def _cast(model: Any, dtype: torch.dtype) -> Any:
+    """The model with what it saves in `dtype`, in place; what it computes when it is loaded stays as it is."""
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return model
+
+
+def _digests(model: Any, dtype: torch.dtype) -> dict[str, bytes]:
+    """A digest of every tensor that the model saves, rounded to `dtype`: two models need not be in memory at once."""
+    result = {}
+    for name, tensor in model.state_dict().items():
+        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        result[name] = hashlib.blake2b(tensor.contiguous().flatten().view(torch.uint8).numpy()).digest()
+    return result
+
+
+def _grow(model: Any, adapter: str, tokenizer: Any) -> bool:
+    """Give the embeddings the rows that they had in training: as many as were saved, else as the tokenizer needs.
+
+    Returns whether the adapter brings embeddings of its own.
+    """
+    embedding = model.get_input_embeddings()
+    path = next(name for name, module in model.named_modules() if module is embedding)
+    there = embedding.weight.shape[0]
+    saved = None
+    if (file := Path(adapter, "adapter_model.safetensors")).is_file():
+        with safe_open(file, framework="pt") as tensors:
+            if (key := f"base_model.model.{path}.weight") in set(tensors.keys()):
+                saved = tensors.get_slice(key).get_shape()[0]
+    rows = saved or max(len(tokenizer) if tokenizer is not None else 0, there)
+    if rows != there:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    return saved is not None or rows != there
+
+
+def _settle_ties(model: Any) -> None:
+    """Say in the config whether output and input embeddings are one: an adapter may have trained one of two."""
+    config = model.config.get_text_config()
+    out, into = model.get_output_embeddings(), model.get_input_embeddings()
+    if not getattr(config, "tie_word_embeddings", False) or out is None or out.weight is into.weight:
+        return
+    if torch.equal(out.weight, into.weight):
+        out.weight = into.weight
+        return
+    for each in {id(config): config, id(model.config): model.config}.values():
+        each.tie_word_embeddings = False
+
+
+def _check_loras(model: PeftModel, ranks: list[int]) -> None:
+    """Refuse ranks that no LoRA of these modules has, and modules whose bias a LoRA would leave out."""
+    layers = clover_layers(model)
+    for _, layer in layers:
+        if not layer.supports_lora_conversion():
+            raise ValueError(
+                f"{layer.name}: expected a module without bias, found one whose bias the adapter changes too, which a "
+                "LoRA cannot; leave --lora-rank out and serve the merged model, or leave modules with biases out of "
+                "target_modules in training"
+            )
+    narrowest = min(min(layer.in_features, layer.out_features) for _, layer in layers)
+    for rank in ranks:
+        if not 1 <= rank <= narrowest:
+            raise ValueError(
+                f"--lora-rank {rank}: expected 1 to {narrowest}, the narrowest of the adapted projections; choose "
+                "another"
+            )
+
+
+def _write_lora(model: PeftModel, folder: Path, rank: int, tokenizer: Any, embeddings: bool) -> None:
+    """Save the best LoRA of a rank, and with it embeddings that have more rows than the base's."""
+    config, state = convert_to_lora(model, rank=rank)
+    if embeddings:
+        own = get_peft_model_state_dict(model, save_embedding_layers=True)
+        state |= {name: tensor.clone() for name, tensor in own.items() if "clover_" not in name}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / "adapter_model.safetensors")
+    config.save_pretrained(str(folder))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _distance(this: Tensor, that: Tensor, unit: Tensor) -> float:
+    """The distance of two tensors of logits, in lengths of `unit`; 0 where they are equal."""
+    distance = torch.linalg.vector_norm(this - that)
+    return float(distance / torch.linalg.vector_norm(unit)) if distance != 0 else 0.0
+
+
+@torch.no_grad()
+def _probe(model: Any) -> Tensor:
+    """Float32 logits (or last hidden states) on fixed random tokens."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.get_input_embeddings().weight.shape[0], (1, _TOKENS), generator=generator)
+    more = {"decoder_input_ids": ids.flip(-1)} if model.config.is_encoder_decoder else {}
+    result = model.eval()(input_ids=ids.to(model.device), **more)
+    return (result.logits if "logits" in result else result[0]).float().cpu()
+
+
+@reports_errors(TypeError, status=2)
+def run(given: argparse.Namespace) -> int:
+    dtype = getattr(torch, given.dtype) if given.dtype else None
+    report = export(given.adapter, given.out, given.base, dtype, given.lora_rank)
+    for rank, lost in report["lora"].items():
+        print(f"LoRA r={rank}: {lost['weights']:.1%} of the update lost, {lost['logits']:.1%} of its effect on logits")
+    difference, changed = report["difference"], report["changed"]
+    print(
+        f"{given.out}: {report['dtype']}, logits off by {difference:.1e} from the adapter before rounding; rounding "
+        f"moves them by {report['rounding']:.1%} of what the adapter does"
+    )
+    if changed:
+        problem = f"{changed[0]}: expected the merged tensor in the folder, found another ({len(changed)} such)"
+    elif not difference <= _ALLOWED:
+        problem = f"the export is not the adapted model: expected logits within {_ALLOWED:.1e}"
+    else:
+        return 0
+    print(f"FAILED: {problem}; do not use {given.out}", file=sys.stderr)
+    return 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run(parsers.export(arguments))

@@ -1,0 +1,250 @@
+"""`clover plan`: what an adapter takes, counted without weights."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from peft import get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..base_model.weight import base_of, out_features
+from ..io.overrides import apply_override
+from ..tuner.bases import clover_layers, frozen_tensors, inner_model
+from ..tuner.block_spec import BlockSpec
+from ..tuner.config import CloverConfig
+from ..tuner.layer import CloverLayer
+from . import parsers
+from .errors import reports_errors
+
+BYTES = 4  # S and the bases are float32, whatever the base model is
+
+
+def plan(config: transformers.PretrainedConfig, adapter: CloverConfig) -> dict[str, Any]:
+    """Counts an adapter's tensors on a model without weights.
+
+    Args:
+        config: of the base model.
+        adapter: of the adapter.
+
+    Returns:
+        JSON-ready: `parameters` (trainable, base), `bytes` (S, bases, gradients, adamw), `adapter_file` (bytes of its
+        tensors under each `save_bases`) and `layers`: path of the layer, "" outside of any -> its modules, each
+        with its slices and `gram_flops`.
+
+    Raises:
+        ValueError: the adapter does not fit the model.
+    """
+    model = _empty(config)
+    base = sum(p.numel() for p in model.parameters())
+    with torch.device("meta"):
+        inner = inner_model(get_peft_model(model, adapter))
+    trainable = sum(p.numel() for p in inner.parameters() if p.requires_grad)
+    layers: dict[str, dict[str, Any]] = {}
+    s = bases = alone = folded = 0
+    for path, layer in clover_layers(inner):
+        specs = layer.specs["default"]
+        for spec in specs:
+            norms = spec.blocks * spec.size
+            s += _numel(spec.s_shape)
+            bases += sum(map(_numel, spec.base_shapes.values()))
+            alone += _numel(spec.s_shape) + 2 * spec.blocks * spec.r + norms  # with S0 and the probe of the bases
+            folded += norms * spec.size + norms
+        low_rank = (part for name, part in layer.trained_tensors("default").items() if name != "clover_S")
+        count = sum(tensor.numel() for part in low_rank for tensor in part.values())
+        s, alone, folded = s + count, alone + count, folded + count
+        layers.setdefault(_layer_of(path), {})[path] = {
+            "slices": [_describe(spec) for spec in specs],
+            "gram_flops": sum(_gram_flops(inner, layer, spec) for spec in specs),
+        }
+    beside = trainable - s  # biases, modules_to_save
+    files = {"true": s + bases, "false": alone, "folded": folded}
+    return {
+        "model_type": config.model_type,
+        "parameters": {"trainable": trainable, "S": s, "base": base},
+        "bytes": {
+            "S": BYTES * s,
+            "bases": BYTES * bases,
+            "gradients": BYTES * trainable,
+            "adamw": 2 * BYTES * trainable,
+        },
+        "adapter_file": {name: BYTES * (count + beside) for name, count in files.items()},
+        "layers": layers,
+    }
+
+
+def match(config: transformers.PretrainedConfig, budget: int, targets: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Ranks at which low-rank methods train as many numbers as CLOVER.
+
+    One rank for all modules comes in steps of their whole size, so the module that is smallest in all gets its own.
+
+    Args:
+        config: of the base model.
+        budget: the trainable parameters to match.
+        targets: last parts of the names of the modules, linear ones.
+
+    Returns:
+        "lora" (also PiSSA), "dora" (which trains a magnitude for every output, too) -> `r`, `rank_pattern`,
+        `parameters`.
+
+    Raises:
+        ValueError: the model has no such module, or they are too large for the budget at rank 1.
+    """
+    sizes, outputs = dict.fromkeys(targets, 0), 0
+    for name, module in _empty(config).named_modules():
+        if (last := name.rpartition(".")[2]) in sizes and isinstance(module, (nn.Linear, Conv1D)):
+            sizes[last] += sum(module.weight.shape)
+            outputs += out_features(module, name)
+    if missing := [name for name, size in sizes.items() if not size]:
+        raise ValueError(f"--match {missing[0]}: expected a linear module of the model, found none")
+    smallest, found = min(sizes, key=lambda name: sizes[name]), {}
+    for method, beside in (("lora", 0), ("dora", outputs)):
+        if (low := (budget - beside) // sum(sizes.values())) < 1:
+            raise ValueError(
+                f"--match: expected modules that fit {budget:,} parameters at rank 1, found too large ones"
+            )
+        choices = []
+        for r in (low, low + 1):
+            rest = budget - beside - r * (sum(sizes.values()) - sizes[smallest])
+            ranks = dict.fromkeys(sizes, r) | {smallest: max(1, round(rest / sizes[smallest]))}
+            choices.append((r, ranks[smallest], beside + sum(ranks[name] * size for name, size in sizes.items())))
+        r, own, count = min(choices, key=lambda choice: (abs(choice[2] - budget), abs(choice[1] - choice[0])))
+        found[method] = {"r": r, "rank_pattern": {} if own == r else {smallest: own}, "parameters": count}
+    return found
+
+
+def measure(config: transformers.PretrainedConfig, adapter: CloverConfig) -> tuple[str, float]:
+    """Makes the bases of the first layer from random float32 weights.
+
+    Returns:
+        The layer's path, and the seconds on this machine.
+    """
+    model = _empty(config)
+    with torch.device("meta"):
+        found = clover_layers(inner_model(get_peft_model(_empty(config), adapter)))
+    first = _layer_of(found[0][0])
+    seconds = 0.0
+    for path, layer in found:
+        if _layer_of(path) != first:
+            continue
+        specs = layer.specs["default"]
+        partners = [spec.partner.path for spec in specs if spec.partner is not None]
+        for name in dict.fromkeys([path, *partners]):
+            module = model.get_submodule(name).to_empty(device="cpu")
+            for parameter in module.parameters():
+                nn.init.normal_(parameter.data, std=0.02)
+        started = time.perf_counter()
+        frozen_tensors(model, CloverLayer(model.get_submodule(path), "default", path), specs)
+        seconds += time.perf_counter() - started
+        for name in dict.fromkeys([path, *partners]):
+            model.get_submodule(name).to("meta")
+    return first, seconds
+
+
+def _empty(config: transformers.PretrainedConfig) -> nn.Module:
+    """The model on the meta device, in float32."""
+    for kind in (transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM, transformers.AutoModel):
+        if type(config) in kind._model_mapping:
+            with torch.device("meta"):
+                return kind.from_config(config, dtype=torch.float32)
+    raise ValueError(f"model_type {config.model_type!r}: expected one that transformers has a model for, found none")
+
+
+def _layer_of(path: str) -> str:
+    """`model.layers.3` of `model.layers.3.mlp.up_proj`."""
+    number = re.search(r"\.\d+(?=\.)", path)
+    return path[: number.end()] if number else ""
+
+
+def _numel(shape: Sequence[int]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _describe(spec: BlockSpec) -> dict[str, Any]:
+    return {
+        "part": spec.part,
+        "blocks": spec.blocks,
+        "size": spec.size,
+        "r": spec.r,
+        "basis": spec.basis,
+        "parameters": _numel(spec.s_shape),
+    }
+
+
+def _gram_flops(model: nn.Module, layer: CloverLayer, spec: BlockSpec) -> int:
+    """Of the d x d Gram matrices of both sides; what is decomposed then is d x d."""
+    inner = layer.weight.shape[0 if layer.fan_in_fan_out else 1]
+    flops = 2 * inner * spec.heads.features * spec.size
+    if spec.partner is not None and spec.basis == "pair":
+        partner: Any = base_of(model.get_submodule(spec.partner.path))
+        heads_last = spec.partner.reads != isinstance(partner, Conv1D)  # in the weight, (out, in) but for Conv1D
+        outer = partner.weight.shape[0 if heads_last else 1]
+        flops += 2 * outer * spec.partner.heads.features * spec.size
+    return flops
+
+
+def _overrides(pairs: list[str]) -> CloverConfig:
+    known = {field.name for field in dataclasses.fields(CloverConfig)}
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        if pair.partition("=")[0].partition(".")[0] not in known or "=" not in pair:
+            raise ValueError(f"{pair}: expected key=value with a field of CloverConfig")
+        apply_override(values, pair)
+    return CloverConfig(**values)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:,.1f} {unit}" if unit != "B" else f"{count:,.0f} B"
+        count /= 1024
+    raise AssertionError
+
+
+@reports_errors()
+def run(given: argparse.Namespace) -> int:
+    config = transformers.AutoConfig.from_pretrained(given.config_name)
+    result = plan(config, _overrides(given.overrides))
+    if given.match:
+        result["match"] = match(config, result["parameters"]["trainable"], given.match)
+    if given.measure:
+        measured = measure(config, _overrides(given.overrides))
+        result["measured"] = dict(zip(("layer", "seconds"), measured, strict=True))
+    if given.json:
+        print(json.dumps(result, indent=2))
+        return 0
+    parameters, size = result["parameters"], result["bytes"]
+    print(
+        f"{result['model_type']}: {parameters['trainable']:,} trainable of {parameters['base']:,} parameters "
+        f"({parameters['trainable'] / parameters['base']:.3%})"
+    )
+    print(f"S {_size(size['S'])}, gradients {_size(size['gradients'])}, AdamW {_size(size['adamw'])}")
+    print(f"frozen bases {_size(size['bases'])}, in every process, whole")
+    files = ", ".join(f"{name} {_size(count)}" for name, count in result["adapter_file"].items())
+    print(f"adapter file, by save_bases: {files}")
+    first, modules = next(iter(result["layers"].items()))
+    print(f"{len(result['layers'])} layers; the first, {first}:" if first else "modules:")
+    for path, module in modules.items():
+        for one in module["slices"]:
+            blocks = f"{one['blocks']} blocks of {one['size']}, r={one['r']}, {one['basis']}"
+            print(f"  {path} ({one['part']}): {blocks}, {one['parameters']:,} parameters")
+    print(f"  Gram matrices: {sum(m['gram_flops'] for m in modules.values()) / 1e9:,.1f} GFLOP in float64")
+    for method, found in result.get("match", {}).items():
+        own = "".join(f", rank_pattern={{{name}: {r}}}" for name, r in found["rank_pattern"].items())
+        off = found["parameters"] / parameters["trainable"] - 1
+        print(f"as large: {method} with r={found['r']}{own}, {found['parameters']:,} parameters ({off:+.2%})")
+    if given.measure:
+        print(f"  bases made in {result['measured']['seconds']:.2f} s on this machine")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run(parsers.plan(arguments))

@@ -1,0 +1,94 @@
+"""`clover prune`: makes the attention heads of a saved model narrower."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..io.figures import find_pyplot
+from ..io.hub_models import find_model, load_as_saved
+from ..pruning import PruningReport, prune
+from ..pruning.card import needs_import, write_card
+from ..pruning.rule import check_figures
+from . import parsers
+from . import pruning_options as options
+from .errors import reports_errors
+
+
+@reports_errors(TypeError)
+def run(given: argparse.Namespace) -> int:
+    model, report = _prune(given)
+    print(report.summary())
+    for kind, reason in report.skipped.items():
+        print(f"{kind}: not pruned, {reason}")
+    how = "after `import clover_peft`" if needs_import(model) else "with stock transformers"
+    print(f"{given.out}: {report.seconds:.1f} s; load it {how}")
+    if report.masked:
+        print("masked: directions are zeroed and no size is changed, for analysis")
+    return 0
+
+
+def _prune(given: argparse.Namespace) -> tuple[Any, PruningReport]:
+    out: Path = given.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out}: expected a new or empty folder, found files; choose another")
+    if given.ranks is not None and given.ratio is None:
+        raise ValueError(f"--ranks {given.ranks}: expected --ratio with it, which it spreads, found none")
+    figures = {name: options.figures(f"--{name}", getattr(given, name)) for name in ("ratio", "threshold", "energy")}
+    check_figures(figures)
+    if given.ranks == "gradient" and given.calibration is None:
+        raise ValueError("--ranks gradient: expected --calibration with it, found none")
+    if not given.no_pictures:
+        find_pyplot()
+    source = find_model(given.model)
+    model, processor = load_as_saved(source)
+    if getattr(model, "is_quantized", False):
+        raise ValueError(f"{source.name}: expected weights that are not quantised, found some; prune before that")
+    batches, data = options.calibration(given, model, processor)
+    report = prune(
+        model,
+        **figures,
+        method=given.method,
+        calibration=batches,
+        ranks=given.ranks or "global",
+        multiple=given.multiple,
+        masked=given.masked,
+        target_modules=options.target_modules(given),
+    )
+    _check_loads(model, given.masked)
+    model.save_pretrained(out)
+    if processor is not None:
+        processor.save_pretrained(out)
+    report.save(out / "pruning.json")
+    if not given.no_pictures:
+        report.plot(out / "pruning.png")
+    write_card(out, model, report, source.name, source.license, data)
+    return model, report
+
+
+def _check_loads(model: Any, masked: bool) -> None:
+    """Raises ValueError if the model's class would not make all tensors, with their shapes, from its configuration."""
+    with torch.device("meta"):
+        made = {name: tensor.shape for name, tensor in type(model)(copy.deepcopy(model.config)).state_dict().items()}
+    for name, tensor in model.state_dict().items():
+        if made.get(name) == tensor.shape:
+            continue
+        if masked:
+            raise ValueError(
+                f"--masked: {name} holds the mean of what was removed, and {type(model).__name__} has no such bias, "
+                "so that the folder would not load as it is; leave --masked out, or mask in Python"
+            )
+        found = "none" if name not in made else list(made[name])
+        raise ValueError(
+            f"{name}: expected a tensor of shape {list(tensor.shape)} when the folder is loaded, found {found}; the "
+            "model was not saved, please report this with the command"
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run(parsers.prune(arguments))

@@ -1,0 +1,67 @@
+"""What `clover prune` and `clover spectra` read from their shared options."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any, cast
+
+from ..io.text_windows import batches_for
+from ..pruning.pairs import Kind
+
+
+def calibration(
+    given: argparse.Namespace, model: Any, processor: Any
+) -> tuple[list[dict[str, Any]] | None, str | None]:
+    """Reads the calibration data, and describes it in a line; both are None without `--calibration`.
+
+    Args:
+        given: parsed options.
+        model: the model.
+        processor: its tokenizer, or a processor that has one, or None.
+
+    Raises:
+        ValueError: see `text_windows.batches_for`.
+    """
+    sizes = {"rows": given.rows, "max_length": given.max_length, "batch_size": given.batch_size}
+    chosen = {name: size for name, size in sizes.items() if size is not None}
+    if given.calibration is None:
+        if chosen:
+            raise ValueError(f"--{next(iter(chosen)).replace('_', '-')}: expected --calibration with it, found none")
+        return None, None
+    tokenizer = getattr(processor, "tokenizer", processor)
+    batches = batches_for(model, tokenizer, given.calibration, **chosen)
+    rows, length = sum(len(batch["input_ids"]) for batch in batches), batches[0]["input_ids"].shape[1]
+    name = Path(given.calibration).name if Path(given.calibration).exists() else given.calibration
+    data = f"{rows} windows of {length} tokens from {name}"
+    print(f"calibration: {data}", flush=True)
+    return batches, data
+
+
+def target_modules(given: argparse.Namespace) -> str | list[str] | None:
+    """`--target-modules` as `prune` takes it: text for a regular expression, a list for ends of paths."""
+    names: list[str] | None = given.target_modules
+    if names and len(names) == 1 and not re.fullmatch(r"[\w.]+", names[0]):
+        return names[0]
+    return names
+
+
+def figures(option: str, text: str | None) -> float | dict[Kind, float] | None:
+    """A figure for all kinds of pairs, as "0.5", or one for each, as "qk=0.5,vo=0.25"; None for None.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if text is None:
+        return None
+    try:
+        if "=" not in text:
+            return float(text)
+        parts = [part.split("=") for part in text.split(",")]
+        found = {kind.strip(): float(figure) for kind, figure in parts}
+        if len(found) == len(parts) and found.keys() <= {"qk", "vo"}:
+            return cast("dict[Kind, float]", found)
+    except ValueError:
+        pass
+    raise ValueError(f"{option} {text}: expected a figure such as 0.5, or one for each kind as qk=0.5,vo=0.25")

@@ -1,0 +1,21 @@
+"""`clover sft`: fine-tunes a language model with TRL."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from ..experiments.training import arguments as settings
+from ..experiments.training.run import run as train
+from . import parsers
+from .errors import reports_errors
+
+
+@reports_errors()
+def run(given: argparse.Namespace) -> int:
+    train(settings.parse(given.config, given.overrides))
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run(parsers.sft(arguments))

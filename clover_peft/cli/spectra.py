@@ -1,0 +1,125 @@
+"""`clover spectra`: what attention heads would lose to pruning."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from ..io import run_record as records
+from ..io.figures import find_pyplot
+from ..io.hub_models import find_model, load_as_saved
+from ..io.tables import markdown_table
+from ..pruning import find_pairs, ranks
+from ..pruning.figures import plot_spectra
+from ..pruning.spectra import METHODS, SHARES, PairSpectra, labels, measure_spectra, suggest
+from . import parsers
+from . import pruning_options as options
+from .errors import reports_errors
+
+_CALIBRATED = (
+    "Energies are those of activations on this text. They say what attention loses, not what the model loses: measure "
+    "the pruned model."
+)
+_UNCALIBRATED = (
+    "Energies are those of weights, a weak guide: what data never use counts as much as what they do. SmolLM2-135M is "
+    "ruined without an eighth of its value-output directions when weights choose them, and hardly harmed when "
+    "data do. Pass --calibration, here and to `clover prune`."
+)
+
+
+@reports_errors(TypeError)
+def run(given: argparse.Namespace) -> int:
+    threshold = options.figures("--threshold", given.threshold)
+    _check(given)
+    model, processor = load_as_saved(find_model(given.model))
+    kinds = given.kinds or sorted({pair.kind for pair in find_pairs(model)})
+    if not kinds or (isinstance(threshold, dict) and set(threshold) - set(kinds)):
+        wanted = f"pairs for --threshold {given.threshold}" if kinds else "pairs of projections"
+        raise ValueError(f"{given.model}: expected {wanted}, found {' and '.join(kinds) or 'none'}")
+    batches, data = options.calibration(given, model, processor)
+    found = measure_spectra(model, kinds, batches, options.target_modules(given))
+    suggestions: dict[str, Any] = {}
+    kept: ranks.Ranks = {}
+    titles: dict[str, str] = {}
+    for kind in kinds:
+        pairs = [each for each in found.values() if each.pair.kind == kind]
+        suggestions[kind] = _suggestions(pairs)
+        least = threshold.get(kind) if isinstance(threshold, dict) else threshold
+        if least is None:
+            least = suggestions[kind]["clover"][str(SHARES[-1])]["threshold"]
+        of_kind = ranks.threshold({each.pair.name: each.clover.values for each in pairs}, least)
+        count, total = int(sum(map(sum, of_kind.values()))), sum(each.clover.values.numel() for each in pairs)
+        kept, titles[kind] = kept | of_kind, f"ranks at threshold {least:.4g}"
+        print("\n".join([_table(kind, pairs), "", *_advice(kind, suggestions[kind])]))
+        print(f"{kind}: a threshold of {least:.4g} keeps {count:,} of {total:,} directions\n")
+    print(_CALIBRATED if data else _UNCALIBRATED)
+    if given.out is None:
+        return 0
+    made = [] if given.no_pictures else plot_spectra(found, given.out, kept, titles, given.layers)
+    record = {
+        "options": {key: value for key, value in vars(given).items() if value is not None},
+        "environment": records.environment(),
+        "calibrated_with": data,
+        "suggestions": suggestions,
+        "ranks": {name: rank.tolist() for name, rank in kept.items()},
+        "pairs": {name: each.to_dict() for name, each in found.items()},
+    }
+    for path in [*made, records.write(given.out / "spectra.json", record)]:
+        print(path)
+    return 0
+
+
+def _check(given: argparse.Namespace) -> None:
+    if given.out is None:
+        if given.layers or given.no_pictures:
+            raise ValueError("--layers and --no-pictures: expected --out with them, found none")
+        return
+    if (given.out / "spectra.json").exists():
+        raise ValueError(f"--out {given.out}: expected a new folder, found spectra in it; choose another")
+    if not given.no_pictures:
+        find_pyplot()
+    elif given.layers:
+        raise ValueError("--layers: expected pictures to draw them in, found --no-pictures")
+
+
+def _suggestions(pairs: Sequence[PairSpectra]) -> dict[str, dict[str, dict[str, float]]]:
+    """Method -> share of energy -> ratio and threshold."""
+    return {
+        method: {str(share): suggest([getattr(each, method) for each in pairs], share) for share in SHARES}
+        for method in METHODS
+    }
+
+
+def _table(kind: str, pairs: Sequence[PairSpectra]) -> str:
+    heads = [f"{kind}, layer", "heads x size"]
+    for method in METHODS:
+        heads += [f"{method}: largest", "median", "smallest", "effective rank", "for 90 %", "for 99 %"]
+    rows = []
+    for name, each in zip(labels([each.pair.path for each in pairs]), pairs, strict=True):
+        found = each.to_dict()
+        row = [name, f"{found['heads']} x {found['size']}"]
+        for method in METHODS:
+            values = getattr(each, method).values
+            row += [f"{float(value):.3g}" for value in (values.max(), values.median(), values.min())]
+            of_method = found[method]
+            for figures in (of_method["effective_rank"], *(of_method["directions"][s] for s in ("0.9", "0.99"))):
+                row.append(f"{statistics.mean(figures):.1f}")
+        rows.append(row)
+    return markdown_table(heads, rows)
+
+
+def _advice(kind: str, suggestions: dict[str, Any]) -> list[str]:
+    lines = []
+    for share in map(str, SHARES):
+        clover, vanilla = (suggestions[method][share] for method in METHODS)
+        lines.append(
+            f"{kind}: {float(share):.0%} of the energy is kept at --ratio {kind}={clover['ratio']:.3f} "
+            f"(threshold {clover['threshold']:.4g}); vanilla at {vanilla['ratio']:.3f}"
+        )
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run(parsers.spectra(arguments))

@@ -1,0 +1,85 @@
+"""Weighted sums of adapters whose maps have the same blocks and the same bases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .bases import clover_layers
+from .config import CloverConfig
+from .layer import CloverLayer
+
+Sources = dict[str, tuple[CloverLayer, list[str]]]
+
+
+def find_sources(
+    model: nn.Module, configs: Mapping[str, CloverConfig], adapters: Sequence[str], weights: Sequence[float]
+) -> Sources:
+    """Path -> layer and its adapters, for all layers of the adapters to combine; `configs` has all adapters' configs.
+
+    Raises:
+        ValueError: naming the adapter or module, if the adapters cannot be added up.
+    """
+    if missing := set(adapters) - set(configs):
+        raise ValueError(f"adapters: expected some of {list(configs)}, found {sorted(missing)}")
+    if not adapters or len(set(adapters)) != len(adapters) or len(adapters) != len(weights):
+        raise ValueError(
+            f"expected one weight for each of several different adapters, found {len(weights)} for {list(adapters)}"
+        )
+    for name in adapters:
+        if configs[name].low_rank:
+            raise ValueError(f"adapter {name!r} has a low-rank part, which cannot be added up; merge it instead")
+        if configs[name].modules_to_save or configs[name].trainable_token_indices:
+            raise ValueError(
+                f"adapter {name!r} trains whole modules or tokens, which cannot be added up; combine adapters "
+                "without modules_to_save and trainable_token_indices"
+            )
+    sources = {}
+    for path, layer in clover_layers(model):
+        names = [name for name in adapters if name in layer.specs]
+        for name in names:
+            layer.check_bases(name, "combine")
+            if name != names[0] and not have_same_bases(layer, names[0], name):
+                raise ValueError(
+                    f"{path}: adapters {names[0]!r} and {name!r} have different bases, in which their S cannot be "
+                    "added up; combine adapters of one configuration and one base model, or merge them one after "
+                    "the other"
+                )
+        if names:
+            sources[path] = (layer, names)
+    return sources
+
+
+def have_same_bases(layer: CloverLayer, one: str, other: str) -> bool:
+    """Whether two adapters have the same slices, C, E and S0. Their fingerprints may differ by rounding."""
+    if layer.specs[one] != layer.specs[other]:
+        return False
+    pairs = ((layer.tensors(one, spec)[1:4], layer.tensors(other, spec)[1:4]) for spec in layer.specs[one])
+    return all(a is None or b is None or torch.equal(a, b) for x, y in pairs for a, b in zip(x, y, strict=True))
+
+
+@torch.no_grad()
+def add_up(sources: Sources, adapter_name: str, weights: Mapping[str, float]) -> None:
+    """Copy the adapters' bases and the weighted sum of their offsets dS into a new adapter.
+
+    Raises:
+        ValueError: if the new adapter has other slices.
+    """
+    for path, (layer, names) in sources.items():
+        if layer.specs[adapter_name] != layer.specs[names[0]]:
+            raise ValueError(
+                f"{path}: the adapters {list(weights)} were made with different options; combine adapters of one "
+                "configuration"
+            )
+        for spec in layer.specs[adapter_name]:
+            new, first = layer.tensors(adapter_name, spec), layer.tensors(names[0], spec)
+            frozen: Any = zip(new[1:], first[1:], strict=True)
+            for mine, theirs in frozen:
+                if mine is not None and theirs is not None:
+                    mine.copy_(theirs)
+            new.s.zero_()
+            for name in names:
+                new.s.add_(layer.tensors(name, spec).s, alpha=weights[name])

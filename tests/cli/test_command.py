@@ -1,0 +1,113 @@
+"""`clover`: finding and parsing subcommands without torch, missing extras, and the wrappers in scripts/."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import clover_command
+from clover_peft import __version__
+from clover_peft.cli import command, parsers
+from clover_peft.io import text_windows
+from clover_peft.pruning.rule import SPREADS
+from tests.support.tiny import build
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = [*command.COMMANDS]
+# Prints the modules that a command line has imported by the time it ends.
+RUN = "import clover_command, sys\ntry: clover_command.main()\nfinally: print(*sys.modules, file=sys.stderr)"
+
+
+def start(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", RUN, *arguments], capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+def test_help_answers_without_importing_torch(arguments):
+    done = start(*arguments)
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: clover")
+    imported = set(done.stderr.split())
+    assert "clover_peft" in imported
+    assert not imported & {"torch", "peft", "transformers", "numpy"}
+
+
+def test_help_lists_every_command():
+    shown = start("--help").stdout
+    for name, each in command.COMMANDS.items():
+        assert f"  {name} " in shown
+        assert each.help in shown
+    assert [*parsers.PARSERS] == COMMANDS
+
+
+def test_wrong_command_lines_are_refused_without_importing_torch():
+    for arguments, message in (
+        (["prunee"], "invalid choice: 'prunee'"),
+        ([], "required: COMMAND"),
+        (["plan"], "required: --config-name"),
+    ):
+        done = start(*arguments)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "torch" not in done.stderr.split()
+    assert start("--version").stdout.strip() == __version__
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "run"])
+def test_a_script_is_its_subcommand(name):
+    script = ROOT / "scripts" / f"{name.replace('-', '_')}.py"
+    done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"usage: clover {name} ")
+
+
+def test_what_parsers_repeat_is_what_the_package_has():
+    assert set(parsers.SPREADS) == set(SPREADS)
+    help_text = start("prune", "--help").stdout
+    for number, text in (
+        (text_windows.DEFAULT_ROWS, "windows of that text, at most; {} by default"),
+        (text_windows.DEFAULT_LENGTH, "tokens of a window; by default {}"),
+        (text_windows.DEFAULT_BATCH, "windows at a time, {} by default"),
+    ):
+        assert text.format(number) in " ".join(help_text.split())
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        ("trl", ["sft", "--config", "clover_full"]),
+        ("datasets", ["sft", "--config", "clover_full"]),
+        ("trl", ["ablate", "--config", "smollm2", "--out", "out"]),
+    ],
+)
+def test_a_missing_extra_is_named_in_one_sentence(module, arguments, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert clover_command.main(arguments) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line == (
+        f'error: clover {arguments[0]}: expected the package {module}, found none; pip install "clover-peft[train]"'
+    )
+
+
+def test_other_commands_need_no_extra(tmp_path):
+    build("llama").save_pretrained(tmp_path / "model")
+    lines = [
+        ["prune", str(tmp_path / "model"), "--ratio", "vo=0.5", "--no-pictures", "--out", str(tmp_path / "out")],
+        ["spectra", str(tmp_path / "model")],
+        ["plan", "--config-name", str(tmp_path / "model")],
+    ]
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['trl', 'datasets', 'gguf', 'matplotlib', 'bitsandbytes']))\n"
+        f"import clover_command; sys.exit(max(map(clover_command.main, {lines!r})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "pruning.json").is_file()
+
+
+def test_python_m_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "clover_peft", "--version"], capture_output=True, text=True)
+    assert done.stdout.strip() == __version__

@@ -1,0 +1,125 @@
+"""The pages are complete, their links lead somewhere, and the README's figures are those of the records."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from peft import PeftConfig
+
+import clover_peft
+from clover_peft import CloverConfig
+from clover_peft.base_model.families import FAMILIES
+from tests.support.pages import DOCS, ROOT, pages, read
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECORDS = ROOT / "benchmarks" / "results"
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", pages(), ids=str)
+def test_links_of_a_page_lead_somewhere(page):
+    """On a forge; the built site is checked by `mkdocs build --strict`."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"^```.*?^```", "", read(page), flags=re.S | re.M)):
+        if re.match(r"https?://", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+        assert target.is_file(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), flags=re.M)
+            slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+            assert anchor in slugs, link
+
+
+def test_every_page_is_in_the_navigation():
+    def paths(entry):
+        if isinstance(entry, str):
+            return {entry}
+        return set().union(*map(paths, entry.values() if isinstance(entry, dict) else entry))
+
+    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    assert paths(navigation) == {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
+
+
+def test_every_field_of_the_config_is_in_the_table():
+    page = (DOCS / "reference" / "config.md").read_text(encoding="utf-8")
+    inherited = {field.name for field in dataclasses.fields(PeftConfig)}
+    fields = {field.name for field in dataclasses.fields(CloverConfig)} - inherited
+    assert {field for field in fields if f"`{field}`" not in page} == set()
+
+
+def test_every_public_name_is_in_the_api():
+    page = (DOCS / "reference" / "api.md").read_text(encoding="utf-8")
+    assert {name for name in clover_peft.__all__ if f"`{name}`" not in page} == {"__version__"}
+
+
+def test_every_family_is_in_the_table():
+    page = (DOCS / "reference" / "families.md").read_text(encoding="utf-8")
+    rows = [row for row in page.splitlines() if row.startswith("|")]
+    named = {name.strip() for row in rows for name in row.split("|")[1].split(",")}
+    assert set(FAMILIES) <= named
+
+
+def test_every_command_and_option_is_in_the_reference():
+    command = pytest.importorskip("clover_peft.cli.command", reason="there is no clover command yet")
+    page = (DOCS / "reference" / "command_line.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^## clover ([\w-]+)\n(.*?)(?=^## |\Z)", page, flags=re.S | re.M))
+    assert set(sections) == set(command.COMMANDS)
+    code = "from clover_peft.cli.parsers import PARSERS; PARSERS[{!r}](['--help'])"
+    for name, section in sections.items():
+        shown = subprocess.run([sys.executable, "-c", code.format(name)], check=True, capture_output=True, text=True)
+        options = set(re.findall(r"(?<!\w)--[a-z][\w-]*", shown.stdout))
+        assert options == set(re.findall(r"(?<!\w)--[a-z][\w-]*", section)), f"run scripts/command_line.py ({name})"
+
+
+def test_a_published_version_is_the_package_s():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == clover_peft.__version__
+    assert re.findall(r"^## (\S+)", read("CHANGELOG.md"), flags=re.M)[:2] == ["Unreleased", clover_peft.__version__]
+
+
+def _record(name):
+    return json.loads((RECORDS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _ratio(figures, name="v_base"):
+    low, high = figures[f"{name}_interval"]
+    return f"{figures[name]:.2f} ({low:.2f} to {high:.2f})"
+
+
+def test_figures_of_the_readme_are_those_of_the_records():
+    """Each row of its table against the record that the row links to."""
+    rows = {row.split(" | ")[0].strip("| "): row for row in README.splitlines() if row.startswith("| ")}
+
+    def row(start):
+        return next(text for name, text in rows.items() if name.startswith(start))
+
+    large, small, compiled = (_record(f"train_step{name}")["figures"] for name in ("_large-3", "-6", "_compiled"))
+    step = row("training step / frozen base, Llama")
+    assert _ratio(large["clover"], "step_v_base") in step
+    assert _ratio(large["lora"], "step_v_base") in step
+    assert f"{_ratio(large['clover'], 'step_v_lora')} of the time" in README
+    assert f"saves {large['clover']['saved_over_base_v_lora']:.2f} of its activations" in README
+    step = row("training step / frozen base, half")
+    for method in ("clover", "lora", "lora on k v up"):
+        assert _ratio(small[method], "step_v_base") in step
+    for figures in (large, small, compiled):
+        saved = [f"{figures[method]['saved_over_base_bytes'] / 2**20:.1f} MiB" for method in ("clover", "lora")]
+        assert f"| {' | '.join(saved)} |" in README
+    token = _record("decode-4")["figures"]["batch 1"]
+    assert f"| {_ratio(token['clover'])} | {_ratio(token['lora'])} |" in row("one token decoded")
+    files = _record("adapter_io-3")["figures"]
+    sizes = [round(files[name]["bytes"] / 2**20) for name in ("clover", "clover folded", "lora")]
+    assert "| {} MiB; {} MiB folded | {} MiB |".format(*sizes) in row("adapter file")
+    found = {result["model"]: result["perplexity"] for result in _record("recovery-2")["results"]}
+    recovered = row("perplexity of a pruned")
+    assert f"{found['clover, recovered']:.1f} | {found['lora, recovered']:.1f}" in recovered
