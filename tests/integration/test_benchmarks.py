@@ -396,6 +396,3 @@ def test_pictures_are_of_the_newest_record_or_of_the_one_named(plots, tmp_path, 
     (tmp_path / "other.json").write_text(json.dumps({"benchmark": "recovery", "options": {}}))
     with pytest.raises(ValueError, match="recovery: expected records of train_step"):
         plots.main([str(tmp_path / "other.json"), *out])
-
-
-# ---------------------------------------------------------------------- pruning

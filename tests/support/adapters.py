@@ -39,6 +39,19 @@ def several(names: dict[str, dict], family: str = "llama") -> PeftModel:
     return model.eval()
 
 
+def two_trained(family: str = "llama", **kwargs) -> PeftModel:
+    """A model with the trained adapters "a" and "b"."""
+    model = get_peft_model(build(family), CloverConfig(**kwargs), adapter_name="a")
+    perturb(model, seed=1)
+    model.add_adapter("b", CloverConfig(**kwargs))
+    only_b = {name: p for name, p in model.named_parameters() if ".b." in name}
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in only_b.values():
+            parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
 def layers(model: nn.Module) -> list[CloverLayer]:
     """The adapted projections of a model."""
     return [module for module in model.modules() if isinstance(module, CloverLayer)]
