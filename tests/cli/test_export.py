@@ -28,7 +28,7 @@ from clover_peft import CloverConfig, CloverLayer
 from tests.support.tiny import build, load_script, logits, perturb, relative
 
 pytest.importorskip("trl", reason="borrows the tokenizer of the trainers' tests: pip install clover-peft[train]")
-from tests.experiments.test_training import CHATML, make_tokenizer
+from tests.support.tiny_chat import CHATML, make_tokenizer
 
 script = load_script("export")
 

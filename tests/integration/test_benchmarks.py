@@ -120,7 +120,7 @@ def test_ranks_match_the_papers_at_llama_2_7b(benchmark):
 def test_the_ways_out_of_a_quantised_base(benchmark, tmp_path, capsys, monkeypatch):
     pytest.importorskip("bitsandbytes", reason="needs the quant extra")
     pytest.importorskip("trl", reason="needs the train extra")
-    from tests.experiments.test_training import make_tokenizer, rows, write_jsonl
+    from tests.support.tiny_chat import make_tokenizer, rows, write_jsonl
 
     monkeypatch.chdir(tmp_path)
     tokenizer = make_tokenizer()

@@ -36,8 +36,7 @@ pytest.importorskip("trl", reason="needs the train extra: pip install clover-pef
 from clover_peft.experiments.training.arguments import parse
 from clover_peft.experiments.training.run import run
 from clover_peft.experiments.training.verify import verify
-from tests.experiments.test_training import rows, write_jsonl
-from tests.support.tiny_chat import save_chat_model
+from tests.support.tiny_chat import rows, save_chat_model, write_jsonl
 
 ROOT = Path(__file__).parents[2]
 LOSS = 1e-4  # largest difference of a loss from one process at the same global batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -25,6 +26,12 @@ def rows(count: int, seed: int = 0) -> list[dict[str, str]]:
             {"instruction": f"Is number {i} {words}?", "input": "", "output": f"the correct answer is {answer}"}
         )
     return made
+
+
+def write_jsonl(path: Path, lines: list) -> Path:
+    """Writes rows, and lines that are to be as they are."""
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
 
 
 def make_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:

@@ -1,0 +1,201 @@
+"""The training job on a tiny model: what it trains, what it refuses, how it fails. No network."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="needs the train extra: pip install clover-peft[train]")
+
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from clover_peft.experiments.training.loading import load_tokenizer
+from clover_peft.experiments.training.run import first_and_last, run
+from clover_peft.experiments.training.verify import main as verify_main
+from clover_peft.experiments.training.verify import verify
+from clover_peft.io.hub_models import find_model
+from tests.support.tiny_chat import CHATML, make_tokenizer
+
+METHODS = {"clover_diagonal", "clover_full", "dora", "full", "hira", "lora", "pissa"}
+
+
+class Batch(TrainerCallback):
+    """Keeps the first batch that training sees."""
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        self.batch = next(iter(train_dataloader))
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_trains_and_reloads_exactly(settings, method, tmp_path, capsys):
+    record = run(settings(method, merge=method != "full"))
+    out = tmp_path / "run"
+    assert record["steps"] == 3
+    assert len(record["loss"]["log"]) == 3
+    assert record["parameters"]["trainable"] > 0
+    saved = {file.name for file in (out / ("model" if method == "full" else "adapter")).iterdir()}
+    assert {"README.md", "tokenizer.json"} <= saved
+    assert not {"training_args.bin"} & saved
+    if method == "full":
+        assert record["parameters"]["trainable"] == record["parameters"]["total"]
+        assert record["adapter"] is None
+        return
+    modules = record["adapter"]["modules"]
+    assert {"k_proj", "v_proj", "up_proj"} <= set(modules) <= {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"}
+    assert f"adapted modules: {', '.join(modules)}" in capsys.readouterr().out
+    card = (out / "adapter" / "README.md").read_text()
+    assert ("import clover_peft" in card) == method.startswith("clover")
+    assert record["adapter_bytes"] == (out / "adapter" / "adapter_model.safetensors").stat().st_size
+    report = verify(out)
+    assert report["adapter"] == 0.0
+    assert report["merged"] < 1e-4
+    assert report["problems"] == []
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_the_end_token_is_trained_and_prompt_and_padding_are_not(settings, tiny, tmp_path, template):
+    model = tiny.model
+    if not template:
+        model = tmp_path / "plain"
+        AutoModelForCausalLM.from_pretrained(tiny.model).save_pretrained(model)
+        make_tokenizer(template=None).save_pretrained(model)
+    tokenizer = make_tokenizer()
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    seen = Batch()
+    run(settings("lora", model=model, max_steps=1), callbacks=[seen])
+    ids, labels, mask = (seen.batch[key] for key in ("input_ids", "labels", "attention_mask"))
+    assert mask.min() == 0, "the batch must contain padding for this test to mean anything"
+    for row_ids, row_labels, row_mask in zip(ids, labels, mask, strict=True):
+        assert (row_labels[row_mask == 0] == -100).all()
+        trained = row_labels != -100
+        assert torch.equal(row_labels[trained], row_ids[trained])
+        text = tokenizer.decode(row_labels[trained])
+        assert text.strip().removesuffix("<|im_end|>").strip() in {
+            "the correct answer is true",
+            "the correct answer is false",
+        }
+        ends = (row_ids == tokenizer.eos_token_id) & trained
+        assert ends.sum() == 1
+        first = int(trained.nonzero()[0])
+        assert (row_labels[:first] == -100).all()
+        assert tokenizer.decode(row_ids[:first]).endswith("assistant\n" if template else "### Response:")
+
+
+def test_llm_adapters_trains_the_prompt_too_and_cuts_what_is_long(settings):
+    seen = Batch()
+    given = {"prompt": "llm_adapters", "completion_only_loss": "false", "max_length": 96, "max_steps": 1}
+    run(settings("lora", **given), callbacks=[seen])
+    ids, labels, mask = (seen.batch[key] for key in ("input_ids", "labels", "attention_mask"))
+    assert ids.shape[1] == 96
+    for row_ids, row_labels, row_mask in zip(ids, labels, mask, strict=True):
+        assert torch.equal(row_labels[row_mask == 1], row_ids[row_mask == 1])
+        assert (row_labels[row_mask == 0] == -100).all()
+    text = make_tokenizer().decode(ids[0])
+    assert text.startswith("Below is an instruction that describes a task.")
+    assert "the correct answer is" not in text  # cut off, as published
+
+
+def test_on_a_cpu_tokens_with_labels_alone_are_scored(settings, monkeypatch):
+    """TRL has a tenth of the work then, and finds the same losses."""
+    from trl.trainer import utils
+
+    scored: list[int] = []
+    function = utils._ChunkedLogProbFunction
+
+    class Counted(function):
+        @staticmethod
+        def forward(ctx, hidden, *args):
+            scored.append(len(hidden))
+            return function.forward(ctx, hidden, *args)
+
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", Counted)
+    ours = run(settings(out="ours"))["loss"]
+    with_labels = scored.copy()
+    scored.clear()
+    monkeypatch.setattr(
+        "clover_peft.experiments.training.trainer.scoring_labels_alone", lambda device: contextlib.nullcontext()
+    )
+    plain = run(settings(out="plain"))["loss"]
+    assert len(scored) == len(with_labels)
+    assert all(a < b for a, b in zip(with_labels, scored, strict=True))
+    for one, other in zip(ours["log"], plain["log"], strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    assert ours["held_out_after"] == pytest.approx(plain["held_out_after"], rel=1e-5)
+
+
+def test_the_callers_settings_of_trl_stay_as_they_are(settings):
+    given = settings(max_steps=1, model_init_kwargs={"dtype": "float32"})
+    run(given)
+    assert given.sft.model_init_kwargs == {"dtype": "float32"}
+
+
+def test_a_run_too_short_to_log_a_loss_says_so(settings, tmp_path, capsys):
+    record = run(settings(max_steps=2, logging_steps=5, merge=True))
+    assert record["loss"]["first"] is None
+    assert "loss not logged over 2 steps" in capsys.readouterr().out
+    out = tmp_path / "run"
+    json.loads((out / "record.json").read_text(), parse_constant=pytest.fail)
+    assert "| training loss | not logged in 2 steps |" in (out / "adapter" / "README.md").read_text()
+    assert verify_main([str(out)]) == 0
+    assert verify_main([str(out), "--loss-fell"]) == 1
+
+
+def test_a_run_that_diverges_is_no_success(settings, tmp_path, capsys):
+    record = run(settings(max_steps=4, **{"peft.learning_rate": 1e37}))
+    assert "WARNING: training failed: from step 2 on the logged loss is no finite number" in capsys.readouterr().out
+    assert [math.isfinite(entry["loss"]) for entry in record["loss"]["log"]] == [True, False, False, False]
+    written = json.loads((tmp_path / "run" / "record.json").read_text(), parse_constant=pytest.fail)
+    assert written["loss"]["last"] == written["loss"]["held_out_after"] == "NaN"
+    assert "-> nan in 4 steps" in (tmp_path / "run" / "adapter" / "README.md").read_text()
+
+
+def test_what_peft_and_trl_refuse_is_one_sentence(settings, monkeypatch):
+    def refuse(*_):
+        raise TypeError("expected a linear layer,\nfound an Embedding")
+
+    with pytest.raises(ValueError, match=r"trainer: .*[Cc]lear-?ML"):
+        run(settings(report_to="clearml"))
+    monkeypatch.setattr("peft.get_peft_model", refuse)
+    with pytest.raises(ValueError, match="peft: expected a linear layer, found an Embedding"):
+        run(settings())
+
+
+def test_several_gpus_in_one_process_are_refused(settings):
+    given = settings()
+    given.sft._n_gpu = 2
+    with pytest.raises(ValueError, match=r"expected one GPU a process, found 2, .*; use accelerate launch"):
+        run(given)
+
+
+def test_a_prompt_longer_than_max_length_is_said(settings, capsys):
+    run(settings(max_steps=1, max_length=26))
+    with pytest.raises(ValueError, match="max_length=4: expected room for an answer"):
+        run(settings(max_steps=1, max_length=4, out="short"))
+    assert "rows dropped, their prompts alone fill max_length=26" in capsys.readouterr().out
+
+
+def test_tokenizer_settings(settings, tiny, tmp_path):
+    plain = tmp_path / "plain"
+    AutoModelForCausalLM.from_pretrained(tiny.model).save_pretrained(plain)
+    tokenizer = make_tokenizer(template=None)
+    tokenizer.eos_token = tokenizer.pad_token = None
+    tokenizer.save_pretrained(plain)
+    source = find_model(str(plain))
+    with pytest.raises(ValueError, match="expected a tokenizer with an end token"):
+        load_tokenizer(source, settings().sft)
+    template = tmp_path / "chatml.jinja"
+    with pytest.raises(ValueError, match=r"expected a \.jinja file"):
+        load_tokenizer(source, settings(eos_token="<|im_end|>", chat_template_path=template).sft)
+    template.write_text(CHATML)
+    loaded = load_tokenizer(source, settings(eos_token="<|im_end|>", chat_template_path=template).sft)
+    assert loaded.chat_template == CHATML
+    assert loaded.pad_token == "<|im_end|>"
+
+
+def test_losses_are_compared_over_eighths():
+    assert first_and_last([4.0, 3.0, 2.0]) == {"first": 4.0, "last": 2.0}
+    assert first_and_last([4.0, 2.0, *[9.0] * 12, 1.0, 3.0]) == {"first": 3.0, "last": 2.0}
