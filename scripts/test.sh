@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Lint, types and tests in the project's own virtual environment. Arguments go to pytest, for example
-#   ./scripts/test.sh tests/test_records.py -k atomic      (with arguments, coverage is shown but has no floor)
+#   ./scripts/test.sh tests/io/test_run_record.py -k whole (with arguments, coverage is shown but has no floor)
 #   ./scripts/test.sh -m slow
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import warnings
 from pathlib import Path
 
@@ -128,3 +129,9 @@ def test_an_old_path_warns_once() -> None:
     with pytest.warns(DeprecationWarning, match=r"clover_peft\.tuner\.fused_maps"):
         from clover_peft.head_map import apply_maps
     assert apply_maps.__module__ == "clover_peft.tuner.fused_maps"
+
+
+@pytest.mark.parametrize("file", sorted(Path(__file__).parent.rglob("test_*.py")), ids=lambda file: file.stem)
+def test_no_test_imports_another(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert not re.findall(r"^ *(?:from|import) tests\.(?:\w+\.)*test_\w+", text, re.MULTILINE)

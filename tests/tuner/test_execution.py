@@ -11,11 +11,29 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from clover_peft import CloverConfig
-from clover_peft.tuner.execution import Form, apply_adapters
+from clover_peft.tuner.execution import Form, apply_adapters, choose_form
 from clover_peft.tuner.map_cache import MapCache
 from tests.support.adapters import layers
 from tests.support.passes import answer, two_adapters, unfolded, write
 from tests.support.tiny import TOLERANCE, build, inputs, perturb, relative
+
+
+@pytest.mark.parametrize(
+    ("has_kept_maps", "is_decoding", "has_dropout", "form"),
+    [
+        (True, False, False, Form.CACHED),
+        (True, False, True, Form.CACHED),
+        (True, True, False, Form.CACHED),
+        (True, True, True, Form.CACHED),
+        (False, True, False, Form.STAGED),
+        (False, True, True, Form.FOLDED),
+        (False, False, False, Form.FOLDED),
+        (False, False, True, Form.FOLDED),
+    ],
+)
+def test_the_choice_of_a_form(has_kept_maps, is_decoding, has_dropout, form):
+    assert choose_form(has_kept_maps=has_kept_maps, is_decoding=is_decoding, has_dropout=has_dropout) is form
+
 
 # One row a kind of pass: the adapter is frozen or trained, what the pass is like, and the form that it takes.
 TABLE = [
@@ -56,7 +74,7 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("adapter", "this", "form"), TABLE, ids=str)
-def test_the_form_of_a_pass(adapter, this, form, monkeypatch):
+def test_the_form_of_a_pass_through_a_layer(adapter, this, form, monkeypatch):
     config = CloverConfig(target_modules=["v_proj"], clover_dropout=0.3 if this.get("dropout") else 0.0)
     layer = layers(get_peft_model(build("llama"), config))[0].train(this.get("training", False))
     layer.requires_grad_(adapter == "trained")
