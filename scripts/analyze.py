@@ -154,8 +154,8 @@ def _table(found: figures.Found) -> str:
             f"{statistics.mean(share[key] for share in shares):.1%}" if shares else "-"
             for key in ("trained", "chance")
         )
-        figures = [f"{rank:.1f}", f"{effective:.1f}", f"{narrowest:.1f}", f"{relative:.2%}", str(intruders)]
-        rows.append([label, kind, str(len(modules)), *figures, trained, chance])
+        numbers = [f"{rank:.1f}", f"{effective:.1f}", f"{narrowest:.1f}", f"{relative:.2%}", str(intruders)]
+        rows.append([label, kind, str(len(modules)), *numbers, trained, chance])
     return markdown_table(header, rows, left=2)
 
 
