@@ -285,7 +285,7 @@ def test_all_questions_meet_the_model_in_the_dtype_of_training(tiny, tmp_path, m
         ("methods.narrow={method: lora, learning_rates: [0.001, 0.1], peft.r: 3}", "peft.r: expected 2"),
         ("evaluation.rows=2", "evaluation.rows: expected 3 as in .*test.json, found 2"),
         ("evaluation.mode=generate", "evaluation.mode: expected 'score'"),
-        ("seeds=[4, 3]", "narrow has met the test questions, expected no further choice of its learning rate"),
+        ("seeds=[4, 3]", "narrow has answered the test questions, expected no further choice of its learning rate"),
         ("methods={narrow: {method: lora, learning_rates: [0.1, 0.2], peft.r: 2}}", "found narrow-lr0.2-seed3 to try"),
         (
             "methods={narrow: {method: lora, learning_rates: [0.001], peft.r: 2}}",
@@ -412,7 +412,7 @@ def test_the_table_is_arithmetic_on_records(tmp_path):
     write(tmp_path / "falling", "a-lr0.3-seed5", "a", 0.3, 5, validation={**result(0.1), "loss": "NaN"})
     [row] = results.table_rows(results.load(tmp_path / "falling"))
     assert row.candidates == {0.1: (0.5, None), 0.3: (0.1, None)}
-    assert report.markdown({}) == "No method has met the test questions."
+    assert report.markdown({}) == "No method has answered the test questions yet."
     searched = {name: record for name, record in results.load(folder).items() if not name.endswith(".test")}
     lines = report.markdown(searched).splitlines()
     assert lines[4] == "| a | 10 | 0.3 | 0.2500 | 80.0% | 5 | 2 | `a-lr0.3-seed0.json` |"
@@ -447,11 +447,11 @@ def test_the_table_is_arithmetic_on_records(tmp_path):
         ("base=[]", "base: expected a list of files, found []"),
         ("settings={max_steps: 3, max_steps: 4}", "found the key max_steps twice"),
         ("settings.peft={learning_rate: 3}", "settings.peft.learning_rate: not a setting of a grid, set the learning"),
-        ("settings.resume=true", "settings.resume: not a setting of a grid, runs of a grid always go on"),
+        ("settings.resume=true", "settings.resume: not a setting of a grid, the runs of a grid always resume"),
         ("methods.clover={learning_rates: [1, 2], prompt: chat}", "methods.clover.prompt: not a setting of a method"),
         ("methods.clover={learning_rates: [1, 2], model: x}", "set it for all methods in settings"),
         ("methods.clover={learning_rates: [1, 2], method: [1]}", "method=[1]: expected one of clover"),
-        ("methods.-x=[1e-3, 2e-3]", "methods: expected names that can be those of files, without - or . in front"),
+        ("methods.-x=[1e-3, 2e-3]", "methods: expected names that a file can have, without - or . in front"),
         ("methods=3", "methods: expected a block of learning rates by name, found 3"),
         ("settings.rows=3", "settings.rows: not a setting of a grid, set data.rows"),
         (
@@ -463,7 +463,7 @@ def test_the_table_is_arithmetic_on_records(tmp_path):
         ("methods.clover=[x, 1]", "methods.clover.learning_rates: expected a list of positive numbers"),
         ("methods.clover=[0.00123456, 0.001234561]", "that differ in six digits, found [0.00123456, 0.001234561]"),
         ("methods.clover={learning_rates: 0.1}", "methods.clover.learning_rates: expected a list of positive numbers"),
-        ("methods={a/b: [1]}", "names that can be those of files, without - or . in front, found 'a/b'"),
+        ("methods={a/b: [1]}", "names that a file can have, without - or . in front, found 'a/b'"),
         ("seeds=3", "seeds: expected a list"),
         ("seeds=[3, 3]", "seeds: expected a list of different whole numbers from 0 on, found [3, 3]"),
         ("seeds=[1.5]", "seeds: expected a list"),
