@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from clover_peft import CloverConfig, CloverLayer
 from tests.support.tiny import VOCAB, build, logits, perturb
+from tests.support.trainers import StopAfter, settings
 
 trl = pytest.importorskip("trl", reason="the trainers' tests need the train extra: pip install clover-peft[train]")
 datasets = pytest.importorskip("datasets", reason="the trainers' tests need the train extra")
@@ -43,23 +44,6 @@ def tokenizer() -> hf.PreTrainedTokenizerBase:
 def sentence(seed: int, length: int) -> str:
     generator = torch.Generator().manual_seed(seed)
     return " ".join(f"w{i}" for i in torch.randint(4, VOCAB, (length,), generator=generator).tolist())
-
-
-def settings(folder: Path, **more) -> dict:
-    """What all trainers here share."""
-    return {
-        "output_dir": str(folder),
-        "max_steps": 3,
-        "per_device_train_batch_size": 1,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "seed": 3,
-        **more,
-    }
 
 
 def matrices(model: nn.Module) -> dict[str, Tensor]:
@@ -174,17 +158,6 @@ def test_dpo_policy_and_reference_have_the_same_log_probabilities_at_the_start(t
 
 
 # --- every trainer: three steps, a kill, a resume ---------------------------------------------------
-
-
-class StopAfter(hf.TrainerCallback):
-    """A kill that comes at a known step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = control.should_training_stop or state.global_step >= self.step
-        return control
 
 
 CHAT = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from types import SimpleNamespace
@@ -57,3 +58,15 @@ def test_a_failed_download_says_why(monkeypatch, tmp_path):
     monkeypatch.setattr(downloads.subprocess, "run", lambda *args, **kwargs: failed)
     with pytest.raises(ConnectionError, match="found: No module named pip"):
         downloads.download_wheel(downloads.Wheel("x", "1", "0", 1), tmp_path)
+
+
+def test_archives_are_checked(tmp_path):
+    source, into = tmp_path / "a.tgz", tmp_path / "into"
+    into.mkdir()
+    source.write_bytes(b"content")
+    digest = hashlib.sha256(b"content").hexdigest()
+    assert downloads.download_archive(downloads.Archive(source.as_uri(), digest, 1), into).read_bytes() == b"content"
+    with pytest.raises(ConnectionError, match=f"expected sha256 0, found {digest}"):
+        downloads.download_archive(downloads.Archive(source.as_uri(), "0", 1), into)
+    with pytest.raises(ConnectionError, match="expected to download it, found"):
+        downloads.download_archive(downloads.Archive((tmp_path / "none.tgz").as_uri(), digest, 1), into)

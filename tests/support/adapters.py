@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from clover_peft import CloverConfig, CloverLayer
-from tests.support.tiny import build, inputs, perturb
+from clover_peft.tuner.block_spec import BlockSpec
+from tests.support.tiny import build, inputs, logits, perturb
 
 FORMS = {
     "full": {},
@@ -33,6 +37,19 @@ def several(names: dict[str, dict], family: str = "llama") -> PeftModel:
         model.add_adapter(name, CloverConfig(**names[name]))
     perturb(model)
     return model.eval()
+
+
+def two_trained(family: str = "llama", **kwargs) -> PeftModel:
+    """A model with the trained adapters "a" and "b"."""
+    model = get_peft_model(build(family), CloverConfig(**kwargs), adapter_name="a")
+    perturb(model, seed=1)
+    model.add_adapter("b", CloverConfig(**kwargs))
+    only_b = {name: p for name, p in model.named_parameters() if ".b." in name}
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in only_b.values():
+            parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model
 
 
 def layers(model: nn.Module) -> list[CloverLayer]:
@@ -64,3 +81,37 @@ def loss_and_grads(model: nn.Module, family: str = "llama") -> tuple[Tensor, dic
     loss = nn.functional.cross_entropy(model(**batch).logits.float().flatten(0, 1), batch["input_ids"].flatten())
     loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def layers_by_name(model: nn.Module) -> dict[str, CloverLayer]:
+    """The adapted projections by their paths in the base model."""
+    return {
+        name.removeprefix("base_model.model."): m for name, m in model.named_modules() if isinstance(m, CloverLayer)
+    }
+
+
+def only_spec(layer: CloverLayer, adapter_name: str = "default") -> BlockSpec:
+    """The spec of the one slice of a projection that is adapted."""
+    (spec,) = layer.specs[adapter_name]
+    return spec
+
+
+@contextmanager
+def untouched(model: nn.Module, call=lambda model: logits(model, "llama")) -> Iterator[None]:
+    """What fails inside must leave the model as it was: modules, tensors, gradient flags, configs, outputs."""
+    with torch.no_grad():
+        before = call(model)
+    modules = [(name, module, type(module)) for name, module in model.named_modules()]
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    flags = [(id(parameter), name, parameter.requires_grad) for name, parameter in model.named_parameters()]
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+    yield
+    assert [(name, module, type(module)) for name, module in model.named_modules()] == modules
+    assert [(id(p), name, p.requires_grad) for name, p in model.named_parameters()] == flags
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
+    assert not getattr(model, "_hf_peft_config_loaded", False)
+    assert model.state_dict().keys() == tensors.keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor.nan_to_num(7.0), tensors[name].nan_to_num(7.0)), name
+    with torch.no_grad():
+        assert torch.equal(call(model).nan_to_num(7.0), before.nan_to_num(7.0))

@@ -5,13 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
 
 from clover_peft import CloverConfig, explicit_factors, initialize_from_activations
-from clover_peft.base_model.activations import Probe, collect_moments
-from clover_peft.base_model.slices import HeadSlice
-from clover_peft.linalg.decomposition import gram
-from clover_peft.linalg.moments import Moments, centred, shrink
+from clover_peft.linalg.moments import shrink
 from clover_peft.tuner.bases import clover_layers
 from clover_peft.tuner.combining import have_same_bases
 from tests.support.tiny import VOCAB, build, inputs, logits, perturb, relative
@@ -27,153 +23,6 @@ def batches(count: int = 4) -> list[dict]:
 
 def adapted(family: str, dtype: torch.dtype = torch.float32, **options) -> PeftModel:
     return get_peft_model(build(family, dtype), CloverConfig(**options)).eval()
-
-
-class TwoProjections(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = nn.Linear(6, 8), nn.Linear(8, 6)
-
-    def forward(self, x, attention_mask=None):
-        return self.two(self.one(x))
-
-
-def test_moments_are_those_of_the_tokens_that_count():
-    torch.manual_seed(0)
-    model = TwoProjections().double().train()
-    model.two.eval()
-    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
-    data = [{"x": torch.randn(2, 3, 6).double(), "attention_mask": mask}, {"x": torch.randn(1, 5, 6).double()}]
-    heads = HeadSlice.plain(2, 4)
-    probes = {"out": Probe(model.one, False, heads, 4), "in": Probe(model.two, True, heads, 2)}
-    found = collect_moments(model, probes, data)
-
-    rows = torch.cat([model.one(data[0]["x"])[mask.bool()], model.one(data[1]["x"])[0]]).detach()
-    for name, size in (("out", 4), ("in", 2)):
-        z = rows.unflatten(-1, (-1, size))
-        assert found[name].tokens == 8
-        torch.testing.assert_close(found[name].second, torch.einsum("nhi,nhj->hij", z, z) / 8)
-        centred = z - z.mean(0)
-        torch.testing.assert_close(found[name].covariance, torch.einsum("nhi,nhj->hij", centred, centred) / 8)
-    assert (model.training, model.one.training, model.two.training) == (True, True, False)
-    assert not model.one._forward_hooks
-    assert not model.two._forward_pre_hooks
-
-
-def test_a_large_mean_drowns_nothing():
-    """Products are float32: about zero they would err by more than what varies."""
-    generator = torch.Generator().manual_seed(2)
-    rows = torch.randn(3, 500, 2, 4, generator=generator) * torch.tensor([1.0, 0.5, 2.0, 0.1]) + 3e3
-    moments = Moments(torch.zeros(2, 4, 4).double(), torch.zeros(2, 4).double())
-    for part in rows:
-        moments.add(part)
-    moments.add(rows[0, :0])
-    z = rows.flatten(0, 1).double()
-    point = torch.full((2, 4), 3e3).double()
-    for found, centre in ((moments.covariance, z.mean(0)), (moments.about(point), point), (moments.second, 0.0)):
-        expected = torch.einsum("nhi,nhj->hij", z - centre, z - centre) / len(z)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(moments.mean, z.mean(0), rtol=1e-9, atol=0)
-    assert moments.tokens == 1500
-
-
-@pytest.mark.parametrize("first", [True, False])
-def test_a_far_token_spoils_nothing_wherever_it_comes(first):
-    generator = torch.Generator().manual_seed(3)
-    rows, far = torch.randn(1000, 1, 8, generator=generator), torch.full((1, 1, 8), 1e4)
-    moments = Moments(torch.zeros(1, 8, 8).double(), torch.zeros(1, 8).double())
-    for part in (far, rows) if first else (rows, far):
-        moments.add(part)
-    z = torch.cat([rows, far]).double()[:, 0]
-    centred = z - z.mean(0)
-    assert relative(moments.covariance[0], centred.mT @ centred / len(z)) < 1e-11
-    with torch.autocast("cpu", torch.bfloat16):
-        under = Moments(torch.zeros(1, 8, 8).double(), torch.zeros(1, 8).double())
-        under.add(rows)
-    assert relative(under.covariance[0], rows[:, 0].double().mT.cov(correction=0)) < 1e-6
-
-
-def test_blocks_that_vary_are_told_from_those_that_do_not():
-    """Block by block, by the rounding of the activations and not by how far from zero they are."""
-    generator = torch.Generator().manual_seed(4)
-    rows = torch.randn(200, 4, 3, generator=generator)
-    rows[:, 1] = 0
-    rows[:, 2] = torch.tensor([7.3, 0.1, 100.0])
-    rows[:, 3] += 1e3
-    for dtype, last in ((torch.float32, True), (torch.bfloat16, False)):
-        moments = Moments(torch.zeros(4, 3, 3).double(), torch.zeros(4, 3).double())
-        for part in rows.to(dtype).split(60):
-            moments.add(part)
-        assert moments.varies.tolist() == [True, False, False, last]
-    weights = torch.eye(3).double().expand(4, 3, 3)
-    found = centred(moments, weights)
-    assert torch.equal(found[1:], weights[1:])
-    assert relative(found[0], shrink(moments.covariance, weights, 200)[0]) == 0
-
-
-def test_the_mask_of_a_text_is_not_that_of_an_image_of_its_length():
-    model = build("clip").eval()
-    batch = inputs("clip")
-    patches = model.vision_model.embeddings.num_positions
-    ids = torch.randint(3, VOCAB, (len(batch["pixel_values"]), patches))
-    mask = torch.ones_like(ids)
-    mask[:, -2:] = 0
-    towers = {"image": model.vision_model.encoder, "text": model.text_model.encoder}
-    probes = {
-        name: Probe(tower.layers[0].self_attn.k_proj, False, HeadSlice.plain(4, 1), 1)
-        for name, tower in towers.items()
-    }
-    found = collect_moments(model, probes, [{**batch, "input_ids": ids, "attention_mask": mask}])
-    assert found["image"].tokens == ids.numel()
-    assert found["text"].tokens == ids.numel() - 2 * len(ids)
-
-
-def test_nobody_keeps_keys_and_values():
-    model, kept = build("llama").eval(), []
-    hook = model.register_forward_hook(lambda module, inputs, output: kept.append(output.past_key_values))
-    probes = {"k": Probe(model.model.layers[0].self_attn.k_proj, False, HeadSlice.plain(2, 12), 12)}
-    collect_moments(model, probes, batches())
-    hook.remove()
-    assert kept == [None] * len(batches())
-
-
-def test_an_encoder_and_a_decoder_have_masks_of_their_own(one_thread):
-    model = build("t5").eval()
-    ids = inputs("t5", batch=2, length=6)["input_ids"]
-    here, there = torch.ones(2, 6, dtype=torch.long), torch.ones(2, 6, dtype=torch.long)
-    here[0, 4:], there[1, 5:] = 0, 0
-    blocks = {
-        "in": model.encoder.block[0].layer[0].SelfAttention,
-        "out": model.decoder.block[0].layer[0].SelfAttention,
-    }
-    probes = {name: Probe(block.k, False, HeadSlice.plain(block.n_heads, 1), 1) for name, block in blocks.items()}
-    batch = {"input_ids": ids, "attention_mask": here, "decoder_input_ids": ids}
-    assert {k: m.tokens for k, m in collect_moments(model, probes, [batch]).items()} == {"in": 10, "out": 12}
-    found = collect_moments(model, probes, [{**batch, "decoder_attention_mask": there}])
-    assert {k: m.tokens for k, m in found.items()} == {"in": 10, "out": 11}
-
-
-def test_hooks_come_off_when_the_model_fails():
-    model = TwoProjections()
-    probes = {"out": Probe(model.one, False, HeadSlice.plain(2, 4), 4)}
-    with pytest.raises(RuntimeError):
-        collect_moments(model, probes, [{"x": torch.randn(2, 3, 5)}])
-    assert not model.one._forward_hooks
-    assert model.training
-    with pytest.raises(ValueError, match="expected batches to run the model on, found none"):
-        collect_moments(model, probes, [])
-    with pytest.raises(ValueError, match="out: expected finite activations"):
-        collect_moments(model, probes, [{"x": torch.full((1, 2, 6), float("nan"))}])
-
-
-def test_shrinking_goes_from_the_weights_to_the_data():
-    torch.manual_seed(1)
-    moment, weights = (gram(torch.randn(20, 3, 4).double()) for _ in range(2))
-    traces = [g.diagonal(dim1=-2, dim2=-1).sum(-1).view(-1, 1, 1) for g in (moment, weights)]
-    torch.testing.assert_close(shrink(moment, weights, 0), weights * traces[0] / traces[1])
-    torch.testing.assert_close(shrink(moment, weights, 4), (moment + weights * traces[0] / traces[1]) / 2)
-    assert relative(shrink(moment, weights, 10**9), moment) < 1e-8
-    assert torch.isfinite(shrink(moment, torch.zeros_like(weights), 4)).all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -323,9 +172,3 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(one_thread):
     initialize_from_activations(model, data)
     with pytest.raises(ValueError, match="whose U and V are not orthonormal"):
         explicit_factors(model, "model.layers.0.self_attn.v_proj")
-
-
-def test_no_tokens_is_no_division_by_zero():
-    empty = Moments(torch.zeros(1, 2, 2).double(), torch.zeros(1, 2).double())
-    assert not empty.second.any()
-    assert not empty.covariance.any()

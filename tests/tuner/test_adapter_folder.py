@@ -196,7 +196,7 @@ def test_folded_adapter_saves_and_merges_as_itself(tmp_path: Path) -> None:
     assert relative(logits(model.merge_and_unload(), "llama"), before) < TOLERANCE[torch.float32]
 
 
-# ---------------------------------------------------------------------- S alone, and what it stands on
+# ---------------------------------------------------------------------- cards and checkpoints
 
 
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM", "SEQ_CLS"])
@@ -208,9 +208,6 @@ def test_the_recipe_in_the_card_names_a_class_that_loads_the_adapter(task_type: 
     name = card.partition("from peft import ")[2].split()[0]
     assert hasattr(peft, name)
     assert (name == "AutoPeftModel") == (task_type is None)
-
-
-# --- configs read from files --------------------------------------------------------------------------
 
 
 def test_a_folded_checkpoint_is_warned_of(tmp_path: Path) -> None:

@@ -192,9 +192,6 @@ def test_another_base_of_the_same_statistics_is_noticed(tmp_path: Path) -> None:
         load(build("llama", torch.bfloat16, seed=1, **shape), tmp_path)
 
 
-# --- configs read from files --------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("reader", [None, CloverConfig, PeftConfig])
 def test_a_load_that_is_refused_leaves_no_layers(reader, tmp_path: Path) -> None:
     save_trained(tmp_path)

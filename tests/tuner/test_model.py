@@ -9,11 +9,22 @@ import warnings
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 
-from clover_peft import CloverConfig
-from tests.support.adapters import FORMS, activate, adapted, base_tensors, layers, loss_and_grads, same, several
+from clover_peft import CloverConfig, CloverLayer
+from clover_peft.tuner.bases import clover_layers
+from tests.support.adapters import (
+    FORMS,
+    activate,
+    adapted,
+    base_tensors,
+    layers,
+    loss_and_grads,
+    same,
+    several,
+    two_trained,
+)
 from tests.support.tiny import TOLERANCE, VOCAB, build, inputs, logits, perturb, relative
 
 # ---------------------------------------------------------------------- dropout
@@ -202,3 +213,58 @@ def test_generation_uses_the_adapter_and_the_cache():
     assert torch.equal(model.generate(**prompt, max_new_tokens=6, do_sample=False, use_cache=False), cached)
     merged = model.merge_and_unload()
     assert torch.equal(merged.generate(**prompt, max_new_tokens=6, do_sample=False), cached)
+
+
+# ---------------------------------------------------------------------- copies and states
+
+
+def test_copies_and_pickles_compute_the_same_merged_or_not():
+    model = get_peft_model(build("llama"), CloverConfig())
+    perturb(model)
+    expected = logits(model, "llama")
+    base = logits(build("llama"), "llama")
+    for merged in (False, True):
+        if merged:
+            model.merge_adapter()
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(logits(other, "llama"), logits(model, "llama"))
+            if merged:
+                other.unmerge_adapter()
+            assert torch.equal(logits(other, "llama"), expected)
+            assert torch.equal(logits(other.unload(), "llama"), base)
+
+
+def test_two_peft_models_on_one_base_share_its_layers():
+    base = build("llama")
+    expected = logits(base, "llama")
+    first = get_peft_model(base, CloverConfig(), adapter_name="first")
+    perturb(first)
+    once = logits(first, "llama")
+    with pytest.warns(UserWarning, match="second time"):
+        second = get_peft_model(first.base_model.model, CloverConfig(), adapter_name="second")
+    assert all(type(layer.base_layer) is torch.nn.Linear for _, layer in clover_layers(second))
+    second.base_model.set_adapter(["first"])
+    assert torch.equal(logits(second, "llama"), once)
+    assert torch.equal(logits(second.unload(), "llama"), expected)
+    assert isinstance(first, PeftModel)
+
+
+def test_merging_in_inference_mode_leaves_a_model_that_can_be_trained():
+    model = get_peft_model(build("llama"), CloverConfig())
+    perturb(model)
+    with torch.inference_mode():
+        model.merge_adapter()
+    merged = model.merge_and_unload()
+    assert not any(p.is_inference() for p in merged.parameters())
+    merged.requires_grad_(True)
+    merged(**inputs("llama")).logits.sum().backward()
+
+
+def test_layer_status_sees_every_layer():
+    model = two_trained()
+    status = model.get_model_status()
+    assert status.enabled
+    assert (status.active_adapters, status.merged_adapters) == (["a"], [])
+    assert len(model.get_layer_status()) == sum(isinstance(m, CloverLayer) for m in model.modules())
+    model.merge_adapter()
+    assert model.get_model_status().merged_adapters == ["a"]

@@ -22,6 +22,7 @@ from clover_peft.tuner.base_check import ROUNDED
 from clover_peft.tuner.bases import clover_layers
 from clover_peft.tuner.merging import map_constant
 from tests.support.tiny import perturb, relative
+from tests.support.trainers import StopAfter, settings
 
 bnb = pytest.importorskip("bitsandbytes", reason="needs the quant extra: pip install clover-peft[quant]")
 
@@ -378,7 +379,6 @@ def test_a_cast_behind_the_back_loses_no_bit(kind, tiny, tmp_path):
 def test_trl_trains_s_in_float32(how, tiny, tmp_path):
     trl = pytest.importorskip("trl", reason="needs the train extra: pip install clover-peft[train]")
     datasets = pytest.importorskip("datasets", reason="needs the train extra")
-    from tests.integration.test_trainers import settings
 
     rows = torch.randint(3, 96, (8, 12), generator=torch.Generator().manual_seed(0)).tolist()
     model, config = four_bits(tiny), CloverConfig()
@@ -414,7 +414,6 @@ def test_trl_trains_s_in_float32(how, tiny, tmp_path):
 def test_trl_resumes_bit_for_bit_on_a_quantised_base(tiny, tmp_path):
     trl = pytest.importorskip("trl", reason="needs the train extra: pip install clover-peft[train]")
     datasets = pytest.importorskip("datasets", reason="needs the train extra")
-    from tests.integration.test_trainers import StopAfter, settings
 
     rows = torch.randint(3, 96, (8, 12), generator=torch.Generator().manual_seed(0)).tolist()
 

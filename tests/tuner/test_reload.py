@@ -208,7 +208,7 @@ def test_adapter_that_was_never_computed_is_not_used(action: str, where: str, tm
     assert not any(layer.merged for layer in layers(model))
 
 
-# ---------------------------------------------------------------------- S alone, and what it stands on
+# ---------------------------------------------------------------------- beside another adapter
 
 
 def test_loading_one_adapter_leaves_another_of_the_same_structure_alone(tmp_path: Path) -> None:

@@ -25,8 +25,6 @@ from tests.support.saved_adapters import (
 )
 from tests.support.tiny import build, logits, perturb
 
-# ---------------------------------------------------------------------- what is refused
-
 
 def _cut(folder: Path) -> None:
     path = folder / WEIGHTS
@@ -200,9 +198,6 @@ def test_failed_load_over_several_adapters_keeps_them_all(tmp_path: Path) -> Non
         model.load_adapter(tmp_path, adapter_name="three")
 
 
-# ---------------------------------------------------------------------- S alone, and what it stands on
-
-
 @pytest.mark.parametrize("key", ["clover_probe", "clover_S0"])
 def test_fingerprint_that_is_missing_is_refused(key: str, tmp_path: Path) -> None:
     save_trained(tmp_path, save_bases=False)
@@ -217,9 +212,6 @@ def test_a_pickle_is_not_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a pickle, which is never read"):
         load(base, tmp_path)
     assert not layers(base)
-
-
-# --- configs read from files --------------------------------------------------------------------------
 
 
 def test_a_damaged_file_in_the_hubs_cache_is_found_before_anything_changes(tmp_path: Path, monkeypatch) -> None:

@@ -1,0 +1,79 @@
+"""Weighted sums of adapters, and which adapters cannot be summed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+from clover_peft import CloverConfig
+from clover_peft.tuner.bases import clover_layers
+from tests.support.adapters import two_trained
+from tests.support.tiny import TOLERANCE, build, logits, perturb, relative
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("options", [{}, {"s_matrix": "diagonal"}, {"r": 4}, {"r": 4, "truncate": True}])
+def test_a_weighted_adapter_is_the_weighted_sum_of_the_maps(options):
+    model = two_trained(**options).eval()
+    model.add_weighted_adapter(["a", "b"], [0.7, -0.2], "sum")
+    for _, layer in clover_layers(model):
+        for spec in layer.specs["sum"]:
+            a, b, total = (spec.residual_map(layer.tensors(name, spec)) for name in ("a", "b", "sum"))
+            zero = spec.residual_map(layer.tensors("a", spec)._replace(s=torch.zeros_like(layer.tensors("a", spec).s)))
+            assert relative(total - zero, 0.7 * (a - zero) - 0.2 * (b - zero)) < TOLERANCE[torch.float32]
+    assert not any(p.requires_grad for name, p in model.named_parameters() if ".sum." in name)
+    model.set_adapter("sum")
+    assert not torch.equal(logits(model, "llama"), logits(build("llama"), "llama"))
+
+
+def test_a_weighted_adapter_covers_the_modules_of_all(tmp_path):
+    model = get_peft_model(build("llama"), CloverConfig(target_modules=["v_proj"]), adapter_name="a")
+    model.add_adapter("b", CloverConfig(target_modules=["up_proj"]))
+    perturb(model)
+    model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum")
+    model.base_model.set_adapter(["a", "b"])
+    both = logits(model, "llama")
+    model.set_adapter("sum")
+    assert relative(logits(model, "llama"), both) < TOLERANCE[torch.float32]
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    again = PeftModel.from_pretrained(build("llama"), tmp_path / "sum")
+    assert torch.equal(logits(again, "llama"), logits(model, "llama"))
+
+
+def test_adapters_that_do_not_fit_together_are_not_combined():
+    model = two_trained()
+    model.add_adapter("small", CloverConfig(r=4))
+    model.add_adapter("head", CloverConfig(modules_to_save=["lm_head"]))
+    before = set(model.state_dict())
+    with pytest.raises(ValueError, match=r"layers.0.*different bases"):
+        model.add_weighted_adapter(["a", "small"], [1.0, 1.0], "sum")
+    with pytest.raises(ValueError, match="whole modules or tokens"):
+        model.add_weighted_adapter(["a", "head"], [1.0, 1.0], "sum")
+    with pytest.raises(ValueError, match="one weight"):
+        model.add_weighted_adapter(["a", "b"], [1.0], "sum")
+    with pytest.raises(ValueError, match="exists already"):
+        model.add_weighted_adapter(["a"], [1.0], "b")
+    with pytest.raises(ValueError, match="'linear'"):
+        model.add_weighted_adapter(["a"], [1.0], "sum", combination_type="svd")
+    assert set(model.state_dict()) == before
+    assert "sum" not in model.peft_config
+
+
+def test_adapters_in_other_bases_are_not_combined():
+    model = two_trained()
+    _, layer = clover_layers(model)[0]
+    with torch.no_grad():
+        layer.tensors("b", layer.specs["b"][0]).u.mul_(1.5)
+    with pytest.raises(ValueError, match="different bases"):
+        model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum")
+
+
+def test_fingerprints_that_rounding_sets_apart_are_no_other_bases():
+    model = two_trained()
+    _, layer = clover_layers(model)[0]
+    with torch.no_grad():
+        layer.tensors("b", layer.specs["b"][0]).norm.mul_(1 + 3e-7)
+    model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum")
+    assert "sum" in model.peft_config

@@ -1,0 +1,81 @@
+"""An adapter is replaced by a file of the same structure, in place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from clover_peft import CloverConfig, hotswap_adapter
+from tests.support.tiny import TOLERANCE, build, inputs, logits, perturb, relative
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def _saved(folder, seed: int, **options) -> str:
+    model = get_peft_model(build("llama"), CloverConfig(**options))
+    perturb(model, seed=seed)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_hotswap_changes_the_numbers_in_place(tmp_path):
+    one, two = _saved(tmp_path / "one", 1), _saved(tmp_path / "two", 2)
+    model = PeftModel.from_pretrained(build("llama"), one)
+    addresses = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    hotswap_adapter(model, two)
+    assert torch.equal(logits(model, "llama"), logits(PeftModel.from_pretrained(build("llama"), two), "llama"))
+    assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == addresses
+    hotswap_adapter(model, one)
+    assert torch.equal(logits(model, "llama"), logits(PeftModel.from_pretrained(build("llama"), one), "llama"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"r": 4},
+        {"r": 4, "truncate": True},
+        {"s_matrix": "diagonal"},
+        {"target_modules": ["v_proj"]},
+        {"bias": "all"},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [1]},
+    ],
+    ids=str,
+)
+def test_an_adapter_of_another_structure_is_not_swapped_in(tmp_path, options):
+    model = PeftModel.from_pretrained(build("llama"), _saved(tmp_path / "one", 1))
+    expected = logits(model, "llama")
+    with pytest.raises(ValueError, match="expected"):
+        hotswap_adapter(model, _saved(tmp_path / "two", 2, **options))
+    assert torch.equal(logits(model, "llama"), expected)
+    assert list(model.peft_config) == ["default"]
+
+
+def test_only_a_loaded_unmerged_clover_adapter_is_swapped(tmp_path):
+    one = _saved(tmp_path / "one", 1)
+    model = PeftModel.from_pretrained(build("llama"), one)
+    with pytest.raises(ValueError, match="expected a loaded CLOVER adapter"):
+        hotswap_adapter(model, one, "other")
+    get_peft_model(build("llama"), LoraConfig()).save_pretrained(tmp_path / "lora")
+    with pytest.raises(ValueError, match="expected a CLOVER adapter, found LoraConfig"):
+        hotswap_adapter(model, str(tmp_path / "lora"))
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="is merged"):
+        hotswap_adapter(model, one)
+
+
+@pytest.mark.slow
+def test_a_hotswap_compiles_nothing_again(tmp_path):
+    one, two = _saved(tmp_path / "one", 1), _saved(tmp_path / "two", 2)
+    model = PeftModel.from_pretrained(build("llama"), one)
+    compiled = torch.compile(model)
+    batch = inputs("llama")
+    with torch.no_grad():
+        first = compiled(**batch).logits
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            hotswap_adapter(compiled, two)
+            second = compiled(**batch).logits
+    assert relative(first, second) > 1e-3
+    expected = logits(PeftModel.from_pretrained(build("llama"), two), "llama")
+    assert relative(second, expected) < TOLERANCE[torch.float32]
