@@ -31,7 +31,7 @@ def write_card(
         library: name of the library that loads it, for the metadata.
         tags: for the metadata.
         code: Python that loads it.
-        facts: what a table below shows, by name.
+        facts: the rows of a table below, by name.
         text: Markdown between the code and the table.
         ending: Markdown below the table.
     """

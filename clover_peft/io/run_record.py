@@ -1,4 +1,4 @@
-"""Run records: where, with what and at which revision a result was made, as JSON that is never overwritten."""
+"""Run records: a result with the machine, the software and the revision it was made with, in JSON files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 from .._version import __version__
 from . import atomic
 
-_LIST_OF_NUMBERS = re.compile(r"\[\n\s+[-+.\deE]+(,\n\s+[-+.\deE]+)*\n\s+\]")  # a line each, as json writes it
+_LIST_OF_NUMBERS = re.compile(r"\[\n\s+[-+.\deE]+(,\n\s+[-+.\deE]+)*\n\s+\]")  # json writes a line for each
 PACKAGES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes")
 
 
@@ -64,10 +64,10 @@ def write(path: str | os.PathLike[str], record: dict[str, Any]) -> Path:
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """A JSON file with one block.
+    """Read a JSON file with one block.
 
     Raises:
-        ValueError: with the remedy, if it is missing or damaged.
+        ValueError: the file is missing or damaged; the message ends with the remedy.
     """
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
@@ -78,17 +78,17 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def check_same(before: dict[str, Any], now: dict[str, Any], where: str, remedy: str, prefix: str = "") -> None:
-    """Refuses to go on with what was made with other values.
+    """Check that earlier work was done with the present settings.
 
     Args:
-        before: what it was made with, as JSON gives it back.
-        now: what is given now; values that JSON does not know are compared as text.
-        where: where `before` was found.
-        remedy: what to do if they differ.
-        prefix: put before a key in the message.
+        before: the settings of the earlier work, as read from JSON.
+        now: the present settings; values that JSON does not know are compared as text.
+        where: where `before` was found, for the message.
+        remedy: what the user can do if they differ.
+        prefix: stands before the key in the message.
 
     Raises:
-        ValueError: naming the first key, of the innermost block, that differs.
+        ValueError: a setting differs; the message names the first one, with the blocks it is in.
     """
     now = json.loads(json.dumps(now, default=str))
     for key in sorted(before.keys() | now.keys()):
@@ -100,7 +100,7 @@ def check_same(before: dict[str, Any], now: dict[str, Any], where: str, remedy: 
 
 
 def digest(files: Iterable[Path]) -> str:
-    """sha256 of the contents of files, in their order, one after the other."""
+    """Return the sha256 of the joined contents of files."""
     result = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
@@ -131,7 +131,7 @@ def _cpu_model() -> str:
 
 
 def _git_state(file: Path) -> tuple[str | None, bool | None]:
-    """Revision and dirty flag of the checkout that tracks `file`: a copy installed inside another checkout is none."""
+    """Return revision and dirty flag of the checkout that tracks `file`; a copy that git does not track has none."""
     try:
         _git(file.parent, "ls-files", "--error-unmatch", file.name)
         revision = _git(file.parent, "rev-parse", "HEAD")
@@ -147,9 +147,9 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def peak_memory_bytes() -> int:
-    """Return the most memory of the host that this process has held: its resident set."""
+    """Return the peak of this process's resident set: the most memory of the host that it has held."""
     status = Path("/proc/self/status")
-    if status.exists():  # not getrusage on Linux: that figure survives exec, so it would start at the parent's
+    if status.exists():  # On Linux, getrusage's figure survives exec and would start at the parent's.
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024

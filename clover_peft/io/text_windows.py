@@ -1,4 +1,4 @@
-"""Text to calibrate with: a file or a data set on the hub, as windows of tokens without padding."""
+"""Text for calibration, from a file or a data set on the hub, cut into windows of tokens without padding."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 from .rows import read_lines, read_rows
 
 DEFAULT_ROWS, DEFAULT_LENGTH, DEFAULT_BATCH = 64, 512, 8
-# Fields of a row that are text, the first of these that it has.
+# Fields of a row that hold its text; the first entry whose first field the row has is used.
 _FIELDS = (("text",), ("content",), ("messages",), ("prompt", "completion"), ("instruction", "input", "output"))
-_CHARACTERS = 16  # read for every token that is wanted: about four times the text that is needed
+_CHARACTERS = 16  # characters read for each token that is needed, about four times as many as it has
 
 
 def text_batches(
@@ -26,25 +26,25 @@ def text_batches(
     max_length: int = DEFAULT_LENGTH,
     batch_size: int = DEFAULT_BATCH,
 ) -> list[dict[str, Tensor]]:
-    """Windows of a text, each full of tokens, so that nothing is padded.
+    """Cut a text into windows, each full of tokens, so that no window is padded.
 
-    The beginning of the text is read, about four times what is needed, and the windows are spread evenly over that.
-    Each has the special tokens that the tokenizer puts around any text.
+    About four times as much text as needed is read from the beginning, and the windows are spread evenly over it. Each
+    window has the special tokens that the tokenizer puts around a text.
 
     Args:
         source: a `.txt` file, or a `.jsonl` file whose rows have a field `text`, `content` or `messages`, or fields
             `prompt` and `completion`, or `instruction`, `input` and `output`; both also with `.gz`. Or the name of a
             data set on the hub with such rows, `name:configuration` where it has several; its split "train" is read.
-        tokenizer: of the model.
-        rows: windows, at most.
-        max_length: tokens of a window.
+        tokenizer: the model's tokenizer.
+        rows: the largest number of windows.
+        max_length: tokens in a window.
         batch_size: windows in a batch.
 
     Returns:
         Batches of `{"input_ids": (windows, max_length) int64}`.
 
     Raises:
-        ValueError: if there is no such file or data set, or it is damaged or has too little text.
+        ValueError: the file or the data set does not exist, is damaged or has too little text.
     """
     for name, figure in {"rows": rows, "max_length": max_length, "batch_size": batch_size}.items():
         if figure < 1:
@@ -78,24 +78,24 @@ def batches_for(
     max_length: int | None = None,
     batch_size: int = DEFAULT_BATCH,
 ) -> list[dict[str, Any]]:
-    """`text_batches`, with what a model needs beside them.
+    """Make `text_batches` and add the other arguments that a model needs.
 
-    An encoder-decoder reads each window and writes it again. Caches and logits, which nobody reads, are not made
-    where the model can leave them out.
+    The decoder of an encoder-decoder gets each window too, shifted by one token. Caches and logits are switched off
+    where the model allows that, since calibration does not use them.
 
     Args:
         model: a model of transformers.
-        tokenizer: of the model; None if it has none.
+        tokenizer: the model's tokenizer; None if it has none.
         source: see `text_batches`.
-        rows: windows, at most.
-        max_length: tokens of a window; None: 512, or as many as the model takes.
+        rows: the largest number of windows.
+        max_length: tokens in a window; None: 512, or the model's limit if that is lower.
         batch_size: windows in a batch.
 
     Returns:
-        Keyword arguments of the model.
+        Keyword arguments of the model, batch by batch.
 
     Raises:
-        ValueError: also if the model does not read text, or not as many tokens.
+        ValueError: see `text_batches`; or the model does not read text, or its limit is below `max_length`.
     """
     if tokenizer is None or model.main_input_name != "input_ids":
         raise ValueError(
@@ -122,14 +122,14 @@ def batches_for(
 
 
 def _limits(model: Any, tokenizer: Any) -> list[int]:
-    """How many tokens fit, by the model's and the tokenizer's own word."""
+    """Return the limits on a text's tokens that the model and the tokenizer declare."""
     config = model.config.get_text_config()
-    said = (getattr(config, "max_position_embeddings", None), tokenizer.model_max_length)
-    return [limit for limit in said if isinstance(limit, int) and limit > 0]
+    declared = (getattr(config, "max_position_embeddings", None), tokenizer.model_max_length)
+    return [limit for limit in declared if isinstance(limit, int) and limit > 0]
 
 
 def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The tokens that a tokenizer puts before and behind any text."""
+    """Return the tokens that a tokenizer puts before and behind a text."""
     whole, bare = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
     start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), None)
     if start is None:
@@ -138,7 +138,7 @@ def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def _beginning(texts: Iterable[str], characters: int) -> str:
-    """As many texts as have this many characters, joined."""
+    """Join the first texts until they have this many characters."""
     kept: list[str] = []
     read = 0
     for text in texts:
@@ -150,7 +150,7 @@ def _beginning(texts: Iterable[str], characters: int) -> str:
 
 
 def _texts(source: str) -> Iterator[str]:
-    """The text of a file or data set piece by piece, with what stands between the pieces."""
+    """Yield the text of a file or a data set piece by piece; the pieces only have to be joined."""
     path = Path(source).expanduser()
     kind = next((k for k in (".txt", ".jsonl") if path.name.endswith((k, f"{k}.gz"))), None)
     if not path.exists() and kind is None:
@@ -189,7 +189,7 @@ def _hub_rows(source: str) -> Iterable[Any]:
 
 
 def _row_text(where: str, row: Any) -> str:
-    """The text of a row, and an empty line behind it."""
+    """Return the text of a row, followed by an empty line."""
     if isinstance(row, Mapping):
         for fields in _FIELDS:
             if fields[0] in row:
@@ -201,7 +201,7 @@ def _row_text(where: str, row: Any) -> str:
 
 
 def _plain(value: Any) -> str:
-    """Text as it is, of chat messages what they say, of anything else nothing."""
+    """Return text unchanged, the contents of chat messages, and nothing for any other value."""
     if isinstance(value, list):
         return "\n".join(str(message.get("content", "")) for message in value if isinstance(message, Mapping))
     return value if isinstance(value, str) else ""

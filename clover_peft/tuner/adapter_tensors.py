@@ -197,19 +197,22 @@ class AdapterTensors(nn.Module):
                 result.append(UnfoldedMap(Place(spec.heads, spec.size, spec.truncate), mapped))
         return result
 
-    def add_low_rank(self, y: Tensor, x: Tensor, adapter_names: Iterable[str], dropout: bool = False) -> Tensor:
+    def add_low_rank(self, y: Tensor, x: Tensor | None, adapter_names: Iterable[str], dropout: bool = False) -> Tensor:
         """`y + B A x`, (..., out_features), over the adapters that have a low-rank part.
 
         Args:
             y: (..., out_features).
-            x: (..., in_features).
+            x: (..., in_features); None for the identity, whose rows give the update of a transposed weight.
             adapter_names: the adapters.
             dropout: apply the adapters' dropout in training.
         """
         for name in adapter_names:
             if name in self.clover_A:
-                x_name = (self.clover_dropout[name](x) if dropout else x).to(y.dtype)
-                low = self.clover_A[name](WHOLE, partial(_linear, x_name))
+                if x is None:
+                    low = self.clover_A[name](WHOLE, partial(_transposed, y.dtype))
+                else:
+                    x_name = (self.clover_dropout[name](x) if dropout else x).to(y.dtype)
+                    low = self.clover_A[name](WHOLE, partial(_linear, x_name))
                 y = y + self.clover_B[name](WHOLE, partial(_linear, low)).to(y.dtype)
         return y
 
@@ -294,6 +297,10 @@ def _fold(spec: BlockSpec, staged: bool, tensors: BlockTensors) -> tuple[Tensor,
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
     return nn.functional.linear(x, weight.to(x.dtype))
+
+
+def _transposed(dtype: torch.dtype, weight: Tensor) -> Tensor:
+    return weight.mT.to(dtype)
 
 
 def tensor_keys(name: str, adapter_name: str, part: str) -> dict[str, str]:

@@ -123,7 +123,7 @@ class BlockSpec:
         return tensors._replace(s=s)
 
     def residual_map(self, tensors: BlockTensors) -> Tensor:
-        """(H, d, d): the map minus the identity that it replaces, so that it is always added to the features."""
+        """(H, d, d), to be added to the features: the map, or with `truncate` the map minus the identity."""
         folded = self.map(tensors)
         return folded - torch.eye(self.size, dtype=folded.dtype, device=folded.device) if self.truncate else folded
 

@@ -1,4 +1,4 @@
-"""`CloverLayer`: a linear projection followed by a trained map of every head onto itself.
+"""`CloverLayer`: a linear projection followed by a trained map of every block onto itself.
 
 With `z = W x + b` the frozen projection's output and `z_h` its features in block h (ours; equal to the paper's
 `V S U^T`, Eq. 3, arXiv 2411.17426):
@@ -35,7 +35,7 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
         base_layer: the projection, or another tuner's layer around it.
         adapter_name: its first adapter, which is active; `update_layer` makes it.
         name: path of the target in the model, for messages.
-        quantization_kwargs: what peft's quantisation backends need from the model.
+        quantization_kwargs: arguments of peft's quantisation backends (`get_quantization_kwargs(model)`).
     """
 
     adapter_layer_names: tuple[str, ...] = TRAINED

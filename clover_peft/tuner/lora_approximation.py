@@ -14,7 +14,7 @@ from .bases import layers_with
 def lora_errors(
     model: nn.Module, ranks: Sequence[int] = (16, 64, 256), adapter_name: str = "default"
 ) -> dict[str, dict[int, float]]:
-    """The error of `peft.convert_to_lora` at each rank, because CLOVER's update has full rank and a LoRA has not.
+    """The error of `peft.convert_to_lora` at each rank, because CLOVER's update has full rank and a LoRA does not.
 
     Args:
         model: a model with a trained CLOVER adapter.

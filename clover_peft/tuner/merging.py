@@ -56,13 +56,10 @@ def map_constant(layer: AdapterTensors, z: Tensor, adapter_names: list[str]) -> 
 
 @torch.no_grad()
 def map_weight(layer: AdapterTensors, transposed: Tensor, adapter_names: list[str]) -> Tensor:
-    """A transposed weight, (in_features, out_features), with the adapters' maps and low-rank parts, as above."""
+    """A transposed weight, (in_features, out_features), with maps and low-rank parts, in at least float32."""
     result = map_constant(layer, transposed, adapter_names)
-    if any(name in layer.clover_A for name in adapter_names):
-        one = torch.eye(len(result), dtype=result.dtype, device=result.device)  # B A x of the identity is A^T B^T
-        with torch.autocast(device_type=result.device.type, enabled=False):
-            result = layer.add_low_rank(result, one, adapter_names)
-    return result
+    with torch.autocast(device_type=result.device.type, enabled=False):
+        return layer.add_low_rank(result, None, adapter_names)
 
 
 @torch.no_grad()

@@ -62,7 +62,7 @@ def test_the_table_is_arithmetic_on_records(tmp_path):
     write(tmp_path / "falling", "a-lr0.3-seed5", "a", 0.3, 5, validation={**result(0.1), "loss": "NaN"})
     [row] = results.table_rows(results.load(tmp_path / "falling"))
     assert row.candidates == {0.1: (0.5, None), 0.3: (0.1, None)}
-    assert report.markdown({}) == "No method has met the test questions."
+    assert report.markdown({}) == "No method has answered the test questions yet."
     searched = {name: record for name, record in results.load(folder).items() if not name.endswith(".test")}
     lines = report.markdown(searched).splitlines()
     assert lines[4] == "| a | 10 | 0.3 | 0.2500 | 80.0% | 5 | 2 | `a-lr0.3-seed0.json` |"

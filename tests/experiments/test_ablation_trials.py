@@ -116,7 +116,7 @@ def test_all_questions_meet_the_model_in_the_dtype_of_training(tiny_grid, tmp_pa
         ("methods.narrow={method: lora, learning_rates: [0.001, 0.1], peft.r: 3}", "peft.r: expected 2"),
         ("evaluation.rows=2", "evaluation.rows: expected 3 as in .*test.json, found 2"),
         ("evaluation.mode=generate", "evaluation.mode: expected 'score'"),
-        ("seeds=[4, 3]", "narrow has met the test questions, expected no further choice of its learning rate"),
+        ("seeds=[4, 3]", "narrow has answered the test questions, expected no further choice of its learning rate"),
         ("methods={narrow: {method: lora, learning_rates: [0.1, 0.2], peft.r: 2}}", "found narrow-lr0.2-seed3 to try"),
         (
             "methods={narrow: {method: lora, learning_rates: [0.001], peft.r: 2}}",

@@ -162,6 +162,16 @@ def test_inputs_are_spread_over_all_batches_and_all_of_a_batch(tokens, kept):
     assert where == ([(i, at) for i in range(4) for at in kept] if kept else [(1, 5), (3, 5)])
 
 
+def test_every_module_gets_its_mode_back():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.5)).train()
+    model[1].eval()
+    seen = []
+    model[0].register_forward_hook(lambda module, inputs, output: seen.append(module.training))
+    collect_inputs(model, ["0"], [{"input": torch.ones(3, 2)}])
+    assert seen == [False]
+    assert [module.training for module in model.modules()] == [True, True, False]
+
+
 def test_what_cannot_be_analysed_is_refused():
     model = get_peft_model(build("llama"), CONFIGS["lora"]())
     model.merge_adapter()

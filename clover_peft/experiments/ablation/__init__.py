@@ -1,1 +1,1 @@
-"""A grid of fine-tunings on the commonsense suite: what to run, what is next, and the table that its records make."""
+"""A grid of fine-tunings on the commonsense suite: its settings, its runs, and the table of their results."""

@@ -1,4 +1,4 @@
-"""A grid of (method x learning rate x seed) over one base configuration, as its file describes it."""
+"""The file of a grid: (method x learning rate x seed) over one base configuration."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ..training.arguments import parse
 
 BASE = "base"  # the model that is not fine-tuned
 _MODES = ("score", "generate")
-# Keys of a run that the grid sets itself; accepting them would be ignoring them.
-_SAID_ELSEWHERE = {
+# The grid sets these keys of a run itself: it refuses them, since it would ignore them.
+_SET_ELSEWHERE = {
     "data": "set data.source",
     "rows": "set data.rows",
     "held_out_rows": "set data.validation",
@@ -26,10 +26,10 @@ _SAID_ELSEWHERE = {
     "method": "set methods",
     "questions": "set evaluation.rows",
     "output_dir": "set --out",
-    "resume": "runs of a grid always go on",
+    "resume": "the runs of a grid always resume",
     "peft.learning_rate": "set the learning rates of its method",
 }
-_OF_ALL = {"model", "prompt", "chat_template_path"}
+_SHARED = {"model", "prompt", "chat_template_path"}  # Methods that differ in these do not compare.
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Method:
     """A row of the table.
 
     Attributes:
-        name: as shown.
-        method: name of the block among the model's `methods`.
-        learning_rates: those tried.
+        name: the name in the table.
+        method: the name of a block in `methods` of the base configuration.
+        learning_rates: the rates to choose from.
         settings: changes to the run, such as `peft.bias`.
     """
 
@@ -68,9 +68,9 @@ class Evaluation:
 
     Attributes:
         mode: "score" or "generate".
-        rows: test questions a task, drawn with seed 0; None = all.
-        batch_size: questions at a time.
-        test: ask test questions at all; False compares on validation questions alone, as a search does.
+        rows: test questions per task, drawn with seed 0; None = all.
+        batch_size: questions in a batch.
+        test: whether test questions are asked; without them, as in a search, methods compare on validation questions.
     """
 
     mode: str = "score"
@@ -81,15 +81,15 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Grid:
-    """A grid, as its file describes it.
+    """The content of a grid's file.
 
     Attributes:
-        base: configuration files of the run; one has `methods`.
-        settings: on top of them, for all methods.
-        data: what the rows are.
+        base: configuration files of the runs; one of them has `methods`.
+        settings: changes to `base`, for all methods.
+        data: how the rows are prepared.
         methods: the rows of the table.
-        seeds: of training; the first also chooses the learning rates.
-        evaluation: of validation and test questions.
+        seeds: seeds of the training; learning rates are chosen at the first.
+        evaluation: how validation and test questions are asked.
     """
 
     base: list[Path]
@@ -101,7 +101,7 @@ class Grid:
 
 
 def read_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
-    """Reads and checks a grid's file.
+    """Read and check a grid's file.
 
     Args:
         path: a YAML file or the name of a shipped one; its `base` is looked for beside it, one folder up, and among
@@ -109,7 +109,7 @@ def read_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
         overrides: `key=value`, with dots into blocks.
 
     Raises:
-        ValueError: naming the key, what was expected and what was found.
+        ValueError: a key or a value makes no sense; the message names the key, what was expected and what was found.
     """
     path = find_config(path)
     values = load_yaml(path.read_text(encoding="utf-8"), str(path))
@@ -139,11 +139,11 @@ def read_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
     data = _fill(prepare.Options, values["data"], "data")
     prepare.check(data, "data.")
     _expect(data.validation > 0, "data.validation", "a number of rows a task to choose rates on", data.validation)
-    for key in _paths(values["settings"] or {}) & _SAID_ELSEWHERE.keys():
-        raise ValueError(f"settings.{key}: not a setting of a grid, {_SAID_ELSEWHERE[key]}")
+    for key in _paths(values["settings"] or {}) & _SET_ELSEWHERE.keys():
+        raise ValueError(f"settings.{key}: not a setting of a grid, {_SET_ELSEWHERE[key]}")
     for method in methods:
-        for key in _paths(method.settings) & (_SAID_ELSEWHERE.keys() | _OF_ALL):
-            remedy = _SAID_ELSEWHERE.get(key, "set it for all methods in settings, or they do not compare")
+        for key in _paths(method.settings) & (_SET_ELSEWHERE.keys() | _SHARED):
+            remedy = _SET_ELSEWHERE.get(key, "set it for all methods in settings, or they do not compare")
             raise ValueError(f"methods.{method.name}.{key}: not a setting of a method, {remedy}")
     grid = Grid(
         base=[_find_base(path, name) for name in base],
@@ -153,14 +153,14 @@ def read_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
         seeds=seeds,
         evaluation=_evaluation(values["evaluation"]),
     )
-    for method in methods:  # a typing error shows now, not after hours
+    for method in methods:  # Parse every run now: a typing error must not show after hours.
         for rate in method.learning_rates:
             parse(grid.base, settings_of(grid, method, Trial(method.name, rate, grid.seeds[0]), Path("runs")))
     return grid
 
 
 def settings_of(grid: Grid, method: Method, trial: Trial, out: Path) -> list[str]:
-    """A run's settings as overrides of the base configuration."""
+    """Return a run's settings, as overrides of the base configuration."""
     given = {
         **grid.settings,
         **method.settings,
@@ -168,8 +168,8 @@ def settings_of(grid: Grid, method: Method, trial: Trial, out: Path) -> list[str
         "learning_rate": trial.learning_rate,
         "seed": trial.seed,
         "data": str(out / "data" / "train.jsonl.gz"),
-        "rows": None,  # what the data has
-        "held_out_rows": 0,  # validation is the data's own
+        "rows": None,  # all rows of the data
+        "held_out_rows": 0,  # the data have validation rows of their own
         "questions": 0,
         "output_dir": str(out / "runs" / trial.name),
     }
@@ -177,7 +177,7 @@ def settings_of(grid: Grid, method: Method, trial: Trial, out: Path) -> list[str
 
 
 def trials_of(grid: Grid) -> dict[str, tuple[Method, Trial]]:
-    """Every run that the grid may come to, by its name."""
+    """Return every run that the grid may need, by its name."""
     return {
         (trial := Trial(method.name, rate, seed)).name: (method, trial)
         for method in grid.methods
@@ -187,7 +187,7 @@ def trials_of(grid: Grid) -> dict[str, tuple[Method, Trial]]:
 
 
 def count_steps(grid: Grid) -> int:
-    """How many records the whole grid has: of the trials, of their tests, and of the base's."""
+    """Count the records of a complete grid: trials, their tests, and the test of the base model."""
     runs = sum(len(method.learning_rates) for method in grid.methods)
     return runs + 1 + len(grid.methods) * (2 * len(grid.seeds) - 1) if grid.evaluation.test else runs
 
@@ -205,17 +205,17 @@ def _find_base(path: Path, name: str) -> Path:
 
 
 def _method(name: str, given: Any) -> Method:
-    """A list of rates, or a block with `learning_rates`, `method` and changes to the settings."""
+    """Read a method: a list of rates, or a block with `learning_rates`, `method` and changes to the settings."""
     if isinstance(given, list):
         given = {"learning_rates": given}
     if not isinstance(given, dict) or not given.get("learning_rates"):
         raise ValueError(f"methods.{name}: expected learning rates, or a block with learning_rates, found {given!r}")
     rates = given["learning_rates"]
     numbers = isinstance(rates, list) and all(type(rate) in (int, float) and 0 < rate < math.inf for rate in rates)
-    different = numbers and len({f"{rate:g}" for rate in rates}) == len(rates)  # as records are named
+    different = numbers and len({f"{rate:g}" for rate in rates}) == len(rates)  # Records are named by six digits.
     _expect(different, f"methods.{name}.learning_rates", "a list of positive numbers that differ in six digits", rates)
     plain = Path(name).name == name and not name.startswith(("-", "."))
-    _expect(plain, "methods", "names that can be those of files, without - or . in front", name)
+    _expect(plain, "methods", "names that a file can have, without - or . in front", name)
     more = {key: value for key, value in given.items() if key not in ("learning_rates", "method")}
     return Method(name, given.get("method", name), tuple(float(rate) for rate in rates), more)
 
@@ -233,7 +233,7 @@ def _evaluation(given: Any) -> Evaluation:
 
 
 def _paths(block: dict[str, Any], prefix: str = "") -> set[str]:
-    """The keys of a block and of those in it, with dots."""
+    """Return the keys of a block and, with dots, of the blocks in it."""
     paths = set()
     for key, value in block.items():
         paths |= {f"{prefix}{key}"} | (_paths(value, f"{prefix}{key}.") if isinstance(value, dict) else set())

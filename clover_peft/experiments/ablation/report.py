@@ -1,4 +1,4 @@
-"""What a grid's records say: the table in the paper's layout, as Markdown and CSV, and pictures."""
+"""The report of a grid: the table in the paper's layout, as Markdown and CSV, and pictures."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ..commonsense import TASKS
 from .grid import BASE
 from .results import Record, TableRow, difference, made_with, table_rows, trials
 
-_REFERENCE = "clover"  # what the others are compared with, where it is in the table
-_TOOK = ["method", "rate", "validation at each rate", "seeds", "unparsed"]
-_TOOK += ["init s", "train s", "peak MiB", "adapter MiB"]
+_REFERENCE = "clover"  # The other methods are compared with this one, if it is in the table.
+_COSTS = ["method", "rate", "validation at each rate", "seeds", "unparsed"]
+_COSTS += ["init s", "train s", "peak MiB", "adapter MiB"]
 _SHORT = {
     "boolq": "BoolQ",
     "piqa": "PIQA",
@@ -33,7 +33,7 @@ _SHORT = {
 
 
 def markdown(found: dict[str, Record]) -> str:
-    """The table in the paper's layout, what each method took, differences to CLOVER, and where numbers are from."""
+    """Write the report: the table, the costs of each method, differences to CLOVER, and the origin of the numbers."""
     rows = table_rows(found)
     if not rows:
         return _trials(found)
@@ -57,7 +57,7 @@ def markdown(found: dict[str, Record]) -> str:
         ),
         _scale(rows),
         markdown_table(
-            _TOOK,
+            _COSTS,
             [
                 [
                     row.method,
@@ -89,7 +89,7 @@ def markdown(found: dict[str, Record]) -> str:
 
 
 def as_csv(found: dict[str, Record]) -> str:
-    """The same numbers, one line a method and unrounded; of a search, one line a trial."""
+    """Write the same numbers, unrounded, one line for each method; for a search, one line for each trial."""
     rows: list[dict[str, Any]] = [
         {
             "method": row.method,
@@ -123,8 +123,12 @@ def as_csv(found: dict[str, Record]) -> str:
 
 
 def plots(found: dict[str, Record], folder: Path) -> list[Path]:
-    """Draws validation losses by learning rate, and of what met the test questions loss curves, accuracies with their
-    intervals, and accuracy against parameters.
+    """Draw validation losses by learning rate and, if there are test results, three more pictures.
+
+    These are loss curves, accuracies with their intervals, and accuracy against trainable parameters.
+
+    Returns:
+        The files drawn.
 
     Raises:
         ValueError: if matplotlib is not installed.
@@ -176,7 +180,7 @@ def plots(found: dict[str, Record], folder: Path) -> list[Path]:
 
 
 def _scale(rows: Sequence[TableRow]) -> str:
-    """How much was trained on and asked, in words, so that nobody takes a small grid for a large one."""
+    """State the numbers of rows, steps, seeds and questions, so that nobody takes a small grid for a large one."""
     trained = sorted({row.train_rows for row in rows if row.train_rows})
     steps = sorted({row.steps for row in rows if row.steps})
     asked = sorted({row.questions for row in rows})
@@ -190,9 +194,9 @@ def _scale(rows: Sequence[TableRow]) -> str:
 
 
 def _made(parts: Sequence[dict[str, set[str]]]) -> str:
-    """Where the numbers come from; more than one of a kind means that they are not all comparable.
+    """List the origins of the numbers; where there are two of a kind, the numbers may not compare.
 
-    Settings are shown where runs differ in them.
+    Of the settings only those are listed in which runs differ.
     """
     found: dict[str, set[str]] = {what: set().union(*(part[what] for part in parts)) for what in parts[0]}
     runs = [json.loads(text) for text in found["settings"]]
@@ -216,7 +220,7 @@ def _versus(one: TableRow, other: TableRow) -> str:
 
 
 def _trials(found: dict[str, Record]) -> str:
-    """What a search found on the validation questions, every trial of it."""
+    """Write the table of a search: the results of every trial on the validation questions."""
     rows = trials(found)
     table = markdown_table(
         ["method", "params", "rate", "validation loss", "validation accuracy", "training rows", "train s", "record"],
@@ -234,7 +238,7 @@ def _trials(found: dict[str, Record]) -> str:
             for row in rows
         ],
     )
-    note = "No method has met the test questions."
+    note = "No method has answered the test questions yet."
     return f"{note}\n\n{table}\n\n{_made([made_with(list(found.values()))])}" if rows else note
 
 

@@ -1,4 +1,4 @@
-"""The table that a grid's records make: arithmetic on records, and nothing else."""
+"""The results of a grid, computed from its records: chosen learning rates, a row for each method, differences."""
 
 from __future__ import annotations
 
@@ -15,33 +15,35 @@ from ..training.arguments import LOCAL
 from .grid import BASE, Trial
 
 Record = dict[str, Any]
-_OWN = {"learning_rate", "seed", "peft", "method", *LOCAL}  # settings of a run of its own
+_OWN = {"learning_rate", "seed", "peft", "method", *LOCAL}  # settings in which the runs of a grid differ
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """A method that met the test questions, at the learning rate that was chosen for it. Means are over its seeds.
+    """The test results of one method at its chosen learning rate. Means are over its seeds.
 
     Attributes:
-        method: its name, or `BASE`.
-        learning_rate: the one chosen; None for the base.
-        seeds: those that met the test questions.
-        parameters: trainable ones.
+        method: the method's name, or `BASE`.
+        learning_rate: the chosen rate; None for the base model.
+        seeds: the seeds that answered the test questions.
+        parameters: the number of trainable parameters.
         tasks: name -> mean accuracy.
-        averages: a seed each, unweighted over the tasks.
-        loss: mean over tasks and seeds, in nats, of the right option among its question's; None where none has any.
-        interval: 95 % of the mean, from the questions; the seeds answer the same ones.
-        right: of each seed, task -> a character a question, "1" where it was right; empty where a record lacks it.
-        missing: names of the records from which it was chosen, where they are not there.
-        candidates: learning rate -> (accuracy, loss or None) on the validation questions, from which it was chosen.
-        init_seconds, train_seconds, peak_memory_bytes, adapter_bytes: means; None where there are none.
-        train_rows: rows that it was given to train on; few steps do not see them all.
-        steps: of the optimiser.
-        questions: how many were asked.
-        asked: digests of the questions, one where all seeds answered the same; None of a record that lacks it.
-        unparsed: answers of all seeds that could not be parsed.
-        losses: of each seed, (step, training loss).
-        made: where its numbers come from: base weights, data, revisions, machines, settings (in JSON) beside its own.
+        averages: for each seed, the mean accuracy of the tasks, unweighted.
+        loss: negative log-probability of the right option, in nats, averaged over tasks and seeds; None without any.
+        interval: 95 % interval of the mean accuracy, from the number of questions; all seeds answer the same ones.
+        right: for each seed, task -> a string with "1" for each right answer and "0" for each wrong one; empty where a
+            record lacks it.
+        missing: names of records that took part in the choice of the learning rate and are no longer there.
+        candidates: learning rate -> (accuracy, loss or None) on the validation questions, for the rates tried.
+        init_seconds, train_seconds, peak_memory_bytes, adapter_bytes: means; None where no record has them.
+        train_rows: the number of rows to train on; a short training does not reach all of them.
+        steps: steps of the optimiser.
+        questions: the number of test questions.
+        asked: digests of the questions: one, if all seeds answered the same; None for a record that lacks it.
+        unparsed: how many answers, over all seeds, could not be parsed.
+        losses: for each seed, (step, training loss).
+        made: the origin of the numbers: base weights, data, revisions, machines, and the settings (in JSON) in which
+            the runs of a grid should not differ.
         records: names of its records.
     """
 
@@ -71,29 +73,29 @@ class TableRow:
 
     @property
     def average(self) -> float:
-        """Mean accuracy of the tasks, over the seeds."""
+        """The mean accuracy over tasks and seeds."""
         return statistics.mean(self.averages)
 
     @property
     def sd(self) -> float | None:
-        """Of the seeds' averages; None for one seed."""
+        """The standard deviation of the seeds' averages; None for one seed."""
         return statistics.stdev(self.averages) if len(self.averages) > 1 else None
 
     @property
     def at_edge(self) -> bool:
-        """Whether the best of several learning rates was the lowest or the highest, beyond which a better may lie."""
+        """Whether the chosen rate is the lowest or the highest of those tried: a better one may lie beyond it."""
         return len(self.candidates) > 1 and self.learning_rate in (min(self.candidates), max(self.candidates))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two rows' averages.
+    """The difference of two rows' averages.
 
     Attributes:
-        points: the first's less the second's, as a share of 1.
-        of_seeds: standard error from the seeds' spread; None for one seed.
-        of_questions: standard error from the questions, which both answer: of the differences, question by question;
-            None where the records do not say which questions were right, or they are not the same ones.
+        points: the first average less the second, as a share of 1.
+        of_seeds: its standard error from the spread over seeds; None for one seed.
+        of_questions: its standard error from the differences on each question; None unless the records have every
+            answer and both rows have the same questions.
     """
 
     points: float
@@ -102,10 +104,13 @@ class Difference:
 
 
 def load(results: Path) -> dict[str, Record]:
-    """Name -> record, of a folder of records; other JSON files are passed over.
+    """Read a folder of records; other JSON files are ignored.
+
+    Returns:
+        Name -> record.
 
     Raises:
-        ValueError: naming the file that is damaged.
+        ValueError: a file is damaged.
     """
     remedy = "delete it, and the next run makes it again"
     found = {path: records.read_json(path, remedy) for path in sorted(results.glob("*.json"))}
@@ -122,8 +127,10 @@ def load(results: Path) -> dict[str, Record]:
 
 
 def choose(candidates: Sequence[Record]) -> Record:
-    """The candidate with the lowest validation loss, or the most right answers where none has a loss; of equals the
-    one with the lower rate. One without a loss among others diverged."""
+    """Choose the candidate with the lowest validation loss, or with the most right answers where none has a loss.
+
+    Of equal candidates the one with the lower rate is chosen. Where some have a loss, one without it diverged.
+    """
 
     def rank(record: Record) -> tuple[float, float, float]:
         loss, rate = _loss(record["validation"]), record["trial"]["learning_rate"]
@@ -133,14 +140,14 @@ def choose(candidates: Sequence[Record]) -> Record:
 
 
 def table_rows(found: dict[str, Record]) -> list[TableRow]:
-    """A row for every method that has a test record.
+    """Make a row for every method that has a test record.
 
     Raises:
-        ValueError: a method met the test questions at two learning rates, of which one was not chosen before; or
-            records were asked other questions, or in another way.
+        ValueError: a method has test records at two learning rates; or the records do not compare, because they are
+            about different questions or ways of asking them.
     """
     tests = {name.removesuffix(".test"): record for name, record in found.items() if name.endswith(".test")}
-    for key in ("evaluation", "prompt", "questions"):  # as far as records say
+    for key in ("evaluation", "prompt", "questions"):  # Older records lack some of these.
         known = {name: record["test"][key] for name, record in tests.items() if key in record["test"]}
         for name, value in known.items():
             if value != (first := next(iter(known.values()))):
@@ -202,12 +209,12 @@ def _row(method: str, rate: float | None, names: list[str], found: dict[str, Rec
 
 
 def _run_of(name: str, found: dict[str, Record]) -> Record:
-    """The training behind a test: in its own record where that was another than the validated one."""
+    """Return the training behind a test; the test record has its own, if the model was trained again for it."""
     return found[f"{name}.test"].get("run") or found.get(name, {}).get("run") or {}
 
 
 def made_with(found: Sequence[Record]) -> dict[str, set[str]]:
-    """What -> where the numbers of some records come from, as far as they say."""
+    """Collect where some records' numbers come from: base, data, machine, revision and settings."""
     made: dict[str, set[str]] = {"base": set(), "data": set(), "machine": set(), "revision": set(), "settings": set()}
     for record in found:
         if settings := record.get("run", {}).get("settings"):
@@ -226,8 +233,12 @@ def made_with(found: Sequence[Record]) -> dict[str, set[str]]:
 
 
 def trials(found: dict[str, Record]) -> list[Record]:
-    """All that met the validation questions, best first: `name`, `method`, `learning_rate`, `accuracy`, `loss` (or
-    None), `parameters`, `train_rows` and `train_seconds`."""
+    """List the trials that answered the validation questions, best first.
+
+    Returns:
+        For each `name`, `method`, `learning_rate`, `accuracy`, `loss` (or None), `parameters`, `train_rows` and
+        `train_seconds`.
+    """
     rows = [
         {
             "name": name,
@@ -245,7 +256,7 @@ def trials(found: dict[str, Record]) -> list[Record]:
 
 
 def difference(one: TableRow, other: TableRow) -> Difference:
-    """Of two rows' averages, with what seeds and questions leave uncertain in it."""
+    """Compute the difference of two rows' averages and its standard errors."""
     of_seeds = None
     if one.sd is not None and other.sd is not None:
         of_seeds = math.sqrt(one.sd**2 / len(one.averages) + other.sd**2 / len(other.averages))
@@ -253,7 +264,7 @@ def difference(one: TableRow, other: TableRow) -> Difference:
 
 
 def _error_of_questions(one: TableRow, other: TableRow) -> float | None:
-    """Standard error of the mean over tasks of paired differences; each question's is averaged over seeds first."""
+    """Return the standard error of the mean over tasks of paired differences; seeds are averaged first."""
     if one.asked != other.asked or len(one.asked) != 1 or None in one.asked:
         return None
     variances = []
@@ -271,7 +282,7 @@ def _error_of_questions(one: TableRow, other: TableRow) -> float | None:
 
 
 def _loss(result: Record) -> float | None:
-    """Of the questions, if it is a number; a record has text for NaN."""
+    """Return the loss of the questions if it is a number; a record has text for NaN."""
     loss = result.get("loss")
     return loss if isinstance(loss, (int, float)) and math.isfinite(loss) else None
 

@@ -1,8 +1,8 @@
-"""Makes a grid's records, one after the other: trains, chooses learning rates, asks the test questions.
+"""Runs a grid step by step: trains, chooses learning rates, asks the test questions. Each step writes one record.
 
-Every method gets as many learning rates; the one that is best on the validation questions, at the first seed, is the
-method's own: by its loss where options are scored, which tells rates apart with few questions, else by accuracy. Only
-then come the other seeds, and then each seed meets the test sets, once.
+All methods try equally many learning rates. For each method, the rate that is best on the validation questions at the
+first seed is chosen: by the loss where options are scored, because it tells rates apart with few questions, else by
+the accuracy. Only then are the other seeds trained, and each seed answers the test questions once.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from .results import Record, choose, load
 
 
 def make_data(grid: Grid, folder: Path) -> Record:
-    """Writes training, validation and test rows, all or none, unless they are there.
+    """Write training, validation and test rows, all or none, unless the folder has them.
 
     Returns:
         Their record: options, source, and the sha256 of every file.
 
     Raises:
-        ValueError: naming the option that differs from those of the rows that are there, or a task without questions.
+        ValueError: the folder's rows were made with other options or have changed, or a task has no questions.
     """
     if (folder / prepare.RECORD).is_file():
         made = records.read_json(folder / prepare.RECORD, "delete the folder to write its rows again")
@@ -55,20 +55,20 @@ def make_data(grid: Grid, folder: Path) -> Record:
 
 
 def check_records(grid: Grid, results: Path) -> None:
-    """Refuses to go on with records that were made with other settings; further methods and seeds may come.
+    """Check that the records were made with the grid's settings; further methods and seeds may be added.
 
-    Once a method has met the test questions, its learning rate stays: with further rates, or another first seed, it
-    would be chosen by who has seen them.
+    Once a method has answered the test questions, its learning rates and the first seed are fixed: a new choice would
+    be made by somebody who has seen the test results.
 
     Raises:
-        ValueError: naming the record and the setting.
+        ValueError: a setting differs; the message names it and the record.
     """
     known, found = trials_of(grid), load(results)
     for name, record in found.items():
         file = results / f"{name}.json"
         if test := record.get("test", {}).get("evaluation"):
             _same(test, _evaluation_settings(grid), file, "evaluation.")
-        if validation := record.get("validation", {}).get("evaluation"):  # which is asked all its rows
+        if validation := record.get("validation", {}).get("evaluation"):  # All validation rows are asked.
             _same(validation, {**_evaluation_settings(grid), "rows": validation.get("rows")}, file, "evaluation.")
         if name in known and (settings := record.get("run", {}).get("settings")):
             now = parse(grid.base, settings_of(grid, *known[name], Path("runs"))).values
@@ -78,7 +78,7 @@ def check_records(grid: Grid, results: Path) -> None:
 
 
 def _check_choice(grid: Grid, found: dict[str, Record], record: Record, file: Path) -> None:
-    """Refuses a grid that may choose another learning rate than the one that a test record has."""
+    """Check that the grid cannot choose another learning rate than the one that a test record has."""
     trial = record["trial"]
     for method in grid.methods:
         if method.name != trial["method"]:
@@ -87,10 +87,11 @@ def _check_choice(grid: Grid, found: dict[str, Record], record: Record, file: Pa
         missing = [name for name in names if name not in found]
         if further := [name for name in missing if name not in record.get("chosen_from", ())]:
             raise ValueError(
-                f"{file}: {method.name} has met the test questions, expected no further choice of its learning rate, "
-                f"found {further[0]} to try; keep its rates and the first seed, or choose another --out"
+                f"{file}: {method.name} has answered the test questions, expected no further choice of its learning "
+                f"rate, found {further[0]} to try; keep its rates and the first seed, or choose another --out"
             )
-        if not missing and (chosen := _chosen(found, names)) != trial["learning_rate"]:  # what was lost is made again
+        # Missing records are made again.
+        if not missing and (chosen := _chosen(found, names)) != trial["learning_rate"]:
             raise ValueError(
                 f"{file}: expected a test at the learning rate that was chosen, {chosen:g}; take this record out"
             )
@@ -101,7 +102,7 @@ def _chosen(found: dict[str, Record], names: list[str]) -> float:
 
 
 def ready_steps(grid: Grid, results: Path) -> list[str]:
-    """Names of the records that can be made now, "<trial>" or "<trial>.test", by those there are; empty: it is full.
+    """List the records that can be made now, "<trial>" or "<trial>.test"; the list of a complete grid is empty.
 
     All rates of all methods come first, then the tests of the first seed, then further seeds: no test question is
     asked before every learning rate has been chosen.
@@ -123,13 +124,13 @@ def ready_steps(grid: Grid, results: Path) -> list[str]:
 
 
 def make(grid: Grid, step: str, out: Path, results: Path) -> Path:
-    """Makes one record: trains and answers the validation questions, or answers the test questions.
+    """Make one record: train and answer the validation questions, or answer the test questions.
 
-    Training goes on from its last checkpoint where it was cut off, and is done again where only its record is left.
+    An interrupted training resumes from its last checkpoint. A training of which only the record is left is repeated.
 
     Args:
         grid: the grid.
-        step: from `ready_steps`.
+        step: the name of the record, from `ready_steps`.
         out: folder for data, adapters and predictions.
         results: folder for records.
 
@@ -137,14 +138,14 @@ def make(grid: Grid, step: str, out: Path, results: Path) -> Path:
         The record's path.
 
     Raises:
-        ValueError: it is not this step's turn, another process makes it, or what is there was made otherwise.
+        ValueError: other steps come first, another process makes this one, or earlier work had other settings.
     """
     name, test = step.removesuffix(".test"), step.endswith(".test")
     known = trials_of(grid)
     if name not in known and step != f"{BASE}.test":
         raise ValueError(f"{step}: expected a run of the grid, <method>-lr<rate>-seed<seed>, or its .test")
     with _alone(results / f".{step}.lock"), _alone(out / "runs" / f".{name}.lock"):
-        if step in load(results):  # by a process that has ended since
+        if step in load(results):  # Another process has made it in the meantime.
             return results / f"{step}.json"
         if (made := results / f"{step}.json").exists():
             raise ValueError(f"{made}: expected a record or no file, found another; take it out")
@@ -176,7 +177,8 @@ def _make(grid: Grid, name: str, test: bool, out: Path, results: Path) -> Path:
     if name != BASE:
         trained = _train(grid, given, folder)
         record["weights_sha256"] = digest = _digest(folder)
-        if not test or load(results).get(name, {}).get("weights_sha256") != digest:  # else the validation's has it
+        # A test record has its training only where the validation record is about other weights.
+        if not test or load(results).get(name, {}).get("weights_sha256") != digest:
             record["run"] = trained
         if test:
             record["chosen_from"] = [Trial(method.name, rate, grid.seeds[0]).name for rate in method.learning_rates]
@@ -186,14 +188,14 @@ def _make(grid: Grid, name: str, test: bool, out: Path, results: Path) -> Path:
 
 
 def _train(grid: Grid, given: list[str], folder: Path) -> Record:
-    """The record of a training, which is done now unless it is there."""
+    """Train, unless that is done, and return the record of the training."""
     from ..training.run import load_rows, run
 
     file, settings = folder / "record.json", parse(grid.base, given)
     if not file.is_file():
         settings.job.resume = folder.exists()
         return run(settings)
-    trained = records.read_json(file, "delete it, and the run goes on from its last checkpoint")
+    trained = records.read_json(file, "delete it, and the run resumes from its last checkpoint")
     if not (folder / "adapter").is_dir() and not (folder / "model").is_dir():
         raise ValueError(f"{folder}: expected an adapter or a model, found the record alone; delete the folder")
     _same(_comparable(trained.get("settings", {})), _comparable(settings.values), file)
@@ -204,11 +206,12 @@ def _train(grid: Grid, given: list[str], folder: Path) -> Record:
 
 
 def _check_origin(record: Record, results: Path) -> None:
-    """Refuses to add a record of other weights or other rows to those that are there."""
+    """Check that a new record has the weights and the rows of the records that are there."""
     for name, other in load(results).items():
         file = results / f"{name}.json"
         if model := other.get("model"):
-            _same(model, {key: record["model"].get(key) for key in model}, file, "model.")  # older ones say less
+            now = {key: record["model"].get(key) for key in model}  # Older records have fewer keys.
+            _same(model, now, file, "model.")
         elif model := other.get("run", {}).get("model"):
             _same({"origin": model["origin"]}, {"origin": record["model"]["origin"]}, file, "model.")
         if data := other.get("data"):
@@ -219,17 +222,17 @@ def _evaluate(grid: Grid, settings: Any, source: ModelSource, folder: Path, spli
     adapter = folder / "adapter" if (folder / "adapter").is_dir() else None
     if (folder / "model").is_dir():
         source = find_model(str(folder / "model"))
-    init_kwargs = {"dtype": "float32", **(settings.sft.model_init_kwargs or {})}  # as in training
+    init_kwargs = {"dtype": "float32", **(settings.sft.model_init_kwargs or {})}  # the same as in training
     if settings.sft.trust_remote_code:
         init_kwargs["trust_remote_code"] = True
     asked = _evaluation_settings(grid)
     predict: evaluation.Predict
     if adapter is not None and not _is_finite(adapter):
-        predict = evaluation.unanswered  # its training diverged, and not every method would load it
+        predict = evaluation.unanswered  # The training diverged, and some methods cannot load such an adapter.
     else:
         model, tokenizer = load_trained(source, adapter, **init_kwargs)
         if adapter is None and not (folder / "model").is_dir():
-            tokenizer = load_tokenizer(source, settings.sft)  # the base is asked as the others are
+            tokenizer = load_tokenizer(source, settings.sft)  # The base model gets the prompts of the others.
         protocol = find_protocol(settings.job.prompt, tokenizer)
         if grid.evaluation.mode == "score":
             predict = evaluation.scorer(model, tokenizer, protocol)
@@ -248,20 +251,20 @@ def _evaluate(grid: Grid, settings: Any, source: ModelSource, folder: Path, spli
 
 
 def _evaluation_settings(grid: Grid) -> Record:
-    """How questions are asked, for their records."""
+    """Return how questions are asked, for the records."""
     return {key: value for key, value in vars(grid.evaluation).items() if key != "test"}
 
 
 @contextmanager
 def _alone(lock: Path) -> Iterator[None]:
-    """Within it no other process makes the same record: one may be left of a grid that was killed.
+    """Keep other processes, such as those left of a grid that was killed, from making the same record.
 
     Raises:
-        ValueError: if one does.
+        ValueError: another process is making it.
     """
     try:
         import fcntl
-    except ImportError:  # not on Windows
+    except ImportError:  # Windows has no fcntl.
         yield
         return
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -276,7 +279,7 @@ def _alone(lock: Path) -> Iterator[None]:
 
 
 def _digest(folder: Path) -> str | None:
-    """sha256 of the weights that a run saved; None where it saved none."""
+    """Return the sha256 of the weights that a run saved; None where it saved none."""
     return weights_digest(folder / "adapter") or weights_digest(folder / "model")
 
 
@@ -291,7 +294,7 @@ def _is_finite(adapter: Path) -> bool:
 
 
 def _comparable(settings: Record) -> Record:
-    """A run's settings, less where it lies and what is done with it."""
+    """Return a run's settings, without its paths and without what is done with its result."""
     return {key: value for key, value in settings.items() if key not in LOCAL}
 
 

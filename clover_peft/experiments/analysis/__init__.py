@@ -1,4 +1,4 @@
-"""What a fine-tuning did to the weights: the paper's evidence, for any adapter of peft or any pair of models."""
+"""How a fine-tuning changed the weights: the paper's measures, for any adapter of peft or any pair of models."""
 
 from ...linalg.spectra import effective_rank
 from .changes import Change, adapter_changes, collect_inputs, model_changes, moves_base

@@ -1,4 +1,4 @@
-"""Weights before and after, module by module, and what the modules read."""
+"""Weights before and after a fine-tuning, module by module, and the inputs of the modules."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ...base_model.activations import evaluating, hooks
 
 @dataclass(frozen=True)
 class Change:
-    """One projection's weight before and after.
+    """The weight of one projection before and after a fine-tuning.
 
     Attributes:
         name: the module's name in the base model.
@@ -36,12 +36,13 @@ def moves_base(config: Any) -> bool:
 
 
 def adapter_changes(model: Any) -> Iterator[Change]:
-    """What merging the active adapters does to each adapted projection; one module is merged at a time and restored.
+    """Yield how merging the active adapters changes each adapted projection.
 
-    Works for every method of peft that merges into a weight and does not move the base (see `moves_base`).
+    One module is merged at a time, and restored. This works for every method of peft that merges into a weight and
+    leaves the base weights alone (see `moves_base`).
 
     Args:
-        model: a `PeftModel` on float weights; load it in float32, as a merge in bfloat16 rounds the update.
+        model: a `PeftModel` on float weights; load it in float32, because a merge in bfloat16 rounds the update.
 
     Raises:
         ValueError: a projection is quantised or already merged, or the method does not merge, or moves the base.
@@ -68,14 +69,14 @@ def adapter_changes(model: Any) -> Iterator[Change]:
             after = _weight(layer.get_base_layer())
         finally:
             layer.unmerge()
-            layer.get_base_layer().weight.data.copy_(original)  # not every method restores the very bits
+            layer.get_base_layer().weight.data.copy_(original)  # Not every method restores the exact bits.
         yield Change(name, before, after)
     if not found:
         raise ValueError("expected adapted projections with a weight, found none")
 
 
 def model_changes(before: nn.Module, after: nn.Module) -> Iterator[Change]:
-    """The projections that differ between two models of one architecture.
+    """Yield the projections that differ between two models of one architecture.
 
     Raises:
         ValueError: a projection has another shape in the other model, or they share none.
@@ -100,20 +101,20 @@ def model_changes(before: nn.Module, after: nn.Module) -> Iterator[Change]:
 def collect_inputs(
     model: Any, names: Iterable[str], batches: Iterable[dict[str, Tensor]], tokens: int = 256
 ) -> dict[str, Tensor]:
-    """What projections read while the model runs without its adapters.
+    """Collect the inputs of projections while the model runs without its adapters.
 
     Args:
         model: a `PeftModel`, or a plain model.
-        names: modules, as in `Change.name`.
-        batches: inputs of the model; without padding, whose tokens would count.
-        tokens: how many rows to keep of each module, evenly out of all batches and all of a batch.
+        names: names of modules, as in `Change.name`.
+        batches: inputs of the model, without padding: padding tokens would count.
+        tokens: how many rows to keep for each module; they are spread evenly over the batches and within each.
 
     Returns:
         name -> (rows, in features), float32, on the CPU; at most `tokens` rows.
     """
     batches = list(batches)
     inner = model.base_model.model if hasattr(model, "peft_config") else model
-    wanted = 0  # of the batch that runs
+    wanted = 0  # rows to keep of the batch that runs
     kept: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def keep(name: str) -> Callable[..., None]:

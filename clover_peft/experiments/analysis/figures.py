@@ -1,4 +1,4 @@
-"""Pictures of what `measures.measure` found, several fine-tunings side by side."""
+"""Pictures of the measures of `measures.measure`, for several fine-tunings side by side."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ Found = dict[str, list[dict[str, Any]]]  # label -> measures, module by module
 
 
 def draw(found: Found, folder: Path) -> list[Path]:
-    """Draws `update.png` (figure 5), `intruders.png` and `similarities.png` (figure 6), `share.png` (figure 4, where
+    """Draw the paper's figures.
+
+    These are `update.png` (figure 5), `intruders.png` and `similarities.png` (figure 6), `share.png` (figure 4, if
     inputs were measured) and `singular_values.png` (figure 2).
+
+    Returns:
+        The files drawn.
 
     Raises:
         ValueError: if matplotlib is not installed.
@@ -78,7 +83,7 @@ def draw(found: Found, folder: Path) -> list[Path]:
 
 
 def _legend(axes: Any) -> None:
-    """Below the axes: over them it hides curves."""
+    """Draw the legend below the axes, where it hides no curves."""
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), fontsize="small")
 
 

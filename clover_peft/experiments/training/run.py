@@ -1,4 +1,4 @@
-"""The job: fine-tune a language model on instruction rows with TRL, and leave a record that says what happened."""
+"""The job: fine-tunes a language model on instruction rows with TRL, and writes a record of the run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .resuming import Before, Clock, bases_saved, check_rows, find_checkpoint, k
 from .saving import keep_start, save
 from .trainer import Trainer
 
-# What the record repeats of TRL's configuration after its defaults.
+# The record repeats these settings of TRL's configuration, with their defaults filled in.
 _RESOLVED = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_grad_norm"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "max_length"),
@@ -40,19 +40,20 @@ _RESOLVED = (
 
 
 def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> dict[str, Any]:
-    """Trains as `settings` say and saves into `output_dir`: `adapter/` (or `model/`), `merged/`, `probe.safetensors`.
+    """Train and save into `output_dir`: `adapter/` (or `model/`), `merged/`, `probe.safetensors`.
 
     Args:
         settings: from `arguments.parse`.
-        callbacks: further trainer callbacks.
+        callbacks: further callbacks of the trainer.
 
     Returns:
         The run's record, as written to `output_dir/record.json`.
 
     Raises:
-        ValueError: `output_dir` is in use by other settings, or model, data or adapter settings do not fit.
+        ValueError: `output_dir` has a run with other settings, or the settings of model, data and adapter do not fit.
     """
-    settings = dataclasses.replace(settings, sft=copy.copy(settings.sft))  # TRL's are changed; the caller's stay
+    # TRL's settings are changed below; those of the caller stay as they are.
+    settings = dataclasses.replace(settings, sft=copy.copy(settings.sft))
     job, sft = settings.job, settings.sft
     if sft.n_gpu > 1:
         raise ValueError(
@@ -60,7 +61,7 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
             "accelerate launch (docs/how_to/several_gpus.md), or set CUDA_VISIBLE_DEVICES=0"
         )
     out = Path(sft.output_dir)
-    say = sft.distributed_state.print  # of several processes on a machine, one speaks
+    say = sft.distributed_state.print  # Of several processes on a machine, only one prints.
     checkpoint = find_checkpoint(out, settings)
 
     source = find_model(job.model)
@@ -71,7 +72,7 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
         check_rows(out, split.fingerprint)
     say(f"data: {len(split.train)} rows to train on, {len(split.held_out)} held out")
     model = load_model(source, sft)
-    sft.model_init_kwargs = None  # used above; TRL warns that it ignores them
+    sft.model_init_kwargs = None  # These were used above; TRL would warn that it ignores them.
 
     set_seed(sft.seed)
     started = time.perf_counter()
@@ -109,7 +110,7 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
 
     trainer.add_callback(clock := Clock())
     trainer.add_callback(before := Before(out, measure, resuming=checkpoint is not None))
-    trainer.accelerator.wait_for_everyone()  # no process looks for another run's files any more
+    trainer.accelerator.wait_for_everyone()  # All processes have looked for another run's files by now.
     if trainer.is_world_process_zero():
         keep_settings(out, settings, split.fingerprint)
         keep_start(out, settings, model)
@@ -120,7 +121,7 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
         result = trainer.train(resume_from_checkpoint=checkpoint)
 
     loss_after = trainer.held_out_loss()
-    # Autocast, where used, is undone: what is probed and saved is the model as others will load it.
+    # Without autocast, the model that is probed and saved is the one that others will load.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     answers = questions.ask(model)
     seconds, tokens = clock.earlier + result.metrics["train_runtime"], trainer.state.num_input_tokens_seen
@@ -146,7 +147,7 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
 
 
 def load_rows(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Split:
-    """The rows of a run, as its settings draw and split them."""
+    """Load, draw and split the rows of a run."""
     job = settings.job
     return load_data(
         job.data,
@@ -159,14 +160,14 @@ def load_rows(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Split:
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
-    """Returns how many parameters train, and how many there are; a tied one counts once."""
+    """Return how many parameters train, and how many there are; a tied one counts once."""
     # DeepSpeed's ZeRO-3 leaves an empty tensor where a parameter is sharded.
     counts = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
 
 
 def first_and_last(losses: list[float]) -> dict[str, float | None]:
-    """Means of the first and the last eighth of the logged losses: one batch is too noisy to compare."""
+    """Return the means of the first and the last eighth of the logged losses: single batches are too noisy."""
     if not losses:
         return {"first": None, "last": None}
     n = max(1, len(losses) // 8)
@@ -174,7 +175,7 @@ def first_and_last(losses: list[float]) -> dict[str, float | None]:
 
 
 def _check_trainer(trainer: Trainer, settings: Settings, rows: int) -> None:
-    """Refuses what only the trainer knows to be impossible; says how many of the rows it dropped."""
+    """Check what only the trainer knows: that it can merge, and that rows are left; print how many it dropped."""
     sft = settings.sft
     if settings.job.merge and trainer.is_sharded:
         raise ValueError(
@@ -190,7 +191,7 @@ def _check_trainer(trainer: Trainer, settings: Settings, rows: int) -> None:
 
 
 def _describe(settings: Settings, source: ModelSource, split: Split, trainer: Trainer) -> dict[str, Any]:
-    """What a record says of a run, whatever came of it."""
+    """Return the part of a record that does not depend on the result."""
     resolved = settings.sft.to_dict()
     return {
         "settings": settings.values,
@@ -221,7 +222,7 @@ def _losses(trainer: Trainer, before: float | None, after: float | None) -> dict
 
 @contextlib.contextmanager
 def _refused_by(what: str) -> Iterator[None]:
-    """Says in one sentence what only building shows to be wrong: a module to adapt, a reporter not installed."""
+    """Raise errors of peft or TRL as a `ValueError` of one sentence, such as a module that cannot be adapted."""
     try:
         yield
     except (TypeError, RuntimeError, ImportError) as error:
@@ -229,9 +230,9 @@ def _refused_by(what: str) -> Iterator[None]:
 
 
 def _adapter(model: Any) -> dict[str, Any]:
-    """The adapter's configuration after peft filled it in, and the last names of the modules it adapts."""
+    """Return the adapter's configuration, completed by peft, and the last names of the modules it adapts."""
     config = model.active_peft_config.to_dict()
-    modules = getattr(model.base_model, "targeted_module_names", [])  # prompt methods adapt none
+    modules = getattr(model.base_model, "targeted_module_names", [])  # Prompt methods adapt no modules.
     return {
         "config": json.loads(json.dumps(config, default=lambda v: sorted(v) if isinstance(v, set) else str(v))),
         "modules": sorted({name.rpartition(".")[2] for name in modules}),

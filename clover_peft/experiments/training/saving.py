@@ -1,4 +1,4 @@
-"""What a run saves: adapter or model, the merged model, their cards, and a probe of what was trained."""
+"""Saves the result of a run: adapter or model, the merged model, their cards, and the probe for `verify`."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _INITIAL = "initial_adapter"
 
 
 def keep_start(out: Path, settings: Settings, model: Any) -> None:
-    """Saves the adapter as it starts, where the one that is trained is saved as the difference from it.
+    """Save the initial adapter, if the trained one is saved as the difference from it.
 
-    PiSSA's randomised SVD changes the base weights in a way that loading the adapter would not repeat.
+    PiSSA with a randomised SVD needs this: it changes the base weights in a way that loading would not repeat.
     """
     if _needs_conversion(settings.peft):
         model.save_pretrained(out / _INITIAL)
@@ -29,20 +29,20 @@ def keep_start(out: Path, settings: Settings, model: Any) -> None:
 def save(
     trainer: Trainer, model: Any, settings: Settings, record: dict[str, Any], probe: dict[str, torch.Tensor]
 ) -> None:
-    """Saves into `output_dir`; in all processes, since they gather what is sharded together.
+    """Save into `output_dir`; all processes call this, because they gather sharded tensors together.
 
     Args:
-        trainer: after training.
-        model: the trainer's, unwrapped; merged if the job says so.
-        settings: the run's.
-        record: for the cards; is given `adapter_bytes`.
-        probe: from `Questions.probe`, kept beside what is saved.
+        trainer: the trainer, after training.
+        model: the trainer's model, unwrapped; it is merged with `merge=true`.
+        settings: the run's settings.
+        record: the run's record, for the cards; `adapter_bytes` is set in it.
+        probe: from `Questions.probe`; saved as `probe.safetensors`.
     """
     out = Path(settings.sft.output_dir)
     tokenizer = trainer.processing_class
     kind = "model" if settings.peft is None else "adapter"
     if trainer.is_fsdp_enabled:
-        # Transformers' own gathers the whole base first, or with SHARDED_STATE_DICT saves nothing here.
+        # Transformers would gather the whole base first, or with SHARDED_STATE_DICT save nothing here.
         state = _whole_state(model, trained_only=kind == "adapter")
         if trainer.is_world_process_zero():
             model.save_pretrained(out / kind, state_dict=state)
@@ -53,7 +53,7 @@ def save(
         return
     if _needs_conversion(settings.peft):
         model.save_pretrained(out / kind, path_initial_model_for_weight_conversion=str(out / _INITIAL))
-    (out / kind / "training_args.bin").unlink(missing_ok=True)  # a pickle of what the record says
+    (out / kind / "training_args.bin").unlink(missing_ok=True)  # It is a pickle, and the record has the same.
     write_card(out / kind, kind, record)
     if kind == "adapter":
         record["adapter_bytes"] = (out / kind / "adapter_model.safetensors").stat().st_size
@@ -69,7 +69,7 @@ def save(
 
 
 def _whole_state(model: torch.nn.Module, trained_only: bool) -> dict[str, torch.Tensor]:
-    """The tensors of a model that FSDP2 has sharded, whole and on the CPU; all processes gather them together."""
+    """Gather the tensors of a model that FSDP2 has sharded, whole and on the CPU; all processes call this."""
     state = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not trained_only or tensor.requires_grad or not isinstance(tensor, torch.nn.Parameter):

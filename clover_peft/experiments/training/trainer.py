@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with a job's optimiser and learning rate factors, cheaper on a CPU."""
+"""TRL's SFTTrainer with a job's optimiser and learning rate factors, and a cheaper loss on a CPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .optimizer import Muon, scale_learning_rates
 
 
 class Trainer(SFTTrainer):
-    """Takes `Settings` in the place of `args`; otherwise as TRL's."""
+    """TRL's trainer, with `Settings` in the place of `args`."""
 
     optimizer: Any
 
@@ -28,12 +28,12 @@ class Trainer(SFTTrainer):
 
     @property
     def is_sharded(self) -> bool:
-        """Whether no process will hold all of the model while it trains."""
+        """Whether the model is sharded: no process holds all of it while it trains."""
         plugin = self.accelerator.state.deepspeed_plugin
         return bool(self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3))
 
     def held_out_loss(self) -> float | None:
-        """Mean loss of a token of the evaluation rows, in nats; None without any."""
+        """Return the mean loss per token of the evaluation rows, in nats; None without rows."""
         return float(self.evaluate()["eval_loss"]) if self.eval_dataset else None
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -47,7 +47,7 @@ class Trainer(SFTTrainer):
         return optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As TRL's; but a checkpoint of the last step is loaded, where transformers would train one step more."""
+        """Train as TRL does, except that a checkpoint of the last step is not trained one step more."""
         self.add_callback(_StopIfDone)
         try:
             return super().train(*args, **kwargs)
@@ -60,7 +60,7 @@ class Trainer(SFTTrainer):
             return super().compute_loss(*args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes none: TRL's card cannot say how to load the adapter; ours is written beside it at the end."""
+        """Write no card: `saving.save` writes one that explains how to load the adapter, which TRL's does not."""
 
 
 class _IsDone(Exception):
@@ -68,7 +68,7 @@ class _IsDone(Exception):
 
 
 class _StopIfDone(TrainerCallback):
-    """Called when a checkpoint has been loaded, and before the first step after it."""
+    """Stops a training that is complete: a checkpoint has been loaded when this callback is called."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if 0 < state.max_steps <= state.global_step:
@@ -77,10 +77,10 @@ class _StopIfDone(TrainerCallback):
 
 @contextlib.contextmanager
 def scoring_labels_alone(device: torch.device) -> Iterator[None]:
-    """Within it, TRL on a CPU computes the logits of tokens with labels alone, as it does on GPUs.
+    """Let TRL on a CPU compute the logits of tokens with labels only, as it does on GPUs.
 
-    Without Triton it computes those of the prompt too and masks their losses, for accelerators that compile every
-    shape anew. On a CPU that is two fifths of a step of a small model with a large vocabulary.
+    Without Triton, TRL also computes the logits of the prompt and masks their losses, because some accelerators
+    compile every shape anew. On a CPU, that takes two fifths of a step of a small model with a large vocabulary.
     """
     if device.type != "cpu" or not hasattr(trl.trainer.utils, "_use_triton"):
         yield

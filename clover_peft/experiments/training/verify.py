@@ -2,8 +2,8 @@
 
     python -m clover_peft.experiments.training.verify <output_dir>
 
-A run stores what its trained model answers to held-out questions, and the logits (probe.safetensors). This loads
-`adapter/` and `merged/` in its own process and compares.
+A run stores the answers of its trained model to held-out questions, and their logits (probe.safetensors). This command
+loads `adapter/` and `merged/` in its own process and compares.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ import clover_peft  # noqa: F401  registers CLOVER, which the adapter may need
 from .answers import answer_logits, greedy_ids
 from .card import show_change
 
-LOSS_RATIO = 0.8
-EXACT = 1e-4  # largest difference allowed in a float32 logit; the merge is computed in another order
-ROUNDED = 8.0  # the most allowed in a narrower dtype, in roundings of the largest logit
-LOST = 0.5  # and in shares of the adapter's largest effect on a logit; an adapter that was lost loses all of it
+LOSS_RATIO = 0.8  # the largest ratio of the last to the first training loss that counts as a fall
+EXACT = 1e-4  # the largest difference allowed in a float32 logit: a merge changes the order of the operations
+ROUNDED = 8.0  # the same for a narrower dtype, in roundings of the largest logit
+LOST = 0.5  # the same in shares of the adapter's largest effect on a logit; a lost adapter differs by all of it
 
 
 def verify(output_dir: str | Path, tolerance: float | None = None, loss_fell: bool = False) -> dict[str, Any]:
-    """Reloads the adapter and the merged model of a finished run and compares both with the trained one.
+    """Reload the adapter and the merged model of a finished run, and compare both with the trained model.
 
-    The adapter computes what the trained model computed, so it is compared with that model's logits. Merging rounds
-    every weight: where the model is narrower than float32, the merged weights are compared with the reloaded adapter
-    in float32, and what is allowed is a share of what the adapter does to the base. A merge that was lost loses all.
+    The adapter is compared with the trained model's logits. Merging rounds every weight: where the model is narrower
+    than float32, the merged weights are compared with the reloaded adapter in float32, and may differ by a share of
+    the adapter's effect on the base. A merge that was lost differs by all of that effect.
 
     Args:
-        output_dir: of a run with `merge=true` and at least one question.
-        tolerance: largest absolute difference allowed in a logit; None takes it from the dtype the model trained in
+        output_dir: the folder of a run with `merge=true` and at least one question.
+        tolerance: the largest absolute difference allowed in a logit; None derives it from the dtype of the training
             and, where that is narrower than float32, from the adapter's effect.
         loss_fell: also require that the training loss fell to `LOSS_RATIO`.
 
     Returns:
-        `problems` (empty if all is well), `loss` and, for `adapter` and `merged`, the largest difference of a logit.
+        `problems` (empty if both are equal), `loss`, and the largest difference of a logit for `adapter` and `merged`.
 
     Raises:
-        ValueError: the folder is not that of such a run.
+        ValueError: the folder does not hold such a run.
     """
     out = Path(output_dir)
     missing = [name for name in ("record.json", "probe.safetensors", "adapter", "merged") if not (out / name).exists()]
@@ -57,7 +57,7 @@ def verify(output_dir: str | Path, tolerance: float | None = None, loss_fell: bo
     probe = load_file(out / "probe.safetensors")
     loss, problems = record["loss"], []
     shown = show_change(loss["first"], loss["last"], "not logged")
-    # "not <" also catches NaN
+    # "not <" is also true for NaN.
     if loss_fell and not (loss["last"] is not None and float(loss["last"]) < LOSS_RATIO * float(loss["first"])):
         problems.append(f"loss: expected a fall to {LOSS_RATIO:.0%} or less, found {shown}")
     report: dict[str, Any] = {"loss": shown, "problems": problems}
@@ -97,20 +97,20 @@ def verify(output_dir: str | Path, tolerance: float | None = None, loss_fell: bo
 
 
 def _difference(these: list[torch.Tensor], those: list[torch.Tensor]) -> float:
-    """Largest difference of a logit (NaN if any is); added tokens, which a base does not have, are left out."""
+    """Return the largest difference of a logit, or NaN; tokens that the base does not have are left out."""
     width = min(these[0].shape[1], those[0].shape[1])
     differences = [(a[:, :width] - b[:, :width]).abs().max() for a, b in zip(these, those, strict=True)]
     return torch.stack(differences).max().item()
 
 
 def _lead(logits: torch.Tensor, answer: torch.Tensor, again: torch.Tensor) -> float:
-    """How far the trained model preferred its answer where another parts from it: a near tie may fall either way."""
+    """Return by how much the trained model preferred its first token that differs: near ties may fall either way."""
     at = next(i for i, (a, b) in enumerate(zip(answer, again, strict=False)) if a != b)
     return (logits[at, answer[at]] - logits[at, again[at]]).item()
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the comparison; returns 0 if the saved forms are the trained model."""
+    """Print the comparison; return 0 if both saved forms equal the trained model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output_dir")
     parser.add_argument(
