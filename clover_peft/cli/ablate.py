@@ -135,8 +135,8 @@ def _show(records: Path, folder: Path | None) -> int:
     print(shown)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "results.md").write_text(shown + "\n", encoding="utf-8")
-        (folder / "results.csv").write_text(report.as_csv(found), encoding="utf-8")
+        (folder / "table.md").write_text(shown + "\n", encoding="utf-8")
+        (folder / "table.csv").write_text(report.as_csv(found), encoding="utf-8")
         try:
             for path in report.plots(found, folder):
                 print(path, file=sys.stderr)
