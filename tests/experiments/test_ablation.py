@@ -187,13 +187,15 @@ def test_a_run_that_fails_is_named_with_its_log(tiny_grid, tmp_path, capsys):
     out = tmp_path / "out"
     grid = read_grid(tiny_grid.path)
     trial_runner.make_data(grid, out / "data")
-    assert script.main(["--config", str(tiny_grid.path), "--out", str(out), "settings.max_length=1"]) == 1
+    # every step is a process: one rate a method will do
+    one = ["methods.clover=[0.001]", "methods.narrow.learning_rates=[0.1]"]
+    assert script.main(["--config", str(tiny_grid.path), "--out", str(out), "settings.max_length=1", *one]) == 1
     shown = capsys.readouterr().err
     for step in ("clover-lr0.001-seed3", "narrow-lr0.1-seed3"):  # it does not stop the others
         assert f"{step}: ended with status 1, see " in shown
     assert "max_length=1: expected room for an answer" in shown
     (out / "data" / "train.jsonl.gz").write_bytes(b"no gzip")
-    assert script.main(["--config", str(tiny_grid.path), "--out", str(out)]) == 1
+    assert script.main(["--config", str(tiny_grid.path), "--out", str(out), *one]) == 1
     assert "train.jsonl.gz: expected the rows that were written, found others; delete" in capsys.readouterr().err
 
 
