@@ -11,6 +11,7 @@ from importlib.util import find_spec
 
 from .._version import __version__
 from . import parsers
+from .errors import missing
 
 
 @dataclass(frozen=True)
@@ -19,24 +20,21 @@ class Command:
 
     Attributes:
         help: one line.
-        extra: the extra of the package that it needs, or None.
-        modules: the modules of that extra that it imports.
+        packages: those of an extra that it always imports.
     """
 
     help: str
-    extra: str | None = None
-    modules: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()
 
 
-_TRAIN = ("train", ("trl", "datasets"))
 COMMANDS = {
-    "sft": Command("fine-tune a language model on instruction data with TRL", *_TRAIN),
+    "sft": Command("fine-tune a language model on instruction data with TRL", ("trl", "datasets")),
     "prune": Command("make attention heads narrower along their singular directions"),
     "spectra": Command("show what attention heads would lose to pruning"),
     "export": Command("merge an adapter into its base model, or approximate it by LoRAs"),
     "plan": Command("count an adapter's parameters and bytes without loading weights"),
     "evaluate": Command("ask a model the questions of the commonsense suite"),
-    "ablate": Command("compare methods over learning rates and seeds", *_TRAIN),
+    "ablate": Command("compare methods over learning rates and seeds", ("trl", "datasets")),
     "analyze": Command("measure what fine-tuning did to the weights"),
     "prepare-data": Command("build the commonsense suite's training and test rows"),
     "run": Command("run a Python program in which CLOVER is registered with peft"),
@@ -80,11 +78,9 @@ def run(name: str, given: argparse.Namespace) -> int:
     Returns:
         The exit code of the process.
     """
-    command = COMMANDS[name]
-    for module in command.modules:
-        if find_spec(module) is None:
-            remedy = f'pip install "clover-peft[{command.extra}]"'
-            print(f"error: clover {name}: expected the package {module}, found none; {remedy}", file=sys.stderr)
+    for package in COMMANDS[name].packages:
+        if find_spec(package) is None:
+            print(f"error: clover {name}: {missing(package)}", file=sys.stderr)
             return 1
     code: int = importlib.import_module(f".{name.replace('-', '_')}", __package__).run(given)
     return code

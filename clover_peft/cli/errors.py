@@ -7,6 +7,12 @@ import functools
 import sys
 from collections.abc import Callable
 
+# Package -> the extra that installs it.
+EXTRAS = {
+    **dict.fromkeys(("trl", "datasets", "pyarrow", "gguf"), "train"),
+    "matplotlib": "plots",
+    "bitsandbytes": "quant",
+}
 Run = Callable[[argparse.Namespace], int]
 
 
@@ -26,9 +32,17 @@ def reports_errors(*more: type[Exception], status: int = 1) -> Callable[[Run], R
             try:
                 return run(given)
             except kinds as error:
-                print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+                sentence = " ".join(str(error).split())
+                if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+                    sentence = missing(error.name)
+                print(f"error: {sentence}", file=sys.stderr)
                 return status
 
         return reporting
 
     return decorate
+
+
+def missing(package: str) -> str:
+    """The sentence that names a package which is not installed, and the extra that it belongs to."""
+    return f'expected the package {package}, found none; pip install "clover-peft[{EXTRAS[package]}]"'

@@ -11,6 +11,7 @@ import pytest
 import clover_command
 from clover_peft import __version__
 from clover_peft.cli import command, parsers
+from clover_peft.experiments.commonsense import sources
 from clover_peft.io import text_windows
 from clover_peft.pruning.rule import SPREADS
 from tests.support.tiny import build
@@ -90,6 +91,14 @@ def test_a_missing_extra_is_named_in_one_sentence(module, arguments, monkeypatch
     assert line == (
         f'error: clover {arguments[0]}: expected the package {module}, found none; pip install "clover-peft[train]"'
     )
+
+
+def test_an_extra_that_only_an_option_needs_is_named_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setattr(sources, "hub_reachable", lambda: True)
+    assert clover_command.main(["prepare-data", str(tmp_path / "out"), "--source", "hub"]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]  # after a progress bar
+    assert line == 'error: expected the package datasets, found none; pip install "clover-peft[train]"'
 
 
 def test_other_commands_need_no_extra(tmp_path):
