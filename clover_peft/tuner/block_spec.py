@@ -53,6 +53,7 @@ class BlockSpec:
         basis: "pair", "qr", "svd", or "folded" (no bases; S is the whole map of an adapter saved folded).
         truncate: drop the directions beyond r.
         from_activations: the bases were made from moments of activations, not from the weights alone.
+        balanced_updates: C was scaled by `balance_updates`.
         partner: the projection a "pair" basis was made with. Not part of what makes two specs equal, as the next.
         output_is_kept: what follows may keep the slice's output for its own backward pass, and does not write into it.
             Attention keeps values that nothing stands before (keys it keeps too, but rotated); activations, or the
@@ -68,6 +69,7 @@ class BlockSpec:
     basis: Literal["pair", "qr", "svd", "folded"]
     truncate: bool
     from_activations: bool = False
+    balanced_updates: bool = False
     partner: Partner | None = field(default=None, compare=False)
     output_is_kept: bool = field(default=False, compare=False)
 
@@ -194,6 +196,7 @@ def block_spec(config: CloverConfig, key: str, target: TargetSlice, rank: int | 
         basis,
         config.truncate and r < size,
         config.from_activations,
+        config.balanced_updates,
         partner,
         output_is_kept=target.part == "up" or (target.part == "v" and target.partner is not None),
     )

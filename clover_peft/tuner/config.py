@@ -54,6 +54,7 @@ class CloverConfig(PeftConfig):
         num_heads: Heads of each target, for models that the table does not know.
         folded: Set in the config of an adapter saved with `save_bases="folded"`; not for new adapters.
         from_activations: Set by `initialize_from_activations`; not for new adapters.
+        balanced_updates: Set by `balance_updates`; not for new adapters.
         base_precision: Set when the adapter is made: the precision of the base weights, such as "bfloat16".
 
     Raises:
@@ -100,6 +101,7 @@ class CloverConfig(PeftConfig):
     from_activations: bool = field(
         default=False, metadata={"help": "Set by initialize_from_activations; not for new adapters."}
     )
+    balanced_updates: bool = field(default=False, metadata={"help": "Set by balance_updates; not for new adapters."})
     base_precision: str | None = field(default=None, metadata={"help": "Set when made: precision of the base."})
 
     def __post_init__(self) -> None:
@@ -177,6 +179,11 @@ class CloverConfig(PeftConfig):
                 "CloverConfig: save_bases=False computes the bases again from the weights, but these were made from "
                 "activations; use save_bases=True or 'folded'"
             )
+        if self.balanced_updates and self.save_bases is False:
+            raise ValueError(
+                "CloverConfig: save_bases=False computes the bases again from the weights, but these were scaled by "
+                "balance_updates; use save_bases=True or 'folded'"
+            )
         if self.folded and not self.inference_mode:
             raise ValueError(
                 "CloverConfig: a folded adapter holds maps for inference and cannot be trained; load it with "
@@ -204,7 +211,7 @@ class CloverConfig(PeftConfig):
             state.update(
                 r=None, rank_pattern={}, s_matrix="full", basis=None, truncate=False, folded=True, inference_mode=True
             )
-            state.update(from_activations=False)
+            state.update(from_activations=False, balanced_updates=False)
             config = type(self)(**state)
         PeftConfig.save_pretrained(config, save_directory, **kwargs)
         complete_model_card(os.path.join(save_directory, "README.md"), self.base_model_name_or_path, self.task_type)

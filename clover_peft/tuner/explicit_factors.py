@@ -60,7 +60,12 @@ def explicit_factors(model: nn.Module, target: str, adapter_name: str = "default
         if bias is not None:
             rows = torch.cat([rows, spec.heads.blocks(bias.double(), spec.size).unsqueeze(1)], dim=1)
         columns = None if spec.partner is None else _partner_columns(inner, spec, spec.partner)
-        result[spec.name] = factors(rows, columns, tensors.s, tensors.u, tensors.v)
+        s, u = tensors.s.double(), tensors.u.double()
+        if spec.balanced_updates:  # which scaled C; U has columns of norm 1, but for dropped directions
+            norms = torch.linalg.vector_norm(rows @ u.mT, dim=1).amax(-1)
+            scale = torch.where(norms > 0, norms, torch.ones_like(norms))
+            s, u = s * scale.view(-1, *[1] * (s.ndim - 1)), u / scale.view(-1, 1, 1)
+        result[spec.name] = factors(rows, columns, s, u, tensors.v)
     return result
 
 

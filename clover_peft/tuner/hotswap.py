@@ -22,6 +22,7 @@ _STRUCTURE = (
     "rank_pattern",
     "folded",
     "from_activations",
+    "balanced_updates",
     "bias",
     "modules_to_save",
     "trainable_token_indices",

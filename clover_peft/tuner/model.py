@@ -205,11 +205,13 @@ class CloverModel(BaseTuner):
                 "which can only be run; make the adapter on the unquantised model, or on one that bitsandbytes "
                 "quantised, save it with its bases (save_bases=True or 'folded') and load it here"
             )
-        if bases is None and peft_config.source is None and peft_config.from_activations:
-            raise ValueError(
-                "CloverConfig.from_activations is set by initialize_from_activations; leave it out of the config of a "
-                "new adapter, and call clover_peft.initialize_from_activations(model, batches)"
-            )
+        made_by = {"from_activations": "initialize_from_activations", "balanced_updates": "balance_updates"}
+        for option, function in made_by.items():
+            if bases is None and peft_config.source is None and getattr(peft_config, option):
+                raise ValueError(
+                    f"CloverConfig.{option} is set by {function}; leave it out of the config of a new adapter, and "
+                    f"call clover_peft.{function}(model, batches)"
+                )
         if bases is None and not _on_meta() and not self._bases_come:
             bases = frozen_tensors(self.model, layer, specs, self._report)
         layer.update_layer(

@@ -145,6 +145,7 @@ def test_configs_differ_in_the_peft_block_alone():
         ("rows=0", "rows: expected at least 1, found 0"),
         ("held_out_rows=-1", "held_out_rows: expected at least 0, found -1"),
         ("calibration_rows=-1", "calibration_rows: expected at least 0, found -1"),
+        ("balance_updates=-1", "balance_updates: expected at least 0, found -1"),
         ("questions=-1", "questions: expected at least 0, found -1"),
         ("answer_tokens=0", "answer_tokens: expected at least 1, found 0"),
         ("peft.learning_rate_factors=3", "learning_rate_factors: expected a factor by part of a name, found 3"),
@@ -721,14 +722,20 @@ BEST = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 
 
 @pytest.mark.parametrize(
     "options",
-    [{"peft.optimizer": "muon"}, {"calibration_rows": 20}, {"peft.save_bases": "folded", **BEST}],
-    ids=["muon", "bases from activations", "saved folded"],
+    [
+        {"peft.optimizer": "muon"},
+        {"calibration_rows": 20},
+        {"balance_updates": 3},
+        {"peft.save_bases": "folded", **BEST},
+    ],
+    ids=["muon", "bases from activations", "balanced updates", "saved folded"],
 )
 def test_other_ways_to_train_resume(options, settings, tmp_path):
     options |= {"max_steps": 8, "save_steps": 4, "peft.learning_rate": 0.02, "questions": 1}
     whole = run(settings(out="whole", **options))
     assert whole["loss"]["last"] < whole["loss"]["first"]
     assert whole["adapter"]["config"]["from_activations"] == ("calibration_rows" in options)
+    assert whole["adapter"]["config"]["balanced_updates"] == ("balance_updates" in options)
     folded = [
         json.loads((tmp_path / "whole" / folder / "adapter_config.json").read_text())["folded"]
         for folder in ("adapter", "checkpoint-4", "checkpoint-8")
@@ -756,6 +763,7 @@ def test_other_ways_to_train_resume(options, settings, tmp_path):
         ("clover_full", {"peft.optimizer": "muon", "optim": "adafactor"}, "expected no optim beside it"),
         ("lora", {"calibration_rows": 3}, "calibration_rows: expected peft_type: CLOVER"),
         ("full", {"calibration_rows": 3}, "calibration_rows: expected peft_type: CLOVER"),
+        ("lora", {"balance_updates": 3}, "balance_updates: expected peft_type: CLOVER"),
     ],
 )
 def test_ways_to_train_that_do_not_fit_are_refused(settings, config, options, message):
