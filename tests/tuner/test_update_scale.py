@@ -17,7 +17,16 @@ from clover_peft.tuner.bases import clover_layers
 from clover_peft.tuner.update_scale import SENSITIVITY, update_sensitivities
 from tests.support.tiny import TOLERANCE, VOCAB, build, inputs, logits, perturb, relative
 
-LANGUAGE = ["llama", "gpt2", "gpt_neox", "deepseek_v3", "t5"]
+LANGUAGE = [
+    "llama",
+    "gpt2",
+    "gpt_neox",
+    "deepseek_v3",
+    "t5",
+    "phi3",
+    "falcon",
+    "albert",
+]  # albert runs one layer twice
 OPTIONS = [
     {},
     {"s_matrix": "diagonal"},
