@@ -15,6 +15,7 @@ from .tuner.hotswap import hotswap_adapter
 from .tuner.layer import CloverLayer
 from .tuner.lora_approximation import lora_errors
 from .tuner.model import CloverModel
+from .tuner.update_scale import balance_updates
 
 __all__ = [
     "CloverConfig",
@@ -22,6 +23,7 @@ __all__ = [
     "CloverModel",
     "PruningReport",
     "__version__",
+    "balance_updates",
     "broadcast_bases",
     "calibrate",
     "dequantize",

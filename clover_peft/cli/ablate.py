@@ -1,4 +1,7 @@
-"""`clover ablate`: trains a grid of (method x learning rate x seed), and prints its results."""
+"""`clover ablate`: trains a grid of (method x learning rate x seed), and prints its results.
+
+A configuration with the key `domains` is an adaptation experiment; any other is a grid of the commonsense suite.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,8 @@ from tqdm.auto import tqdm
 
 from ..experiments.ablation import report, results, trial_runner
 from ..experiments.ablation.grid import Grid, count_steps, read_grid
+from ..experiments.adaptation import plan, running
+from ..experiments.adaptation import report as adaptation
 from . import parsers
 from .errors import reports_errors
 
@@ -24,6 +29,9 @@ from .errors import reports_errors
 def run(given: argparse.Namespace) -> int:
     if given.table is not None:
         _refuse_unused(given, "--table", ("config", "out", "records", "minutes", "jobs", "step", "overrides"))
+        if adaptation.load(given.table):
+            print(running.show(given.table, given.pictures))
+            return 0
         return _show(given.table, given.pictures)
     if given.config is None or given.out is None:
         raise ValueError("expected --config and --out, or --table")
@@ -32,6 +40,9 @@ def run(given: argparse.Namespace) -> int:
     given.jobs = 1 if given.jobs is None else given.jobs
     if given.jobs < 1:
         raise ValueError(f"--jobs {given.jobs}: expected at least 1")
+    if plan.is_experiment(given.config):
+        _refuse_unused(given, "an adaptation experiment", ("records", "minutes", "step"))
+        return _adapt(given)
     records = given.records or given.out / "records"
     grid = read_grid(given.config, given.overrides)
     trial_runner.check_records(grid, records)
@@ -44,6 +55,18 @@ def run(given: argparse.Namespace) -> int:
     if status or not results.load(records):
         return status
     return _show(records, given.pictures or given.out / "pictures")
+
+
+def _adapt(given: argparse.Namespace) -> int:
+    """Runs an adaptation experiment, and prints its tables."""
+    experiment = plan.read_experiment(given.config, given.overrides)
+    with _exits_on_signals():
+        if given.jobs > 1:
+            running.run_in_processes(experiment, given.out, given.jobs)
+        else:
+            running.run(experiment, given.out)
+    print(running.show(given.out / "records", given.pictures or given.out / "pictures"))
+    return 0
 
 
 @contextmanager

@@ -263,6 +263,11 @@ settings or weights (or another revision of a model on the hub). Methods and see
 long as their method has not met the test questions.
 
 Each run leaves one record in <out>/records (or --records); a recorded run is not repeated.
+
+A configuration with text domains, such as adaptation_probe, measures learning and forgetting instead:
+
+    clover ablate --config adaptation_probe --out runs/adaptation --jobs 2
+    clover ablate --table runs/adaptation/records
 """,
     )
     parser.add_argument("--config", type=Path, help="a YAML file, or the name of a shipped one in configs/ablations/")

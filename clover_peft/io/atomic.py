@@ -15,8 +15,13 @@ from typing import Any
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file; the file that was there stays until all is written."""
+    write_by(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def write_by(path: Path, write: Callable[[Path], object]) -> None:
+    """Let a function write a file under another name, which then replaces the file that was there."""
     with _partial(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        write(partial)
         os.replace(partial, path)
 
 

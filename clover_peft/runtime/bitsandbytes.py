@@ -5,6 +5,13 @@ from __future__ import annotations
 from torch import nn
 
 
+def keep_unpacked(model: nn.Module) -> None:
+    """Let 4-bit modules alone stay in training mode, in which bitsandbytes does not repack them for the CPU."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.training = True
+
+
 def check_packing(module: nn.Module, name: str) -> None:
     """Refuse a 4-bit weight that bitsandbytes repacked for the CPU: it is read wrongly, and its gradients are wrong.
 

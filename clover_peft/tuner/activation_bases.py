@@ -38,7 +38,7 @@ def initialize_from_activations(
     inner = inner_model(model)
     config = getattr(model, "peft_config", {}).get(adapter_name)
     layers = layers_with(inner, adapter_name)
-    _check_new(adapter_name, config, layers)
+    check_new(adapter_name, config, layers)
     probes: dict[str, Probe] = {}
     for path, layer in layers:
         for spec in layer.specs[adapter_name]:
@@ -61,9 +61,11 @@ def initialize_from_activations(
         for attribute, tensor in tensors.items():
             getattr(layer, attribute)[adapter_name].get(spec.name).copy_(tensor)
     for _, layer in layers:
-        layer.specs[adapter_name] = tuple(replace(s, from_activations=True) for s in layer.specs[adapter_name])
+        layer.specs[adapter_name] = tuple(
+            replace(s, from_activations=True, balanced_updates=False) for s in layer.specs[adapter_name]
+        )
     if config is not None:
-        config.from_activations = True
+        config.from_activations, config.balanced_updates = True, False
     report.warn()
 
 
@@ -73,7 +75,12 @@ def _names(path: str, spec: BlockSpec) -> tuple[str, str]:
     return own, f"{own}, beside it {spec.partner.path if spec.partner else None}"
 
 
-def _check_new(adapter_name: str, config: Any, layers: list[tuple[str, CloverLayer]]) -> None:
+def check_new(adapter_name: str, config: Any, layers: list[tuple[str, CloverLayer]]) -> None:
+    """Refuse an adapter whose bases can no longer be changed, or would not be saved.
+
+    Raises:
+        ValueError: naming the adapter or the module, and the remedy.
+    """
     if config is not None and config.save_bases is False:
         raise ValueError(
             f"adapter {adapter_name!r}: expected save_bases=True or 'folded', found False, which computes the bases "

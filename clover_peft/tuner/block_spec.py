@@ -55,6 +55,7 @@ class BlockSpec:
         basis: "pair", "qr", "svd", or "folded" (no bases: S is the whole map of an adapter that was saved folded).
         truncate: drop the directions beyond r.
         from_activations: the bases were computed from moments of activations.
+        balanced_updates: `balance_updates` scaled C.
         partner: the other projection of the pair.
         output_is_kept: the next operation may keep the slice's output for its backward pass, and does not write into
             it. Attention keeps values (and keys, but after the rotation); an activation or the product with the gate
@@ -70,6 +71,7 @@ class BlockSpec:
     basis: Literal["pair", "qr", "svd", "folded"]
     truncate: bool
     from_activations: bool = False
+    balanced_updates: bool = False
     partner: Partner | None = field(default=None, compare=False)
     output_is_kept: bool = field(default=False, compare=False)
 
@@ -195,6 +197,7 @@ def block_spec(config: CloverConfig, key: str, target: TargetSlice, rank: int | 
         basis,
         config.truncate and r < size,
         config.from_activations,
+        config.balanced_updates,
         partner,
         output_is_kept=target.part == "up" or (target.part == "v" and target.partner is not None),
     )

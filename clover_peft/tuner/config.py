@@ -56,6 +56,7 @@ class CloverConfig(PeftConfig):
         num_heads: Heads of each target, for models that the table does not know.
         folded: Set in the config of an adapter saved with `save_bases="folded"`; not for new adapters.
         from_activations: Set by `initialize_from_activations`; not for new adapters.
+        balanced_updates: Set by `balance_updates`; not for new adapters.
         base_precision: Set when the adapter is made: the precision of the base weights, such as "bfloat16".
 
     Raises:
@@ -86,6 +87,7 @@ class CloverConfig(PeftConfig):
     num_heads: int | None = None
     folded: bool = False
     from_activations: bool = False
+    balanced_updates: bool = False
     base_precision: str | None = None
 
     def __post_init__(self) -> None:
@@ -150,6 +152,8 @@ class CloverConfig(PeftConfig):
             ),
             "save_bases=False computes the bases again from the weights, but these were made from activations; use "
             "save_bases=True or 'folded'": self.from_activations and self.save_bases is False,
+            "save_bases=False computes the bases again from the weights, but balance_updates scaled these; use "
+            "save_bases=True or 'folded'": self.balanced_updates and self.save_bases is False,
             "a folded adapter holds maps for inference and cannot be trained; load it with is_trainable=False, or "
             "train from an adapter saved with save_bases=True": self.folded and not self.inference_mode,
         }
@@ -170,10 +174,9 @@ class CloverConfig(PeftConfig):
                     "model.peft_config['default'].save_bases = 'folded' before the last save_pretrained",
                 )
             # The file has whole maps, for which the options of training no longer matter.
-            whole: dict[str, Any] = dict(
-                r=None, rank_pattern={}, s_matrix="full", basis=None, truncate=False, from_activations=False
-            )
-            config = replace(self, **whole, folded=True, inference_mode=True)
+            whole: dict[str, Any] = dict(r=None, rank_pattern={}, s_matrix="full", basis=None, truncate=False)
+            whole |= dict(from_activations=False, balanced_updates=False, folded=True, inference_mode=True)
+            config = replace(self, **whole)
         PeftConfig.save_pretrained(config, save_directory, **kwargs)
         complete_model_card(os.path.join(save_directory, "README.md"), self.base_model_name_or_path, self.task_type)
 

@@ -75,14 +75,17 @@ def explicit_factors(model: nn.Module, target: str, adapter_name: str = "default
                 "orthonormal; make the adapter without initialize_from_activations"
             )
         rows = spec.heads.blocks(_with_bias(weight, bias), spec.size).transpose(0, 1)
-        u = rows @ tensors.u.double().mT
+        u, ds = rows @ tensors.u.double().mT, tensors.s.double()
+        if spec.balanced_updates:  # It scaled C; without the scale, U has columns of norm 1 or, if dropped, 0.
+            norms = torch.linalg.vector_norm(u, dim=1).amax(-1)
+            scale = torch.where(norms > 0, norms, torch.ones_like(norms))
+            u, ds = u / scale.view(-1, 1, 1), ds * scale.view(-1, *[1] * (ds.ndim - 1))
         v = torch.eye(spec.size).to(u) if tensors.v is None else tensors.v.double()
         wv = v = v.expand(spec.blocks, -1, -1)
         if spec.partner is not None:
             columns = _partner_columns(inner, spec)
             v = columns @ v
             wv = columns.mT @ v
-        ds = tensors.s.double()
         result[spec.name] = Factors(u, wv.mT @ (rows.mT @ u) + (torch.diag_embed(ds) if ds.ndim == 2 else ds), v)
     return result
 

@@ -185,11 +185,13 @@ class CloverModel(BaseTuner):
                     "which can only be run; make the adapter on the unquantised model, or on one that bitsandbytes "
                     "quantised, save it with its bases (save_bases=True or 'folded') and load it here"
                 )
-            if peft_config.from_activations:
-                raise ValueError(
-                    "CloverConfig.from_activations is set by initialize_from_activations; leave it out of the config "
-                    "of a new adapter, and call clover_peft.initialize_from_activations(model, batches)"
-                )
+            made_by = {"from_activations": "initialize_from_activations", "balanced_updates": "balance_updates"}
+            for name, function in made_by.items():
+                if getattr(peft_config, name):
+                    raise ValueError(
+                        f"CloverConfig.{name} is set by {function}; leave it out of the config of a new adapter, and "
+                        f"call clover_peft.{function}(model, batches)"
+                    )
         if bases is None and not is_meta and not now.bases_follow:
             bases = frozen_tensors(self.model, layer, specs, now.report)
         layer.update_layer(

@@ -62,6 +62,7 @@ def test_configs_differ_in_the_peft_block_alone():
         ("rows=0", "rows: expected at least 1, found 0"),
         ("held_out_rows=-1", "held_out_rows: expected at least 0, found -1"),
         ("calibration_rows=-1", "calibration_rows: expected at least 0, found -1"),
+        ("balance_updates=-1", "balance_updates: expected at least 0, found -1"),
         ("questions=-1", "questions: expected at least 0, found -1"),
         ("answer_tokens=0", "answer_tokens: expected at least 1, found 0"),
         ("peft.learning_rate_factors=3", "learning_rate_factors: expected a factor by part of a name, found 3"),
@@ -117,6 +118,7 @@ def test_overrides_reach_blocks_and_null_replaces_a_default():
         ("clover_full", {"peft.optimizer": "muon", "optim": "adafactor"}, "expected no optim beside it"),
         ("lora", {"calibration_rows": 3}, "calibration_rows: expected peft_type: CLOVER"),
         ("full", {"calibration_rows": 3}, "calibration_rows: expected peft_type: CLOVER"),
+        ("lora", {"balance_updates": 3}, "balance_updates: expected peft_type: CLOVER"),
     ],
 )
 def test_ways_to_train_that_do_not_fit_are_refused(settings, config, options, message):

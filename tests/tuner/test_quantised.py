@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
 import clover_peft.tuner.layer
-from clover_peft import CloverConfig, CloverLayer, dequantize, merge_onto
+from clover_peft import CloverConfig, CloverLayer, balance_updates, dequantize, merge_onto
 from clover_peft.tuner.base_check import ROUNDED
 from clover_peft.tuner.bases import clover_layers
 from clover_peft.tuner.merging import map_constant
+from clover_peft.tuner.update_scale import SENSITIVITY, update_sensitivities
 from tests.support.tiny import perturb, relative
 from tests.support.trainers import StopAfter, settings
 
@@ -536,3 +537,26 @@ def test_weights_that_cannot_be_read_take_adapters_with_bases(tiny, tmp_path):
     with pytest.raises((TypeError, ValueError), match=r"gptq.*bases"):
         PeftModel.from_pretrained(base, tmp_path / "False")
     assert not any(isinstance(module, CloverLayer) for module in base.modules())
+
+
+@pytest.mark.parametrize("kind", ["8bit", "nf4"])
+def test_updates_are_balanced_through_a_quantised_base(kind, tiny, one_thread):
+    base = four_bits(tiny, packed=True) if kind == "nf4" else KINDS[kind](tiny)
+    model = get_peft_model(base, CloverConfig()).train()
+    with torch.no_grad():
+        before = logits(model)
+    ids = torch.randint(3, 96, (4, 24), generator=torch.Generator().manual_seed(1))
+    balance_updates(model, [{"input_ids": ids, "labels": ids}])  # in evaluation mode, yet nothing is repacked
+    with torch.no_grad():
+        assert torch.equal(logits(model), before)
+    found = torch.cat(list(update_sensitivities(model, [{"input_ids": ids, "labels": ids}]).values()))
+    torch.testing.assert_close(found, torch.full_like(found, SENSITIVITY), rtol=1e-2, atol=0)
+
+
+def test_updates_cannot_be_balanced_through_repacked_weights(tiny):
+    model = get_peft_model(four_bits(tiny, packed=True), CloverConfig())
+    if not packs_for_the_cpu(model):
+        pytest.skip("bitsandbytes does not repack on this machine")
+    ids = torch.arange(3, 19).view(1, -1)
+    with pytest.raises(TypeError, match="bitsandbytes repacked"):
+        balance_updates(model, [{"input_ids": ids, "labels": ids}])

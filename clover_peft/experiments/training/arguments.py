@@ -131,6 +131,8 @@ def parse(config: str | Path | Sequence[str | Path], overrides: Sequence[str] = 
         raise ValueError("merge=true: full fine-tuning has nothing to merge; its model is saved in output_dir/model")
     if job.calibration_rows and (adapter is None or adapter.peft_type != "CLOVER"):
         raise ValueError("calibration_rows: expected peft_type: CLOVER, whose bases are made from them")
+    if job.balance_updates and (adapter is None or adapter.peft_type != "CLOVER"):
+        raise ValueError("balance_updates: expected peft_type: CLOVER, whose updates are balanced")
     shown = {key: value for key, value in values.items() if not key.endswith("hub_token")}
     return Settings(job, sft, adapter, optimizer, factors, shown)
 

@@ -25,6 +25,9 @@ class JobArguments:
         default=0,
         metadata={"help": "Training rows whose activations CLOVER's bases are made from; 0: from weights alone."},
     )
+    balance_updates: int = field(
+        default=0, metadata={"help": "Training batches by which CLOVER's updates are balanced; 0: not balanced."}
+    )
     questions: int = field(default=3, metadata={"help": "Held-out questions to answer before and after training."})
     answer_tokens: int = field(default=16, metadata={"help": "Longest answer to a held-out question, in tokens."})
     skip_bad_rows: bool = field(default=False, metadata={"help": "Leave bad rows out instead of stopping."})
@@ -32,7 +35,8 @@ class JobArguments:
     merge: bool = field(default=False, metadata={"help": "Also save the merged model in output_dir/merged."})
 
     def __post_init__(self) -> None:
-        least = {"rows": 1, "held_out_rows": 0, "calibration_rows": 0, "questions": 0, "answer_tokens": 1}
+        least = {"rows": 1, "held_out_rows": 0, "calibration_rows": 0, "balance_updates": 0, "questions": 0}
+        least["answer_tokens"] = 1
         for name, number in least.items():
             value = getattr(self, name)
             if value is not None and value < number:

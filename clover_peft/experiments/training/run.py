@@ -18,7 +18,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from ... import broadcast_bases, initialize_from_activations
+from ... import balance_updates, broadcast_bases, initialize_from_activations
 from ...io import run_record as records
 from ...io.hub_models import ModelSource, find_model
 from ..commonsense.protocols import find_protocol
@@ -101,6 +101,11 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
         say(f"making bases from the activations of {len(rows)} training rows")
         initialize_from_activations(model, ({"input_ids": torch.tensor([row["input_ids"]])} for row in rows))
         init_seconds += time.perf_counter() - started
+    if job.balance_updates:
+        started = time.perf_counter()
+        say(f"balancing the updates by {job.balance_updates} batches of training rows")
+        balance_updates(model, _batches(trainer, job.balance_updates))
+        init_seconds += time.perf_counter() - started
     if trainer.accelerator.num_processes > 1 and not trainer.is_sharded:
         broadcast_bases(model)
     questions = Questions(split.held_out[: job.questions], tokenizer, job.answer_tokens)
@@ -157,6 +162,14 @@ def load_rows(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Split:
         protocol=find_protocol(job.prompt, tokenizer),
         skip_bad_rows=job.skip_bad_rows,
     )
+
+
+def _batches(trainer: Trainer, count: int) -> Iterator[dict[str, Any]]:
+    """The first training rows, collated as for training."""
+    size = trainer.args.per_device_train_batch_size
+    rows = trainer.train_dataset.select(range(min(count * size, len(trainer.train_dataset))))
+    for start in range(0, len(rows), size):
+        yield trainer.data_collator([rows[i] for i in range(start, min(start + size, len(rows)))])
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:

@@ -1,0 +1,268 @@
+"""An experiment as its file describes it: domains, methods with their rates, seeds, training and measurement."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, get_peft_config
+
+import clover_peft  # noqa: F401  registers CLOVER
+
+from ...io.configs import find_config
+from ...io.overrides import apply_override, load_yaml
+from ..training.optimizer import check_factors
+from .domains import SPLITS
+
+BASE = "base"  # the model that is not adapted
+TINY = "tiny"  # a small random model with a byte tokenizer, for tests
+FULL = "full"  # the `peft` of an arm that trains all but embeddings and head
+
+
+@dataclass(frozen=True)
+class Training:
+    """How every arm is trained.
+
+    Attributes:
+        steps: of the optimizer.
+        length: tokens of a window.
+        batch_size: windows a step.
+        warmup_steps: at the start.
+        schedule: of the learning rate, by transformers' name.
+        weight_decay: of AdamW.
+        max_grad_norm: gradients are clipped at it.
+        checkpoint_steps: a killed trial goes on from a multiple of it.
+    """
+
+    steps: int = 120
+    length: int = 256
+    batch_size: int = 1
+    warmup_steps: int = 10
+    schedule: str = "linear"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    checkpoint_steps: int = 20
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured.
+
+    Attributes:
+        split: "validation" for a search; "test" once, at the end.
+        documents: of every domain; a window of each.
+        length: tokens of a window.
+        batch_size: windows at a time.
+        vocabulary: "domain" restricts the head to the tokens that occur in the domain, "full" does not.
+        zeroshot: questions that are scored, over all sets; 0 for none.
+    """
+
+    split: str = "validation"
+    documents: int = 80
+    length: int = 256
+    batch_size: int = 1
+    vocabulary: str = "domain"
+    zeroshot: int = 0
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method with its learning rates.
+
+    Attributes:
+        name: as shown.
+        peft: an adapter's config as a block with `peft_type`, or "full".
+        rates: those tried.
+        rate_factors: see `optimizer.scale_learning_rates`.
+        balance_updates: windows by which CLOVER's updates are balanced; 0 for none.
+        optimizer: "adamw" or "muon".
+    """
+
+    name: str
+    peft: dict[str, Any] | str
+    rates: tuple[float, ...]
+    rate_factors: dict[str, float] = field(default_factory=dict)
+    balance_updates: int = 0
+    optimizer: str = "adamw"
+
+    def config(self) -> PeftConfig | None:
+        """A new config of the adapter; None for full fine-tuning."""
+        if isinstance(self.peft, str):
+            return None
+        block = {"task_type": "CAUSAL_LM", **self.peft}
+        try:
+            return get_peft_config({**block, "peft_type": str(block.get("peft_type")).upper()})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"arms.{self.name}.peft: {' '.join(str(error).split())}") from error
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One record: an arm at a rate and a seed, adapted to a domain; or the base model."""
+
+    domain: str
+    arm: str
+    rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return BASE if self.arm == BASE else f"{self.domain}-{self.arm}-lr{self.rate:g}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment.
+
+    Attributes:
+        model: folder or hub name; None for SmolLM2-135M-Instruct; "tiny".
+        dtype: of the base weights; trained numbers are float32.
+        domains: name -> source, see `domains.read_domain`.
+        adapt_to: the domains that are trained on; each is measured on all.
+        arms: the methods; the first is what the others are compared with.
+        seeds: of the adapters' start and of the order of windows.
+        training: how is trained.
+        evaluation: what is measured.
+    """
+
+    model: str | None
+    dtype: str
+    domains: dict[str, str]
+    adapt_to: list[str]
+    arms: list[Arm]
+    seeds: list[int]
+    training: Training
+    evaluation: Evaluation
+
+    def trials(self) -> list[Trial]:
+        """The base model, then rate by rate, so that arms can soon be compared."""
+        most = max(len(arm.rates) for arm in self.arms)
+        return [Trial("", BASE, 0.0, 0)] + [
+            Trial(domain, arm.name, arm.rates[i], seed)
+            for seed in self.seeds
+            for domain in self.adapt_to
+            for i in range(most)
+            for arm in self.arms
+            if i < len(arm.rates)
+        ]
+
+    def arm(self, name: str) -> Arm:
+        """The arm of this name."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+    def settings(self, trial: Trial) -> dict[str, Any]:
+        """What determines a trial's record: a trial of other settings is another trial."""
+        training = {k: v for k, v in asdict(self.training).items() if k != "checkpoint_steps"}
+        shared = {"model": self.model, "dtype": self.dtype, "evaluation": asdict(self.evaluation)}
+        if trial.arm == BASE:
+            return shared
+        arm = {key: value for key, value in asdict(self.arm(trial.arm)).items() if key != "rates"}
+        return {**shared, "training": training, "arm": arm}
+
+
+def is_experiment(path: str | Path) -> bool:
+    """Whether a file describes an experiment of this kind: no other has domains.
+
+    Args:
+        path: a YAML file, or the name of a shipped one.
+
+    Raises:
+        ValueError: there is no such file, or it is no YAML.
+    """
+    path = find_config(path)
+    values = load_yaml(path.read_text(encoding="utf-8"), str(path))
+    return isinstance(values, dict) and "domains" in values
+
+
+def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Reads and checks an experiment's file.
+
+    Args:
+        path: a YAML file, or the name of a shipped one.
+        overrides: `key=value`, with dots into blocks.
+
+    Raises:
+        ValueError: naming the key, what was expected and what was found.
+    """
+    path = find_config(path)
+    values = load_yaml(path.read_text(encoding="utf-8"), str(path))
+    known = [part.name for part in fields(Experiment)]
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected the keys {', '.join(known)}, found {values!r}")
+    for change in overrides:
+        apply_override(values, change)
+    values.setdefault("model", None)
+    values.setdefault("dtype", "bfloat16")
+    values.setdefault("seeds", [0])
+    if set(values) != set(known):
+        raise ValueError(f"{path}: expected the keys {', '.join(known)}, found {', '.join(map(str, values))}")
+    if not isinstance(values["arms"], dict) or not values["arms"] or BASE in values["arms"]:
+        raise ValueError(f"{path}: arms: expected blocks by name, none called {BASE}, found {values['arms']!r}")
+    arms = [_arm(str(name), block) for name, block in values["arms"].items()]
+    training = _fill(Training, values["training"], "training")
+    evaluation = _fill(Evaluation, values["evaluation"], "evaluation")
+    experiment = Experiment(**{**values, "arms": arms, "training": training, "evaluation": evaluation})
+    _check(experiment)
+    return experiment
+
+
+def _arm(name: str, block: Any) -> Arm:
+    known = [part.name for part in fields(Arm) if part.name != "name"]
+    if not isinstance(block, dict) or set(block) - set(known) or not {"peft", "rates"} <= set(block):
+        raise ValueError(
+            f"arms.{name}: expected a block with peft and rates, and {', '.join(known[2:])}, found {block!r}"
+        )
+    if Path(name).name != name or name.startswith(("-", ".")):
+        raise ValueError(f"arms.{name}: expected a name that can be that of a file, without - or . in front")
+    rates = block["rates"]
+    numbers = isinstance(rates, list) and rates and all(type(r) in (int, float) and 0 < r < math.inf for r in rates)
+    if not numbers or len({f"{rate:g}" for rate in rates}) < len(rates):
+        raise ValueError(f"arms.{name}.rates: expected different positive numbers, found {rates!r}")
+    arm = Arm(**{**block, "name": name, "rates": tuple(float(rate) for rate in rates)})
+    if arm.peft != FULL and not (isinstance(arm.peft, dict) and "peft_type" in arm.peft):
+        raise ValueError(f"arms.{name}.peft: expected a block with peft_type, or {FULL}, found {arm.peft!r}")
+    check_factors(arm.rate_factors)
+    if arm.optimizer not in ("adamw", "muon"):
+        raise ValueError(f"arms.{name}.optimizer: expected adamw or muon, found {arm.optimizer!r}")
+    config = arm.config()
+    if arm.balance_updates and getattr(config, "peft_type", None) != "CLOVER":
+        raise ValueError(f"arms.{name}.balance_updates: expected peft_type: CLOVER, whose updates are balanced")
+    return arm
+
+
+def _check(experiment: Experiment) -> None:
+    training, evaluation = experiment.training, experiment.evaluation
+    domains, adapt_to, seeds = experiment.domains, experiment.adapt_to, experiment.seeds
+    _expect(isinstance(domains, dict) and len(domains) > 1, "domains", "at least two, each name: source", domains)
+    inside = isinstance(adapt_to, list) and adapt_to and set(adapt_to) <= set(domains)
+    _expect(bool(inside), "adapt_to", f"some of {', '.join(domains)}", adapt_to)
+    whole = isinstance(seeds, list) and seeds and all(type(seed) is int and seed >= 0 for seed in seeds)
+    _expect(bool(whole) and len(set(seeds)) == len(seeds), "seeds", "different whole numbers from 0 on", seeds)
+    _expect(evaluation.split in [*SPLITS][1:], "evaluation.split", "validation or test", evaluation.split)
+    _expect(
+        evaluation.vocabulary in ("domain", "full"), "evaluation.vocabulary", "domain or full", evaluation.vocabulary
+    )
+    for block, names in (
+        (training, ("steps", "length", "batch_size", "checkpoint_steps")),
+        (evaluation, ("documents",)),
+    ):
+        for name in names:
+            value = getattr(block, name)
+            _expect(type(value) is int and value > 0, f"{type(block).__name__.lower()}.{name}", "at least 1", value)
+    _expect(evaluation.length > 1 and training.length > 1, "length", "at least 2 tokens", evaluation.length)
+
+
+def _expect(good: bool, key: str, expected: str, found: Any) -> None:
+    if not good:
+        raise ValueError(f"{key}: expected {expected}, found {found!r}")
+
+
+def _fill(kind: Any, given: Any, where: str) -> Any:
+    known = [part.name for part in fields(kind)]
+    if not isinstance(given or {}, dict) or (unknown := sorted(set(given or {}) - set(known))):
+        found = given if not isinstance(given, dict) else ", ".join(unknown)
+        raise ValueError(f"{where}: expected some of {', '.join(known)}, found {found}")
+    return kind(**(given or {}))

@@ -1,0 +1,217 @@
+"""Tables and pictures of an experiment, from its records alone."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...io import run_record as records
+from ...io.figures import canvas
+from ...io.tables import markdown_table
+from .plan import BASE
+
+Record = dict[str, Any]
+
+
+def load(folder: Path) -> dict[str, Record]:
+    """The records of a folder by their trials' names; other JSON files are passed over.
+
+    Raises:
+        ValueError: naming the file that is damaged.
+    """
+    remedy = "delete it, and the next run makes it again"
+    found = {path.stem: records.read_json(path, remedy) for path in sorted(folder.glob("*.json"))}
+    return {name: record for name, record in found.items() if "trial" in record and "losses" in record}
+
+
+def paired(one: Sequence[Record], other: Sequence[Record], domains: Iterable[str]) -> tuple[float, float] | None:
+    """Mean difference of the losses of two arms, over documents of all of these domains and seeds, with its error.
+
+    Seeds and documents are both random: the variance is that of the means over seeds of every document, divided by
+    their number, plus that of the means over documents of every seed, divided by theirs. Of one seed the second part
+    is unknown, and left out. Domains count alike.
+
+    Args:
+        one: an arm's records, a seed each.
+        other: those of the arm it is compared with; the seeds that both have are paired.
+        domains: the domains.
+
+    Returns:
+        Mean and standard error; None where nothing can be paired.
+    """
+    seeds = {record["trial"]["seed"]: record for record in other}
+    pairs = [(record, seeds[s]) for record in one if (s := record["trial"]["seed"]) in seeds]
+    means, variances, by_seed = [], [], list[list[float]]()
+    for domain in domains:
+        tables = [
+            {key: a["losses"][domain][key] - b["losses"][domain][key] for key in b["losses"][domain]}
+            for a, b in pairs
+            if not is_diverged(a) and not is_diverged(b)
+        ]
+        if not tables:
+            return None
+        documents = [statistics.fmean(table[key] for table in tables) for key in tables[0]]
+        means.append(statistics.fmean(documents))
+        variances.append(statistics.variance(documents) / len(documents) if len(documents) > 1 else 0.0)
+        by_seed.append([statistics.fmean(table.values()) for table in tables])
+    if not means:
+        return None
+    variance = sum(variances) / len(means) ** 2
+    seed_means = [statistics.fmean(column) for column in zip(*by_seed, strict=True)]
+    if len(seed_means) > 1:
+        variance += statistics.variance(seed_means) / len(seed_means)
+    return statistics.fmean(means), variance**0.5
+
+
+def is_diverged(record: Record) -> bool:
+    """Whether its training ended in a loss that is no finite number."""
+    return record.get("diverged_at_step") is not None
+
+
+def mean_loss(runs: Sequence[Record], domain: str) -> float | None:
+    """Over documents and seeds; None if a run diverged."""
+    if any(map(is_diverged, runs)):
+        return None
+    return statistics.fmean(loss for record in runs for loss in record["losses"][domain].values())
+
+
+def accuracy(record: Record) -> float | None:
+    """The share of zero-shot questions answered rightly, sets counting alike; None if none were scored."""
+    found = record.get("zeroshot")
+    return statistics.fmean(statistics.fmean(rows.values()) for rows in found.values()) if found else None
+
+
+def by_arm(found: dict[str, Record], domain: str) -> dict[str, dict[float, list[Record]]]:
+    """Arm -> rate -> records of all seeds, of what was adapted to a domain; arms in the order of the experiment."""
+    result: dict[str, dict[float, list[Record]]] = {}
+    for record in sorted(found.values(), key=lambda record: record["place"]):
+        trial = record["trial"]
+        if trial["arm"] != BASE and trial["domain"] == domain:
+            result.setdefault(trial["arm"], {}).setdefault(trial["rate"], []).append(record)
+    return {arm: dict(sorted(rates.items())) for arm, rates in result.items()}
+
+
+def best_rate(rates: dict[float, list[Record]], domain: str) -> float | None:
+    """The rate with the lowest loss on the domain itself; None if all diverged."""
+    losses = {rate: loss for rate, runs in rates.items() if (loss := mean_loss(runs, domain)) is not None}
+    return min(losses, key=losses.__getitem__) if losses else None
+
+
+def markdown(found: dict[str, Record]) -> str:
+    """All tables."""
+    base = found.get(BASE)
+    if base is None:
+        return f"no record of the model without an adapter yet ({len(found)} records)"
+    parts = [_heading(base)]
+    for domain in base["losses"]:
+        arms = by_arm(found, domain)
+        if arms:
+            parts += [f"## Adapted to {domain}\n", _table(base, arms, domain)]
+            if len(arms) > 1:
+                parts.append(_differences(arms, domain, [other for other in base["losses"] if other != domain]))
+    return "\n".join(parts)
+
+
+def pictures(found: dict[str, Record], folder: Path) -> list[Path]:
+    """Curves of forgetting against learning over every arm's rates, one picture a domain; needs matplotlib."""
+    pyplot, save, made = canvas(folder)
+    base = found[BASE]
+    for domain in base["losses"]:
+        arms = by_arm(found, domain)
+        if not arms:
+            continue
+        figure, axes = pyplot.subplots(figsize=(7, 5))
+        others = [other for other in base["losses"] if other != domain]
+        for arm, rates in arms.items():
+            points = [p for rate, runs in rates.items() if (p := _point(base, runs, domain, others)) is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), "o-", label=arm, markersize=4, linewidth=1)
+            for rate, runs in rates.items():
+                if (p := _point(base, runs, domain, others)) is not None:
+                    axes.annotate(f"{rate:g}", p, fontsize=6, xytext=(2, 2), textcoords="offset points")
+        axes.set_xlabel(f"loss on {domain} after training (learned: left)")
+        axes.set_ylabel(f"rise of the loss on {', '.join(others)} (forgot: up)")
+        if axes.lines:
+            axes.legend(fontsize=8)
+        save(f"learn_forget_{domain}", figure)
+    return made
+
+
+def _point(base: Record, runs: list[Record], domain: str, others: list[str]) -> tuple[float, float] | None:
+    learned = mean_loss(runs, domain)
+    if learned is None:
+        return None
+    return learned, statistics.fmean(_rise(base, runs, other) for other in others)
+
+
+def _rise(base: Record, runs: list[Record], domain: str) -> float:
+    after, before = mean_loss(runs, domain), mean_loss([base], domain)
+    assert after is not None
+    assert before is not None
+    return after - before
+
+
+def _heading(base: Record) -> str:
+    counts = ", ".join(
+        f"{name} {len(losses)} documents"
+        + (f", head of {base['vocabulary'][name]:,} tokens" if base["vocabulary"][name] else "")
+        for name, losses in base["losses"].items()
+    )
+    return (
+        f"{base['model']['name']} ({base['model']['origin']}), {base['settings']['dtype']} base, {base['split']} text"
+        f": {counts}. Losses in nats a token; rise: of the loss over the model without an adapter.\n"
+    )
+
+
+def _table(base: Record, arms: dict[str, dict[float, list[Record]]], domain: str) -> str:
+    others = [other for other in base["losses"] if other != domain]
+    scored = accuracy(base) is not None
+    head = ["arm", "rate", "seeds", "parameters", f"{domain} loss", *(f"{other} rise" for other in others)]
+    head += ["zero-shot"] * scored + ["s/step", "peak MiB", "adapter MiB"]
+    first = ["no adapter", "", "", "0", f"{mean_loss([base], domain):.4f}", *("0" for _ in others)]
+    first += [_share(accuracy(base))] * scored + ["", f"{base['peak_memory_bytes'] / 2**20:.0f}", ""]
+    rows = [first]
+    for arm, rates in arms.items():
+        best = best_rate(rates, domain)
+        for rate, runs in rates.items():
+            learned = mean_loss(runs, domain)
+            row = [arm, f"{rate:g}", str(len(runs)), f"{runs[0]['parameters']:,}"]
+            if learned is None:
+                row += ["diverged", *("" for _ in others)]
+            else:
+                shown = f"{learned:.4f}"
+                row += [f"**{shown}**" if rate == best else shown]
+                row += [f"{_rise(base, runs, other):+.4f}" for other in others]
+            if scored:
+                shares = [share for record in runs if (share := accuracy(record)) is not None]
+                row.append(_share(statistics.fmean(shares) if shares else None))
+            steps = sum(len(record["training_loss"]) for record in runs)
+            row.append(f"{sum(record['seconds']['train'] for record in runs) / max(1, steps):.2f}")
+            row.append(f"{max(record['peak_memory_bytes'] for record in runs) / 2**20:.0f}")
+            size = runs[0]["adapter_bytes"]
+            row.append("" if size is None else f"{size / 2**20:.1f}")
+            rows.append(row)
+    return markdown_table(head, rows) + "\n"
+
+
+def _differences(arms: dict[str, dict[float, list[Record]]], domain: str, others: list[str]) -> str:
+    """Every arm against the first, each at its own best rate, with standard errors by document and seed."""
+    best = {arm: (rate, rates[rate]) for arm, rates in arms.items() if (rate := best_rate(rates, domain)) is not None}
+    if len(best) < 2:
+        return ""
+    reference = next(iter(best))
+    columns = [("learned", [domain]), *((f"{other}", [other]) for other in others), ("all others", others)]
+    rows = []
+    for arm, (rate, runs) in best.items():
+        if arm == reference:
+            continue
+        found = [paired(runs, best[reference][1], domains) for _, domains in columns]
+        rows.append([f"{arm}, {rate:g}", *("" if d is None else f"{d[0]:+.4f} ({d[1]:.4f})" for d in found)])
+    table = markdown_table(["arm, best rate", *(name for name, _ in columns)], rows)
+    return f"Loss less that of {reference} at {best[reference][0]:g} (standard error):\n\n{table}\n"
+
+
+def _share(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"

@@ -1,0 +1,263 @@
+"""One trial: trains an arm on a domain, from its last checkpoint if there is one, and measures it on all domains."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, get_scheduler, set_seed
+from transformers.models.byt5 import ByT5Tokenizer
+
+from ... import balance_updates
+from ...io import atomic
+from ...io import run_record as records
+from ...io.hub_models import ModelSource, accelerator, find_model, weights_digest
+from ..training.optimizer import Muon, scale_learning_rates
+from .domains import Domain, read_domain
+from .plan import BASE, TINY, Arm, Experiment, Trial
+from .windows import Windows, document_losses, encode, restricted_head
+from .zeroshot import score
+
+Record = dict[str, Any]
+OnStep = Callable[[Trial, int], None]
+
+
+class Laboratory:
+    """What the trials of an experiment share: model, domains and their windows, read once a process.
+
+    Args:
+        experiment: the experiment.
+        out: folder for checkpoints and adapters.
+        on_step: called after every step and its checkpoint.
+
+    Raises:
+        ValueError: model or a domain cannot be had.
+    """
+
+    def __init__(self, experiment: Experiment, out: Path, on_step: OnStep | None = None) -> None:
+        self.experiment, self.out, self.on_step = experiment, out, on_step
+        tiny = experiment.model == TINY
+        self.source = ModelSource(TINY, TINY, "none", "random") if tiny else find_model(experiment.model)
+        self.tokenizer: Any = ByT5Tokenizer() if tiny else AutoTokenizer.from_pretrained(self.source.path)
+        self.domains: dict[str, Domain] = {n: read_domain(n, source) for n, source in experiment.domains.items()}
+        self.windows = {name: encode(domain, self.tokenizer, experiment) for name, domain in self.domains.items()}
+        self.facts: Record = {
+            "model": {
+                "name": self.source.name,
+                "origin": self.source.origin,
+                "license": self.source.license,
+                "weights_sha256": weights_digest(self.source.path),
+            },
+            "domains": {name: domain.describe() for name, domain in self.domains.items()},
+            "vocabulary": {n: None if w.vocabulary is None else len(w.vocabulary) for n, w in self.windows.items()},
+        }
+
+    def run(self, trial: Trial) -> Record:
+        """A trial's record: trains, and measures."""
+        reset_peak_memory()
+        model, found = self._load(), Record()
+        if trial.arm != BASE:
+            model, found = self._train(model, trial)
+        measured = self._measure(model, diverged=found.get("diverged_at_step") is not None)
+        if any(loss is None for losses in measured["losses"].values() for loss in losses.values()):
+            found["diverged_at_step"] = found.get("diverged_at_step") or self.experiment.training.steps
+        names = [arm.name for arm in self.experiment.arms]
+        return {
+            "trial": vars(trial),
+            "place": -1 if trial.arm == BASE else names.index(trial.arm),
+            "settings": self.experiment.settings(trial),
+            "split": self.experiment.evaluation.split,
+            **self.facts,
+            **found,
+            **measured,
+            "peak_memory_bytes": records.peak_memory_bytes(),
+            "peak_gpu_bytes": records.peak_gpu_bytes(),
+            "environment": records.environment(),
+        }
+
+    def _load(self) -> Any:
+        dtype = getattr(torch, self.experiment.dtype)
+        if self.source.path == TINY:
+            torch.manual_seed(0)
+            sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+            return LlamaForCausalLM(LlamaConfig(vocab_size=384, **sizes, initializer_range=0.2)).to(dtype)
+        return AutoModelForCausalLM.from_pretrained(self.source.path, dtype=dtype).to(accelerator())
+
+    def _measure(self, model: nn.Module, diverged: bool) -> Record:
+        """The loss of every held-out document, and the scored questions; None after training has diverged."""
+        started, evaluation = time.perf_counter(), self.experiment.evaluation
+        losses: dict[str, Any] = {}
+        for name, windows in self.windows.items():
+            found = {} if diverged else document_losses(model, windows, evaluation.batch_size)
+            losses[name] = {
+                key: round(found[key], 6) if math.isfinite(found.get(key, math.nan)) else None for key in windows.keys
+            }
+        questions = score(model, self.tokenizer, evaluation.zeroshot) if evaluation.zeroshot and not diverged else None
+        return {"losses": losses, "zeroshot": questions, "measure_seconds": round(time.perf_counter() - started, 2)}
+
+    # ------------------------------------------------------------------ training
+
+    def _train(self, base: Any, trial: Trial) -> tuple[Any, Record]:
+        arm, training = self.experiment.arm(trial.arm), self.experiment.training
+        windows = self.windows[trial.domain]
+        set_seed(trial.seed)
+        started = time.perf_counter()
+        model = adapt(base, arm)
+        with restricted_head(model, windows.vocabulary) as labels:
+            if arm.balance_updates:
+                statistics = drawn(windows, training.batch_size, trial.seed)
+                balance_updates(model, (self._batch(next(statistics), labels) for _ in range(arm.balance_updates)))
+            init_seconds = time.perf_counter() - started
+            trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            state = _State(model, arm, trial, self)
+            order = drawn(windows, training.batch_size, trial.seed)
+            for _ in range(state.step):
+                next(order)
+            model.train()
+            while state.step < training.steps and state.is_finite():
+                began = time.perf_counter()
+                loss = model(**self._batch(next(order), labels), use_cache=False).loss
+                loss.backward()
+                state.advance(loss.item(), time.perf_counter() - began)
+                if state.step % training.checkpoint_steps == 0:
+                    state.save()
+                if self.on_step is not None:
+                    self.on_step(trial, state.step)
+        return model, {
+            "parameters": sum(p.numel() for p in trained.values()),
+            "adapter_bytes": self._save(model, arm, trial),
+            "seconds": {"init": round(init_seconds, 2), "train": round(state.seconds, 2)},
+            "tokens": state.step * training.batch_size * training.length,
+            "training_loss": [round(loss, 5) for loss in state.losses],
+            "diverged_at_step": None if state.is_finite() else state.step,
+        }
+
+    def _batch(self, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        ids = ids.to(labels.device)
+        return {"input_ids": ids, "labels": labels[ids]}
+
+    def _save(self, model: Any, arm: Arm, trial: Trial) -> int | None:
+        """Saves the adapter, for later analysis; returns the bytes of its weights."""
+        if arm.config() is None:
+            return None
+        folder = self.out / "adapters" / trial.name
+        model.save_pretrained(folder)
+        return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def adapt(base: Any, arm: Arm) -> Any:
+    """The model with the arm's adapter, or with all but embeddings and head to be trained."""
+    config = arm.config()
+    if config is not None:
+        return get_peft_model(base, config)
+    frozen = {id(p) for m in (base.get_input_embeddings(), base.get_output_embeddings()) for p in m.parameters()}
+    for parameter in base.parameters():
+        parameter.requires_grad_(id(parameter) not in frozen)
+    return base
+
+
+def drawn(windows: Windows, count: int, seed: int) -> Iterator[Tensor]:
+    """(count, length) windows to train on, in an order of the seed's own in every epoch, without end."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for rows in torch.randperm(len(windows.train), generator=generator).split(count):
+            if len(rows) == count:
+                yield windows.train[rows]
+
+
+class _State:
+    """What a trial needs to go on where it was cut off: trained numbers in float32, optimizer, schedule, losses."""
+
+    def __init__(self, model: Any, arm: Arm, trial: Trial, laboratory: Laboratory) -> None:
+        training = laboratory.experiment.training
+        self.file = laboratory.out / "checkpoints" / f"{trial.name}.pt"
+        self.settings = {**laboratory.experiment.settings(trial), **laboratory.facts}
+        self.max_grad_norm = training.max_grad_norm
+        self.step, self.seconds, self.losses = 0, 0.0, list[float]()
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if arm.optimizer == "muon":
+            self.optimizer: Any = Muon(self.trained.values(), lr=trial.rate, weight_decay=training.weight_decay)
+        else:
+            self.optimizer = torch.optim.AdamW(
+                self.trained.values(), lr=trial.rate, weight_decay=training.weight_decay
+            )
+        if arm.rate_factors:
+            scale_learning_rates(self.optimizer, model, arm.rate_factors)
+        # Steps below the resolution of bfloat16 would be lost: such parameters get float32 copies that are trained.
+        self.copies = {
+            name: nn.Parameter(p.detach().float()) for name, p in self.trained.items() if p.dtype is not torch.float32
+        }
+        by_id = {id(self.trained[name]): copy for name, copy in self.copies.items()}
+        for group in self.optimizer.param_groups:
+            group["params"] = [by_id.get(id(p), p) for p in group["params"]]
+        self.scheduler = get_scheduler(training.schedule, self.optimizer, training.warmup_steps, training.steps)
+        if self.file.is_file():
+            self._load()
+
+    def is_finite(self) -> bool:
+        """Whether the last loss is."""
+        return not self.losses or math.isfinite(self.losses[-1])
+
+    def advance(self, loss: float, seconds: float) -> None:
+        """One step of the optimizer, by the gradients that there are."""
+        began = time.perf_counter()
+        for name, copy in self.copies.items():
+            gradient = self.trained[name].grad
+            copy.grad = None if gradient is None else gradient.float()
+            self.trained[name].grad = None
+        parameters = [self.copies.get(name, p) for name, p in self.trained.items()]
+        nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            for name, copy in self.copies.items():
+                self.trained[name].copy_(copy)
+        self.losses.append(loss)
+        self.step += 1
+        self.seconds += seconds + time.perf_counter() - began
+
+    def save(self) -> None:
+        """Writes a checkpoint, complete or not at all."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        kept = {name: self.copies.get(name, p).detach() for name, p in self.trained.items()}
+        state = {
+            "settings": self.settings,
+            "tensors": kept,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "random": torch.get_rng_state(),
+            "progress": {"step": self.step, "seconds": self.seconds, "losses": self.losses},
+        }
+        atomic.write_by(self.file, lambda partial: torch.save(state, partial))
+
+    def _load(self) -> None:
+        found = torch.load(self.file, map_location="cpu", weights_only=True)
+        records.check_same(
+            found["settings"], self.settings, str(self.file), "set it as before, or choose another --out"
+        )
+        with torch.no_grad():
+            for name, tensor in found["tensors"].items():
+                self.trained[name].copy_(tensor)
+                if name in self.copies:
+                    self.copies[name].copy_(tensor)
+        self.optimizer.load_state_dict(found["optimizer"])
+        self.scheduler.load_state_dict(found["scheduler"])
+        torch.set_rng_state(found["random"])
+        self.step, self.seconds, self.losses = (found["progress"][key] for key in ("step", "seconds", "losses"))
+
+
+def reset_peak_memory() -> None:
+    """Start to measure a process's peak memory anew, where the system can."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return

@@ -1,0 +1,76 @@
+"""Raw zero-shot questions: the option whose text the model finds likeliest, a byte."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ...io.rows import read_rows
+
+Question = tuple[str, list[str], int]  # what stands before, the options, which of them is right
+
+
+def _choices(row: dict[str, Any]) -> Question:
+    return f"Question: {row['question']}\nAnswer:", row["choices"], row["answer"]
+
+
+def _piqa(row: dict[str, Any]) -> Question:
+    return f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], row["label"]
+
+
+def _hellaswag(row: dict[str, Any]) -> Question:
+    return f"{row['activity_label']}: {row['ctx']}", row["endings"], row["label"]
+
+
+_SETS: dict[str, Callable[[dict[str, Any]], Question]] = {
+    "arc_easy_test": _choices,
+    "arc_challenge_test": _choices,
+    "openbookqa_test": _choices,
+    "piqa_validation": _piqa,
+    "hellaswag_validation": _hellaswag,
+}
+
+
+@torch.no_grad()
+def score(model: Any, tokenizer: Any, questions: int) -> dict[str, dict[str, int]] | None:
+    """Which questions are answered rightly.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        questions: over all sets, as many of each, drawn with seed 0.
+
+    Returns:
+        Set -> row number -> 1 or 0; None where CLOVER_DATA names no folder with zeroshot/.
+    """
+    folder = Path(os.environ.get("CLOVER_DATA") or "") / "zeroshot"
+    if not os.environ.get("CLOVER_DATA") or not folder.is_dir():
+        print("zeroshot: not scored, CLOVER_DATA names no folder with zeroshot/")
+        return None
+    model.eval()
+    result = {}
+    for name, read in _SETS.items():
+        rows = []
+        for place, row, problem in read_rows(folder / f"{name}.jsonl.gz"):
+            if problem is not None:
+                raise ValueError(f"{place}: {problem}; copy the file again")
+            rows.append(row)
+        chosen = sorted(random.Random(0).sample(range(len(rows)), min(len(rows), questions // len(_SETS))))
+        result[name] = {str(i): int(_is_right(model, tokenizer, *read(rows[i]))) for i in chosen}
+    return result
+
+
+def _is_right(model: Any, tokenizer: Any, before: str, options: list[str], answer: int) -> bool:
+    start = len(tokenizer(before, add_special_tokens=False)["input_ids"])
+    scores = []
+    for option in options:
+        ids = torch.tensor([tokenizer(f"{before} {option}", add_special_tokens=False)["input_ids"]]).to(model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[0, start - 1 : -1].float()
+        scores.append(-float(F.cross_entropy(logits, ids[0, start:], reduction="sum")) / len(option.encode()))
+    return max(range(len(options)), key=scores.__getitem__) == answer

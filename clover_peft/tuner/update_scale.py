@@ -1,0 +1,196 @@
+"""Bases scaled block by block, so that one learning rate suits every block of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..base_model.activations import Probe, TokenReader, evaluating, hooks
+from ..runtime.bitsandbytes import check_packing, keep_unpacked
+from .activation_bases import check_new
+from .bases import inner_model, layers_with
+from .block_spec import BlockSpec
+from .layer import CloverLayer
+
+# The sensitivity that every block is given. Rates of about 5e-3 are then right for AdamW (SmolLM2-135M).
+SENSITIVITY = 0.004
+
+
+class _Sums(NamedTuple):
+    """Sums of one slice: of squares of `C z` and of `E^T g`, (H,) float64, and the tokens of the former."""
+
+    coordinates: Tensor
+    gradients: Tensor
+    tokens: int
+
+    @classmethod
+    def empty(cls, blocks: int) -> _Sums:
+        zeros = torch.zeros(blocks, dtype=torch.float64)
+        return cls(zeros, zeros, 0)
+
+
+def balance_updates(model: nn.Module, batches: Iterable[Mapping[str, Any]], adapter_name: str = "default") -> None:
+    """Scale the bases of a new adapter, so that equal steps of S change the predictions equally (ours).
+
+    AdamW moves every entry of S by about the learning rate, whatever the block. In block b that changes the
+    predictions by about `lr^2 / 2 * kappa_b^2` an entry, as KL divergence, with
+
+        kappa_b^2 = mean_j E[(C z)_j^2] * mean_i E[(E^T g)_i^2]
+
+    where z is the projection's output and g the gradient there of the loss of one prediction: the first mean is one
+    over tokens, the second a sum over tokens divided by the number of predictions. Here C is multiplied, and S0
+    divided, by `0.004 / kappa_b`. The function stays: that of the base model bit for bit, with `truncate=True` that of
+    the truncated one but for rounding. Call it before training, and after `initialize_from_activations`; it costs one
+    pass forward and backward over the data, and keeps sums only. A low-rank part is not scaled.
+
+    Args:
+        model: a model with an active CLOVER adapter that is not trained yet.
+        batches: keyword arguments for `model` with which it returns a loss, such as `{"input_ids": ..., "labels":
+            ...}`. Some thousand tokens of the training data are enough.
+        adapter_name: the adapter.
+
+    Raises:
+        ValueError: if the adapter is not there, is inactive, frozen, merged, trained, folded or to be saved without
+            its bases; if there is no batch or no loss, or no gradient reaches a target, with nothing changed.
+    """
+    layers = layers_with(inner_model(model), adapter_name)
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    check_new(adapter_name, config, layers)
+    found = update_sensitivities(model, batches, adapter_name)
+    for path, layer in layers:
+        for spec in layer.specs[adapter_name]:
+            kappa = found[path, spec.name]
+            # A block that nothing depends on needs no scale.
+            scale = torch.where(kappa > 0, SENSITIVITY / kappa, torch.ones_like(kappa))
+            with torch.no_grad():
+                _, u, _, s0, _ = layer.tensors(adapter_name, spec)
+                assert u is not None
+                assert s0 is not None
+                u.mul_(scale.to(u).view(-1, 1, 1))
+                s0.div_(scale.to(s0).view(-1, 1))
+        layer.forget_maps()
+        layer.specs[adapter_name] = tuple(replace(s, balanced_updates=True) for s in layer.specs[adapter_name])
+    if config is not None:
+        config.balanced_updates = True
+
+
+def update_sensitivities(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], adapter_name: str = "default"
+) -> dict[tuple[str, str], Tensor]:
+    """How much the predictions depend on an entry of S, kappa of `balance_updates`, for every block.
+
+    Args:
+        model: a model with an active CLOVER adapter.
+        batches: keyword arguments for `model` with which it returns a loss.
+        adapter_name: the adapter.
+
+    Returns:
+        (module path, slice name) -> (H,) float64, on the CPU.
+
+    Raises:
+        ValueError: see `balance_updates`.
+        TypeError: if bitsandbytes has repacked a 4-bit base, whose gradients are then wrong.
+    """
+    layers = layers_with(inner_model(model), adapter_name)
+    for path, layer in layers:
+        if adapter_name not in layer.active_adapters or layer.disable_adapters:
+            raise ValueError(
+                f"{path}: expected adapter {adapter_name!r} to be active, found {layer.active_adapters}; call "
+                "set_adapter first"
+            )
+        check_packing(layer.get_base_layer(), path)
+    trained = [p for _, layer in layers for p in layer.clover_S[adapter_name].parameters()]
+    if not all(parameter.requires_grad for parameter in trained):
+        raise ValueError(f"adapter {adapter_name!r}: expected one that is trained, found it frozen")
+    specs = {(path, spec.name): spec for path, layer in layers for spec in layer.specs[adapter_name]}
+    sums = {key: _Sums.empty(spec.blocks) for key, spec in specs.items()}
+    masks: dict[str, Tensor] = {}
+    reader = TokenReader(model)
+    predictions = 0
+    with evaluating(model), hooks() as hooked, torch.enable_grad():
+        keep_unpacked(model)
+        for path, layer in layers:
+            of_layer = _Watch(path, layer, adapter_name, reader, masks, sums)
+            hooked.append(layer.base_layer.register_forward_hook(of_layer.add_output))
+            hooked.append(layer.register_forward_hook(of_layer.wait_for_gradient))
+        for batch in batches:
+            values, of_batch = reader.start(batch)
+            masks.clear()
+            masks |= of_batch
+            loss = getattr(model(**values), "loss", None)
+            if loss is None:
+                raise ValueError(f"expected batches that give the model a loss, found {list(batch)}; add labels")
+            count = _count_predictions(values)
+            # Of the sum, which keeps float16 gradients away from underflow; no parameter's `.grad` is touched.
+            torch.autograd.grad(count * loss.float(), trained, allow_unused=True)
+            predictions += count
+    if not predictions:
+        raise ValueError("expected batches to run the model on, found none (a generator that was used up?)")
+    result = {}
+    for (path, name), (coordinates, gradients, tokens) in sums.items():
+        if not tokens or not gradients.any():
+            raise ValueError(f"{path}: expected gradients, found none; pass batches whose loss depends on it")
+        kappa = (coordinates / tokens * gradients / predictions).sqrt() / specs[path, name].r
+        if not kappa.isfinite().all():
+            raise ValueError(f"{path}: expected finite gradients, found NaN or infinite ones; check model and data")
+        result[path, name] = kappa
+    return result
+
+
+@dataclass
+class _Watch:
+    """Adds up what the blocks of one layer compute, and the gradients that arrive there."""
+
+    path: str
+    layer: CloverLayer
+    adapter_name: str
+    reader: TokenReader
+    masks: Mapping[str, Tensor]
+    sums: dict[tuple[str, str], _Sums]
+
+    def add_output(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        def squares(spec: BlockSpec, z: Tensor) -> Tensor:
+            u = self.layer.tensors(self.adapter_name, spec).u
+            return z if u is None else z.to(u) @ u.mT
+
+        for key, count, found in self._sums_of_squares(output, squares):
+            before = self.sums[key]
+            self.sums[key] = before._replace(coordinates=before.coordinates + found, tokens=before.tokens + count)
+
+    def wait_for_gradient(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(self._add_gradient)
+
+    def _add_gradient(self, gradient: Tensor) -> None:
+        def squares(spec: BlockSpec, g: Tensor) -> Tensor:
+            v = self.layer.tensors(self.adapter_name, spec).v
+            return g.float() if v is None else g.to(v) @ v
+
+        for key, _, found in self._sums_of_squares(gradient, squares):
+            before = self.sums[key]
+            self.sums[key] = before._replace(gradients=before.gradients + found)
+
+    @torch.no_grad()
+    def _sums_of_squares(
+        self, features: Tensor, of: Callable[[BlockSpec, Tensor], Tensor]
+    ) -> Iterable[tuple[tuple[str, str], int, Tensor]]:
+        result = []
+        for spec in self.layer.specs[self.adapter_name]:
+            probe = Probe(self.layer.base_layer, False, spec.heads, spec.size)
+            blocks = self.reader.blocks(probe, features.detach(), self.masks).transpose(0, 1)  # (H, tokens, d)
+            with torch.autocast(blocks.device.type, enabled=False):
+                found = of(spec, blocks).square().sum((1, 2)).cpu().double()
+            result.append(((self.path, spec.name), blocks.shape[1], found))
+        return result
+
+
+def _count_predictions(values: Mapping[str, Any]) -> int:
+    """How many predictions a batch's loss is the mean of: labels that count, else samples."""
+    labels = values.get("labels")
+    if isinstance(labels, Tensor):
+        return int((labels != -100).sum())
+    return next(len(value) for value in values.values() if isinstance(value, Tensor))

@@ -1,0 +1,412 @@
+"""The adaptation benchmark: text domains, paired differences, a killed run that goes on to the same table."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import statistics
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+pytest.importorskip("trl", reason="needs the train extra: pip install clover-peft[train]")
+
+from clover_peft.cli.ablate import main
+from clover_peft.experiments.adaptation import report, running
+from clover_peft.experiments.adaptation.domains import Document, read_domain
+from clover_peft.experiments.adaptation.plan import Experiment, Trial, read_experiment
+from clover_peft.experiments.adaptation.trial import Laboratory, drawn
+from clover_peft.experiments.adaptation.troff import plain_text
+from clover_peft.experiments.adaptation.windows import Windows, document_losses, restricted_head
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "ablations"
+PROBE = CONFIGS / "adaptation_probe.yaml"
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*ill-conditioned"),
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing"),
+]
+
+
+def tiny() -> Experiment:
+    return read_experiment("adaptation_tiny")
+
+
+# --- text -----------------------------------------------------------------------------------------
+
+
+PAGE = r"""'\" t
+.\" a comment
+.TH CHAT 1 "mai 2024" "Outils"
+.SH NOM
+chat \- décrire un \fIanimal\fP
+.SH SYNOPSIS
+.B chat
+.RI [ options ]
+.if n \{\
+.ne 3
+.\}
+.de XX
+not text
+..
+.SS "Une section"
+C'est l\(aqheure\~; \(Foun mot\(Fc et \[u00E9]t\('e\&.
+.TP
+\fB\-a\fR, \fB\-\-all\fR
+tout
+.TS
+l l.
+a	b
+.TE
+.EX
+ x = 1 \e
+   y = 2
+.EE
+.UR https://example.org
+le site
+.UE .
+.SH TRADUCTION
+Les traducteurs.
+.SH APRES
+rien
+"""
+
+
+def test_a_manual_page_as_text():
+    assert plain_text(PAGE, "TRADUCTION").splitlines() == [
+        "NOM",
+        "chat - décrire un animal",
+        "",
+        "SYNOPSIS",
+        "chat [options]",
+        "",
+        "Une section",
+        "C'est l'heure ; «un mot» et ét.",
+        "-a, --all tout",
+        " x = 1 \\",
+        "   y = 2",
+        "https://example.org le site.",
+    ]
+    assert "Les traducteurs" in plain_text(PAGE)
+    assert plain_text(".Dd 1 mai\n.Sh NOM\n") == ""
+
+
+def test_documents_are_split_by_their_text_alone(tmp_path):
+    texts = [f"{i} " * 400 for i in range(60)]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_text(text)
+    (tmp_path / "copy.txt").write_text(texts[0])
+    (tmp_path / "short.txt").write_text("too short")
+    domain = read_domain("numbers", f"text:{tmp_path}")
+    assert sorted(document.text for document in domain.documents) == sorted(texts)
+    for i in range(30):
+        (tmp_path / f"{i}.txt").unlink()
+    kept = {document.key: document.split for document in domain.documents}
+    fewer = read_domain("numbers", f"text:{tmp_path}")
+    assert all(kept[document.key] == document.split for document in fewer.documents)
+    assert domain.describe()["documents"] == {
+        split: len(domain.of(split)) for split in ("train", "validation", "test")
+    }
+    assert domain.describe()["sha256"] != fewer.describe()["sha256"]
+    shares = [Document("", str(i)).split for i in range(2000)]
+    assert abs(shares.count("train") / 2000 - 0.6) < 0.05
+    assert abs(shares.count("test") / 2000 - 0.2) < 0.05
+
+
+def test_manual_pages_of_a_folder(tmp_path):
+    folder = tmp_path / "man1"
+    folder.mkdir()
+    for i in range(40):
+        with gzip.open(folder / f"page{i}.1.gz", "wt", encoding="utf-8") as file:
+            file.write(f".TH P{i} 1\n.SH NOM\n" + f"page {i} du manuel, " * 60 + "\n.SH TRADUCTION\nnon\n")
+    domain = read_domain("french", f"manpages-fr:{tmp_path}")
+    assert len(domain.documents) == 40
+    assert all("non" not in document.text and "NOM" in document.text for document in domain.documents)
+
+
+def test_articles_of_wikitext(tmp_path, monkeypatch):
+    folder = tmp_path / "wikitext2"
+    folder.mkdir()
+    articles = "".join(f" = Title {i} = \n\n = = Part = = \n\n" + f"Text {i} . " * 80 + "\n" for i in range(30))
+    for split in ("train", "validation", "test"):
+        with gzip.open(folder / f"{split}.txt.gz", "wt", encoding="utf-8") as file:
+            file.write(articles if split == "train" else "")
+    monkeypatch.setenv("CLOVER_DATA", str(tmp_path))
+    domain = read_domain("wikitext", "wikitext2")
+    assert sorted(document.name for document in domain.documents) == sorted(f"Title {i}" for i in range(30))
+    assert all("= = Part = =" in document.text for document in domain.documents)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("latin", "domains.x: expected one of wikitext2, manpages-fr, python, text, found 'latin'"),
+        ("python:nothing", "expected a package of the standard library"),
+        ("text:/nowhere.txt", "expected a .txt file or a folder of them, found none"),
+        ("manpages-fr:/nowhere", "expected a folder with man1/"),
+    ],
+)
+def test_domains_that_cannot_be_had(source, message):
+    with pytest.raises(ValueError, match=message):
+        read_domain("x", source)
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+def test_losses_are_those_of_a_softmax_over_the_vocabulary():
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes, initializer_range=0.3)).eval()
+    vocabulary = torch.tensor([3, 7, 8, 20, 49])
+    ids = vocabulary[torch.randint(5, (4, 12))]
+    head = model.get_output_embeddings()
+    for kept, tokens in ((vocabulary, vocabulary), (None, torch.arange(50))):
+        found = document_losses(model, Windows(ids, ids, ["a", "b", "c", "d"], kept), 3)
+        logits = model(ids).logits[:, :-1, tokens]
+        targets = torch.searchsorted(tokens, ids[:, 1:])
+        expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(-1)
+        assert list(found) == ["a", "b", "c", "d"]
+        assert list(found.values()) == pytest.approx(expected.tolist(), rel=1e-5)
+        with restricted_head(model, kept) as labels:
+            whole = model(input_ids=ids, labels=labels[ids]).loss
+        assert float(whole) == pytest.approx(float(expected.mean()), rel=1e-5)
+    assert model.get_output_embeddings() is head
+    assert model.config.vocab_size == 50
+
+
+def record(arm: str, seed: int, losses: dict[str, dict[str, float]], **more) -> dict:
+    return {
+        "trial": {"domain": "a", "arm": arm, "rate": 1e-3, "seed": seed},
+        "place": 0,
+        "losses": losses,
+        "diverged_at_step": None,
+        **more,
+    }
+
+
+def test_paired_differences_by_document_and_seed():
+    keys = [f"d{i}" for i in range(50)]
+    effects = torch.randn(50, generator=torch.Generator().manual_seed(0)).tolist()
+    one = [
+        record("x", seed, {"a": {k: 3.0 + e + shift for k, e in zip(keys, effects, strict=True)}})
+        for seed, shift in ((0, 0.0), (1, 0.3), (2, -0.3), (7, 9.0))
+    ]
+    other = [record("y", seed, {"a": dict.fromkeys(keys, 3.0)}) for seed in (0, 1, 2)]
+    mean, error = report.paired(one, other, ["a"])
+    assert mean == pytest.approx(statistics.fmean(effects))
+    assert error**2 == pytest.approx(statistics.variance(effects) / 50 + statistics.variance([0.0, 0.3, -0.3]) / 3)
+    _, alone = report.paired(one[:1], other, ["a"])
+    assert alone == pytest.approx((statistics.variance(effects) / 50) ** 0.5)
+    assert report.paired(one[3:], other, ["a"]) is None
+    assert report.paired([{**one[0], "diverged_at_step": 3}], other, ["a"]) is None
+
+
+# --- running --------------------------------------------------------------------------------------
+
+
+def test_the_probe_counts_the_parameters_that_it_says():
+    experiment = read_experiment(PROBE)
+    assert experiment.evaluation.split == "validation"
+    assert [len(arm.rates) for arm in experiment.arms] == [4] * 5
+    trials = experiment.trials()
+    assert len({trial.name for trial in trials}) == len(trials) == 21
+    assert [trial.arm for trial in trials[1:6]] == [arm.name for arm in experiment.arms]
+
+
+def losses(out: Path) -> dict:
+    found = report.load(out / "records")
+    return {name: (record["losses"], record.get("training_loss")) for name, record in found.items()}
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(step: int):
+    def on_step(trial: Trial, done: int) -> None:
+        if done == step:
+            raise Killed
+
+    return on_step
+
+
+def test_a_killed_run_goes_on_to_the_same_table(tmp_path, capsys):
+    experiment = tiny()
+    running.run(experiment, tmp_path / "whole")
+    whole = losses(tmp_path / "whole")
+    assert len(whole) == 3
+
+    out = tmp_path / "killed"
+    with pytest.raises(Killed):  # in the first trial, behind its checkpoint of step 3
+        running.run(experiment, out, kill_at(5))
+    assert [*losses(out)] == ["base"]
+    assert len([*(out / "checkpoints").glob("*.pt")]) == 1
+    with pytest.raises(Killed):  # in the second, in its first step: the first went on, from step 3
+        running.run(experiment, out, kill_at(1))
+    assert len(losses(out)) == 2
+    seen: list[int] = []
+    running.run(experiment, out, lambda trial, step: seen.append(step))
+    assert seen == list(range(1, 9))
+    assert losses(out) == whole
+    assert not [*(out / "checkpoints").glob("*.pt")]
+    running.run(experiment, out, kill_at(1))  # there is nothing left to do
+
+    shown, again = (running.show(tmp_path / name / "records", None) for name in ("whole", "killed"))
+    columns = [[line.split("|")[:7] for line in text.splitlines()] for text in (shown, again)]
+    assert columns[0] == columns[1]
+    assert "## Adapted to asyncio" in shown
+    assert "clover_balanced" in shown
+
+    with pytest.raises(ValueError, match=r"evaluation.documents: expected 4 as in .*base.json, found 3"):
+        running.run(replace(experiment, evaluation=replace(experiment.evaluation, documents=3)), out)
+    capsys.readouterr()
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    experiment = tiny()
+    with pytest.raises(Killed):
+        running.run(experiment, tmp_path, kill_at(4))
+    changed = replace(experiment, training=replace(experiment.training, weight_decay=0.1))
+    with pytest.raises(ValueError, match=r"training.weight_decay: expected 0.0 as in .*\.pt, found 0.1"):
+        running.run(changed, tmp_path)
+
+
+def test_all_kinds_of_arms_learn(tmp_path):
+    experiment = tiny()
+    arm = experiment.arms[0]
+    targets = ["q_proj", "v_proj"]
+    arms = [
+        replace(arm, name="full", peft="full", rates=(1e-3,)),
+        replace(arm, name="muon", peft={"peft_type": "CLOVER"}, rates=(0.02,), optimizer="muon"),
+        replace(arm, name="plus", peft={"peft_type": "LORA", "target_modules": targets}, rate_factors={"lora_B": 4.0}),
+        replace(arm, name="dora", peft={"peft_type": "LORA", "use_dora": True, "target_modules": targets}),
+        replace(
+            arm, name="pissa", peft={"peft_type": "LORA", "init_lora_weights": "pissa", "target_modules": targets}
+        ),
+        replace(arm, name="hira", peft={"peft_type": "HIRA", "target_modules": targets}, rates=(1e-2,)),
+        replace(arm, name="oft", peft={"peft_type": "OFT", "oft_block_size": 16, "target_modules": targets}),
+    ]
+    experiment = replace(experiment, arms=[replace(arm, rates=(max(arm.rates),)) for arm in arms])
+    experiment = replace(experiment, training=replace(experiment.training, steps=12))
+    with pytest.raises(Killed):
+        running.run(experiment, tmp_path, kill_at(4))
+    running.run(experiment, tmp_path)
+    found = report.load(tmp_path / "records")
+    base = report.mean_loss([found["base"]], "asyncio")
+    assert len(found) == 8
+    for name, made in found.items():
+        if name != "base":
+            assert report.mean_loss([made], "asyncio") < base, name
+            assert (made["adapter_bytes"] is None) == (made["trial"]["arm"] == "full")
+
+
+def test_a_trial_that_diverges_is_recorded_as_such(tmp_path):
+    experiment = tiny()
+    arm = replace(experiment.arms[0], name="wild", rates=(1e37,))
+    running.run(replace(experiment, arms=[arm]), tmp_path)
+    shown = running.show(tmp_path / "records", tmp_path / "pictures")
+    assert "| diverged |" in shown
+    assert (tmp_path / "pictures" / "table.md").read_text() == shown + "\n"
+
+
+def test_another_process_at_a_trial_is_passed_over(tmp_path, capsys):
+    from filelock import FileLock
+
+    experiment = tiny()
+    trial = experiment.trials()[1]
+    with FileLock(running._lock(tmp_path, trial)):
+        running.run(experiment, tmp_path)
+    assert f"{trial.name}: another process is at it" in capsys.readouterr().out
+    assert trial.name not in report.load(tmp_path / "records")
+    assert len(report.load(tmp_path / "records")) == 2
+
+
+def test_seeds_and_epochs_have_orders_of_their_own():
+    windows = Windows(torch.arange(10).view(5, 2), torch.empty(0, 2), [], None)
+    orders = {}
+    for seed in (0, 1):
+        found = drawn(windows, 2, seed)
+        orders[seed] = torch.cat([next(found) for _ in range(4)])[:, 0].tolist()
+        assert len(set(orders[seed][:4])) == 4
+    assert orders[0] != orders[1]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("adapt_to=[latin]", r"adapt_to: expected some of french, wikitext, python, found \['latin'\]"),
+        ("evaluation.split=train", "evaluation.split: expected validation or test, found 'train'"),
+        ("training.epochs=3", "training: expected some of steps, .*, found epochs"),
+        ("arms.clover.peft={peft_type: NONE}", "arms.clover.peft: "),
+        ("arms.clover.rates=[1e-3, 1e-3]", "arms.clover.rates: expected different positive numbers"),
+        ("arms.lora_vud_r24.balance_updates=3", "expected peft_type: CLOVER, whose updates are balanced"),
+        ("arms.base={}", "arms: expected blocks by name, none called base"),
+        ("seeds=[]", "seeds: expected different whole numbers"),
+        ("training.steps=0", "training.steps: expected at least 1, found 0"),
+        ("something=1", "expected the keys model"),
+    ],
+)
+def test_wrong_settings_are_named(override, message):
+    with pytest.raises(ValueError, match=message):
+        read_experiment(PROBE, [override])
+
+
+def test_every_experiment_can_be_read():
+    for path in CONFIGS.glob("adaptation_*.yaml"):
+        read_experiment(path)
+
+
+def test_the_command(tmp_path, capsys):
+    text = tmp_path / "notes.txt"
+    text.write_text("\n\n".join(f"Paragraph {i}. " * 40 for i in range(300)))
+    experiment = read_experiment(PROBE, [f"domains.notes=text:{text}"])
+    assert experiment.domains["notes"] == f"text:{text}"
+    command = [sys.executable, "-m", "clover_peft", "ablate", "--config", "adaptation_tiny"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "out"), "--jobs", "2"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(report.load(tmp_path / "out" / "records")) == 3
+    made_by_processes = [*(tmp_path / "out" / "records").glob("*.json")]
+    made = json.loads((tmp_path / "out" / "records" / "base.json").read_text())
+    assert {"environment", "model", "domains", "vocabulary", "settings", "losses"} <= made.keys()
+    assert main(["--table", str(tmp_path / "out" / "records")]) == 0
+    assert capsys.readouterr().out.strip() in done.stdout
+    assert {json.loads(path.read_text())["environment"]["torch_threads"] for path in made_by_processes} == {1}
+    assert main(["--config", "adaptation_tiny", "--out", str(tmp_path / "out"), "--minutes", "1"]) == 1
+    assert "minutes: expected none beside an adaptation experiment" in capsys.readouterr().err
+    assert main(["--table", str(tmp_path)]) == 1
+    assert "expected a folder of records, found none" in capsys.readouterr().err
+
+
+def test_zero_shot_questions_are_scored(tmp_path, monkeypatch):
+    folder = tmp_path / "zeroshot"
+    folder.mkdir()
+    choices = {"question": "What?", "choices": ["one", "two"], "answer": 1}
+    rows = {
+        "arc_easy_test": choices,
+        "arc_challenge_test": choices,
+        "openbookqa_test": choices,
+        "piqa_validation": {"goal": "Do", "sol1": "a", "sol2": "b", "label": 0},
+        "hellaswag_validation": {"activity_label": "Run", "ctx": "He", "endings": ["a", "b"], "label": 1},
+    }
+    for name, row in rows.items():
+        with gzip.open(folder / f"{name}.jsonl.gz", "wt") as file:
+            file.write(f"{json.dumps(row)}\n" * 6)
+    experiment = tiny()
+    experiment = replace(experiment, evaluation=replace(experiment.evaluation, zeroshot=20))
+    laboratory = Laboratory(experiment, tmp_path)
+    monkeypatch.delenv("CLOVER_DATA", raising=False)
+    assert laboratory.run(experiment.trials()[0])["zeroshot"] is None
+    monkeypatch.setenv("CLOVER_DATA", str(tmp_path))
+    made = laboratory.run(experiment.trials()[0])
+    assert {name: len(found) for name, found in made["zeroshot"].items()} == dict.fromkeys(rows, 4)
+    assert 0 <= report.accuracy(made) <= 1
