@@ -17,15 +17,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 SPREADS = ("global", "layer", "gradient", "uniform")
 
 
-def _parser(
-    command: str, description: str, epilog: str | None = None, allow_abbrev: bool = True
-) -> argparse.ArgumentParser:
+def _parser(command: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         prog=f"clover {command}",
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=allow_abbrev,
+        allow_abbrev=False,  # a shortened option could be meant as a key, or as another option
     )
 
 
@@ -48,7 +46,6 @@ Llama-2-7B:
     clover sft --config protocols/clover --config models/llama2_7b method=dora
 """,
         epilog=_keys(),
-        allow_abbrev=False,  # a shortened option could be meant as a key
     )
     parser.add_argument(
         "--config",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 
@@ -31,3 +31,8 @@ def takes_writes() -> bool:
 def is_captured(tensor: Tensor) -> bool:
     """Whether operations on the tensor go into a CUDA graph, which reads the same addresses again when it runs."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def shares_state(module: nn.Module) -> bool:
+    """Whether the module is a replica of `nn.DataParallel`, whose plain attributes are those of the original."""
+    return bool(module.__dict__.get("_is_replica"))

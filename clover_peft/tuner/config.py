@@ -91,8 +91,9 @@ class CloverConfig(PeftConfig):
     base_precision: str | None = None
 
     def __post_init__(self) -> None:
-        # The folder that the config was read from; it is not a field, so no file has it.
-        self.source: str | None = None
+        # Not a field, so no file has it: the folder that the config was read from, "" if the folder is not known, and
+        # None for a config made here or whose weights are loaded. A config from a file has peft's version already.
+        self.source: str | None = None if self.peft_version is None else ""
         super().__post_init__()
         self.peft_type = CLOVER
         for name in ("target_modules", "exclude_modules"):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..runtime.tracing import is_captured, is_traced
+from ..runtime.tracing import is_captured, is_traced, shares_state
 from .adapter_tensors import AdapterTensors
 from .fused_maps import apply_maps
 from .map_cache import MapCache
@@ -59,7 +59,7 @@ def apply_adapters(layer: AdapterTensors, z: Tensor, adapter_names: Sequence[str
     """
     names = [name for name in adapter_names if name in layer.specs]
     traced, differentiated = is_traced(), layer.training or torch.is_grad_enabled()
-    is_replica = bool(layer.__dict__.get("_is_replica"))  # of `nn.DataParallel`, which shares the cache
+    is_replica = shares_state(layer)
     kept = None
     if not (differentiated or traced or is_replica or is_captured(z)):
         kept = _kept_maps(layer, names, z.dtype, cache)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..base_model.weight import BaseWeight
 from ..io.user_warning import warn
+from ..runtime.tracing import shares_state
 from . import merging
 from .adapter_tensors import FROZEN, TRAINED, AdapterTensors
 from .block_spec import BlockSpec
@@ -135,6 +136,11 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
         if adapter_names is not None:
             self._check_mixed_batch(x, adapter_names)
         if self.disable_adapters and self.merged:
+            if shares_state(self):
+                raise ValueError(
+                    f"{self.name}: adapters are merged, and a DataParallel replica cannot take them out; call "
+                    "unmerge_adapter() on the model before disabling them"
+                )
             self.unmerge()
         z = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:

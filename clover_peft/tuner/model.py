@@ -40,13 +40,13 @@ class _Injection:
     """State of one call of `inject_adapter`.
 
     Attributes:
-        loads: the adapter's weights are loaded from a file next.
-        bases_follow: they include the bases, so that none are computed.
+        may_be_loaded: a file's weights follow, or may follow because the config was read from a file.
+        bases_follow: a file's weights follow and include the bases, so that none are computed.
         report: takes the bases that are computed.
         progress: the progress bar, one step a module.
     """
 
-    loads: bool
+    may_be_loaded: bool
     bases_follow: bool
     report: BasesReport = field(default_factory=BasesReport)
     progress: Any = field(default_factory=lambda: tqdm(desc="CLOVER bases", unit=" modules", delay=3, leave=False))
@@ -120,7 +120,9 @@ class CloverModel(BaseTuner):
         check_source(config.source, loads or config.inference_mode)
         self._refuse_experts(config)
         refuse_sharded(self.model)
-        self._injection = _Injection(loads, loads and config.save_bases is not False and not filled_by_rank_0())
+        bases_follow = loads and config.save_bases is not False and not filled_by_rank_0()
+        self._injection = _Injection(loads or config.source is not None, bases_follow)
+        self._awaiting_weights.discard(adapter_name)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._warn_about_block_size(adapter_name, config)
@@ -137,7 +139,7 @@ class CloverModel(BaseTuner):
         finally:
             self._injection.progress.close()
             del self._injection  # a progress bar cannot be copied or pickled with the model
-        if loads:
+        if loads or config.source is not None:
             self._awaiting_weights.add(adapter_name)
 
     def _warn_about_block_size(self, adapter_name: str, config: CloverConfig) -> None:
@@ -175,10 +177,10 @@ class CloverModel(BaseTuner):
         if not isinstance(layer, CloverLayer):
             layer = CloverLayer(target, adapter_name, current_key, get_quantization_kwargs(self.model))
         now, is_meta = self._injection, makes_meta_tensors()
-        if not now.loads or peft_config.base_precision is None:
+        if not now.may_be_loaded or peft_config.base_precision is None:
             peft_config.base_precision = layer.base_weight.precision
         bases = None if now.bases_follow else layer.bases_to_share(specs)
-        if bases is None and not now.loads:
+        if bases is None and not now.may_be_loaded:
             if not layer.base_weight.is_readable:
                 raise ValueError(
                     f"{current_key}: expected weights to compute bases from, found {layer.base_weight.precision}, "
@@ -202,7 +204,7 @@ class CloverModel(BaseTuner):
             dropout=peft_config.clover_dropout,
             init_weights=peft_config.init_weights,
             inference_mode=peft_config.inference_mode,
-            empty_device=_home(layer) if bases is None and now.loads and not is_meta else "meta",
+            empty_device=_home(layer) if bases is None and now.may_be_loaded and not is_meta else "meta",
         )
         if layer is not target:
             if adapter_name not in self.active_adapters:
@@ -369,6 +371,8 @@ class CloverModel(BaseTuner):
     ) -> dict[str, Tensor]:
         result = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         for name, layer in clover_layers(model, adapter_name):
+            if config.source is not None:  # the config of a file whose weights were never loaded
+                config.base_precision = layer.base_weight.precision
             select_for_saving(name, layer, adapter_name, config, result)
         return result
 
@@ -396,10 +400,17 @@ class CloverModel(BaseTuner):
             )
         if isinstance(tuner, CloverModel):
             tuner._awaiting_weights.discard(adapter_name)
+        config.source = None  # from here on the config is that of an adapter of this model
         return result
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in peft."""
+        super().delete_adapter(adapter_name)
+        self._awaiting_weights.discard(adapter_name)
 
     def discard(self, adapter_name: str) -> None:
         """Take out an adapter that could not be loaded, and its layers if it was the only one."""
+        self._awaiting_weights.discard(adapter_name)
         if list(self.peft_config) == [adapter_name]:
             self.unload()
         else:

@@ -20,12 +20,13 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
+    load_peft_weights,
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from clover_peft import CloverConfig, CloverLayer, hotswap_adapter
+from clover_peft import CloverConfig, CloverLayer, hotswap_adapter, initialize_from_activations
 from clover_peft.tuner import bases
 from tests.support.tiny import TOLERANCE, build, inputs, logits, perturb, relative
 
@@ -356,3 +357,63 @@ def test_a_loaded_model_compiles_as_it_is(saved, tmp_path: Path) -> None:
         assert relative(compiled(**inputs("llama")).logits, before) < TOLERANCE[torch.float32]
         compiled(**inputs("llama"))
     assert len(graphs) == 1
+
+
+# ---------------------------------------------------------------------- weights set by hand
+
+
+def _by_hand(folder: Path, base: nn.Module) -> PeftModel:
+    """An adapter of a file's config, which gets the file's weights afterwards."""
+    model = get_peft_model(base, PeftConfig.from_pretrained(folder))
+    set_peft_model_state_dict(model, load_peft_weights(str(folder)))
+    return model.eval()
+
+
+def test_weights_set_by_hand_may_come_from_another_precision(saved, tmp_path: Path) -> None:
+    saved()
+    narrow = _base(tmp_path / "adapter").bfloat16()
+    adapted = get_peft_model(narrow, CloverConfig(task_type="CAUSAL_LM"))
+    perturb(adapted)
+    adapted.save_pretrained(tmp_path / "narrow")
+    expected = logits(PeftModel.from_pretrained(_base(tmp_path / "adapter"), tmp_path / "narrow"), "llama")
+    assert torch.equal(logits(_by_hand(tmp_path / "narrow", _base(tmp_path / "adapter")), "llama"), expected)
+
+
+def test_weights_set_by_hand_may_have_bases_of_activations(saved, tmp_path: Path) -> None:
+    saved()
+    adapted = get_peft_model(_base(tmp_path / "adapter"), CloverConfig(task_type="CAUSAL_LM"))
+    initialize_from_activations(adapted, [inputs("llama")] * 4)
+    perturb(adapted)
+    adapted.save_pretrained(tmp_path / "activations")
+    found = _by_hand(tmp_path / "activations", _base(tmp_path / "adapter"))
+    assert torch.equal(logits(found, "llama"), logits(adapted.eval(), "llama"))
+
+
+def test_a_failed_load_takes_out_no_adapter_of_the_same_name(saved, monkeypatch, tmp_path: Path) -> None:
+    saved()
+    model = PeftModel.from_pretrained(_base(tmp_path / "adapter"), tmp_path / "adapter")
+    with monkeypatch.context() as patch:
+        patch.setattr("peft.peft_model.load_peft_weights", lambda *_, **__: (_ for _ in ()).throw(OSError("gone")))
+        with pytest.raises(OSError, match="gone"):
+            model.load_adapter(tmp_path / "adapter", "second")
+    model.delete_adapter("second")
+    model.add_adapter("second", CloverConfig())
+    damaged = load_peft_weights(str(tmp_path / "adapter"))
+    damaged.pop(next(key for key in damaged if "clover_S" in key))
+    with pytest.raises(ValueError, match="expected"):
+        set_peft_model_state_dict(model, damaged, adapter_name="second")
+    assert list(model.peft_config) == ["default", "second"]
+
+
+def test_a_replica_refuses_to_take_out_merged_adapters(saved, tmp_path: Path) -> None:
+    """It shares plain attributes with the original layer, which would lose its merge without a word."""
+    saved()
+    model = PeftModel.from_pretrained(_base(tmp_path / "adapter"), tmp_path / "adapter")
+    model.merge_adapter()
+    merged = logits(model, "llama")
+    model.base_model.disable_adapter_layers()
+    layer = _layers(model)[0]
+    with pytest.raises(ValueError, match=r"DataParallel replica.*call unmerge_adapter\(\)"):
+        layer._replicate_for_data_parallel()(torch.zeros(1, 2, layer.in_features))
+    model.base_model.enable_adapter_layers()
+    assert torch.equal(logits(model, "llama"), merged)
