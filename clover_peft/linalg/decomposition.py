@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 # A Cholesky factor whose Frobenius condition exceeds this is not trusted: the block goes through `eigh` instead.
-MAX_CONDITION = 1e6
+CHOLESKY_CONDITION = 1e6
 # Directions of an ill-conditioned block below this fraction of the largest singular value are dropped.
 DROP_BELOW = 1e-5
-# The largest rounding error of a map that needs no warning: condition x eps(compute dtype), relative to the map.
-MUCH_AMPLIFIED = 0.1
 # A weight is cast to float64 in pieces of at most this many elements, so that no whole weight is ever cast. Pieces of
 # 8 MB stay in a CPU's cache: a Gram is then 1.6 times as fast as with pieces of 64 MB.
 _CHUNK_ELEMENTS = 1_048_576
@@ -35,15 +33,12 @@ class Bases:
         back: (H, d, r) float64, E, or None for the identity (QR basis).
         singular_values: (H, r) float64, S0, descending; for the QR basis those of R, whose S0 = R^T is not diagonal.
         dropped: (H,) int64, the number of directions that a degenerate block lacks.
-        condition: (H,) float64, an upper estimate of the block's condition number, without the dropped directions.
-            C and E amplify rounding by up to this factor.
     """
 
     coordinates: Tensor
     back: Tensor | None
     singular_values: Tensor
     dropped: Tensor
-    condition: Tensor
 
     def leading(self, r: int) -> Bases:
         """Bases of the first `r` directions alone. Dropped directions come last, so they are the first to go."""
@@ -53,7 +48,6 @@ class Bases:
             None if self.back is None else self.back[..., :r].contiguous(),
             self.singular_values[:, :r].clone(),
             (self.dropped - left_out).clamp(min=0),
-            self.condition,
         )
 
 
@@ -99,6 +93,30 @@ def per_key_value_head(g: Tensor, heads: int, groups: int) -> Tensor:
     return g.unflatten(0, (heads, groups, -1)).sum(1).flatten(0, 1)
 
 
+def limit_condition(g: Tensor, most: float) -> Tensor:
+    """Gram matrices whose small eigenvalues are raised until no condition number exceeds a limit (ours).
+
+    Bases of the result satisfy `E S0 C = I` as those of `g` do, but C and E amplify rounding by at most the limit. A
+    block within the limit keeps its bits; a block of zeros becomes the identity.
+
+    Args:
+        g: (H, d, d) float64, symmetric positive semi-definite.
+        most: the limit, at least 1; the condition number is that of a factor R, with `G = R^T R`.
+
+    Returns:
+        (H, d, d) float64. Costs H d^3.
+    """
+    values = torch.linalg.eigvalsh(g)
+    above = ~(values[:, 0] * most**2 >= values[:, -1]) | (values[:, -1] <= 0)
+    if above.any():
+        values, vectors = torch.linalg.eigh(g[above])
+        largest = values[:, -1:]
+        raised = torch.where(largest > 0, values.clamp(min=largest / most**2), 1.0)
+        g = g.clone()
+        g[above] = (vectors * raised.unsqueeze(-2)) @ vectors.mT
+    return g
+
+
 def _factor(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Factors `G = R^T R` by Cholesky; blocks whose Cholesky factor cannot be trusted go through `eigh`.
 
@@ -113,7 +131,7 @@ def _factor(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     eye = torch.eye(g.shape[-1], dtype=g.dtype, device=g.device).expand_as(g)
     inverse = torch.linalg.solve_triangular(root, eye, upper=True)
     condition = torch.linalg.matrix_norm(root) * torch.linalg.matrix_norm(inverse)
-    bad = (info != 0) | ~(condition <= MAX_CONDITION)
+    bad = (info != 0) | ~(condition <= CHOLESKY_CONDITION)
     dropped = torch.zeros(g.shape[0], dtype=torch.int64, device=g.device)
     if bad.any():
         root, inverse = root.clone(), inverse.clone()
@@ -125,17 +143,6 @@ def _factor(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         inverse[bad] = vectors * torch.where(keep, 1 / sigma, 0).unsqueeze(-2)
         dropped[bad] = (~keep).sum(-1)
     return root, inverse, dropped
-
-
-def _condition(sigma: Tensor, dropped: Tensor) -> Tensor:
-    """Largest over smallest kept singular value, of descending ones (H, d); 1 where all were dropped."""
-    last = (sigma.shape[-1] - 1 - dropped).clamp(min=0).unsqueeze(-1)
-    smallest = sigma.gather(-1, last).squeeze(-1)
-    return torch.where(smallest > 0, sigma[:, 0] / smallest, 1)
-
-
-def _condition_of_gram(g: Tensor, dropped: Tensor) -> Tensor:
-    return _condition(torch.linalg.eigvalsh(g).clamp(min=0).sqrt().flip(-1), dropped)
 
 
 def _fix_signs(coordinates: Tensor) -> Tensor:
@@ -184,7 +191,6 @@ def pair_bases(g_in: Tensor, g_out: Tensor) -> Bases:
         back * sign.unsqueeze(-2),
         s0 * alive,
         (~alive).sum(-1),
-        torch.maximum(_condition_of_gram(g_in, dropped_in), _condition_of_gram(g_out, dropped_out)),
     )
 
 
@@ -205,8 +211,7 @@ def qr_bases(g: Tensor) -> Bases:
     """
     _check(g)
     root, inverse, dropped = _factor(g)
-    sigma = torch.linalg.svdvals(root)
-    return Bases(inverse.mT.contiguous(), None, sigma, dropped, _condition(sigma, dropped))
+    return Bases(inverse.mT.contiguous(), None, torch.linalg.svdvals(root), dropped)
 
 
 def svd_bases(g: Tensor) -> Bases:
@@ -221,8 +226,7 @@ def svd_bases(g: Tensor) -> Bases:
     reciprocal = torch.where(keep, 1 / sigma, 0)
     coordinates = reciprocal.unsqueeze(-1) * left.mT
     sign = _fix_signs(coordinates) * keep
-    condition = sigma[:, 0] * reciprocal.amax(-1)
-    return Bases(coordinates * sign.unsqueeze(-1), left * sign.unsqueeze(-2), sigma * keep, (~keep).sum(-1), condition)
+    return Bases(coordinates * sign.unsqueeze(-1), left * sign.unsqueeze(-2), sigma * keep, (~keep).sum(-1))
 
 
 def _check(g: Tensor) -> None:
@@ -236,12 +240,6 @@ def _check(g: Tensor) -> None:
 
 def _shorten(items: Sequence[object]) -> str:
     return ", ".join(map(str, items[:8])) + (f" and {len(items) - 8} more" if len(items) > 8 else "")
-
-
-def describe_dropped(bases: Bases) -> str | None:
-    """A phrase that names the degenerate blocks and how many of their directions were dropped; None without any."""
-    counts, directions = bases.dropped.tolist(), bases.coordinates.shape[-1]
-    return _shorten([f"{block} ({n} of {directions})" for block, n in enumerate(counts) if n]) or None
 
 
 def fold(s: Tensor, coordinates: Tensor | None, back: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..base_model.activations import Probe, collect_moments
 from ..base_model.weight import base_of
-from .bases import BasesReport, compute_bases, inner_model, layers_with, stored_bases
+from .bases import compute_bases, inner_model, layers_with, stored_bases
 from .block_spec import BlockSpec
 from .layer import CloverLayer
 
@@ -49,13 +49,12 @@ def initialize_from_activations(
                 module = base_of(inner.get_submodule(spec.partner.path))
                 probes[beside] = Probe(module, spec.partner.reads, spec.partner.heads, spec.size)
     found = collect_moments(model, probes, batches)
-    made, report = [], BasesReport()
+    made = []
     for path, layer in layers:
         with layer.base_weight.whole():
             weight, bias = layer.base_weight.transposed(), layer.base_weight.bias
             for spec in layer.specs[adapter_name]:
                 bases = compute_bases(inner, spec, weight, bias, *map(found.get, _names(path, spec)))
-                report.add(layer, spec, bases)
                 made.append((layer, spec, stored_bases(bases)))
     for layer, spec, tensors in made:
         for attribute, tensor in tensors.items():
@@ -66,7 +65,6 @@ def initialize_from_activations(
         )
     if config is not None:
         config.from_activations, config.balanced_updates = True, False
-    report.warn()
 
 
 def _names(path: str, spec: BlockSpec) -> tuple[str, str]:

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from ..base_model.weight import partner_weight
 from ..io.user_warning import warn
 from ..linalg.decomposition import (
-    MUCH_AMPLIFIED,
     Bases,
-    describe_dropped,
     gram,
+    limit_condition,
     pair_bases,
     qr_bases,
     svd_bases,
@@ -22,7 +21,10 @@ from .base_check import row_norms
 from .block_spec import BlockSpec
 from .layer import CloverLayer
 
-_NAMED = 8  # the most degenerate targets that a warning names
+# The condition number that bases of new adapters do not exceed. C and E amplify rounding by up to it: in float32 by
+# 1e-5 of the map, as little as a merged LoRA rounds; in bfloat16 by no more than the base model's own rounding.
+MAX_CONDITION = 100.0
+_NAMED = 8  # the most targets that a warning names
 
 
 def clover_layers(model: nn.Module, adapter_name: str | None = None) -> list[tuple[str, CloverLayer]]:
@@ -48,42 +50,20 @@ def inner_model(model: nn.Module) -> nn.Module:
     return tuner.model if isinstance(tuner, BaseTuner) else model
 
 
-class BasesReport:
-    """Collects degenerate and ill-conditioned targets of a model, for one warning of each kind."""
-
-    def __init__(self) -> None:
-        self._dropped: dict[str, str] = {}  # target -> its degenerate blocks
-        self._conditions: dict[str, float] = {}  # target -> its condition, if that amplifies rounding too much
-
-    def add(self, layer: CloverLayer, spec: BlockSpec, bases: Bases) -> None:
-        """Check the bases of one slice of a layer."""
-        name, condition = f"{layer.name} ({spec.part})", float(bases.condition.max())
-        if (dropped := describe_dropped(bases)) is not None:
-            self._dropped[name] = dropped
-        if condition * torch.finfo(layer.base_weight.compute_dtype).eps > MUCH_AMPLIFIED:
-            self._conditions[name] = condition
-
-    def warn(self) -> None:
-        """Warn of the degenerate targets with their blocks, and of the target that amplifies rounding most."""
-        if self._dropped:
-            places = [f"{name}, block(s) {blocks}" for name, blocks in list(self._dropped.items())[:_NAMED]]
-            more = f"; and {len(self._dropped) - _NAMED} more target(s)" if len(self._dropped) > _NAMED else ""
-            warn(
-                "degenerate weights: some directions of their blocks are zero or too small to decompose, and will not "
-                f"be trained: {'; '.join(places)}{more}"
-            )
-        if self._conditions:
-            worst = max(self._conditions, key=self._conditions.__getitem__)
-            warn(
-                f"{len(self._conditions)} target(s) are so ill-conditioned that rounding in the compute dtype is "
-                f"amplified to over 10 % of the map; worst: {worst}, condition up to {self._conditions[worst]:.0f}; "
-                "compute in float32, or leave these modules out with exclude_modules"
-            )
+def warn_of_zero_blocks(found: list[str]) -> None:
+    """Warn once of the blocks of zeros that `frozen_tensors` found in a model."""
+    if found:
+        more = f"; and {len(found) - _NAMED} more target(s)" if len(found) > _NAMED else ""
+        warn(
+            "a map of zeros is zero: these weights, or the projection that reads them, are zero and will not be "
+            f"trained: {'; '.join(found[:_NAMED])}{more}; use another method for these modules, or leave them out "
+            "with exclude_modules"
+        )
 
 
 @torch.no_grad()
 def frozen_tensors(
-    model: nn.Module, layer: CloverLayer, specs: tuple[BlockSpec, ...], report: BasesReport | None = None
+    model: nn.Module, layer: CloverLayer, specs: tuple[BlockSpec, ...], zero_blocks: list[str] | None = None
 ) -> dict[str, dict[str, Tensor]] | None:
     """The frozen tensors of a layer's slices, computed from the base weights.
 
@@ -91,7 +71,7 @@ def frozen_tensors(
         model: the model that partners' paths are relative to.
         layer: the layer.
         specs: its slices.
-        report: takes the bases of every slice.
+        zero_blocks: takes a line for each slice with blocks of zeros.
 
     Returns:
         Slice name -> attribute -> tensor, as in `BlockSpec.base_shapes`; None if the weights cannot be read.
@@ -107,15 +87,16 @@ def frozen_tensors(
             weight, bias = layer.base_weight.transposed(), layer.base_weight.bias
             result = {}
             for spec in specs:
-                result[spec.name] = {"clover_norm": row_norms(model, spec, weight)}
+                norm = row_norms(model, spec, weight)
+                result[spec.name] = {"clover_norm": norm}
+                if zero_blocks is not None and (zeros := (norm == 0).all(-1).nonzero().flatten().tolist()):
+                    zero_blocks.append(f"{layer.name} ({spec.part}), block(s) {', '.join(map(str, zeros))}")
                 if spec.basis != "folded":
                     try:
                         bases = compute_bases(model, spec, weight, bias)
                     except ValueError as error:
                         raise ValueError(f"{layer.name}: {error}") from error
                     result[spec.name] |= stored_bases(bases)
-                    if report is not None:
-                        report.add(layer, spec, bases)
             return result
 
     return layer.base_weight.compute(compute)
@@ -143,11 +124,16 @@ def compute_bases(
     if spec.partner is None:
         if own is not None:
             g_in = shrink(own.second.to(g_in.device), g_in, own.tokens)
+        if spec.max_condition is not None:
+            g_in = limit_condition(g_in, spec.max_condition)
         bases = qr_bases(g_in) if spec.basis == "qr" else svd_bases(g_in)
         return bases if spec.r == spec.size else bases.leading(spec.r)
     heads, reads = spec.partner.heads, spec.partner.reads
     with partner_weight(model, spec.partner) as (rows, bias):
         g_out = gram(heads.blocks(rows, spec.size), None if bias is None else heads.blocks(bias, spec.size))
     grams = pair_grams(g_in, g_out, spec.heads.count, reads=reads, own=own, partner=partner)
-    bases = pair_bases(grams.g_in, grams.g_out)
+    both = [grams.g_in, grams.g_out]
+    if spec.max_condition is not None:
+        both = [limit_condition(g, spec.max_condition) for g in both]
+    bases = pair_bases(*both)
     return bases if spec.r == spec.size else bases.leading(spec.r)

@@ -14,6 +14,7 @@ from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..io.user_warning import warn
+from ..linalg.decomposition import CHOLESKY_CONDITION
 from ..runtime.peft_registry import CLOVER
 from .adapter_folder import check_weight_file, complete_model_card
 
@@ -58,6 +59,9 @@ class CloverConfig(PeftConfig):
         from_activations: Set by `initialize_from_activations`; not for new adapters.
         balanced_updates: Set by `balance_updates`; not for new adapters.
         base_precision: Set when the adapter is made: the precision of the base weights, such as "bfloat16".
+        max_condition: Largest condition number of a block's bases, at least 1: they amplify rounding by up to this
+            factor. Weaker directions of a block count as if they were this much weaker than its strongest. None: 100
+            for a new adapter, which its file then holds; no limit for files of earlier versions.
 
     Raises:
         ValueError: for values outside these choices and for combinations that have no meaning.
@@ -89,6 +93,7 @@ class CloverConfig(PeftConfig):
     from_activations: bool = False
     balanced_updates: bool = False
     base_precision: str | None = None
+    max_condition: float | None = None
 
     def __post_init__(self) -> None:
         # Not a field, so no file has it: the folder that the config was read from, "" if the folder is not known, and
@@ -127,6 +132,11 @@ class CloverConfig(PeftConfig):
             )
         for pattern, rank in self.rank_pattern.items():
             _check_positive(f"rank_pattern[{pattern!r}]", rank)
+        limit = self.max_condition
+        if limit is not None and (type(limit) not in (int, float) or not 1 <= limit <= CHOLESKY_CONDITION):
+            raise ValueError(
+                f"CloverConfig.max_condition: expected None, or 1 to {CHOLESKY_CONDITION:g}, found {limit!r}"
+            )
         if isinstance(self.clover_dropout, bool) or not isinstance(self.clover_dropout, (int, float)):
             raise ValueError(f"CloverConfig.clover_dropout: expected a number, found {self.clover_dropout!r}")
         if not 0 <= self.clover_dropout < 1:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base_model.weight import partner_weight
-from .bases import clover_layers, inner_model
+from .bases import clover_layers, compute_bases, inner_model
 from .block_spec import BlockSpec
 
 
@@ -35,7 +35,8 @@ class Factors:
 def explicit_factors(model: nn.Module, target: str, adapter_name: str = "default") -> dict[str, Factors]:
     """The paper's U, S and V (Eq. 3, arXiv 2411.17426) of an adapted projection, in float64.
 
-    `U = W^T C^T`, `V = W_o E`, and S is `V^T W_o W U` plus the trained offset. If no direction was cut or dropped,
+    `U = W^T C^T`, `V = W_o E`, and S is `V^T W_o W U` plus the trained offset. If no direction was cut, and
+    `max_condition` changed none,
     `V S U^T` is the current product of a pair, `W_o (I + E dS C) W_v`, or the current weight of an intra-layer target.
     Costs (D_in + D_out) H d^2.
 
@@ -76,9 +77,11 @@ def explicit_factors(model: nn.Module, target: str, adapter_name: str = "default
             )
         rows = spec.heads.blocks(_with_bias(weight, bias), spec.size).transpose(0, 1)
         u, ds = rows @ tensors.u.double().mT, tensors.s.double()
-        if spec.balanced_updates:  # It scaled C; without the scale, U has columns of norm 1 or, if dropped, 0.
-            norms = torch.linalg.vector_norm(u, dim=1).amax(-1)
-            scale = torch.where(norms > 0, norms, torch.ones_like(norms))
+        if spec.balanced_updates:  # which scaled C
+            unscaled = compute_bases(inner, spec, weight, bias).coordinates.to(u)
+            norms = torch.linalg.matrix_norm(unscaled)
+            scale = torch.linalg.matrix_norm(tensors.u.double()) / torch.where(norms > 0, norms, 1.0)
+            scale = torch.where(scale > 0, scale, 1.0)
             u, ds = u / scale.view(-1, 1, 1), ds * scale.view(-1, *[1] * (ds.ndim - 1))
         v = torch.eye(spec.size).to(u) if tensors.v is None else tensors.v.double()
         wv = v = v.expand(spec.blocks, -1, -1)

@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..linalg.decomposition import MUCH_AMPLIFIED
 from ..runtime.tracing import is_captured, is_traced
 from .maps import HeadMap, Place, UnfoldedMap, formula
 
 # The coarsest rounding of a product: torch may be set to round factors of float32 products to TF32 or bfloat16.
 _EPS = torch.finfo(torch.bfloat16).eps
+# The largest rounding error of z solved for from y, relative to z.
+_MUCH_AMPLIFIED = 0.1
 
 
 def apply_maps(z: Tensor, maps: Sequence[HeadMap | UnfoldedMap], output_is_kept: bool = False) -> Tensor:
@@ -141,7 +142,7 @@ def _squares_if_safe(matrices: Mapping[int, Tensor]) -> dict[int, float] | None:
     ]
     figures = torch.stack(norms).tolist()
     once, twice = figures[::2], figures[1::2]
-    if all(b < 1 and (1 + a) ** 2 / (1 - b) * _EPS <= MUCH_AMPLIFIED for a, b in zip(once, twice, strict=True)):
+    if all(b < 1 and (1 + a) ** 2 / (1 - b) * _EPS <= _MUCH_AMPLIFIED for a, b in zip(once, twice, strict=True)):
         return dict(zip(matrices, twice, strict=True))
     return None
 

@@ -23,7 +23,7 @@ from .adapter_file import is_untouched, select_for_saving, take_file
 from .adapter_folder import check_source
 from .adapter_tensors import FROZEN
 from .base_check import MUCH_CHANGED, error_from_rounding
-from .bases import BasesReport, clover_layers, frozen_tensors
+from .bases import MAX_CONDITION, clover_layers, frozen_tensors, warn_of_zero_blocks
 from .block_spec import BlockSpec, block_spec
 from .combining import add_up, find_sources
 from .config import CloverConfig
@@ -42,13 +42,13 @@ class _Injection:
     Attributes:
         may_be_loaded: a file's weights follow, or may follow because the config was read from a file.
         bases_follow: a file's weights follow and include the bases, so that none are computed.
-        report: takes the bases that are computed.
+        zero_blocks: blocks of zeros among the bases that are computed.
         progress: the progress bar, one step a module.
     """
 
     may_be_loaded: bool
     bases_follow: bool
-    report: BasesReport = field(default_factory=BasesReport)
+    zero_blocks: list[str] = field(default_factory=list)
     progress: Any = field(default_factory=lambda: tqdm(desc="CLOVER bases", unit=" modules", delay=3, leave=False))
 
 
@@ -118,6 +118,8 @@ class CloverModel(BaseTuner):
             )
         loads = kwargs.get("state_dict") is not None or weights_follow()
         check_source(config.source, loads or config.inference_mode)
+        if config.source is None and config.max_condition is None:
+            config.max_condition = MAX_CONDITION
         self._refuse_experts(config)
         refuse_sharded(self.model)
         bases_follow = loads and config.save_bases is not False and not filled_by_rank_0()
@@ -126,7 +128,7 @@ class CloverModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._warn_about_block_size(adapter_name, config)
-            self._injection.report.warn()
+            warn_of_zero_blocks(self._injection.zero_blocks)
             layers = clover_layers(self.model)
             bases = (f"{path}.{name}" for path, layer in layers for name, _ in layer.named_buffers())
             spare_broadcasts(self.model, (name for name in bases if set(name.split(".")) & set(FROZEN)))
@@ -195,7 +197,7 @@ class CloverModel(BaseTuner):
                         f"call clover_peft.{function}(model, batches)"
                     )
         if bases is None and not is_meta and not now.bases_follow:
-            bases = frozen_tensors(self.model, layer, specs, now.report)
+            bases = frozen_tensors(self.model, layer, specs, now.zero_blocks)
         layer.update_layer(
             adapter_name,
             specs,

@@ -41,6 +41,16 @@ def test_init_time_refuses_rounds_that_do_not_divide_the_layers(benchmark, capsy
     assert "--rounds 2 does not divide --layers 5" in capsys.readouterr().err
 
 
+def test_rounding(benchmark, tmp_path, capsys):
+    figures = run(benchmark("rounding"), tmp_path / "record.json")["figures"]
+    assert figures.keys() == {"clover, 1e+06, rate 0.0005", "clover, 100, rate 0.0005", "lora, rate 0.001"}
+    for figure in figures.values():
+        assert figure["parameters"] > 0
+        assert len(figure["training_loss"]) == 2
+        assert 0 <= figure["merged_v_unmerged"] < 1e-4
+    assert "merged_v_unmerged" in capsys.readouterr().out
+
+
 def test_train_step(benchmark, tmp_path, capsys):
     record = run(benchmark("train_step"), tmp_path / "record.json")
     figures = record["figures"]

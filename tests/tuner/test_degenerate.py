@@ -1,19 +1,21 @@
-"""Degenerate heads inside a model: named in a warning, harmless at the start, trained wherever they can be."""
+"""Degenerate and ill-conditioned heads inside a model: harmless at the start, and trained wherever they can be."""
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from clover_peft import CloverConfig, CloverLayer
 from clover_peft.linalg.decomposition import gram, svd_bases
-from tests.support.tiny import TOLERANCE, build, inputs, relative
+from clover_peft.tuner.bases import MAX_CONDITION
+from tests.support.tiny import build, inputs
 
 HEADS, D_HEAD = 2, 12
 
@@ -43,6 +45,11 @@ def _equal_rows(w: Tensor) -> None:
     w[1, 3] = w[1, 5]
 
 
+def _weak_direction(w: Tensor) -> None:
+    direction = torch.nn.functional.normalize(torch.arange(1.0, w.shape[1] + 1), dim=0)
+    w[1] -= (1 - 1e-5) * torch.outer(direction, direction @ w[1])
+
+
 def _output_reads_nothing(model: nn.Module) -> None:
     # Query heads 2 and 3 share key-value head 1.
     with torch.no_grad():
@@ -61,21 +68,22 @@ class Case:
 
     Attributes:
         spoil: changes the model in place.
-        dropped: path of the target -> block -> (directions dropped, directions in the block). All others are healthy.
+        lacking: path of the target -> block -> (directions that it lacks, directions in the block). All others are
+            healthy.
         sizes: changes to the model's config.
         config: changes to the adapter's.
         silent: path of a target -> its blocks whose output the model never uses: no gradient, though they are healthy.
     """
 
     spoil: Callable[[nn.Module], None]
-    dropped: dict[str, dict[int, tuple[int, int]]]
+    lacking: dict[str, dict[int, tuple[int, int]]]
     sizes: dict
     config: dict
     silent: dict[str, list[int]] = field(default_factory=dict)
 
 
-def _case(spoil, projection, dropped, block=D_HEAD, silent=None, **config) -> Case:
-    return Case(spoil, {f"model.layers.1.{projection}": {1: (dropped, block)}}, {}, config, silent or {})
+def _case(spoil, projection, lacking, block=D_HEAD, silent=None, **config) -> Case:
+    return Case(spoil, {f"model.layers.1.{projection}": {1: (lacking, block)}}, {}, config, silent or {})
 
 
 _V, _K, _UP = "self_attn.v_proj", "self_attn.k_proj", "mlp.up_proj"
@@ -94,12 +102,16 @@ CASES = {
     "key head has equal rows": _case(_rows(_K, _equal_rows), _K, 1),
     "key head has equal rows, singular vectors": _case(_rows(_K, _equal_rows), _K, 1, basis="svd"),
     "up-projection has equal rows": _case(_rows(_UP, _equal_rows), _UP, 1, block=40),
+    "value head has a weak direction": _case(_rows(_V, _weak_direction), _V, 0),
+    "value head has a weak direction, alone": _case(_rows(_V, _weak_direction), _V, 0, cross_layer=False),
+    "key head has a weak direction": _case(_rows(_K, _weak_direction), _K, 0),
+    "up-projection has a weak direction": _case(_rows(_UP, _weak_direction), _UP, 0, block=40),
     "blocks wider than the hidden size": Case(
         lambda model: None,
         {
-            f"model.layers.{layer}.{projection}": dict.fromkeys(range(HEADS), (dropped, size))
+            f"model.layers.{layer}.{projection}": dict.fromkeys(range(HEADS), (lacking, size))
             for layer in range(2)
-            for projection, dropped, size in ((_V, 4, 20), (_K, 4, 20), (_UP, 24, 40))
+            for projection, lacking, size in ((_V, 4, 20), (_K, 4, 20), (_UP, 24, 40))
         },
         dict(hidden_size=16, head_dim=20),
         {},
@@ -148,24 +160,45 @@ def sgd(model: nn.Module, learning_rate: float) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_warning_names_module_blocks_and_directions_and_nothing_healthy(name):
+def test_a_warning_names_the_blocks_of_zeros_and_nothing_else(name):
     case = CASES[name]
+    zeros = {path for path, blocks in case.lacking.items() for lacking, size in blocks.values() if lacking == size}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         get_peft_model(make_base(name), CloverConfig(**case.config))
-    found = [str(w.message) for w in caught if "degenerate" in str(w.message)]
-    assert len(found) == bool(case.dropped)  # one for the model
-    places = found[0].partition("will not be trained: ")[2].split("; ") if found else []
-    assert len(places) == len(case.dropped)
-    for path, blocks in case.dropped.items():
-        named = ", ".join(f"{block} ({dropped} of {size})" for block, (dropped, size) in blocks.items())
-        assert [p for p in places if p.startswith(path + " (") and p.endswith(f"block(s) {named}")]
+    found = [str(w.message) for w in caught if "will not be trained" in str(w.message)]
+    assert len(found) == bool(zeros)  # one for the model
+    for path in zeros:
+        assert f"will not be trained: {path} (" in found[0]
+        assert "), block(s) 1; use" in found[0]
 
 
-def test_a_healthy_model_gives_no_warning():
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*degenerate.*")
-        get_peft_model(build("llama"), CloverConfig())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CASES)
+def test_weak_directions_amplify_rounding_by_no_more_than_the_limit(name, dtype):
+    model = adapt(make_base(name).to(dtype), name)
+    for path, module in layers_of(model).items():
+        (spec,) = module.specs["default"]
+        tensors = module.tensors("default", spec)
+        for basis in (tensors.u, tensors.v):
+            values = None if basis is None else torch.linalg.svdvals(basis.double())
+            assert values is None or (values[:, 0] <= 1.01 * MAX_CONDITION * values[:, -1]).all(), path
+
+
+def test_the_limit_is_saved_and_an_earlier_file_has_none(tmp_path):
+    model = adapt(make_base("value head has equal rows"), "value head has equal rows")
+    model.peft_config["default"].save_bases = False
+    backward(model)
+    sgd(model, 1e-2)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["max_condition"] == MAX_CONDITION
+    again = PeftModel.from_pretrained(make_base("value head has equal rows"), tmp_path)
+    assert torch.equal(outputs(again), outputs(model))  # with bases computed again
+    del config["max_condition"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="the bases computed here are not those"):
+        PeftModel.from_pretrained(make_base("value head has equal rows"), tmp_path)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -187,31 +220,19 @@ def test_directions_that_are_not_trained_anyway_are_not_mentioned() -> None:
     assert (whole.leading(10).coordinates.abs().sum(-1) > 0).sum() == 8
 
 
-def trainable_mask(s: Tensor, module: CloverLayer, dropped: dict[int, tuple[int, int]]) -> Tensor:
-    """Which numbers of S a gradient must reach: all but those in dropped directions.
-
-    In a pair or an SVD basis a dropped direction is a row and a column of S. A QR basis drops coordinates only: E is
-    the identity, so every row is reached.
-    """
-    (spec,) = module.specs["default"]
-    mask = torch.ones_like(s, dtype=torch.bool)
-    for block, (count, size) in dropped.items():
-        mask[block, ..., size - count :] = False
-        if s.ndim == 3 and spec.basis != "qr":
-            mask[block, size - count :] = False
-    return mask
-
-
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_reach_exactly_the_numbers_of_S_outside_dropped_directions(name):
+def test_gradients_reach_every_direction_that_the_weights_have(name):
     model = adapt(make_base(name), name)
     backward(model)
     for path, module in layers_of(model).items():
-        s = module.clover_S["default"].weight
-        expected = trainable_mask(s, module, CASES[name].dropped.get(path, {}))
-        expected[CASES[name].silent.get(path, [])] = False
-        assert expected.any()
-        assert torch.equal(s.grad != 0, expected), path
+        gradient = module.clover_S["default"].weight.grad
+        size = gradient.shape[-1]
+        for block, of_block in enumerate(gradient):
+            lacking, _ = CASES[name].lacking.get(path, {}).get(block, (0, size))
+            if block in CASES[name].silent.get(path, []):
+                lacking = size
+            reached = (of_block != 0).sum(-1) if of_block.ndim == 2 else (of_block != 0).sum()
+            assert (reached == 0).all() if lacking == size else int(reached.max()) >= size - lacking, (path, block)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -228,10 +249,12 @@ def test_a_degenerate_model_trains_to_finite_outputs_and_a_lower_loss(name):
 @pytest.mark.parametrize("name", CASES)
 def test_a_trained_degenerate_model_merges_to_the_same_function(name):
     model = adapt(make_base(name), name)
-    for _ in range(2):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    for _ in range(6):
         backward(model)
-        sgd(model, 1e-1)
+        optimizer.step()
+        optimizer.zero_grad()
     trained = outputs(model)
-    assert not torch.equal(trained, outputs(make_base(name)))
-    merged = model.merge_and_unload(safe_merge=True)
-    assert relative(outputs(merged), trained) <= TOLERANCE[torch.float32]
+    effect = trained - outputs(make_base(name))
+    merged = outputs(model.merge_and_unload(safe_merge=True))
+    assert 0 < float((merged - trained).norm()) <= 1e-4 * float(effect.norm())
