@@ -208,6 +208,46 @@ def test_paired_differences_by_document_and_seed():
     assert report.paired([{**one[0], "diverged_at_step": 3}], other, ["a"]) is None
 
 
+def curve(arm: str, points: dict[float, tuple[float, float]], **more) -> dict[float, list]:
+    """Records of two documents by rate: rate -> losses on the domain and on the other."""
+    return {
+        rate: [record(arm, 0, {"a": {"d": a, "e": a}, "b": {"d": b, "e": b + 1}}, split="validation", **more)]
+        for rate, (a, b) in points.items()
+    }
+
+
+def test_forgetting_at_equal_learning_is_interpolated_between_rates():
+    base = curve("base", {0.0: (3.0, 1.0)})[0.0][0]
+    rates = curve("x", {1e-3: (2.8, 1.2), 2e-3: (2.6, 1.8), 4e-3: (2.7, 2.5)})
+    for level, forgot in ((3.0, 1.0), (2.9, 1.1), (2.8, 1.2), (2.65, 1.65), (2.6, 1.8)):
+        (found,) = report.at_level(base, rates, "a", level)
+        assert found["losses"]["a"]["d"] == pytest.approx(level)
+        assert found["losses"]["b"] == pytest.approx({"d": forgot, "e": forgot + 1})
+    assert report.at_level(base, rates, "a", 2.59) is None  # not reached, and the curve does not go on to 4e-3
+    found = {
+        "base": {**base, "model": {"name": "m", "origin": "o"}, "settings": {"dtype": "float32"}},
+        **{f"y{rate}": runs[0] for rate, runs in curve("y", {1e-3: (2.9, 1.0), 2e-3: (2.7, 1.0)}).items()},
+        **{f"x{rate}": {**runs[0], "place": 1} for rate, runs in rates.items()},
+    }
+    for one in found.values():
+        one["trial"] = {**one["trial"], "arm": "base" if one is found["base"] else one["trial"]["arm"]}
+        one |= dict(vocabulary={"a": None, "b": None}, parameters=1, seconds={"train": 1.0}, training_loss=[1.0])
+        one |= dict(peak_memory_bytes=0, adapter_bytes=None)
+    for name, one in found.items():
+        one["trial"]["rate"] = 0.0 if name == "base" else float(name[1:])
+    shown = report.markdown(found)
+    assert "| x | +0.1000 (0.0000) | +0.5000 (0.0000) |" in shown
+
+
+def test_the_rate_is_chosen_on_validation_text_alone():
+    points = {1e-3: (2.8, 1.2), 2e-3: (2.6, 1.8)}
+    assert report.best_rate(curve("x", points), "a") == 2e-3
+    rates = curve("x", points)
+    for (one,) in rates.values():
+        one |= {"split": "test", "first_rate": 1e-3}
+    assert report.best_rate(rates, "a") == 1e-3
+
+
 # --- running --------------------------------------------------------------------------------------
 
 

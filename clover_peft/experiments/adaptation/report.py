@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -94,9 +95,61 @@ def by_arm(found: dict[str, Record], domain: str) -> dict[str, dict[float, list[
 
 
 def best_rate(rates: dict[float, list[Record]], domain: str) -> float | None:
-    """The rate with the lowest loss on the domain itself; None if all diverged."""
+    """The rate to compare an arm at; None if it diverged.
+
+    On validation text the one with the lowest loss on the domain itself. On test text the first of the configuration,
+    because choosing by the loss would choose on the test text.
+    """
     losses = {rate: loss for rate, runs in rates.items() if (loss := mean_loss(runs, domain)) is not None}
+    first = next((record for runs in rates.values() for record in runs), None)
+    if first is not None and first["split"] == "test":
+        return first["first_rate"] if first["first_rate"] in losses else None
     return min(losses, key=losses.__getitem__) if losses else None
+
+
+def at_level(base: Record, rates: dict[float, list[Record]], domain: str, level: float) -> list[Record] | None:
+    """What an arm would lose at a rate between those measured, at which its loss on the domain is `level`.
+
+    The curve goes from the model without an adapter (rate 0) over the rates in their order, and ends at the lowest
+    loss: beyond it an arm only forgets. Between two rates the losses of every document are interpolated linearly.
+
+    Args:
+        base: the record of the model without an adapter.
+        rates: an arm's records by rate.
+        domain: what was adapted to.
+        level: mean loss on the domain.
+
+    Returns:
+        A record a seed with the losses alone; None if the curve does not reach the level.
+    """
+    curve = {0.0: base_runs(base, rates), **rates}
+    points = [(loss, runs) for runs in curve.values() if (loss := mean_loss(runs, domain)) is not None]
+    lowest = min(range(len(points)), key=lambda i: points[i][0])
+    for (high, before), (low, after) in itertools.pairwise(points[: lowest + 1]):
+        if low <= level <= high and low < high:
+            return _between(before, after, (high - level) / (high - low))
+    return None
+
+
+def base_runs(base: Record, rates: dict[float, list[Record]]) -> list[Record]:
+    """The record of the model without an adapter, once for each seed of an arm."""
+    seeds = dict.fromkeys(record["trial"]["seed"] for runs in rates.values() for record in runs)
+    return [{**base, "trial": {"seed": seed}} for seed in seeds]
+
+
+def _between(before: list[Record], after: list[Record], share: float) -> list[Record]:
+    later = {record["trial"]["seed"]: record["losses"] for record in after}
+    return [
+        {
+            "trial": {"seed": seed},
+            "losses": {
+                domain: {key: (1 - share) * loss + share * later[seed][domain][key] for key, loss in losses.items()}
+                for domain, losses in record["losses"].items()
+            },
+        }
+        for record in before
+        if (seed := record["trial"]["seed"]) in later
+    ]
 
 
 def markdown(found: dict[str, Record]) -> str:
@@ -110,7 +163,8 @@ def markdown(found: dict[str, Record]) -> str:
         if arms:
             parts += [f"## Adapted to {domain}\n", _table(base, arms, domain)]
             if len(arms) > 1:
-                parts.append(_differences(arms, domain, [other for other in base["losses"] if other != domain]))
+                others = [other for other in base["losses"] if other != domain]
+                parts += [_differences(arms, domain, others), _at_equal_learning(base, arms, domain, others)]
     return "\n".join(parts)
 
 
@@ -211,6 +265,34 @@ def _differences(arms: dict[str, dict[float, list[Record]]], domain: str, others
         rows.append([f"{arm}, {rate:g}", *("" if d is None else f"{d[0]:+.4f} ({d[1]:.4f})" for d in found)])
     table = markdown_table(["arm, best rate", *(name for name, _ in columns)], rows)
     return f"Loss less that of {reference} at {best[reference][0]:g} (standard error):\n\n{table}\n"
+
+
+def _at_equal_learning(
+    base: Record, arms: dict[str, dict[float, list[Record]]], domain: str, others: list[str]
+) -> str:
+    """What every arm forgets more than the first, at each level of learning that the first one's rates reach."""
+    reference, *rest = arms
+    best = best_rate(arms[reference], domain)
+    levels = {
+        rate: loss
+        for rate, runs in arms[reference].items()
+        if best is not None and rate <= best and (loss := mean_loss(runs, domain)) is not None
+    }
+    rows = []
+    for arm in rest:
+        row = [arm]
+        for rate, level in levels.items():
+            runs = at_level(base, arms[arm], domain, level)
+            found = None if runs is None else paired(runs, arms[reference][rate], others)
+            row.append("not reached" if found is None else f"{found[0]:+.4f} ({found[1]:.4f})")
+        rows.append(row)
+    if not levels or not rows:
+        return ""
+    table = markdown_table(["arm", *(f"{level:.4f} (rate {rate:g})" for rate, level in levels.items())], rows)
+    return (
+        f"Forgetting at equal learning: loss on {', '.join(others)} less that of {reference}, at the losses on "
+        f"{domain} that its rates reach (standard error; interpolated between rates):\n\n{table}\n"
+    )
 
 
 def _share(share: float | None) -> str:

@@ -73,6 +73,7 @@ class Laboratory:
             "place": -1 if trial.arm == BASE else names.index(trial.arm),
             "settings": self.experiment.settings(trial),
             "split": self.experiment.evaluation.split,
+            "first_rate": None if trial.arm == BASE else self.experiment.arm(trial.arm).rates[0],
             **self.facts,
             **found,
             **measured,
