@@ -19,8 +19,9 @@ from tqdm.auto import tqdm
 
 from ..experiments.ablation import report, results, trial_runner
 from ..experiments.ablation.grid import Grid, count_steps, read_grid
-from ..experiments.adaptation import plan, running
+from ..experiments.adaptation import mechanism, plan, running
 from ..experiments.adaptation import report as adaptation
+from ..experiments.adaptation.trial import Laboratory
 from . import parsers
 from .errors import reports_errors
 
@@ -43,6 +44,8 @@ def run(given: argparse.Namespace) -> int:
     if plan.is_experiment(given.config):
         _refuse_unused(given, "an adaptation experiment", ("records", "minutes", "step"))
         return _adapt(given)
+    if given.mechanism:
+        raise ValueError("--mechanism: expected an adaptation experiment, found a grid; use clover analyze")
     records = given.records or given.out / "records"
     grid = read_grid(given.config, given.overrides)
     trial_runner.check_records(grid, records)
@@ -65,7 +68,13 @@ def _adapt(given: argparse.Namespace) -> int:
             running.run_in_processes(experiment, given.out, given.jobs)
         else:
             running.run(experiment, given.out)
-    print(running.show(given.out / "records", given.pictures or given.out / "pictures"))
+        if given.mechanism:
+            mechanism.measure_all(Laboratory(experiment, given.out))
+    pictures = given.pictures or given.out / "pictures"
+    print(running.show(given.out / "records", pictures))
+    if given.mechanism:
+        print(mechanism.markdown(given.out / "records", given.out / "mechanism"))
+        mechanism.picture(given.out / "records", given.out / "mechanism", pictures)
     return 0
 
 

@@ -264,7 +264,10 @@ Each run leaves one record in <out>/records (or --records); a recorded run is no
 A configuration with text domains, such as adaptation_probe, measures learning and forgetting instead:
 
     clover ablate --config adaptation_probe --out runs/adaptation --jobs 2
+    clover ablate --config adaptation_probe --out runs/adaptation --mechanism
     clover ablate --table runs/adaptation/records
+
+With --mechanism it also measures the updates of the saved adapters, and how each property goes with forgetting.
 """,
     )
     parser.add_argument("--config", type=Path, help="a YAML file, or the name of a shipped one in configs/ablations/")
@@ -274,6 +277,7 @@ A configuration with text domains, such as adaptation_probe, measures learning a
     parser.add_argument("--jobs", type=int, help="processes at a time, on one GPU or sharing the cores; by default 1")
     parser.add_argument("--table", type=Path, metavar="RECORDS", help="only print the table of a folder of records")
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="for pictures, table.md and table.csv")
+    parser.add_argument("--mechanism", action="store_true", help="of an adaptation experiment: measure the updates")
     parser.add_argument("--step", help="make only this record: <method>-lr<rate>-seed<seed>, or the same with .test")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="on top of the file: seeds=[0,1]")
     return parser.parse_intermixed_args(arguments)

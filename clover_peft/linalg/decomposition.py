@@ -105,7 +105,11 @@ def limit_condition(g: Tensor, most: float) -> Tensor:
 
     Returns:
         (H, d, d) float64. Costs H d^3.
+
+    Raises:
+        ValueError: if a Gram is not finite.
     """
+    _check(g)
     values = torch.linalg.eigvalsh(g)
     above = ~(values[:, 0] * most**2 >= values[:, -1]) | (values[:, -1] <= 0)
     if above.any():

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 pytest.importorskip("trl", reason="needs the train extra: pip install clover-peft[train]")
 
 from clover_peft.cli.ablate import main
-from clover_peft.experiments.adaptation import report, running
+from clover_peft.experiments.adaptation import mechanism, report, running
 from clover_peft.experiments.adaptation.domains import Document, read_domain
 from clover_peft.experiments.adaptation.plan import Experiment, Trial, read_experiment
 from clover_peft.experiments.adaptation.trial import Laboratory, drawn
@@ -29,7 +29,6 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "ablations"
 PROBE = CONFIGS / "adaptation_probe.yaml"
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:.*ill-conditioned"),
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing"),
 ]
 
@@ -425,6 +424,38 @@ def test_the_command(tmp_path, capsys):
     assert "minutes: expected none beside an adaptation experiment" in capsys.readouterr().err
     assert main(["--table", str(tmp_path)]) == 1
     assert "expected a folder of records, found none" in capsys.readouterr().err
+
+
+def test_the_mechanism_is_measured_on_saved_adapters(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="needs the plots extra")
+    arguments = ["--config", "adaptation_tiny", "--out", str(tmp_path), "--mechanism"]
+    arguments.append("arms.lora.rates=[1e-3,3e-3]")
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    folder = tmp_path / "mechanism"
+    adapters = {path.name for path in (tmp_path / "adapters").iterdir()}
+    assert {path.stem for path in folder.iterdir()} == adapters
+    for path in folder.iterdir():
+        found = json.loads(path.read_text())
+        assert found["relative_size"] > 0
+        assert found["kl"]["domain"] > 0
+        assert found["output_change"]["others"] > 0
+        assert abs(found["merged_rise"]) < 0.05
+    assert "Rank correlations over" in shown
+    for name in mechanism.PROPERTIES:
+        assert f"| {name} |" in shown
+    assert (tmp_path / "pictures" / "mechanism.png").stat().st_size > 0
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert main(arguments) == 0
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert len(adapters) == 3
+
+
+def test_rank_correlation():
+    assert mechanism.spearman([1, 2, 3, 4], [10, 20, 40, 80]) == pytest.approx(1)
+    assert mechanism.spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
+    assert mechanism.spearman([1, 1, 2], [5, 5, 7]) == pytest.approx(1)
+    assert mechanism.spearman([1, 1, 1], [1, 2, 3]) == 0
 
 
 def test_zero_shot_questions_are_scored(tmp_path, monkeypatch):

@@ -179,11 +179,11 @@ def pictures(found: dict[str, Record], folder: Path) -> list[Path]:
         figure, axes = pyplot.subplots(figsize=(7, 5))
         others = [other for other in base["losses"] if other != domain]
         for arm, rates in arms.items():
-            points = [p for rate, runs in rates.items() if (p := _point(base, runs, domain, others)) is not None]
+            points = [p for rate, runs in rates.items() if (p := point(base, runs, domain)) is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), "o-", label=arm, markersize=4, linewidth=1)
             for rate, runs in rates.items():
-                if (p := _point(base, runs, domain, others)) is not None:
+                if (p := point(base, runs, domain)) is not None:
                     axes.annotate(f"{rate:g}", p, fontsize=6, xytext=(2, 2), textcoords="offset points")
         axes.set_xlabel(f"loss on {domain} after training (learned: left)")
         axes.set_ylabel(f"rise of the loss on {', '.join(others)} (forgot: up)")
@@ -193,11 +193,12 @@ def pictures(found: dict[str, Record], folder: Path) -> list[Path]:
     return made
 
 
-def _point(base: Record, runs: list[Record], domain: str, others: list[str]) -> tuple[float, float] | None:
+def point(base: Record, runs: list[Record], domain: str) -> tuple[float, float] | None:
+    """Loss on the domain, and rise of the loss on the others; None if a run diverged."""
     learned = mean_loss(runs, domain)
     if learned is None:
         return None
-    return learned, statistics.fmean(_rise(base, runs, other) for other in others)
+    return learned, statistics.fmean(_rise(base, runs, other) for other in base["losses"] if other != domain)
 
 
 def _rise(base: Record, runs: list[Record], domain: str) -> float:

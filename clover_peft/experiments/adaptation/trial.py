@@ -61,7 +61,7 @@ class Laboratory:
     def run(self, trial: Trial) -> Record:
         """A trial's record: trains, and measures."""
         reset_peak_memory()
-        model, found = self._load(), Record()
+        model, found = self.load(), Record()
         if trial.arm != BASE:
             model, found = self._train(model, trial)
         measured = self._measure(model, diverged=found.get("diverged_at_step") is not None)
@@ -82,8 +82,9 @@ class Laboratory:
             "environment": records.environment(),
         }
 
-    def _load(self) -> Any:
-        dtype = getattr(torch, self.experiment.dtype)
+    def load(self, dtype: torch.dtype | None = None) -> Any:
+        """The base model, in the experiment's precision if no other is given."""
+        dtype = getattr(torch, self.experiment.dtype) if dtype is None else dtype
         if self.source.path == TINY:
             torch.manual_seed(0)
             sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
