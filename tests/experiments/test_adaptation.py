@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 pytest.importorskip("trl", reason="needs the train extra: pip install clover-peft[train]")
@@ -20,10 +22,12 @@ pytest.importorskip("trl", reason="needs the train extra: pip install clover-pef
 from clover_peft.cli.ablate import main
 from clover_peft.experiments.adaptation import mechanism, report, running
 from clover_peft.experiments.adaptation.domains import Document, read_domain
+from clover_peft.experiments.adaptation.lora_balance import balance_lora
 from clover_peft.experiments.adaptation.plan import Experiment, Trial, read_experiment
 from clover_peft.experiments.adaptation.trial import Laboratory, drawn
 from clover_peft.experiments.adaptation.troff import plain_text
 from clover_peft.experiments.adaptation.windows import Windows, document_losses, restricted_head
+from clover_peft.tuner.update_scale import SENSITIVITY
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "ablations"
 PROBE = CONFIGS / "adaptation_probe.yaml"
@@ -385,7 +389,10 @@ def test_seeds_and_epochs_have_orders_of_their_own():
         ("training.epochs=3", "training: expected some of steps, .*, found epochs"),
         ("arms.clover.peft={peft_type: NONE}", "arms.clover.peft: "),
         ("arms.clover.rates=[1e-3, 1e-3]", "arms.clover.rates: expected different positive numbers"),
-        ("arms.lora_vud_r24.balance_updates=3", "expected peft_type: CLOVER, whose updates are balanced"),
+        (
+            "arms.full={peft: full, rates: [1e-4], balance_updates: 3}",
+            "expected peft_type: CLOVER, or a LORA that starts with B = 0",
+        ),
         ("arms.base={}", "arms: expected blocks by name, none called base"),
         ("seeds=[]", "seeds: expected different whole numbers"),
         ("training.steps=0", "training.steps: expected at least 1, found 0"),
@@ -449,6 +456,39 @@ def test_the_mechanism_is_measured_on_saved_adapters(tmp_path, capsys):
     assert main(arguments) == 0
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     assert len(adapters) == 3
+
+
+def test_a_balanced_lora_starts_as_the_base_and_every_module_gets_one_sensitivity():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+    )
+    base = LlamaForCausalLM(config).double().eval()
+    ids = torch.randint(50, (3, 1, 20))
+    batches = [{"input_ids": row, "labels": row} for row in ids]
+    expected = base(input_ids=ids[0]).logits
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["v_proj", "down_proj"])).double()
+    balance_lora(model, batches)
+    assert torch.equal(model.eval()(input_ids=ids[0]).logits, expected)
+    # By the plain formula: gradients of B for single predictions are products of A x and g.
+    for layer in (m for m in model.modules() if isinstance(m, LoraLayer)):
+        seen: dict[str, list] = {"x": [], "g": []}
+        handles = [
+            layer.register_forward_hook(
+                lambda _, i, o, seen=seen: (seen["x"].append(i[0].detach()), o.register_hook(seen["g"].append))[0]
+            )
+        ]
+        for batch in batches:
+            (model(**batch).loss * 19).backward()
+        handles[0].remove()
+        x, g = (torch.cat([t.flatten(0, 1) for t in seen[key]]) for key in ("x", "g"))
+        a = layer.lora_A["default"].weight
+        squares = ((x @ a.T).square().mean(), g.square().sum(0).mean() / (3 * 19))
+        kappa = layer.scaling["default"] * (squares[0] * squares[1]).sqrt()
+        assert kappa.item() == pytest.approx(SENSITIVITY, rel=1e-6)
+    torch.nn.init.ones_(next(m for m in model.modules() if isinstance(m, LoraLayer)).lora_B["default"].weight)
+    with pytest.raises(ValueError, match="whose B is zero"):
+        balance_lora(model, batches)
 
 
 def test_rank_correlation():

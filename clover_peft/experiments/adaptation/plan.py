@@ -77,7 +77,7 @@ class Arm:
         peft: an adapter's config as a block with `peft_type`, or "full".
         rates: those tried.
         rate_factors: see `optimizer.scale_learning_rates`.
-        balance_updates: windows by which CLOVER's updates are balanced; 0 for none.
+        balance_updates: windows by which updates of CLOVER or of a LoRA are balanced; 0 for none.
         optimizer: "adamw" or "muon".
     """
 
@@ -228,8 +228,9 @@ def _arm(name: str, block: Any) -> Arm:
     if arm.optimizer not in ("adamw", "muon"):
         raise ValueError(f"arms.{name}.optimizer: expected adamw or muon, found {arm.optimizer!r}")
     config = arm.config()
-    if arm.balance_updates and getattr(config, "peft_type", None) != "CLOVER":
-        raise ValueError(f"arms.{name}.balance_updates: expected peft_type: CLOVER, whose updates are balanced")
+    kind, starts_at_zero = getattr(config, "peft_type", None), getattr(config, "init_lora_weights", None) is True
+    if arm.balance_updates and kind != "CLOVER" and not (kind == "LORA" and starts_at_zero):
+        raise ValueError(f"arms.{name}.balance_updates: expected peft_type: CLOVER, or a LORA that starts with B = 0")
     return arm
 
 

@@ -20,6 +20,7 @@ from ...io import run_record as records
 from ...io.hub_models import ModelSource, accelerator, find_model, weights_digest
 from ..training.optimizer import Muon, scale_learning_rates
 from .domains import Domain, read_domain
+from .lora_balance import balance_lora
 from .plan import BASE, TINY, Arm, Experiment, Trial
 from .windows import Windows, document_losses, encode, restricted_head
 from .zeroshot import score
@@ -114,7 +115,8 @@ class Laboratory:
         with restricted_head(model, windows.vocabulary) as labels:
             if arm.balance_updates:
                 statistics = drawn(windows, training.batch_size, trial.seed)
-                balance_updates(model, (self._batch(next(statistics), labels) for _ in range(arm.balance_updates)))
+                batches = (self._batch(next(statistics), labels) for _ in range(arm.balance_updates))
+                (balance_lora if model.peft_type == "LORA" else balance_updates)(model, batches)
             init_seconds = time.perf_counter() - started
             trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
             state = _State(model, arm, trial, self)
