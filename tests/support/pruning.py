@@ -17,6 +17,7 @@ NARROW = [
     *("bart", "mbart", "pegasus", "marian", "m2m_100", "blenderbot", "plbart", "whisper", "t5", "mt5"),
     *("vit", "clip", "siglip", "deepseek_v2", "deepseek_v3", "unet"),
 ]
+NARROW = [family for family in NARROW if family in FAMILIES]  # those that the installed transformers has
 
 
 def kinds(model) -> list[str]:
