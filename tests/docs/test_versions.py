@@ -24,7 +24,7 @@ def pins(name: str) -> dict[str, Version]:
 
 
 def test_the_table_has_the_packages_that_oldest_pins():
-    assert OLDEST == pins("constraints-oldest.txt")
+    assert pins("constraints-oldest.txt") == OLDEST
 
 
 def test_the_oldest_are_the_bounds_of_pyproject():
@@ -35,7 +35,7 @@ def test_the_oldest_are_the_bounds_of_pyproject():
 
 def test_the_middle_column_is_that_of_the_constraints():
     pinned = pins("constraints.txt")
-    assert PINNED == {name: pinned[name] for name in PINNED}
+    assert {name: pinned[name] for name in PINNED} == PINNED
 
 
 def test_the_newest_are_what_the_check_at_the_import_knows():
