@@ -3,9 +3,11 @@ and lets transformers and diffusers load models that `prune` made narrower."""
 
 from ._moved import keep_old_paths
 from ._version import __version__
+from .io.user_warning import warn
 from .pruning import PruningReport, calibrate, prune
 from .pruning.narrow.loading import install
 from .runtime.peft_registry import register
+from .runtime.tested_versions import untested
 from .tuner.activation_bases import initialize_from_activations
 from .tuner.broadcasting import broadcast_bases
 from .tuner.config import CloverConfig
@@ -38,3 +40,5 @@ __all__ = [
 register(CloverConfig, CloverModel)
 install()
 keep_old_paths()
+if newer := untested():
+    warn(newer)

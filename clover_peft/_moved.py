@@ -49,7 +49,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "model": ("tuner.model",),
     "moments": ("linalg.moments", "base_model.activations"),
     "pruning.attention": ("pruning.narrow.attention",),
-    "pruning.options": ("cli.pruning_options", "cli.parsers"),
+    "pruning.options": ("cli.pruning_options", "cli.checks", "cli.parsers"),
     "pruning.loading": ("pruning.narrow.loading",),
     "pruning.pictures": ("pruning.figures",),
     "pruning.rewriting": ("pruning.narrow.rewriting",),

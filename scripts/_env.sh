@@ -1,4 +1,5 @@
-# Sourced by the other scripts, from the repository root: one virtual environment, .venv, for all of them.
+# Sourced by the other scripts, from the repository root: one virtual environment, .venv, for all of them, and thin ones
+# over it for the tests at other versions.
 
 say() { printf '\n== %s\n' "$*"; }
 
@@ -42,4 +43,32 @@ clover_env() {
     say "installing clover-peft[$missing] into .venv"
     "$VENV_PYTHON" -m pip install --disable-pip-version-check --quiet -c constraints.txt -e ".[$missing]"
     for extra in "$@"; do touch ".venv/installed-$state-$extra"; done
+}
+
+# clover_env_at oldest|newest: makes an environment that holds other versions and finds everything else in .venv, which
+# clover_env has made, and sets VENV_PYTHON to it.
+#   oldest   .venv-oldest: those of constraints-oldest.txt
+#   newest   .venv-newest: the newest of transformers, trl, peft, accelerate and datasets on PyPI. torch stays that of
+#            constraints.txt: PyPI's own wheel brings gigabytes of CUDA. NEWEST_TORCH="torch==2.14.0" asks for another.
+clover_env_at() {
+    local below="$VENV_PYTHON" venv=".venv-$1" wanted
+    case "$1" in
+        oldest) wanted=(-r constraints-oldest.txt) ;;
+        newest) wanted=(--upgrade transformers trl peft accelerate datasets ${NEWEST_TORCH:+"$NEWEST_TORCH"}) ;;
+        *) die "--versions $1: expected pinned, oldest or newest" ;;
+    esac
+    VENV_PYTHON="$PWD/$venv/bin/python"
+    if [ ! -x "$VENV_PYTHON" ] || ! "$VENV_PYTHON" -c 'import pip' >/dev/null 2>&1; then
+        "$below" -m venv --clear --without-pip "$venv"
+    fi
+    # pip installs into $venv and leaves what it finds in .venv as it is; Python looks in $venv first.
+    "$VENV_PYTHON" - "$("$below" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" <<'PYTHON'
+import pathlib, sys, sysconfig
+line = f"import site; site.addsitedir({sys.argv[1]!r})\n"
+pathlib.Path(sysconfig.get_path("purelib"), "over.pth").write_text(line, encoding="utf-8")
+PYTHON
+    say "installing the $1 versions into $venv"
+    "$VENV_PYTHON" -m pip install --disable-pip-version-check --quiet "${wanted[@]}"
+    "$VENV_PYTHON" -m pip list --disable-pip-version-check 2>/dev/null |
+        grep -E '^(torch|transformers|peft|trl|accelerate|datasets) '
 }

@@ -16,7 +16,7 @@ SECTION = re.compile(r"^(## clover ([\w-]+)\n.*?^```text\n).*?(^```$)", flags=re
 
 
 def help_text(name: str) -> str:
-    command = [sys.executable, "-m", "clover_peft", name, "--help"]
+    command = [sys.executable, "-c", "import clover_command; clover_command.main()", name, "--help"]
     environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1"}
     return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
 

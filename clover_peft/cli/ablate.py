@@ -22,30 +22,21 @@ from ..experiments.ablation.grid import Grid, count_steps, read_grid
 from ..experiments.adaptation import mechanism, plan, running
 from ..experiments.adaptation import report as adaptation
 from ..experiments.adaptation.trial import Laboratory
-from . import parsers
+from . import checks, parsers
 from .errors import reports_errors
 
 
 @reports_errors()
 def run(given: argparse.Namespace) -> int:
+    checks.ablate(given)
     if given.table is not None:
-        _refuse_unused(given, "--table", ("config", "out", "records", "minutes", "jobs", "step", "overrides"))
         if adaptation.load(given.table):
             print(running.show(given.table, given.pictures))
             return 0
         return _show(given.table, given.pictures)
-    if given.config is None or given.out is None:
-        raise ValueError("expected --config and --out, or --table")
-    if given.step is not None:
-        _refuse_unused(given, "--step", ("minutes", "jobs", "pictures"))
     given.jobs = 1 if given.jobs is None else given.jobs
-    if given.jobs < 1:
-        raise ValueError(f"--jobs {given.jobs}: expected at least 1")
     if plan.is_experiment(given.config):
-        _refuse_unused(given, "an adaptation experiment", ("records", "minutes", "step"))
         return _adapt(given)
-    if given.mechanism:
-        raise ValueError("--mechanism: expected an adaptation experiment, found a grid; use clover analyze")
     records = given.records or given.out / "records"
     grid = read_grid(given.config, given.overrides)
     trial_runner.check_records(grid, records)
@@ -92,11 +83,6 @@ def _exits_on_signals() -> Iterator[None]:
     finally:
         for name, handler in before.items():
             signal.signal(getattr(signal, name), handler)
-
-
-def _refuse_unused(given: argparse.Namespace, what: str, keys: tuple[str, ...]) -> None:
-    if unused := [key for key in keys if getattr(given, key) not in (None, [])]:
-        raise ValueError(f"{unused[0]}: expected none beside {what}, which does not use it")
 
 
 def _make_all(given: argparse.Namespace, grid: Grid, records: Path) -> int:

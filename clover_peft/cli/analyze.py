@@ -29,24 +29,14 @@ from ..io import run_record as records
 from ..io.figures import find_pyplot
 from ..io.hub_models import find_adapter, find_model, load_trained
 from ..io.tables import markdown_table
-from . import parsers
+from . import checks, parsers
 from .errors import reports_errors
 
 
 @reports_errors()
 def run(given: argparse.Namespace) -> int:
-    if not (given.adapter or (given.before and given.after)):
-        raise ValueError("expected --adapter, or --before and --after")
-    unused = ("before", "after") if given.adapter else ("model",)
-    if useless := [key for key in unused if getattr(given, key) is not None]:
-        raise ValueError(f"--{useless[0]}: expected none with --{'adapter' if given.adapter else 'before'}")
-    labels = given.label or ([path.parent.name for path in given.adapter] if given.adapter else ["after"])
-    if len(set(labels)) != len(given.adapter or labels[:1]):
-        raise ValueError(f"--label: expected a name of its own for each adapter or model, found {labels}")
-    if given.top < 1:
-        raise ValueError(f"--top: expected at least 1, found {given.top}")
-    if (given.out / "analysis.json").exists():
-        raise ValueError(f"{given.out}: expected a new folder, found an analysis in it; choose another")
+    checks.analyze(given)
+    labels = checks.labels(given)
     if not given.no_pictures:
         find_pyplot()
     found: dict[str, Any] = {}

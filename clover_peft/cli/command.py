@@ -11,7 +11,8 @@ from importlib.util import find_spec
 
 from .._version import __version__
 from . import parsers
-from .errors import missing
+from .checks import CHECKS
+from .errors import USER_ERROR, missing, reports_errors
 
 
 @dataclass(frozen=True)
@@ -72,15 +73,31 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[str, argparse.Namespa
     return name, parsers.PARSERS[name](arguments[1:])
 
 
+def check(name: str, given: argparse.Namespace) -> int:
+    """Checks a command line as far as that takes no heavy import.
+
+    Returns:
+        0, or the exit code after an error has been printed.
+    """
+    for package in COMMANDS[name].packages:
+        if find_spec(package) is None:
+            print(f"error: clover {name}: {missing(package)}", file=sys.stderr)
+            return USER_ERROR
+
+    @reports_errors()
+    def checked(given: argparse.Namespace) -> int:
+        if name in CHECKS:
+            CHECKS[name](given)
+        return 0
+
+    return checked(given)
+
+
 def run(name: str, given: argparse.Namespace) -> int:
     """Runs a subcommand.
 
     Returns:
         The exit code of the process.
     """
-    for package in COMMANDS[name].packages:
-        if find_spec(package) is None:
-            print(f"error: clover {name}: {missing(package)}", file=sys.stderr)
-            return 1
     code: int = importlib.import_module(f".{name.replace('-', '_')}", __package__).run(given)
     return code

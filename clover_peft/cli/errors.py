@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import re
 import sys
 from collections.abc import Callable
 
@@ -16,12 +17,14 @@ EXTRAS = {
 Run = Callable[[argparse.Namespace], int]
 
 
-def reports_errors(*more: type[Exception], status: int = 1) -> Callable[[Run], Run]:
-    """Makes a subcommand print such an error as one sentence and return `status`; any other keeps its traceback.
+USER_ERROR = 2  # the exit code, as argparse's
+
+
+def reports_errors(*more: type[Exception]) -> Callable[[Run], Run]:
+    """Makes a subcommand print such an error as one sentence and return 2; any other keeps its traceback.
 
     Args:
         more: kinds of errors that this subcommand's user can correct, besides ValueError, OSError and ImportError.
-        status: the exit code.
     """
 
     kinds: tuple[type[Exception], ...] = (ValueError, OSError, ImportError, *more)
@@ -32,15 +35,23 @@ def reports_errors(*more: type[Exception], status: int = 1) -> Callable[[Run], R
             try:
                 return run(given)
             except kinds as error:
-                sentence = " ".join(str(error).split())
-                if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
-                    sentence = missing(error.name)
-                print(f"error: {sentence}", file=sys.stderr)
-                return status
+                print(f"error: {_sentence(error)}", file=sys.stderr)
+                return USER_ERROR
 
         return reporting
 
     return decorate
+
+
+def _sentence(error: Exception) -> str:
+    sentence = " ".join(str(error).split())
+    if not isinstance(error, ImportError) or "clover-peft[" in sentence:
+        return sentence
+    if error.name in EXTRAS:
+        return missing(error.name)
+    # Raised by a library that names the package in its text alone, as transformers does.
+    named = next((package for package in EXTRAS if re.search(rf"\b{package}\b", sentence)), None)
+    return f"{sentence}; {missing(named)}" if named else sentence
 
 
 def missing(package: str) -> str:

@@ -14,22 +14,13 @@ from ..experiments.commonsense import TASKS, evaluation
 from ..experiments.commonsense.protocols import find_protocol
 from ..io import run_record as records
 from ..io.hub_models import ModelSource, accelerator, find_adapter, find_model, load_trained, weights_digest
-from . import parsers
+from . import checks, parsers
 from .errors import reports_errors
-
-_UNUSED_BY_HARNESS = ("data", "split", "tasks", "mode", "prompt", "beams", "new_tokens", "merge", "vllm")
 
 
 @reports_errors()
 def run(given: argparse.Namespace) -> int:
-    if (given.out / "record.json").exists():
-        raise ValueError(f"{given.out}: expected an unfinished evaluation or a new folder, found a finished one")
-    for key in ("rows", "batch_size", "beams", "new_tokens"):
-        if (value := getattr(given, key)) is not None and value < 1:
-            raise ValueError(f"--{key.replace('_', '-')}: expected at least 1, found {value}")
-    _refuse_unused(given)
-    if given.merge and given.adapter is None:
-        raise ValueError("--merge: expected --adapter, found none to merge")
+    checks.evaluate(given)
     given.mode, given.split = given.mode or "generate", given.split or "test"
     trained = _trained(given.adapter or given.model)
     given.dtype = given.dtype or trained.get("model", {}).get("dtype", "torch.float32").removeprefix("torch.")
@@ -41,22 +32,8 @@ def run(given: argparse.Namespace) -> int:
     return 0
 
 
-def _refuse_unused(given: argparse.Namespace) -> None:
-    for what, chosen, keys in (
-        ("--harness", given.harness, _UNUSED_BY_HARNESS),
-        ("--mode score", given.mode == "score", ("beams", "new_tokens")),
-        ("no --harness", not given.harness, ("harness_tasks",)),
-    ):
-        if chosen and (unused := [key for key in keys if getattr(given, key) not in (None, False)]):
-            raise ValueError(f"--{unused[0].replace('_', '-')}: expected none with {what}, which does not use it")
-
-
 def _suite(given: argparse.Namespace, source: ModelSource, trained: dict[str, Any]) -> dict[str, Any]:
-    if given.data is None:
-        raise ValueError("--data: expected a folder that `clover prepare-data` wrote, found none")
     rows = evaluation.read_questions(given.data, given.split, given.tasks or list(TASKS), given.rows, given.seed)
-    if given.vllm and (given.adapter or given.mode == "score"):
-        raise ValueError("--vllm generates with a merged model: pass its folder as --model (`clover export`)")
     model: Any = None
     if given.vllm:
         tokenizer = AutoTokenizer.from_pretrained(source.path)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..tuner.bases import clover_layers
 from ..tuner.config import CloverConfig
 from ..tuner.lora_approximation import lora_errors
-from . import parsers
+from . import checks, parsers
 from .errors import reports_errors
 
 _KINDS = {
@@ -234,8 +234,9 @@ def _probe(model: Any) -> Tensor:
     return (result.logits if "logits" in result else result[0]).float().cpu()
 
 
-@reports_errors(TypeError, status=2)
+@reports_errors(TypeError)
 def run(given: argparse.Namespace) -> int:
+    checks.export(given)
     dtype = getattr(torch, given.dtype) if given.dtype else None
     report = export(given.adapter, given.out, given.base, dtype, given.lora_rank)
     for rank, lost in report["lora"].items():

@@ -52,7 +52,7 @@ Llama-2-7B:
         required=True,
         action="append",
         help="a YAML file, or the name of a shipped one; repeat it to add keys or replace those of earlier files. "
-        f"Shipped: {', '.join(name for name in config_names() if not name.startswith(('ablations', 'accelerate')))}",
+        f"Shipped: {', '.join(config_names('run'))}",
     )
     parser.add_argument("--data", help="the same as data=...")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -181,20 +181,29 @@ def plan(arguments: Arguments | None = None) -> argparse.Namespace:
         """\
 Counts what a CLOVER adapter of a model takes: parameters, bytes and the work of making it, without the weights.
 
-    clover plan --config-name meta-llama/Llama-2-70b-hf
-    clover plan --config-name my_model/config.json r=64 s_matrix=diagonal --measure
-    clover plan --config-name my_model --match q_proj k_proj v_proj up_proj down_proj   # ranks of a LoRA as large
+    clover plan --model meta-llama/Llama-2-70b-hf
+    clover plan --model my_model/config.json r=64 s_matrix=diagonal --measure
+    clover plan --model my_model --match q_proj k_proj v_proj up_proj down_proj   # ranks of a LoRA as large
 
 Keys are fields of CloverConfig, with values in YAML. Nothing of the model is allocated, except with --measure: that
 allocates the weights from which one layer's bases are made.
 """,
     )
-    parser.add_argument("--config-name", required=True, help="the model's hub name, folder or config.json")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", help="the base model: its hub name, folder or config.json")
+    model.add_argument("--config-name", dest="model", help=argparse.SUPPRESS)  # its name up to 0.1.0
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("--measure", action="store_true", help="also time the bases of one layer on this machine")
     parser.add_argument("--match", nargs="+", metavar="module", help="ranks of low-rank methods on these, as large")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    return parser.parse_intermixed_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
+    # argparse gives all that follows --match to it; a module's name has no "=".
+    given.overrides += [text for text in given.match or () if "=" in text]
+    if given.match is not None:
+        given.match = [text for text in given.match if "=" not in text]
+        if not given.match:
+            parser.error("argument --match: expected at least one module")
+    return given
 
 
 def evaluate(arguments: Arguments | None = None) -> argparse.Namespace:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import re
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +17,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..base_model.weight import base_of, out_features
-from ..io.overrides import apply_override
+from ..io.hub_models import find_model
 from ..tuner.bases import clover_layers, frozen_tensors, inner_model
 from ..tuner.block_spec import BlockSpec
 from ..tuner.config import CloverConfig
 from ..tuner.layer import CloverLayer
-from . import parsers
+from . import checks, parsers
 from .errors import reports_errors
 
 BYTES = 4  # S and the bases are float32, whatever the base model is
@@ -191,16 +191,6 @@ def _gram_flops(model: nn.Module, layer: CloverLayer, spec: BlockSpec) -> int:
     return flops
 
 
-def _overrides(pairs: list[str]) -> CloverConfig:
-    known = {field.name for field in dataclasses.fields(CloverConfig)}
-    values: dict[str, Any] = {}
-    for pair in pairs:
-        if pair.partition("=")[0].partition(".")[0] not in known or "=" not in pair:
-            raise ValueError(f"{pair}: expected key=value with a field of CloverConfig")
-        apply_override(values, pair)
-    return CloverConfig(**values)
-
-
 def _size(count: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
@@ -211,12 +201,14 @@ def _size(count: float) -> str:
 
 @reports_errors()
 def run(given: argparse.Namespace) -> int:
-    config = transformers.AutoConfig.from_pretrained(given.config_name)
-    result = plan(config, _overrides(given.overrides))
+    adapter = checks.adapter_settings(given.overrides)
+    path = given.model if Path(given.model).is_file() else find_model(given.model).path
+    config = transformers.AutoConfig.from_pretrained(path)
+    result = plan(config, CloverConfig(**adapter))
     if given.match:
         result["match"] = match(config, result["parameters"]["trainable"], given.match)
     if given.measure:
-        measured = measure(config, _overrides(given.overrides))
+        measured = measure(config, CloverConfig(**adapter))
         result["measured"] = dict(zip(("layer", "seconds"), measured, strict=True))
     if given.json:
         print(json.dumps(result, indent=2))

@@ -15,7 +15,7 @@ from ..io.hub_models import find_model, load_as_saved
 from ..pruning import PruningReport, prune
 from ..pruning.card import needs_import, write_card
 from ..pruning.rule import check_figures
-from . import parsers
+from . import checks, parsers
 from . import pruning_options as options
 from .errors import reports_errors
 
@@ -35,14 +35,9 @@ def run(given: argparse.Namespace) -> int:
 
 def _prune(given: argparse.Namespace) -> tuple[Any, PruningReport]:
     out: Path = given.out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out}: expected a new or empty folder, found files; choose another")
-    if given.ranks is not None and given.ratio is None:
-        raise ValueError(f"--ranks {given.ranks}: expected --ratio with it, which it spreads, found none")
-    figures = {name: options.figures(f"--{name}", getattr(given, name)) for name in ("ratio", "threshold", "energy")}
+    checks.prune(given)
+    figures = {name: checks.figures(f"--{name}", getattr(given, name)) for name in ("ratio", "threshold", "energy")}
     check_figures(figures)
-    if given.ranks == "gradient" and given.calibration is None:
-        raise ValueError("--ranks gradient: expected --calibration with it, found none")
     if not given.no_pictures:
         find_pyplot()
     source = find_model(given.model)

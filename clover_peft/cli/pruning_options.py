@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from ..io.text_windows import batches_for
-from ..pruning.pairs import Kind
 
 
 def calibration(
@@ -27,8 +26,6 @@ def calibration(
     sizes = {"rows": given.rows, "max_length": given.max_length, "batch_size": given.batch_size}
     chosen = {name: size for name, size in sizes.items() if size is not None}
     if given.calibration is None:
-        if chosen:
-            raise ValueError(f"--{next(iter(chosen)).replace('_', '-')}: expected --calibration with it, found none")
         return None, None
     tokenizer = getattr(processor, "tokenizer", processor)
     batches = batches_for(model, tokenizer, given.calibration, **chosen)
@@ -45,23 +42,3 @@ def target_modules(given: argparse.Namespace) -> str | list[str] | None:
     if names and len(names) == 1 and not re.fullmatch(r"[\w.]+", names[0]):
         return names[0]
     return names
-
-
-def figures(option: str, text: str | None) -> float | dict[Kind, float] | None:
-    """A figure for all kinds of pairs, as "0.5", or one for each, as "qk=0.5,vo=0.25"; None for None.
-
-    Raises:
-        ValueError: if it is neither.
-    """
-    if text is None:
-        return None
-    try:
-        if "=" not in text:
-            return float(text)
-        parts = [part.split("=") for part in text.split(",")]
-        found = {kind.strip(): float(figure) for kind, figure in parts}
-        if len(found) == len(parts) and found.keys() <= {"qk", "vo"}:
-            return cast("dict[Kind, float]", found)
-    except ValueError:
-        pass
-    raise ValueError(f"{option} {text}: expected a figure such as 0.5, or one for each kind as qk=0.5,vo=0.25")

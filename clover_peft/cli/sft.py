@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 from ..experiments.training import arguments as settings
 from ..experiments.training.run import run as train
-from . import parsers
+from . import checks, parsers
 from .errors import reports_errors
 
 
 @reports_errors()
 def run(given: argparse.Namespace) -> int:
+    checks.sft(given)
     train(settings.parse(given.config, given.overrides))
     return 0
 

@@ -14,7 +14,7 @@ from ..io.tables import markdown_table
 from ..pruning import find_pairs, ranks
 from ..pruning.figures import plot_spectra
 from ..pruning.spectra import METHODS, SHARES, PairSpectra, labels, measure_spectra, suggest
-from . import parsers
+from . import checks, parsers
 from . import pruning_options as options
 from .errors import reports_errors
 
@@ -31,8 +31,10 @@ _UNCALIBRATED = (
 
 @reports_errors(TypeError)
 def run(given: argparse.Namespace) -> int:
-    threshold = options.figures("--threshold", given.threshold)
-    _check(given)
+    checks.spectra(given)
+    threshold = checks.figures("--threshold", given.threshold)
+    if given.out is not None and not given.no_pictures:
+        find_pyplot()
     model, processor = load_as_saved(find_model(given.model))
     kinds = given.kinds or sorted({pair.kind for pair in find_pairs(model)})
     if not kinds or (isinstance(threshold, dict) and set(threshold) - set(kinds)):
@@ -69,19 +71,6 @@ def run(given: argparse.Namespace) -> int:
     for path in [*made, records.write(given.out / "spectra.json", record)]:
         print(path)
     return 0
-
-
-def _check(given: argparse.Namespace) -> None:
-    if given.out is None:
-        if given.layers or given.no_pictures:
-            raise ValueError("--layers and --no-pictures: expected --out with them, found none")
-        return
-    if (given.out / "spectra.json").exists():
-        raise ValueError(f"--out {given.out}: expected a new folder, found spectra in it; choose another")
-    if not given.no_pictures:
-        find_pyplot()
-    elif given.layers:
-        raise ValueError("--layers: expected pictures to draw them in, found --no-pictures")
 
 
 def _suggestions(pairs: Sequence[PairSpectra]) -> dict[str, dict[str, dict[str, float]]]:

@@ -14,8 +14,8 @@ from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..io.user_warning import warn
-from ..linalg.decomposition import CHOLESKY_CONDITION
 from ..runtime.peft_registry import CLOVER
+from . import config_checks
 from .adapter_folder import check_weight_file, complete_model_card
 
 
@@ -104,72 +104,7 @@ class CloverConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
-        self._check_choices()
-        self._check_numbers()
-        self._check_combinations()
-
-    def _check_choices(self) -> None:
-        choices = {
-            "s_matrix": ("full", "diagonal"),
-            "basis": (None, "qr", "svd"),
-            "bias": ("none", "all", "clover_only"),
-            "save_bases": (True, False, "folded"),
-            **{f.name: (True, False) for f in fields(self) if f.type == "bool"},
-        }
-        for name, allowed in choices.items():
-            value = getattr(self, name)
-            if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in allowed):
-                raise ValueError(f"CloverConfig.{name}: expected one of {list(allowed)}, found {value!r}")
-
-    def _check_numbers(self) -> None:
-        for name in ("r", "block_size", "mlp_block_size", "head_dim", "num_heads"):
-            _check_positive(name, getattr(self, name), optional=True)
-        if self.low_rank != 0 or isinstance(self.low_rank, bool):
-            _check_positive("low_rank", self.low_rank)
-        if not isinstance(self.rank_pattern, dict):
-            raise ValueError(
-                f"CloverConfig.rank_pattern: expected a dict of names to ranks, found {self.rank_pattern!r}"
-            )
-        for pattern, rank in self.rank_pattern.items():
-            _check_positive(f"rank_pattern[{pattern!r}]", rank)
-        limit = self.max_condition
-        if limit is not None and (type(limit) not in (int, float) or not 1 <= limit <= CHOLESKY_CONDITION):
-            raise ValueError(
-                f"CloverConfig.max_condition: expected None, or 1 to {CHOLESKY_CONDITION:g}, found {limit!r}"
-            )
-        if isinstance(self.clover_dropout, bool) or not isinstance(self.clover_dropout, (int, float)):
-            raise ValueError(f"CloverConfig.clover_dropout: expected a number, found {self.clover_dropout!r}")
-        if not 0 <= self.clover_dropout < 1:
-            raise ValueError(f"CloverConfig.clover_dropout: expected 0 <= p < 1, found {self.clover_dropout}")
-
-    def _check_combinations(self) -> None:
-        is_regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
-        layers = next((n for n in ("layers_to_transform", "layers_pattern") if getattr(self, n) is not None), None)
-        refused = {
-            "s_matrix='diagonal' has no meaning in the QR basis, whose matrix is triangular; use basis='svd' (or "
-            "None) or s_matrix='full'": self.s_matrix == "diagonal" and self.basis == "qr",
-            "truncate=True drops the directions beyond r; pass r=... or rank_pattern": (
-                self.truncate and self.r is None and not self.rank_pattern
-            ),
-            "with truncate=True the map replaces a head's output, which clover_dropout would drop; use one of the "
-            "two": self.truncate and self.clover_dropout > 0,
-            "truncate=True needs leading directions, but the QR basis has no order; use basis='svd'": (
-                self.truncate and self.basis == "qr"
-            ),
-            f"{layers} cannot be used with a regular expression in target_modules; put the layers into the "
-            "expression, or pass a list of names": is_regex and layers is not None,
-            "layers_pattern needs layers_to_transform; pass both or neither": (
-                bool(self.layers_pattern) and self.layers_to_transform is None
-            ),
-            "save_bases=False computes the bases again from the weights, but these were made from activations; use "
-            "save_bases=True or 'folded'": self.from_activations and self.save_bases is False,
-            "save_bases=False computes the bases again from the weights, but balance_updates scaled these; use "
-            "save_bases=True or 'folded'": self.balanced_updates and self.save_bases is False,
-            "a folded adapter holds maps for inference and cannot be trained; load it with is_trainable=False, or "
-            "train from an adapter saved with save_bases=True": self.folded and not self.inference_mode,
-        }
-        if message := next((message for message, holds in refused.items() if holds), None):
-            raise ValueError(f"CloverConfig: {message}")
+        config_checks.check({each.name: getattr(self, each.name) for each in fields(self)})
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`, and add the loading recipe to the model card beside it, if there is one.
@@ -222,12 +157,3 @@ def _describe_fields(config: type) -> None:
 
 
 _describe_fields(CloverConfig)
-
-
-def _check_positive(name: str, value: object, optional: bool = False) -> None:
-    if optional and value is None:
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(
-            f"CloverConfig.{name}: expected a positive integer{' or None' if optional else ''}, found {value!r}"
-        )

@@ -48,7 +48,7 @@ def test_wrong_command_lines_are_refused_without_importing_torch():
     for arguments, message in (
         (["prunee"], "invalid choice: 'prunee'"),
         ([], "required: COMMAND"),
-        (["plan"], "required: --config-name"),
+        (["plan"], "one of the arguments --model is required"),
     ):
         done = start(*arguments)
         assert done.returncode == 2
@@ -86,7 +86,7 @@ def test_what_parsers_repeat_is_what_the_package_has():
 )
 def test_a_missing_extra_is_named_in_one_sentence(module, arguments, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, module, None)
-    assert clover_command.main(arguments) == 1
+    assert clover_command.main(arguments) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line == (
         f'error: clover {arguments[0]}: expected the package {module}, found none; pip install "clover-peft[train]"'
@@ -96,7 +96,7 @@ def test_a_missing_extra_is_named_in_one_sentence(module, arguments, monkeypatch
 def test_an_extra_that_only_an_option_needs_is_named_too(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.setattr(sources, "hub_reachable", lambda: True)
-    assert clover_command.main(["prepare-data", str(tmp_path / "out"), "--source", "hub"]) == 1
+    assert clover_command.main(["prepare-data", str(tmp_path / "out"), "--source", "hub"]) == 2
     sentence = 'error: expected the package datasets, found none; pip install "clover-peft[train]"\n'
     assert sentence in capsys.readouterr().err
 
@@ -106,7 +106,7 @@ def test_other_commands_need_no_extra(tmp_path):
     lines = [
         ["prune", str(tmp_path / "model"), "--ratio", "vo=0.5", "--no-pictures", "--out", str(tmp_path / "out")],
         ["spectra", str(tmp_path / "model")],
-        ["plan", "--config-name", str(tmp_path / "model")],
+        ["plan", "--model", str(tmp_path / "model")],
     ]
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['trl', 'datasets', 'gguf', 'matplotlib', 'bitsandbytes']))\n"

@@ -25,7 +25,7 @@ def test_llama_2_70b_is_planned_without_weights(tmp_path, capsys):
         num_key_value_heads=8,
         vocab_size=32000,
     ).save_pretrained(tmp_path)
-    assert script.main(["--config-name", str(tmp_path / "config.json"), "--json"]) == 0
+    assert script.main(["--model", str(tmp_path / "config.json"), "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     s = 80 * (8 * 128**2 + 8 * 128**2 + 448 * 64**2)
     assert plan["parameters"] == {"trainable": s, "S": s, "base": 68_976_648_192}
@@ -39,7 +39,7 @@ def test_llama_2_70b_is_planned_without_weights(tmp_path, capsys):
         {"part": "v", "blocks": 8, "size": 128, "r": 128, "basis": "pair", "parameters": 8 * 128**2}
     ]
     assert value["gram_flops"] == 2 * 8192 * 128 * (8 * 128 + 64 * 128)  # the values' rows, the output's columns
-    assert script.main(["--config-name", str(tmp_path), "r=16", "s_matrix=diagonal"]) == 0
+    assert script.main(["--model", str(tmp_path), "r=16", "s_matrix=diagonal"]) == 0
     assert f"{80 * 16 * (8 + 8 + 448):,} trainable of 68,976,648,192" in capsys.readouterr().out
 
 
@@ -64,7 +64,7 @@ def test_the_plan_is_what_is_saved(family, choices, tmp_path):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_one_layer_is_measured(family, tmp_path, capsys):
     build(family).config.save_pretrained(tmp_path)
-    assert script.main(["--config-name", str(tmp_path), "--measure", "--json"]) == 0
+    assert script.main(["--model", str(tmp_path), "--measure", "--json"]) == 0
     measured = json.loads(capsys.readouterr().out)["measured"]
     assert measured["layer"].endswith(".0")
     assert measured["seconds"] > 0
@@ -81,7 +81,7 @@ def test_one_layer_is_measured(family, tmp_path, capsys):
 )
 def test_what_cannot_be_planned_is_said_in_one_sentence(arguments, message, tmp_path, capsys):
     build("llama").config.save_pretrained(tmp_path)
-    assert script.main(["--config-name", str(tmp_path), *arguments]) == 1
+    assert script.main(["--model", str(tmp_path), *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -94,7 +94,7 @@ def test_ranks_that_match_are_those_of_real_adapters(tmp_path, capsys):
     )  # fmt: skip
     config.save_pretrained(tmp_path)
     targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-    assert script.main(["--config-name", str(tmp_path), "--json", "--match", *targets]) == 0
+    assert script.main(["--model", str(tmp_path), "--json", "--match", *targets]) == 0
     found = json.loads(capsys.readouterr().out)
     budget = found["parameters"]["trainable"]
     for method, chosen in found["match"].items():
@@ -105,9 +105,9 @@ def test_ranks_that_match_are_those_of_real_adapters(tmp_path, capsys):
             model = get_peft_model(hf.LlamaForCausalLM(config), lora)
         assert chosen["parameters"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
         assert abs(chosen["parameters"] / budget - 1) < 0.01
-    assert script.main(["--config-name", str(tmp_path), "--match", "q_proj"]) == 0
+    assert script.main(["--model", str(tmp_path), "--match", "q_proj"]) == 0
     assert "as large: lora with r=" in capsys.readouterr().out
-    assert script.main(["--config-name", str(tmp_path), "--match", "zzz"]) == 1
+    assert script.main(["--model", str(tmp_path), "--match", "zzz"]) == 2
     assert "--match zzz: expected a linear module of the model, found none" in capsys.readouterr().err
-    assert script.main(["--config-name", str(tmp_path), "s_matrix=diagonal", "r=1", "--match", "q_proj"]) == 1
+    assert script.main(["--model", str(tmp_path), "s_matrix=diagonal", "r=1", "--match", "q_proj"]) == 2
     assert "expected modules that fit" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 import clover_peft
-from clover_peft.cli.pruning_options import figures
+from clover_peft.cli.checks import figures
 from clover_peft.io.text_windows import batches_for, text_batches
 from clover_peft.pruning import decompose, find_pairs, global_ratio
 from clover_peft.pruning import figures as pictures
@@ -139,7 +139,7 @@ def test_the_dtype_is_kept(tmp_path):
 def test_models_without_a_tokenizer_keep_what_they_have(tmp_path, text, capsys):
     build("vit").save_pretrained(tmp_path / "model")
     source, out = tmp_path / "model", tmp_path / "out"
-    assert run(prune_script, source, "--ratio", "0.5", "--calibration", text, "--out", out) == 1
+    assert run(prune_script, source, "--ratio", "0.5", "--calibration", text, "--out", out) == 2
     assert "ViTForImageClassification: expected a model that reads text" in capsys.readouterr().err
     assert not out.exists()
     assert run(prune_script, source, "--ratio", "0.5", "--out", out) == 0
@@ -240,7 +240,7 @@ def test_every_option_counts(options, tmp_path, text):
 def test_bad_options_are_said_and_leave_nothing(options, message, tmp_path, text, capsys):
     source, before = save("opt", tmp_path / "model"), {path.name for path in tmp_path.iterdir()}
     arguments = [text if part == "TEXT" else part for part in options.split(" ")]
-    assert run(prune_script, source, *arguments, "--out", tmp_path / "out") == 1
+    assert run(prune_script, source, *arguments, "--out", tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
@@ -249,18 +249,18 @@ def test_bad_options_are_said_and_leave_nothing(options, message, tmp_path, text
 
 def test_what_cannot_be_pruned_is_said_and_leaves_nothing(tmp_path, text, capsys):
     out, half = tmp_path / "out", ["--ratio", "0.5"]
-    assert run(prune_script, tmp_path / "none", *half, "--out", out) == 1
+    assert run(prune_script, tmp_path / "none", *half, "--out", out) == 2
     assert "expected a folder or a model on the hub" in capsys.readouterr().err
     source = save("opt", tmp_path / "model")
-    assert run(prune_script, source, *half, "--out", source) == 1
+    assert run(prune_script, source, *half, "--out", source) == 2
     assert "expected a new or empty folder, found files" in capsys.readouterr().err
     save("albert", tmp_path / "albert")
-    assert run(prune_script, tmp_path / "albert", *half, "--out", out) == 1
+    assert run(prune_script, tmp_path / "albert", *half, "--out", out) == 2
     assert "expected attention that can be made narrow, found AlbertAttention" in capsys.readouterr().err
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     for name in (["OwnModel"], None):
         (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "architectures": name}))
-        assert run(prune_script, source, *half, "--out", out) == 1
+        assert run(prune_script, source, *half, "--out", out) == 2
         assert f"found {name[0] if name else 'no class'}; enter the class" in capsys.readouterr().err
     assert not out.exists()
     with pytest.raises(SystemExit):
@@ -273,7 +273,7 @@ def test_a_mask_whose_constant_has_no_place_is_not_saved(tmp_path, text, capsys)
     """The value's bias leaves a constant for the output's, and Qwen2's class has none."""
     source, out = save("qwen2", tmp_path / "model"), tmp_path / "out"
     common = ["--ratio", "vo=0.5", "--masked", "--no-pictures"]
-    assert run(prune_script, source, *common, "--out", out) == 1
+    assert run(prune_script, source, *common, "--out", out) == 2
     assert "o_proj.bias holds the mean of what was removed" in capsys.readouterr().err
     assert not out.exists()
     source = save("llama", tmp_path / "without biases")
@@ -284,7 +284,7 @@ def test_a_mask_whose_constant_has_no_place_is_not_saved(tmp_path, text, capsys)
 def test_a_folder_that_would_not_load_is_not_written(tmp_path, monkeypatch, capsys):
     source, out = save("opt", tmp_path / "model"), tmp_path / "out"
     monkeypatch.setattr(loading, "apply_record", lambda model: None)
-    assert run(prune_script, source, "--ratio", "0.5", "--ranks", "uniform", "--out", out) == 1
+    assert run(prune_script, source, "--ratio", "0.5", "--ranks", "uniform", "--out", out) == 2
     error = capsys.readouterr().err
     assert (
         "self_attn.k_proj.weight: expected a tensor of shape [24, 48] when the folder is loaded, found [48, 48]"
@@ -299,7 +299,7 @@ def test_pictures_are_missed_before_any_work(tmp_path, monkeypatch, capsys):
     for script, options in ((prune_script, ["--ratio", "0.5"]), (spectra_script, [])):
         with monkeypatch.context() as patch:
             patch.setattr(script, "load_as_saved", lambda *_: pytest.fail("loaded"))
-            assert run(script, source, *options, "--out", tmp_path / "out") == 1
+            assert run(script, source, *options, "--out", tmp_path / "out") == 2
         assert "pictures: expected matplotlib, found none" in capsys.readouterr().err
         assert run(script, source, *options, "--no-pictures", "--out", tmp_path / script.__name__) == 0
 
@@ -563,7 +563,7 @@ def test_the_pictures_of_spectra(tmp_path, text, capsys):
     shown = capsys.readouterr().out
     assert "a threshold of 0.02 keeps" in shown
     assert "measure the pruned model" in shown
-    assert run(spectra_script, source, "--out", out) == 1
+    assert run(spectra_script, source, "--out", out) == 2
     assert "expected a new folder, found spectra in it" in capsys.readouterr().err
 
 
@@ -592,7 +592,7 @@ def test_one_kind_of_pair_and_some_modules(tmp_path, capsys):
 )
 def test_bad_options_of_spectra(options, message, tmp_path, capsys):
     source = save("llama", tmp_path / "model")
-    assert run(spectra_script, source, *options.split(" "), "--out", tmp_path / "out") == 1
+    assert run(spectra_script, source, *options.split(" "), "--out", tmp_path / "out") == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -600,7 +600,7 @@ def test_bad_options_of_spectra(options, message, tmp_path, capsys):
 def test_pictures_without_a_folder_are_refused(tmp_path, capsys):
     source = save("llama", tmp_path / "model")
     for options in (["--layers", "0"], ["--no-pictures"]):
-        assert run(spectra_script, source, *options) == 1
+        assert run(spectra_script, source, *options) == 2
         assert "expected --out with them" in capsys.readouterr().err
     assert run(spectra_script, source) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

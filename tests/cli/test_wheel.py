@@ -132,7 +132,7 @@ class TestInAnEmptyEnvironment:
         self.run(base, "-c", CORE, str(model), str(tmp_path / "adapter"))
         shown = subprocess.run([str(base / "bin" / "clover"), "--help"], capture_output=True, text=True, check=True)
         assert "commands:" in shown.stdout
-        self.clover(base, "plan", "--config-name", model)
+        self.clover(base, "plan", "--model", model)
         self.clover(base, "prune", model, "--ratio", "vo=0.5", "--no-pictures", "--out", tmp_path / "narrow")
         self.clover(base, "spectra", model, "--no-pictures", "--out", tmp_path / "spectra")
         self.clover(base, "export", tmp_path / "adapter", tmp_path / "exported", "--lora-rank", "4")

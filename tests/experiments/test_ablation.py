@@ -178,7 +178,7 @@ def test_a_search_asks_no_test_question(tiny_grid, tmp_path):
     ],
 )
 def test_a_wrong_grid_is_refused_before_anything_runs(tiny_grid, tmp_path, change, message, capsys):
-    assert script.main(["--config", str(tiny_grid.path), "--out", str(tmp_path / "out"), change]) == 1
+    assert script.main(["--config", str(tiny_grid.path), "--out", str(tmp_path / "out"), change]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -192,10 +192,10 @@ def test_a_run_that_fails_is_named_with_its_log(tiny_grid, tmp_path, capsys):
     assert script.main(["--config", str(tiny_grid.path), "--out", str(out), "settings.max_length=1", *one]) == 1
     shown = capsys.readouterr().err
     for step in ("clover-lr0.001-seed3", "narrow-lr0.1-seed3"):  # it does not stop the others
-        assert f"{step}: ended with status 1, see " in shown
+        assert f"{step}: ended with status 2, see " in shown
     assert "max_length=1: expected room for an answer" in shown
     (out / "data" / "train.jsonl.gz").write_bytes(b"no gzip")
-    assert script.main(["--config", str(tiny_grid.path), "--out", str(out), *one]) == 1
+    assert script.main(["--config", str(tiny_grid.path), "--out", str(out), *one]) == 2
     assert "train.jsonl.gz: expected the rows that were written, found others; delete" in capsys.readouterr().err
 
 
@@ -231,7 +231,7 @@ def test_several_processes_at_a_time_keep_the_order_that_matters(tiny_grid, tmp_
     for step, found in order:
         assert step in candidates or candidates <= found  # no test question before every rate is chosen
         assert not step.endswith(".test") or step == "base.test" or step.removesuffix(".test") in found
-    assert script.main([*command[:-1], "0"]) == 1
+    assert script.main([*command[:-1], "0"]) == 2
 
 
 def test_the_grids_of_the_repository_are_whole():

@@ -427,9 +427,9 @@ def test_the_command(tmp_path, capsys):
     assert main(["--table", str(tmp_path / "out" / "records")]) == 0
     assert capsys.readouterr().out.strip() in done.stdout
     assert {json.loads(path.read_text())["environment"]["torch_threads"] for path in made_by_processes} == {1}
-    assert main(["--config", "adaptation_tiny", "--out", str(tmp_path / "out"), "--minutes", "1"]) == 1
+    assert main(["--config", "adaptation_tiny", "--out", str(tmp_path / "out"), "--minutes", "1"]) == 2
     assert "minutes: expected none beside an adaptation experiment" in capsys.readouterr().err
-    assert main(["--table", str(tmp_path)]) == 1
+    assert main(["--table", str(tmp_path)]) == 2
     assert "expected a folder of records, found none" in capsys.readouterr().err
 
 

@@ -215,16 +215,16 @@ def test_the_script_compares_adapters_and_models(tmp_path, capsys):
     for module in of_models:
         expected = by_name[module["name"]]["update"]
         assert module["update"]["effective_rank"] == pytest.approx(expected["effective_rank"], rel=1e-3)
-    assert script.main([*adapters, *common, "--out", str(tmp_path / "out")]) == 1
+    assert script.main([*adapters, *common, "--out", str(tmp_path / "out")]) == 2
     assert "found an analysis in it" in capsys.readouterr().err
     same = ["--before", str(tmp_path / "model"), "--after", str(tmp_path / "model"), "--out", str(tmp_path / "none")]
-    assert script.main(same) == 1
+    assert script.main(same) == 2
     assert "expected other weights than before, found the same" in capsys.readouterr().err
-    assert script.main([*adapters, "--top", "0", "--out", str(tmp_path / "none")]) == 1
+    assert script.main([*adapters, "--top", "0", "--out", str(tmp_path / "none")]) == 2
     assert "--top: expected at least 1, found 0" in capsys.readouterr().err
-    assert script.main(["--out", str(tmp_path / "none")]) == 1
+    assert script.main(["--out", str(tmp_path / "none")]) == 2
     assert "expected --adapter, or --before and --after" in capsys.readouterr().err
-    assert script.main([*adapters, "--label", "a", "--label", "a", "--out", str(tmp_path / "none")]) == 1
+    assert script.main([*adapters, "--label", "a", "--label", "a", "--out", str(tmp_path / "none")]) == 2
     assert "expected a name of its own for each adapter" in capsys.readouterr().err
 
 

@@ -335,13 +335,13 @@ def test_the_script_prepares_cleans_draws_and_records(tmp_path, capsys):
     split = load_data(str(tmp_path / "one"), rows=None, held_out=4, seed=0, protocol=PROTOCOLS["clover"])
     assert len(split.train) == 20
     capsys.readouterr()
-    assert script.main([str(tmp_path / "one"), *options]) == 1
+    assert script.main([str(tmp_path / "one"), *options]) == 2
     assert "expected a new or empty folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["rows", "validation"])
 def test_the_script_refuses_numbers_of_rows_that_are_none(option, tmp_path, capsys):
-    assert script.main([str(tmp_path / "out"), f"--{option}", "-1"]) == 1
+    assert script.main([str(tmp_path / "out"), f"--{option}", "-1"]) == 2
     assert f"error: {option}: expected a whole number from " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -369,7 +369,7 @@ def test_the_script_says_how_rows_differ(tmp_path, capsys):
     ],
 )
 def test_a_source_that_is_none_is_refused_and_nothing_written(source, message, tmp_path, capsys):
-    assert script.main([str(tmp_path / "out"), "--source", source]) == 1
+    assert script.main([str(tmp_path / "out"), "--source", source]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

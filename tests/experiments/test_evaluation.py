@@ -232,7 +232,7 @@ def test_an_adapter_of_another_base_is_named(given, tmp_path, capsys):
     lora = get_peft_model(AutoModelForCausalLM.from_pretrained(given.folder / "model"), LoraConfig(r=2))
     lora.save_pretrained(tmp_path / "lora")
     options = ["--model", str(tmp_path / "model"), "--adapter", str(tmp_path / "lora"), "--data", str(given.data)]
-    assert script.main([*options, "--out", str(tmp_path / "out")]) == 1
+    assert script.main([*options, "--out", str(tmp_path / "out")]) == 2
     assert "lora: expected an adapter of model, found another: Error(s) in loading" in capsys.readouterr().err
 
 
@@ -364,16 +364,16 @@ def test_the_script_in_both_modes(given, tmp_path, capsys):
     assert record["score"]["environment"]["versions"]["torch"] == torch.__version__
     assert "instruction" not in "".join(kept["score"])  # row ids, not the data set's text
     assert "| mean | |" in capsys.readouterr().out
-    assert script.main([*common, *adapter, "--mode", "score", "--out", str(tmp_path / "score")]) == 1
+    assert script.main([*common, *adapter, "--mode", "score", "--out", str(tmp_path / "score")]) == 2
     assert "found a finished one" in capsys.readouterr().err
-    assert script.main([*common, "--prompt", "zzz", "--out", str(tmp_path / "new")]) == 1
+    assert script.main([*common, "--prompt", "zzz", "--out", str(tmp_path / "new")]) == 2
     assert "expected one of chat, clover, llm_adapters" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
-    assert script.main([*common[:2], "--out", str(tmp_path / "new")]) == 1
+    assert script.main([*common[:2], "--out", str(tmp_path / "new")]) == 2
     assert "--data: expected a folder" in capsys.readouterr().err
-    assert script.main([*common, "--merge", "--out", str(tmp_path / "new")]) == 1
+    assert script.main([*common, "--merge", "--out", str(tmp_path / "new")]) == 2
     assert "--merge: expected --adapter, found none to merge" in capsys.readouterr().err
-    assert script.main([*common, "--harness", "mmlu", "--out", str(tmp_path / "new")]) == 1
+    assert script.main([*common, "--harness", "mmlu", "--out", str(tmp_path / "new")]) == 2
     assert "--data: expected none with --harness" in capsys.readouterr().err
 
 
@@ -410,13 +410,13 @@ def test_the_script_goes_on_with_the_same_adapter_only(given, tmp_path, capsys):
     (tmp_path / "out" / "record.json").unlink()
     weights = load_file(adapter / SAVED)
     save_file({name: 1.01 * t if "clover_S" in name else t for name, t in weights.items()}, adapter / SAVED)
-    assert script.main(command) == 1
+    assert script.main(command) == 2
     assert "adapter_sha256: expected" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--rows", "--batch-size", "--beams", "--new-tokens"])
 def test_the_script_refuses_numbers_below_one(option, tmp_path, capsys):
-    assert script.main([option, "0", "--out", str(tmp_path / "out")]) == 1
+    assert script.main([option, "0", "--out", str(tmp_path / "out")]) == 2
     assert f"error: {option}: expected at least 1, found 0" in capsys.readouterr().err
 
 
@@ -452,7 +452,7 @@ def test_vllm_generates_where_it_is_installed(given, tmp_path, monkeypatch, beam
     )
     options = ["--model", str(given.folder / "model"), "--data", str(given.data), "--vllm", "--beams", str(beams)]
     monkeypatch.setitem(sys.modules, "vllm", None)
-    assert script.main([*options, "--out", str(tmp_path / "none")]) == 1
+    assert script.main([*options, "--out", str(tmp_path / "none")]) == 2
     assert "pip install vllm" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "vllm", stub)
     assert script.main([*options, "--out", str(tmp_path / "out")]) == 0
@@ -462,14 +462,14 @@ def test_vllm_generates_where_it_is_installed(given, tmp_path, monkeypatch, beam
     assert {name: task["correct"] for name, task in found["tasks"].items()} == {
         name: 3 if name == "boolq" else 2 for name in TASKS
     }
-    assert script.main([*options[:-2], "--mode", "score", "--out", str(tmp_path / "no")]) == 1
+    assert script.main([*options[:-2], "--mode", "score", "--out", str(tmp_path / "no")]) == 2
     assert "pass its folder as --model" in capsys.readouterr().err
 
 
 def test_the_harness_is_asked_for_where_it_is_missing(given, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     options = ["--model", str(given.folder / "model"), "--harness", "arc_easy", "--out", str(tmp_path / "out")]
-    assert script.main(options) == 1
+    assert script.main(options) == 2
     assert "pip install lm-eval" in capsys.readouterr().err
 
 

@@ -297,3 +297,13 @@ def test_a_processor_of_diffusers_that_reads_more_is_refused():
     with pytest.raises(ValueError, match=rf"{processor.__name__}: .*known, found rotary in diffusers .*an older diff"):
         prune(model, 0.4)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_continuous_batching_refuses_narrow_heads():
+    """It hung: the thread that generates failed to write narrow keys into its pages."""
+    model = build("llama")
+    prune(model, {"vo": 0.5})
+    for start in (lambda: model.generate_batch([[3, 4, 5]]), model.init_continuous_batching):
+        with pytest.raises(ValueError, match=r"self_attn: expected heads as wide as the config says.*use generate"):
+            start()
+    build("llama").init_continuous_batching()  # heads of the config's size

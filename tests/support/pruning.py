@@ -17,6 +17,7 @@ NARROW = [
     *("bart", "mbart", "pegasus", "marian", "m2m_100", "blenderbot", "plbart", "whisper", "t5", "mt5"),
     *("vit", "clip", "siglip", "deepseek_v2", "deepseek_v3", "unet"),
 ]
+NARROW = [family for family in NARROW if family in FAMILIES]  # those that the installed transformers has
 
 
 def kinds(model) -> list[str]:
@@ -48,6 +49,13 @@ def prune(model, *args, **kwargs):
         return clover_peft.prune(model, *args, **kwargs)
 
 
+def reload(model, folder):
+    """The model from its folder, as another process finds it: only what was saved counts."""
+    model.save_pretrained(folder)
+    same = {"experts_implementation": "eager"} if "Deepseek" in type(model).__name__ else {}  # not saved with a config
+    return type(model).from_pretrained(folder, **same).eval().requires_grad_(False)
+
+
 GENERATING = [name for name in NARROW if hasattr(build(name), "generate") and FAMILIES[name].kind != "contrast"]
 
 
@@ -65,3 +73,16 @@ def shown(model, family: str) -> list:
         given = {k: v for k, v in inputs(family).items() if not k.startswith("decoder")}
         return model.generate(**given, max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0).tolist()
     return [round(float(x), 3) for x in logits(model, family).flatten()[:50]]
+
+
+def unchanged(model, before) -> bool:
+    """Whether a model has the parameters of `before`, to the bit, and no hooks."""
+    hooks = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    names = dict(model.named_parameters())
+    return not hooks and set(names) == set(before) and all(torch.equal(names[n], p) for n, p in before.items())
+
+
+def iter_fails():
+    """Batches that must not be read."""
+    raise AssertionError("data were read")
+    yield

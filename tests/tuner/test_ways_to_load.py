@@ -21,7 +21,7 @@ from torch import Tensor
 from clover_peft import CloverConfig
 from tests.support.adapters import layers
 from tests.support.saved_adapters import SAVE_BASES, WEIGHTS, base_in, load, save_trained, trained_model
-from tests.support.tiny import TOLERANCE, build, logits, perturb, relative
+from tests.support.tiny import TOLERANCE, build, is_older, logits, perturb, relative
 
 # ---------------------------------------------------------------------- the ways to load
 
@@ -41,6 +41,7 @@ def test_auto_peft_model_finds_the_base(published: tuple, kwargs: dict) -> None:
     assert torch.equal(logits(model, "llama"), before)
 
 
+@pytest.mark.skipif(is_older("5.18"), reason="transformers did not read modules_to_save then, of LoRA neither")
 def test_transformers_from_pretrained_takes_an_adapter_folder(published: tuple) -> None:
     _, adapter, before = published
     model = hf.AutoModelForCausalLM.from_pretrained(adapter)

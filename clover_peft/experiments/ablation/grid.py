@@ -111,7 +111,7 @@ def read_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
     Raises:
         ValueError: a key or a value makes no sense; the message names the key, what was expected and what was found.
     """
-    path = find_config(path)
+    path = find_config(path, "grid")
     values = load_yaml(path.read_text(encoding="utf-8"), str(path))
     keys = [part.name for part in fields(Grid)]
     if isinstance(values, dict):

@@ -14,7 +14,7 @@ import clover_peft  # noqa: F401  registers CLOVER
 
 from ...io.configs import find_config
 from ...io.overrides import apply_override, load_yaml
-from ..training.optimizer import check_factors
+from ..settings import check_factors
 from .domains import SPLITS
 
 BASE = "base"  # the model that is not adapted
@@ -172,7 +172,7 @@ def is_experiment(path: str | Path) -> bool:
     Raises:
         ValueError: there is no such file, or it is no YAML.
     """
-    path = find_config(path)
+    path = find_config(path, "grid")
     values = load_yaml(path.read_text(encoding="utf-8"), str(path))
     return isinstance(values, dict) and "domains" in values
 
@@ -187,7 +187,7 @@ def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     Raises:
         ValueError: naming the key, what was expected and what was found.
     """
-    path = find_config(path)
+    path = find_config(path, "grid")
     values = load_yaml(path.read_text(encoding="utf-8"), str(path))
     known = [part.name for part in fields(Experiment)]
     if not isinstance(values, dict):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..settings import check_factors
 
 # Coefficients of a quintic iteration that brings singular values to about 1 (https://kellerjordan.github.io/posts/muon/).
 _QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -96,28 +97,6 @@ def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
         square = wide @ wide.mT
         wide = a * wide + (b * square + c * square @ square) @ wide
     return wide if x.shape[-2] <= x.shape[-1] else wide.mT
-
-
-def check_factors(factors: Any) -> None:
-    """Check the factors of `scale_learning_rates` as far as that is possible without a model.
-
-    Raises:
-        ValueError: the factors are no mapping, a key is no regular expression, or a factor is negative or not finite.
-    """
-    if not isinstance(factors, Mapping):
-        raise ValueError(f"learning_rate_factors: expected a factor by part of a name, found {factors!r}")
-    for pattern, factor in factors.items():
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            raise ValueError(
-                f"learning_rate_factors: {pattern!r}: expected a regular expression, found {error}; a part of a name, "
-                "such as v_proj, is one"
-            ) from error
-        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
-            raise ValueError(
-                f"learning_rate_factors: {pattern}: expected a finite factor of at least 0, found {factor!r}"
-            )
 
 
 def scale_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module, factors: Mapping[str, float]) -> None:

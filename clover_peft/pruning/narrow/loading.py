@@ -117,6 +117,28 @@ def _install_lazy_caches() -> None:
     mixin._get_static_cache_init_shape = none_if_narrow
 
 
+def _refuse_continuous_batching() -> None:
+    """Let `generate_batch` refuse narrow heads: its pages have the config's head size, and it would wait forever for
+    the thread that fails to write into them."""
+    mixin: Any = GenerationMixin
+    start = getattr(mixin, "init_continuous_batching", None)
+    if start is None or getattr(start, "clover", False):
+        return
+
+    @functools.wraps(start)
+    def unless_narrow(self: Any, *args: Any, **kwargs: Any) -> Any:
+        name = next((name for name, module in self.named_modules() if hasattr(module, WIDTHS)), None)
+        if name is not None:
+            raise ValueError(
+                f"{name}: expected heads as wide as the config says, which continuous batching (generate_batch) needs "
+                "for its paged cache, found pruned ones; use generate, or prune with masked=True"
+            )
+        return start(self, *args, **kwargs)
+
+    unless_narrow.clover = True  # type: ignore[attr-defined]
+    mixin.init_continuous_batching = unless_narrow
+
+
 def install() -> None:
     """Let transformers and diffusers load pruned models; once."""
     if not getattr(PreTrainedModel.post_init, "clover", False):
@@ -130,6 +152,7 @@ def install() -> None:
         narrow_first.clover = True  # type: ignore[attr-defined]
         PreTrainedModel.post_init = narrow_first
     _install_lazy_caches()
+    _refuse_continuous_batching()
     if importlib.util.find_spec("diffusers") is None:
         return
     try:

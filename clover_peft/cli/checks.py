@@ -1,0 +1,211 @@
+"""What can be wrong with a command line and its files, found without torch, peft, transformers or TRL.
+
+`clover` makes these checks before it imports them, which takes many seconds. A subcommand's `run` makes them again,
+for those who call it from Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from ..experiments import settings
+from ..io.configs import find_config
+from ..io.overrides import apply_override, load_yaml
+from ..io.static_fields import static_fields
+from ..tuner import config_checks
+
+_UNUSED_BY_HARNESS = ("data", "split", "tasks", "mode", "prompt", "beams", "new_tokens", "merge", "vllm")
+
+
+def sft(given: argparse.Namespace) -> None:
+    """Names and types of all settings, and the values of the job's and of CLOVER's own."""
+    from ..experiments.training.job_arguments import JobArguments  # its package needs TRL
+
+    parts = settings.read(given.config, given.overrides)
+    own, of_trl = _fields(JobArguments.__module__, "JobArguments"), _fields("trl.trainer.sft_config", "SFTConfig")
+    if own and of_trl:
+        settings.check_flat(parts.flat, own, of_trl)
+    JobArguments(**{key: value for key, value in parts.flat.items() if key in own})
+    if str(parts.block.get("peft_type")).upper() == "CLOVER":
+        if known := _fields("clover_peft.tuner.config", "CloverConfig"):
+            settings.check_block(parts.block, known)
+        config_checks.check(parts.block)
+    settings.check_rate(parts.flat)
+
+
+def plan(given: argparse.Namespace) -> None:
+    adapter_settings(given.overrides)
+
+
+def adapter_settings(overrides: Sequence[str]) -> dict[str, Any]:
+    """Reads fields of `CloverConfig` from `key=value`, and checks them."""
+    known = _fields("clover_peft.tuner.config", "CloverConfig")
+    values: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        name = key.lstrip("-").partition(".")[0]
+        if not equals or (known and name not in known):
+            near = difflib.get_close_matches(name, known or [], n=1)
+            raise ValueError(
+                f"{override}: expected key=value with a field of CloverConfig"
+                + (f", found {name}; did you mean {near[0]}?" if near and name not in known else "")
+            )
+        apply_override(values, override)
+    config_checks.check(values)
+    return values
+
+
+def ablate(given: argparse.Namespace) -> None:
+    """The options, and that the configuration is a file with keys and values."""
+    if given.table is not None:
+        _refuse(given, "--table", ("config", "out", "records", "minutes", "jobs", "step", "overrides"))
+        return
+    if given.config is None or given.out is None:
+        raise ValueError("expected --config and --out, or --table")
+    if given.step is not None:
+        _refuse(given, "--step", ("minutes", "jobs", "pictures"))
+    if given.jobs is not None and given.jobs < 1:
+        raise ValueError(f"--jobs {given.jobs}: expected at least 1")
+    path = find_config(given.config, "grid")
+    values = load_yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected keys and values, found {values!r}")
+    if "domains" in values:
+        _refuse(given, "an adaptation experiment", ("records", "minutes", "step"))
+        module, name = "clover_peft.experiments.adaptation.plan", "Experiment"
+    elif given.mechanism:
+        raise ValueError("--mechanism: expected an adaptation experiment, found a grid; use clover analyze")
+    else:
+        module, name = "clover_peft.experiments.ablation.grid", "Grid"
+    for override in given.overrides:
+        apply_override(values, override)
+    known = _fields(module, name)
+    if known and not values.keys() <= known.keys():
+        raise ValueError(f"{path}: expected the keys {', '.join(known)}, found {', '.join(map(str, values))}")
+
+
+def evaluate(given: argparse.Namespace) -> None:
+    if (given.out / "record.json").exists():
+        raise ValueError(f"{given.out}: expected an unfinished evaluation or a new folder, found a finished one")
+    for key in ("rows", "batch_size", "beams", "new_tokens"):
+        if (value := getattr(given, key)) is not None and value < 1:
+            raise ValueError(f"--{key.replace('_', '-')}: expected at least 1, found {value}")
+    for what, chosen, keys in (
+        ("--harness", given.harness, _UNUSED_BY_HARNESS),
+        ("--mode score", given.mode == "score", ("beams", "new_tokens")),
+        ("no --harness", not given.harness, ("harness_tasks",)),
+    ):
+        if chosen and (unused := [key for key in keys if getattr(given, key) not in (None, False)]):
+            raise ValueError(f"--{unused[0].replace('_', '-')}: expected none with {what}, which does not use it")
+    if given.merge and given.adapter is None:
+        raise ValueError("--merge: expected --adapter, found none to merge")
+    if given.data is None and not given.harness:
+        raise ValueError("--data: expected a folder that `clover prepare-data` wrote, found none")
+    if given.vllm and (given.adapter or given.mode == "score"):
+        raise ValueError("--vllm generates with a merged model: pass its folder as --model (`clover export`)")
+
+
+def analyze(given: argparse.Namespace) -> None:
+    if not (given.adapter or (given.before and given.after)):
+        raise ValueError("expected --adapter, or --before and --after")
+    unused = ("before", "after") if given.adapter else ("model",)
+    if useless := [key for key in unused if getattr(given, key) is not None]:
+        raise ValueError(f"--{useless[0]}: expected none with --{'adapter' if given.adapter else 'before'}")
+    names = labels(given)
+    if len(set(names)) != len(given.adapter or names[:1]):
+        raise ValueError(f"--label: expected a name of its own for each adapter or model, found {names}")
+    if given.top < 1:
+        raise ValueError(f"--top: expected at least 1, found {given.top}")
+    if (given.out / "analysis.json").exists():
+        raise ValueError(f"{given.out}: expected a new folder, found an analysis in it; choose another")
+
+
+def labels(given: argparse.Namespace) -> list[str]:
+    """The names of the adapters that `clover analyze` compares, or of the model."""
+    return given.label or ([path.parent.name for path in given.adapter] if given.adapter else ["after"])
+
+
+def prune(given: argparse.Namespace) -> None:
+    out: Path = given.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out}: expected a new or empty folder, found files; choose another")
+    if given.ranks is not None and given.ratio is None:
+        raise ValueError(f"--ranks {given.ranks}: expected --ratio with it, which it spreads, found none")
+    for name in ("ratio", "threshold", "energy"):
+        figures(f"--{name}", getattr(given, name))
+    if given.ranks == "gradient" and given.calibration is None:
+        raise ValueError("--ranks gradient: expected --calibration with it, found none")
+    _calibration(given)
+
+
+def spectra(given: argparse.Namespace) -> None:
+    figures("--threshold", given.threshold)
+    _calibration(given)
+    if given.out is None:
+        if given.layers or given.no_pictures:
+            raise ValueError("--layers and --no-pictures: expected --out with them, found none")
+        return
+    if (given.out / "spectra.json").exists():
+        raise ValueError(f"--out {given.out}: expected a new folder, found spectra in it; choose another")
+    if given.no_pictures and given.layers:
+        raise ValueError("--layers: expected pictures to draw them in, found --no-pictures")
+
+
+def _calibration(given: argparse.Namespace) -> None:
+    chosen = [name for name in ("rows", "max_length", "batch_size") if getattr(given, name) is not None]
+    if given.calibration is None and chosen:
+        raise ValueError(f"--{chosen[0].replace('_', '-')}: expected --calibration with it, found none")
+
+
+def figures(option: str, text: str | None) -> float | dict[Any, float] | None:
+    """A figure for all kinds of pairs, as "0.5", or one for each, as "qk=0.5,vo=0.25"; None for None.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if text is None:
+        return None
+    try:
+        if "=" not in text:
+            return float(text)
+        parts = [part.split("=") for part in text.split(",")]
+        found = {kind.strip(): float(figure) for kind, figure in parts}
+        if len(found) == len(parts) and found.keys() <= {"qk", "vo"}:
+            return cast("dict[Any, float]", found)
+    except ValueError:
+        pass
+    raise ValueError(f"{option} {text}: expected a figure such as 0.5, or one for each kind as qk=0.5,vo=0.25")
+
+
+def export(given: argparse.Namespace) -> None:
+    if given.out.exists() and (not given.out.is_dir() or any(given.out.iterdir())):
+        raise ValueError(f"{given.out}: expected a new or empty folder, found files; choose another")
+
+
+def _fields(module: str, name: str) -> dict[str, Any]:
+    """The fields of a class; none where its source is not readable, and the class itself finds what is wrong."""
+    try:
+        return static_fields(module, name)
+    except LookupError:
+        return {}
+
+
+def _refuse(given: argparse.Namespace, what: str, keys: tuple[str, ...]) -> None:
+    if unused := [key for key in keys if getattr(given, key) not in (None, [])]:
+        raise ValueError(f"{unused[0]}: expected none beside {what}, which does not use it")
+
+
+CHECKS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "sft": sft,
+    "prune": prune,
+    "spectra": spectra,
+    "export": export,
+    "plan": plan,
+    "evaluate": evaluate,
+    "ablate": ablate,
+    "analyze": analyze,
+}

@@ -1,0 +1,99 @@
+"""The checks of `CloverConfig`'s values; without peft, so that the command line can make them before it imports it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_SWITCHES = (
+    *("cross_layer", "truncate", "init_weights", "check_base", "folded", "from_activations", "balanced_updates"),
+    "inference_mode",
+)
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "s_matrix": ("full", "diagonal"),
+    "basis": (None, "qr", "svd"),
+    "bias": ("none", "all", "clover_only"),
+    "save_bases": (True, False, "folded"),
+    **dict.fromkeys(_SWITCHES, (True, False)),
+}
+
+MOST_CONDITION = 1e6  # beyond it a decomposition drops directions
+
+
+def check(values: Mapping[str, Any]) -> None:
+    """Checks the fields of a `CloverConfig`, each on its own and then their combinations.
+
+    Args:
+        values: name of a field -> its value; one that is left out has its default.
+
+    Raises:
+        ValueError: for values outside the choices and for combinations that have no meaning.
+    """
+    for name, allowed in _CHOICES.items():
+        if name not in values:
+            continue
+        value = values[name]
+        if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in allowed):
+            raise ValueError(f"CloverConfig.{name}: expected one of {list(allowed)}, found {value!r}")
+    _check_numbers(values)
+    _check_combinations(values)
+
+
+def _check_numbers(values: Mapping[str, Any]) -> None:
+    for name in ("r", "block_size", "mlp_block_size", "head_dim", "num_heads"):
+        _check_positive(name, values.get(name), optional=True)
+    low_rank, dropout = values.get("low_rank", 0), values.get("clover_dropout", 0.0)
+    if low_rank != 0 or isinstance(low_rank, bool):
+        _check_positive("low_rank", low_rank)
+    pattern = values.get("rank_pattern", {})
+    if not isinstance(pattern, dict):
+        raise ValueError(f"CloverConfig.rank_pattern: expected a dict of names to ranks, found {pattern!r}")
+    for name, rank in pattern.items():
+        _check_positive(f"rank_pattern[{name!r}]", rank)
+    limit = values.get("max_condition")
+    if limit is not None and (type(limit) not in (int, float) or not 1 <= limit <= MOST_CONDITION):
+        raise ValueError(f"CloverConfig.max_condition: expected None, or 1 to {MOST_CONDITION:g}, found {limit!r}")
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
+        raise ValueError(f"CloverConfig.clover_dropout: expected a number, found {dropout!r}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"CloverConfig.clover_dropout: expected 0 <= p < 1, found {dropout}")
+
+
+def _check_positive(name: str, value: object, optional: bool = False) -> None:
+    if optional and value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(
+            f"CloverConfig.{name}: expected a positive integer{' or None' if optional else ''}, found {value!r}"
+        )
+
+
+def _check_combinations(values: Mapping[str, Any]) -> None:
+    get = values.get
+    is_regex = isinstance(get("target_modules"), str) and get("target_modules") != "all-linear"
+    layers = next((name for name in ("layers_to_transform", "layers_pattern") if get(name) is not None), None)
+    refused = {
+        "s_matrix='diagonal' has no meaning in the QR basis, whose matrix is triangular; use basis='svd' (or "
+        "None) or s_matrix='full'": get("s_matrix") == "diagonal" and get("basis") == "qr",
+        "truncate=True drops the directions beyond r; pass r=... or rank_pattern": (
+            get("truncate") and get("r") is None and not get("rank_pattern")
+        ),
+        "with truncate=True the map replaces a head's output, which clover_dropout would drop; use one of the "
+        "two": get("truncate") and get("clover_dropout", 0.0) > 0,
+        "truncate=True needs leading directions, but the QR basis has no order; use basis='svd'": (
+            get("truncate") and get("basis") == "qr"
+        ),
+        f"{layers} cannot be used with a regular expression in target_modules; put the layers into the "
+        "expression, or pass a list of names": is_regex and layers is not None,
+        "layers_pattern needs layers_to_transform; pass both or neither": (
+            bool(get("layers_pattern")) and get("layers_to_transform") is None
+        ),
+        "save_bases=False computes the bases again from the weights, but these were made from activations; use "
+        "save_bases=True or 'folded'": get("from_activations") and get("save_bases") is False,
+        "save_bases=False computes the bases again from the weights, but balance_updates scaled these; use "
+        "save_bases=True or 'folded'": get("balanced_updates") and get("save_bases") is False,
+        "a folded adapter holds maps for inference and cannot be trained; load it with is_trainable=False, or "
+        "train from an adapter saved with save_bases=True": get("folded") and not get("inference_mode"),
+    }
+    if message := next((message for message, holds in refused.items() if holds), None):
+        raise ValueError(f"CloverConfig: {message}")

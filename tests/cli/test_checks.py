@@ -1,0 +1,165 @@
+"""Errors in options and configurations are answered without torch, with exit code 2 and a sentence on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import clover_command
+from clover_peft import CloverConfig
+from clover_peft.cli import checks, parsers
+from clover_peft.cli.errors import EXTRAS, reports_errors
+from clover_peft.io.hub_models import DEFAULT_MODEL, ModelSource
+from clover_peft.io.static_fields import static_fields
+from clover_peft.tuner import config_checks
+from tests.support.tiny import build, load_script
+
+ROOT = Path(__file__).parents[2]
+ANSWER = (
+    "import clover_command, json, sys\n"
+    "codes = [clover_command.main(line) for line in json.loads(sys.argv[1])]\n"
+    "print(json.dumps([codes, sorted({'torch', 'peft', 'transformers', 'trl'} & set(sys.modules))]))\n"
+)
+SFT = ["sft", "--config", "clover_full"]
+WRONG = [
+    (["sft", "--config", "clover_ful"], "did you mean clover_full?"),
+    (["sft", "--config", "smollm2_cpu"], "did you mean models/smollm2_135m?"),
+    ([*SFT, "max_step=3"], "max_step: unknown; the nearest known is max_steps"),
+    ([*SFT, "lr=3"], "lr: unknown; the nearest known is learning_rate"),
+    ([*SFT, "max_steps=many"], "max_steps: expected int, found 'many'"),
+    ([*SFT, "rows=0"], "rows: expected at least 1, found 0"),
+    ([*SFT, "do_eval=true"], "do_eval: not a setting of this job"),
+    ([*SFT, "peft.rr=3"], "peft.rr: unknown; the nearest known is peft.r"),
+    ([*SFT, "peft.r=0"], "CloverConfig.r: expected a positive integer or None, found 0"),
+    ([*SFT, "peft.s_matrix=triangular"], "CloverConfig.s_matrix: expected one of"),
+    ([*SFT, "rows=[1"], "rows=[1: expected YAML"),
+    (["sft", "--config", "models/llama2_7b"], "method: expected one of"),
+    (["ablate", "--config", "smollm", "--out", "out"], "did you mean ablations/smollm2?"),
+    (["ablate", "--config", "clover_full", "--out", "out"], "shipped are ablations/"),
+    (["ablate", "--config", "smollm2", "--out", "out", "zzz=3"], "expected the keys base, settings"),
+    (["ablate", "--config", "adaptation_probe", "--out", "out", "zzz=3"], "expected the keys model, dtype"),
+    (["ablate", "--config", "smollm2"], "expected --config and --out, or --table"),
+    (["plan", "--model", "m", "r=0"], "CloverConfig.r: expected a positive integer or None, found 0"),
+    (["plan", "--model", "m", "s_matrx=full"], "did you mean s_matrix?"),
+    (["plan", "--model", "m", "r"], "r: expected key=value with a field of CloverConfig"),
+    (["evaluate", "--out", "out"], "--data: expected a folder"),
+    (["evaluate", "--out", "out", "--rows", "0"], "--rows: expected at least 1, found 0"),
+    (["analyze", "--out", "out"], "expected --adapter, or --before and --after"),
+    (["prune", "m", "--ratio", "half", "--out", "out"], "--ratio half: expected a figure such as 0.5"),
+    (["prune", "m", "--ratio", "0.5", "--rows", "3", "--out", "out"], "--rows: expected --calibration with it"),
+    (["prune", "m", "--ratio", "0.5", "--out", "docs"], "--out docs: expected a new or empty folder"),
+    (["spectra", "m", "--threshold", "xy=1"], "--threshold xy=1: expected a figure such as 0.5"),
+    (["export", "adapter", "docs"], "docs: expected a new or empty folder"),
+]
+
+
+def test_errors_are_answered_without_torch():
+    lines = json.dumps([line for line, _ in WRONG])
+    done = subprocess.run([sys.executable, "-c", ANSWER, lines], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    codes, imported = json.loads(done.stdout)
+    assert imported == []
+    assert codes == [2] * len(WRONG)
+    said = done.stderr.splitlines()
+    assert len(said) == len(WRONG)
+    for sentence, (_, expected) in zip(said, WRONG, strict=True):
+        assert sentence.startswith("error: ")
+        assert expected in sentence
+
+
+def test_names_of_the_other_kind_are_not_offered():
+    with pytest.raises(ValueError, match="shipped are clover_diagonal, ") as error:
+        checks.sft(argparse.Namespace(config=["zzz"], overrides=[]))
+    assert "ablations/" not in str(error.value)
+    assert "accelerate/" not in str(error.value)
+    with pytest.raises(ValueError, match="shipped are ablations/") as error:
+        checks.ablate(parsers.ablate(["--config", "zzz", "--out", "out"]))
+    assert "clover_full" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("trl.trainer.sft_config", "SFTConfig"),
+        ("peft.tuners.lora.config", "LoraConfig"),
+        ("clover_peft.tuner.config", "CloverConfig"),
+        ("clover_peft.experiments.training.job_arguments", "JobArguments"),
+        ("clover_peft.experiments.ablation.grid", "Grid"),
+        ("clover_peft.experiments.adaptation.plan", "Experiment"),
+    ],
+)
+def test_fields_read_from_the_source_are_those_of_the_class(module, name):
+    kind = getattr(importlib.import_module(module), name)
+    assert list(static_fields(module, name)) == [field.name for field in dataclasses.fields(kind) if field.init]
+
+
+def test_every_switch_of_the_config_is_checked():
+    switches = {field.name for field in dataclasses.fields(CloverConfig) if field.type in ("bool", bool)}
+    assert set(config_checks._SWITCHES) == switches
+
+
+def test_a_source_that_cannot_be_read_leaves_the_names_to_the_job(monkeypatch):
+    def unreadable(module, name):
+        raise LookupError(module)
+
+    monkeypatch.setattr(checks, "static_fields", unreadable)
+    checks.sft(parsers.sft(["--config", "clover_full", "max_step=3"]))
+    assert checks.adapter_settings(["rr=3"]) == {"rr": 3}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["--model", "m", "--match", "q_proj", "k_proj", "r=4", "s_matrix=diagonal"],
+        ["--model", "m", "r=4", "--match", "q_proj", "k_proj", "s_matrix=diagonal"],
+        ["r=4", "s_matrix=diagonal", "--match", "q_proj", "k_proj", "--model", "m"],
+        ["--config-name", "m", "--match", "q_proj", "k_proj", "--json", "r=4", "s_matrix=diagonal"],
+    ],
+)
+def test_match_leaves_the_overrides_alone(line):
+    given = parsers.plan(line)
+    assert (given.model, given.match) == ("m", ["q_proj", "k_proj"])
+    assert given.overrides == ["r=4", "s_matrix=diagonal"]
+
+
+def test_match_needs_a_module(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parsers.plan(["--model", "m", "--match", "r=4"])
+    assert stopped.value.code == 2
+    assert "argument --match: expected at least one module" in capsys.readouterr().err
+
+
+def test_plan_finds_the_model_as_sft_does(tmp_path, monkeypatch, capsys):
+    script = load_script("plan")
+    build("llama").config.save_pretrained(tmp_path)
+    found = ModelSource(str(tmp_path), DEFAULT_MODEL, "apache-2.0", "PyPI wheel")
+    monkeypatch.setattr("clover_peft.cli.plan.find_model", lambda name: {DEFAULT_MODEL: found}[name])
+    assert script.main(["--model", DEFAULT_MODEL]) == 0
+    assert capsys.readouterr().out.startswith("llama: ")
+
+
+def test_plan_says_what_to_pass_without_the_hub(monkeypatch, capsys):
+    monkeypatch.setattr("clover_peft.io.hub_models.hub_reachable", lambda: False)
+    assert clover_command.main(["plan", "--model", "someone/some-model"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: model=someone/some-model: expected a folder or a model on the hub")
+    assert f"pass the path of a model folder, or {DEFAULT_MODEL}" in said
+
+
+@pytest.mark.parametrize("package", ["gguf", "bitsandbytes"])
+def test_an_extra_that_a_library_asks_for_is_named(package, capsys):
+    @reports_errors()
+    def run(given):
+        raise ImportError(f"Please install torch and {package}>=0.10.0 to load this checkpoint.")
+
+    assert run(argparse.Namespace()) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: Please install torch and ")
+    assert f'pip install "clover-peft[{EXTRAS[package]}]"' in said
