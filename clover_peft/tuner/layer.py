@@ -224,3 +224,7 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "clover." + super().__repr__()
+
+
+class CloverLinear(CloverLayer):
+    """The layer that `CloverModel` makes. For "all-linear", peft looks for "Linear" in the names of layer classes."""

@@ -27,7 +27,7 @@ from .bases import BasesReport, clover_layers, frozen_tensors
 from .block_spec import BlockSpec, block_spec
 from .combining import add_up, find_sources
 from .config import CloverConfig
-from .layer import CloverLayer
+from .layer import CloverLayer, CloverLinear
 from .merging import check_merge, check_truncation, merged_tensors
 from .mixed_batch import mixed_batch
 
@@ -175,7 +175,7 @@ class CloverModel(BaseTuner):
         specs = self._specs(peft_config, current_key)
         layer = target
         if not isinstance(layer, CloverLayer):
-            layer = CloverLayer(target, adapter_name, current_key, get_quantization_kwargs(self.model))
+            layer = CloverLinear(target, adapter_name, current_key, get_quantization_kwargs(self.model))
         now, is_meta = self._injection, makes_meta_tensors()
         if not now.may_be_loaded or peft_config.base_precision is None:
             peft_config.base_precision = layer.base_weight.precision
