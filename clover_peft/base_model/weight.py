@@ -32,7 +32,8 @@ class _Original(NamedTuple):
 
     Attributes:
         module: the projection; some quantisations merge into a new one.
-        weight: its weight, or None if only the module can read it.
+        weight: its weight, or None if only the module can read it. Other modules may share this parameter and the
+            bias, so neither is written to.
         bias: its bias.
         state: the 8-bit scales, which bitsandbytes keeps beside the weight.
     """
@@ -170,12 +171,10 @@ class BaseWeight:
         module = self.module
         if self._original is None:
             own = getattr(module, "weight", None)
-            own = own if own is None or self.backend is not None else own.data
-            own_bias = None if module.bias is None else module.bias.data
-            self._original = _Original(module, own, own_bias, copy.copy(getattr(module, "state", None)))
+            self._original = _Original(module, own, module.bias, copy.copy(getattr(module, "state", None)))
         rounding = (0.0, 0.0)
         if self.backend is None:
-            module.weight.data = weight
+            module.weight = _like(module.weight, weight)
         else:
             before = self.as_stored(self.transposed())
             self.backend.set_base_weight(self.owner, weight)
@@ -183,10 +182,7 @@ class BaseWeight:
             rounding = (float((weight - before).float().square().sum()), float(error.float().square().sum()))
         if bias is not None:
             module = self.module
-            if module.bias is None:  # a new module
-                module.bias = bias
-            else:
-                module.bias.data = bias
+            module.bias = bias if module.bias is None else _like(module.bias, bias)  # None in a new module
         return rounding
 
     def restore(self) -> None:
@@ -198,14 +194,11 @@ class BaseWeight:
             while holder.base_layer is not merged:
                 holder = holder.base_layer
             holder.base_layer = module
-        elif self.backend is not None:
-            module.weight = weight
-            if state is not None:
-                module.state = state
         else:
-            module.weight.data = weight
-        if bias is not None:
-            module.bias.data = bias
+            module.weight = weight
+            if state is not None and self.backend is not None:
+                module.state = state
+        module.bias = bias
         self._original = None
 
     def apply(self, fn: Any) -> None:
@@ -215,12 +208,12 @@ class BaseWeight:
         module, weight, bias, state = self._original
         if module is not self.module:
             module._apply(fn)
-        weight, bias = (None if tensor is None else fn(tensor) for tensor in (weight, bias))
+        weight, bias = (None if tensor is None else _applied(fn, tensor) for tensor in (weight, bias))
         self._original = _Original(module, weight, bias, state)
 
     def _dense_original(self, original: _Original) -> Tensor:
         if self.backend is None:
-            return original.weight
+            return original.weight.data
         if original.weight is None:
             return self.backend.get_base_weight(original.module)
         module = original.module
@@ -234,6 +227,16 @@ class BaseWeight:
             module.weight = merged
             if state is not None:
                 module.state = state
+
+
+def _like(old: Tensor, new: Tensor) -> Tensor:
+    """`new` in the place of `old`, which stays as it is: another module may share it."""
+    return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+
+
+def _applied(fn: Any, tensor: Tensor) -> Tensor:
+    """`fn(tensor)`. A plain parameter stays the same object, as in `nn.Module._apply`: another module may share it."""
+    return next(iter(nn.ParameterList([tensor])._apply(fn))) if type(tensor) is nn.Parameter else fn(tensor)
 
 
 def base_weight(model: nn.Module, path: str) -> BaseWeight:

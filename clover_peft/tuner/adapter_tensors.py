@@ -53,6 +53,7 @@ class AdapterTensors(nn.Module):
         for attribute in (*TRAINED, *FROZEN, "clover_dropout"):
             setattr(self, attribute, nn.ModuleDict())
         self.specs: dict[str, tuple[BlockSpec, ...]] = {}
+        self.scaling: dict[str, float] = {}
         self._missing_bases: set[str] = set()
         self.register_load_state_dict_post_hook(AdapterTensors._note_loaded)
 
@@ -112,7 +113,7 @@ class AdapterTensors(nn.Module):
         is_quantised = self.base_weight.backend is not None
         # Accelerate fills the state dict of the sharded model, and expects each of its entries to be sharded.
         persistent = is_quantised or not filled_by_rank_0()
-        self.specs[adapter_name] = specs
+        self.specs[adapter_name], self.scaling[adapter_name] = specs, 1.0
         for attribute, tensors in trained.items():
             getattr(self, attribute)[adapter_name] = GuardedTensors(tensors, trainable=True, guarded=is_quantised)
         for attribute, tensors in frozen.items():
@@ -143,7 +144,7 @@ class AdapterTensors(nn.Module):
         return BlockTensors.of({a: getattr(self, a)[adapter_name].get(spec.name) for a in ("clover_S", *FROZEN)})
 
     def read(self, adapter_name: str, spec: BlockSpec, use: Callable[[BlockTensors], Any]) -> Any:
-        """`use` of the tensors of a slice, with S in the dtype of the bases.
+        """`use` of the tensors of a slice, with S in the dtype of the bases and multiplied by the adapter's scale.
 
         It runs inside calls of the modules that hold the tensors. Outside, these may be sharded or offloaded.
         """
@@ -155,8 +156,9 @@ class AdapterTensors(nn.Module):
                 return module(spec.name, lambda tensor: read(attributes[1:], {**found, attributes[0]: tensor}))
             tensors = BlockTensors.of(found)
             # Without peft's `autocast_adapter_dtype`, S has the dtype of the base weights.
-            norm = self.tensors(adapter_name, spec).norm
-            return use(tensors if norm is None else tensors._replace(s=tensors.s.to(norm.dtype)))
+            norm, scale = self.tensors(adapter_name, spec).norm, self.scaling[adapter_name]
+            s = tensors.s if norm is None else tensors.s.to(norm.dtype)
+            return use(tensors._replace(s=s if scale == 1 else scale * s))
 
         return read(held, {})
 
@@ -198,7 +200,7 @@ class AdapterTensors(nn.Module):
         return result
 
     def add_low_rank(self, y: Tensor, x: Tensor | None, adapter_names: Iterable[str], dropout: bool = False) -> Tensor:
-        """`y + B A x`, (..., out_features), over the adapters that have a low-rank part.
+        """`y + scale * B A x`, (..., out_features), over the adapters that have a low-rank part.
 
         Args:
             y: (..., out_features).
@@ -213,7 +215,8 @@ class AdapterTensors(nn.Module):
                 else:
                     x_name = (self.clover_dropout[name](x) if dropout else x).to(y.dtype)
                     low = self.clover_A[name](WHOLE, partial(_linear, x_name))
-                y = y + self.clover_B[name](WHOLE, partial(_linear, low)).to(y.dtype)
+                update = self.clover_B[name](WHOLE, partial(_linear, low)).to(y.dtype)
+                y = y + (update if self.scaling[name] == 1 else self.scaling[name] * update)
         return y
 
     def bases_to_share(self, specs: tuple[BlockSpec, ...]) -> dict[str, dict[str, Tensor]] | None:
@@ -250,7 +253,7 @@ class AdapterTensors(nn.Module):
 
     def forget_tensors(self, adapter_name: str) -> None:
         """Remove the tensors of an adapter, also after an interrupted start."""
-        for attribute in (*TRAINED, *FROZEN, "clover_dropout", "specs"):
+        for attribute in (*TRAINED, *FROZEN, "clover_dropout", "specs", "scaling"):
             held = getattr(self, attribute)
             if adapter_name in held:
                 del held[adapter_name]

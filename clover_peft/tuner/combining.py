@@ -82,4 +82,4 @@ def add_up(sources: Sources, adapter_name: str, weights: Mapping[str, float]) ->
                     mine.copy_(theirs)
             new.s.zero_()
             for name in names:
-                new.s.add_(layer.tensors(name, spec).s, alpha=weights[name])
+                new.s.add_(layer.tensors(name, spec).s, alpha=weights[name] * layer.scaling[name])

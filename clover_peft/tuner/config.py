@@ -50,6 +50,8 @@ class CloverConfig(PeftConfig):
             by more than rounding.
         modules_to_save: Modules to train and save whole.
         trainable_token_indices: Token indices whose embeddings are trained, or a dict from embedding name to indices.
+        ensure_weight_tying: Keep modules of `modules_to_save` and `trainable_token_indices` tied that the model ties,
+            as embedding and head. It does not tie `target_modules`: an adapted head unties when it is merged.
         layers_to_transform: Layer index or indices to adapt; 0 is one.
         layers_pattern: Name of the module list that the indices refer to, if it is not a common one.
         rank_pattern: Module name or regular expression -> r for the modules it matches.
@@ -84,6 +86,7 @@ class CloverConfig(PeftConfig):
     check_base: bool = True
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)

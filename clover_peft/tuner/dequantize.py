@@ -47,7 +47,7 @@ def dequantize(model: ModelT, dtype: torch.dtype | None = None) -> ModelT:
     """
     inner: Any = inner_model(model)
     quantised = {}
-    for path, module in inner.named_modules():
+    for path, module in inner.named_modules(remove_duplicate=False):
         if isinstance(module, BaseTunerLayer):
             if module.merged:
                 raise ValueError(f"{path}: an adapter is merged; call unmerge_adapter first, and merge afterwards")
@@ -59,14 +59,22 @@ def dequantize(model: ModelT, dtype: torch.dtype | None = None) -> ModelT:
     if not quantised:
         raise ValueError("expected a model with quantised projections, found none")
     dtype = dtype or inner.dtype
+    shared: dict[int, Any] = {}  # id of a module or weight -> what replaces it, wherever else it is
     for path, (module, backend) in quantised.items():
-        weight = backend.get_base_weight(module)
+        parent, _, name = path.rpartition(".")
+        if id(module) in shared:
+            setattr(inner.get_submodule(parent), name, shared[id(module)])
+            continue
         plain = nn.Linear(*feature_counts(module, path), bias=module.bias is not None, device="meta")
-        plain.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        packed = BaseWeight(module, path, get_quantization_kwargs(inner)).stored
+        if id(packed) not in shared:
+            weight = backend.get_base_weight(module)
+            shared[id(packed)] = nn.Parameter(weight.to(dtype), requires_grad=False)
+        plain.weight = shared[id(packed)]
         if module.bias is not None:
             plain.bias = nn.Parameter(module.bias.to(dtype), requires_grad=module.bias.requires_grad)
         plain.train(module.training)
-        parent, _, name = path.rpartition(".")
+        shared[id(module)] = plain
         setattr(inner.get_submodule(parent), name, plain)
     for _, layer in clover_layers(inner):
         layer.base_weight.resolve_backend()
@@ -108,11 +116,16 @@ def merge_onto(model: nn.Module, base: ModelT, adapter_name: str = "default") ->
     for path, layer in layers:
         target: Any = base.get_submodule(path)
         with layer.base_weight.whole():
-            target.weight.copy_(target.weight + layer.get_delta_weight(adapter_name).to(target.weight.device))
-            if target.bias is not None:
+            own: Any = target.weight
+            changed = own + layer.get_delta_weight(adapter_name).to(own.device)
+            # A new parameter: another module of base may share the old one.
+            target.weight = nn.Parameter(changed.to(own.dtype), requires_grad=own.requires_grad)
+            if (own := target.bias) is not None:
                 # Biases are never quantised, and may have been trained.
                 trained: Any = layer.base_weight.bias
-                target.bias.copy_(map_constant(layer, trained, [adapter_name]))
+                target.bias = nn.Parameter(
+                    map_constant(layer, trained, [adapter_name]).to(own), requires_grad=own.requires_grad
+                )
     for path, module in inner.named_modules():
         mine: Any = module
         if isinstance(module, ModulesToSaveWrapper) and adapter_name in mine.modules_to_save:

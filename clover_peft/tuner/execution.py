@@ -104,7 +104,8 @@ def _kept_maps(
         for spec in layer.specs[name]
         for attribute in ("clover_S", *spec.base_shapes)
     ]
-    return cache.get((*names, dtype), sources, lambda: [m.to(dtype) for m in layer.maps(names)])
+    scales = [layer.scaling[name] for name in names]
+    return cache.get((*names, *scales, dtype), sources, lambda: [m.to(dtype) for m in layer.maps(names)])
 
 
 def output_is_kept(layer: AdapterTensors, names: Sequence[str]) -> bool:

@@ -27,9 +27,10 @@ from .adapter_tensors import FROZEN, TRAINED, AdapterTensors
 from .block_spec import BlockSpec
 from .execution import apply_adapters
 from .map_cache import MapCache
+from .scaling import Scaling
 
 
-class CloverLayer(AdapterTensors, BaseTunerLayer):
+class CloverLayer(AdapterTensors, Scaling, BaseTunerLayer):
     """A projection with CLOVER adapters: `nn.Linear`, `Conv1D` or a quantised linear.
 
     Args:
@@ -40,13 +41,14 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
     """
 
     adapter_layer_names: tuple[str, ...] = TRAINED
-    other_param_names: tuple[str, ...] = (*FROZEN, "clover_dropout", "specs")
+    other_param_names: tuple[str, ...] = (*FROZEN, "clover_dropout", "specs", "scaling")
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, name: str = "", quantization_kwargs: dict | None = None
     ) -> None:
         super().__init__(base_layer, name)
         self.merged_adapters: list[str] = []
+        self._merged_scaling: dict[str, float] = {}
         self._disable_adapters = False
         self._active_adapter = [adapter_name]
         self._cache = MapCache()
@@ -65,6 +67,11 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
     def weight(self) -> Tensor:
         """The base weight in its stored form; a quantised weight is packed."""
         return self.base_weight.stored
+
+    @property
+    def r(self) -> dict[str, int]:
+        """Adapter -> the most directions that it trains in a block, where LoRA's layers have their ranks."""
+        return {name: max(spec.r for spec in specs) for name, specs in self.specs.items()}
 
     # ------------------------------------------------------------------ adapters
 
@@ -198,9 +205,15 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.clover_S]
         if names:
             self.forget_maps()
-            weight, bias = merging.merged_tensors(self, [*self.merged_adapters, *names], safe_merge)
+            scaling = {name: self._merged_scaling.get(name, scale) for name, scale in self.scaling.items()}
+            now, self.scaling = self.scaling, scaling
+            try:
+                weight, bias = merging.merged_tensors(self, [*self.merged_adapters, *names], safe_merge)
+            finally:
+                self.scaling = now
             self.merge_rounding = self.base_weight.write(weight, bias)
             self.merged_adapters.extend(names)
+            self._merged_scaling = scaling
 
     def unmerge(self) -> None:
         """Put the base's own tensors back."""
@@ -208,7 +221,7 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
             warn("Already unmerged. Nothing to do.")
             return
         self.base_weight.restore()
-        self.merged_adapters = []
+        self.merged_adapters, self._merged_scaling = [], {}
 
     def extra_repr(self) -> str:
         """One line per adapter and slice: part, blocks, rank, basis."""
@@ -224,3 +237,7 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "clover." + super().__repr__()
+
+
+class CloverLinear(CloverLayer):
+    """The layer that `CloverModel` makes. For "all-linear", peft looks for "Linear" in the names of layer classes."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_quantization_kwargs
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
@@ -27,9 +27,10 @@ from .bases import MAX_CONDITION, clover_layers, frozen_tensors, warn_of_zero_bl
 from .block_spec import BlockSpec, block_spec
 from .combining import add_up, find_sources
 from .config import CloverConfig
-from .layer import CloverLayer
+from .layer import CloverLayer, CloverLinear
 from .merging import check_merge, check_truncation, merged_tensors
 from .mixed_batch import mixed_batch
+from .tied_weights import TiedWeights
 
 # Merging warns if rounding changes more than this share of the update.
 MUCH_ROUNDED = 0.1
@@ -52,7 +53,7 @@ class _Injection:
     progress: Any = field(default_factory=lambda: tqdm(desc="CLOVER bases", unit=" modules", delay=3, leave=False))
 
 
-class CloverModel(BaseTuner):
+class CloverModel(TiedWeights):
     """Adds CLOVER adapters to a model (arXiv 2411.17426).
 
     Every head keeps its weights, and gets frozen bases and a trained matrix of singular values between them.
@@ -177,7 +178,7 @@ class CloverModel(BaseTuner):
         specs = self._specs(peft_config, current_key)
         layer = target
         if not isinstance(layer, CloverLayer):
-            layer = CloverLayer(target, adapter_name, current_key, get_quantization_kwargs(self.model))
+            layer = CloverLinear(target, adapter_name, current_key, get_quantization_kwargs(self.model))
         now, is_meta = self._injection, makes_meta_tensors()
         if not now.may_be_loaded or peft_config.base_precision is None:
             peft_config.base_precision = layer.base_weight.precision

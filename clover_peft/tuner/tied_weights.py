@@ -1,0 +1,34 @@
+"""What a tuner does about modules that share a weight, such as an embedding and the head."""
+
+from __future__ import annotations
+
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from .config import CloverConfig
+
+
+class TiedWeights(BaseTuner):
+    """The part of `CloverModel` that concerns tied weights.
+
+    Each adapted module has maps of its own. A merge therefore gives the module a weight of its own
+    (`BaseWeight.write`), and the modules that shared it keep theirs. Trained modules and tokens can stay tied.
+    """
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: CloverConfig) -> None:
+        # Peft warns of an adapter on a tied head, but here merging unties the head.
+        if peft_config.modules_to_save or peft_config.ensure_weight_tying:
+            super()._check_tied_modules(model, peft_config)
+
+    def _check_merge_allowed(self) -> None:
+        """As in peft, but without its warning of tied weights: a merge leaves the other modules' weights alone."""
+
+    _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
+
+    def _add_targets_to_tie(self, peft_config: CloverConfig, tied_weight_keys: list[str]) -> None:
+        raise ValueError(
+            f"{', '.join(tied_weight_keys)}: expected ensure_weight_tying to tie modules in modules_to_save or "
+            "trainable_token_indices, found target_modules, which cannot include the embedding (CLOVER adapts linear "
+            "projections); leave ensure_weight_tying out, or name the embedding in modules_to_save"
+        )
