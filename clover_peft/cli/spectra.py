@@ -33,7 +33,7 @@ _UNCALIBRATED = (
 def run(given: argparse.Namespace) -> int:
     threshold = options.figures("--threshold", given.threshold)
     _check(given)
-    model, processor = load_as_saved(find_model(given.model))
+    model, processor = load_as_saved(find_model(given.model), given.model_class)
     kinds = given.kinds or sorted({pair.kind for pair in find_pairs(model)})
     if not kinds or (isinstance(threshold, dict) and set(threshold) - set(kinds)):
         wanted = f"pairs for --threshold {given.threshold}" if kinds else "pairs of projections"
