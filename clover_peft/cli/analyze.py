@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from ..experiments.analysis import (
@@ -27,7 +26,8 @@ from ..experiments.analysis import (
 from ..experiments.commonsense import sources
 from ..io import run_record as records
 from ..io.figures import find_pyplot
-from ..io.hub_models import find_adapter, find_model, load_trained
+from ..io.hub_models import ModelSource, find_adapter, find_model, load_adapted, load_tokenizer
+from ..io.model_class import find_class, read_config
 from ..io.tables import markdown_table
 from . import checks, parsers
 from .errors import reports_errors
@@ -44,10 +44,10 @@ def run(given: argparse.Namespace) -> int:
         for label, path in zip(labels, given.adapter, strict=True):
             found[label] = _measure_adapter(label, path, given)
     else:
-        before, tokenizer = load_trained(find_model(given.before), None, given.dtype)
-        after = AutoModelForCausalLM.from_pretrained(find_model(given.after).path, dtype=given.dtype)
-        after = after.to(before.device)
-        found[labels[0]] = _measure_models(before, after, tokenizer, labels[0], given)
+        source, end = find_model(given.before), find_model(given.after)
+        before = load_adapted(source, None, _class_of(source, None, given), given.dtype)
+        after = load_adapted(end, None, _class_of(end, None, given), given.dtype)
+        found[labels[0]] = _measure_models(before, after, _texts(source, None, given), labels[0], given)
     print(_table(found))
     options = {key: value for key, value in vars(given).items() if value is not None}
     record = {"options": options, "environment": records.environment(), "modules": found}
@@ -60,21 +60,26 @@ def run(given: argparse.Namespace) -> int:
 def _measure_adapter(label: str, path: Path, given: argparse.Namespace) -> list[dict[str, Any]]:
     config = find_adapter(path)
     source = find_model(given.model or config.base_model_name_or_path)
+    kind, texts = _class_of(source, config, given), _texts(source, path, given)
     if moves_base(config):
-        base, tokenizer = load_trained(source, None, given.dtype)
-        merged, _ = load_trained(source, path, given.dtype, merge=True)
-        return _measure_models(base, merged, tokenizer, label, given)
-    model, tokenizer = load_trained(source, path, given.dtype)
+        base = load_adapted(source, None, kind, given.dtype)
+        merged = load_adapted(source, path, kind, given.dtype, merge=True)
+        return _measure_models(base, merged, texts, label, given)
+    model = load_adapted(source, path, kind, given.dtype)
     layers = getattr(model.base_model, "targeted_module_names", [])  # prompt methods adapt none, and are refused
-    inputs = _inputs(model, tokenizer, layers, given.texts)
+    inputs = _inputs(model, layers, texts)
     return [_measured(change, inputs, given) for change in _shown(adapter_changes(model), label, len(layers))]
 
 
+def _class_of(source: ModelSource, adapter: Any, given: argparse.Namespace) -> Any:
+    return find_class(read_config(source.path), adapter, given.model_class)
+
+
 def _measure_models(
-    before: Any, after: Any, tokenizer: Any, label: str, given: argparse.Namespace
+    before: Any, after: Any, texts: list[torch.Tensor], label: str, given: argparse.Namespace
 ) -> list[dict[str, Any]]:
     names = [name for name, module in before.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
-    inputs = _inputs(before, tokenizer, names, given.texts)
+    inputs = _inputs(before, names, texts)
     found = [_measured(change, inputs, given) for change in _shown(model_changes(before, after), label, len(names))]
     if not found:
         raise ValueError(f"{label}: expected other weights than before, found the same")
@@ -85,9 +90,11 @@ def _measured(change: Change, inputs: dict[str, torch.Tensor], given: argparse.N
     return measure(change, inputs.get(change.name), top=given.top, threshold=given.threshold)
 
 
-def _inputs(model: Any, tokenizer: Any, names: list[str], texts: Path | None) -> dict[str, torch.Tensor]:
+def _texts(source: ModelSource, adapter: Path | None, given: argparse.Namespace) -> list[torch.Tensor]:
+    """The tokens of every text, (1, tokens) each; none without `--texts`."""
+    texts: Path | None = given.texts
     if texts is None:
-        return {}
+        return []
     if ".jsonl" in texts.suffixes:
         chosen = [row["instruction"] for row in sources.read_rows(texts)[:64]]
     else:
@@ -96,8 +103,18 @@ def _inputs(model: Any, tokenizer: Any, names: list[str], texts: Path | None) ->
             chosen = list(islice((line.strip() for line in lines if line.strip()), 64))
     if not chosen:
         raise ValueError(f"{texts}: expected a text a line, found none")
-    batches = [tokenizer(t, return_tensors="pt", truncation=True, max_length=512).to(model.device) for t in chosen]
-    return collect_inputs(model, names, [{"input_ids": batch["input_ids"]} for batch in batches])
+    tokenizer = load_tokenizer(source, adapter)
+    return [tokenizer(t, return_tensors="pt", truncation=True, max_length=512)["input_ids"] for t in chosen]
+
+
+def _inputs(model: Any, names: list[str], texts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    if not texts:
+        return {}
+    if model.main_input_name != "input_ids" or model.config.is_encoder_decoder:
+        raise ValueError(
+            f"--texts: expected a model that reads text alone, found {type(model).__name__}; leave it out"
+        )
+    return collect_inputs(model, names, [{"input_ids": ids.to(model.device)} for ids in texts])
 
 
 def _shown(changes: Iterator[Change], label: str, count: int) -> Iterator[Change]:

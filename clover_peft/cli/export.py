@@ -14,25 +14,19 @@ import transformers
 from peft import PeftConfig, PeftModel, convert_to_lora, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..io.hub_models import load_processor
+from ..io.model_class import find_class, read_config
 from ..tuner.bases import clover_layers
 from ..tuner.config import CloverConfig
 from ..tuner.lora_approximation import lora_errors
 from . import checks, parsers
 from .errors import reports_errors
+from .probe import probe
 
-_KINDS = {
-    "CAUSAL_LM": transformers.AutoModelForCausalLM,
-    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
-    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
-    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
-    "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
-}
-_FEATURES = transformers.AutoModel
 # What rounding may do to float32 logits: their relative distance.
 _ALLOWED = 64 * torch.finfo(torch.float32).eps
-_TOKENS = 32
 
 
 def export(
@@ -41,6 +35,7 @@ def export(
     base: str | None = None,
     dtype: torch.dtype | None = None,
     lora_ranks: list[int] | None = None,
+    model_class: str | None = None,
 ) -> dict[str, Any]:
     """Writes the merged model, and LoRAs beside it.
 
@@ -50,9 +45,10 @@ def export(
         base: base model; None: the one that the adapter names.
         dtype: of the export; None: the base's own. All else is computed in float32, which must fit into memory.
         lora_ranks: ranks of the LoRAs to write.
+        model_class: see `model_class.find_class`.
 
     Returns:
-        `difference`: relative distance of the merge's float32 logits on random tokens from the adapter's, or of the
+        `difference`: relative distance of the merge's float32 outputs on random inputs from the adapter's, or of the
         folder's from those of the rounded merge, the larger one; `changed`: tensors of the folder that are not the
         merge, rounded once; `rounding`: what rounding does to the logits, as a share of what the adapter does;
         `dtype`; `lora`: rank -> `weights` and `logits`, the relative error of the update and of its effect.
@@ -73,20 +69,22 @@ def export(
         raise ValueError(f"{adapter}: {extra[0]} cannot be part of a LoRA made of it; leave --lora-rank out")
     if lora_ranks and not isinstance(config, CloverConfig):
         raise ValueError(f"{adapter}: expected a CLOVER adapter, found {config.peft_type}; leave --lora-rank out")
-    tokenizer = _tokenizer(adapter, base)
-    kind = _class_of(config)
+    processor = load_processor(base)
+    trained_with = _tokenizer(adapter)
+    tokenizer = trained_with or getattr(processor, "tokenizer", processor)
+    kind = find_class(read_config(base), config, model_class)
     model = kind.from_pretrained(base, dtype="auto")
     if getattr(model, "is_quantized", False):
         raise ValueError(f"{base}: expected weights that are not quantised, found some; merge into the original model")
     own, wide = dtype or model.dtype, torch.promote_types(model.dtype, torch.float32)
     del model  # loaded again, not cast: what a model computes while it loads, as Gemma its scale, has its dtype
     model = kind.from_pretrained(base, dtype=wide)
-    grown = _grow(model, adapter, tokenizer)
-    plain = _probe(model)
+    grown = _grow(model, adapter, trained_with)
+    plain = probe(model)
     model = PeftModel.from_pretrained(model, adapter).eval()
     if lora_ranks:
         _check_loras(model, lora_ranks)
-    expected = _probe(model)
+    expected = probe(model)
     loras = {}
     if lora_ranks:
         errors = lora_errors(model, lora_ranks)["all"]
@@ -94,21 +92,21 @@ def export(
             folder = out.with_name(f"{out.name}-lora-r{rank}")
             _write_lora(model, folder, rank, tokenizer if grown else None, embeddings=grown)
             lora = kind.from_pretrained(base, dtype=wide)
-            _grow(lora, adapter, tokenizer)
-            found = _probe(PeftModel.from_pretrained(lora, folder))
+            _grow(lora, adapter, trained_with)
+            found = probe(PeftModel.from_pretrained(lora, folder))
             loras[rank] = {"weights": errors[rank], "logits": _distance(found, expected, expected - plain)}
             del lora
     merged = model.merge_and_unload(safe_merge=True)
-    exact = _probe(merged)
+    exact = probe(merged)
     digests = _digests(merged, own)
     _settle_ties(_cast(merged, own))
     merged.save_pretrained(out)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(out)
-    rounded = _probe(_cast(merged, wide))
+    for each in filter(None, (processor, trained_with)):
+        each.save_pretrained(out)
+    rounded = probe(_cast(merged, wide))
     del model, merged
     read = kind.from_pretrained(out, dtype=wide)
-    there, found = _digests(read, own), _probe(read)
+    there, found = _digests(read, own), probe(read)
     differences = torch.tensor([_distance(exact, expected, expected), _distance(found, rounded, rounded)])
     return {
         "difference": float(differences.max()),  # NaN if any is
@@ -119,22 +117,12 @@ def export(
     }
 
 
-def _class_of(config: PeftConfig) -> Any:
-    """The class to load the base with: by the task, else the one that peft noted, as AutoPeftModel does."""
-    noted = (config.auto_mapping or {}).get("base_model_class")
-    if config.task_type is None and isinstance(found := getattr(transformers, str(noted), None), type):
-        return found
-    return _KINDS.get(str(getattr(config.task_type, "value", config.task_type)), _FEATURES)
-
-
-def _tokenizer(adapter: str, base: str) -> Any:
-    """The adapter's own tokenizer, else the base's; None where neither has one."""
-    for place in (adapter, base):
-        try:
-            return transformers.AutoTokenizer.from_pretrained(place)
-        except (OSError, ValueError):
-            continue
-    return None
+def _tokenizer(adapter: str) -> Any:
+    """The adapter's own tokenizer; None where it has none."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(adapter)
+    except (OSError, ValueError):
+        return None
 
 
 def _cast(model: Any, dtype: torch.dtype) -> Any:
@@ -155,11 +143,16 @@ def _digests(model: Any, dtype: torch.dtype) -> dict[str, bytes]:
 
 
 def _grow(model: Any, adapter: str, tokenizer: Any) -> bool:
-    """Give the embeddings the rows that they had in training: as many as were saved, else as the tokenizer needs.
+    """Give the embeddings the rows that they had in training: as many as were saved, else as its tokenizer needs.
 
     Returns whether the adapter brings embeddings of its own.
     """
-    embedding = model.get_input_embeddings()
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:
+        return False
+    if not isinstance(embedding, nn.Embedding):  # such as patches of an image
+        return False
     path = next(name for name, module in model.named_modules() if module is embedding)
     there = embedding.weight.shape[0]
     saved = None
@@ -224,21 +217,11 @@ def _distance(this: Tensor, that: Tensor, unit: Tensor) -> float:
     return float(distance / torch.linalg.vector_norm(unit)) if distance != 0 else 0.0
 
 
-@torch.no_grad()
-def _probe(model: Any) -> Tensor:
-    """Float32 logits (or last hidden states) on fixed random tokens."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.get_input_embeddings().weight.shape[0], (1, _TOKENS), generator=generator)
-    more = {"decoder_input_ids": ids.flip(-1)} if model.config.is_encoder_decoder else {}
-    result = model.eval()(input_ids=ids.to(model.device), **more)
-    return (result.logits if "logits" in result else result[0]).float().cpu()
-
-
 @reports_errors(TypeError)
 def run(given: argparse.Namespace) -> int:
     checks.export(given)
     dtype = getattr(torch, given.dtype) if given.dtype else None
-    report = export(given.adapter, given.out, given.base, dtype, given.lora_rank)
+    report = export(given.adapter, given.out, given.base, dtype, given.lora_rank, given.model_class)
     for rank, lost in report["lora"].items():
         print(f"LoRA r={rank}: {lost['weights']:.1%} of the update lost, {lost['logits']:.1%} of its effect on logits")
     difference, changed = report["difference"], report["changed"]

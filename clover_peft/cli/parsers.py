@@ -27,6 +27,15 @@ def _parser(command: str, description: str, epilog: str | None = None) -> argpar
     )
 
 
+def _add_model_class(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model-class",
+        metavar="CLASS",
+        help="class of transformers, such as WhisperForConditionalGeneration; by default the one that the adapter or "
+        "the model's config.json names",
+    )
+
+
 def sft(arguments: Arguments | None = None) -> argparse.Namespace:
     """`clover sft`; a key may also be written as an option: `--max_steps=1` is `max_steps=1`."""
     parser = _parser(
@@ -104,6 +113,7 @@ own dtype, its tokenizer or processor, pruning.json (the ranks of all heads), pr
         "--masked", action="store_true", help="zero directions and keep all sizes: for analysis, nothing gets smaller"
     )
     parser.add_argument("--no-pictures", action="store_true", help="leave out pruning.png, which needs matplotlib")
+    _add_model_class(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
     return parser.parse_args(arguments)
 
@@ -130,6 +140,7 @@ the last suggestion) keeps.
     parser.add_argument("--threshold", help="smallest singular value to keep in the heat map: 0.5, or qk=0.5,vo=0.2")
     parser.add_argument("--layers", type=int, nargs="+", help="to draw, rows of the table counted from 0")
     parser.add_argument("--no-pictures", action="store_true", help="write spectra.json alone")
+    _add_model_class(parser)
     parser.add_argument("--out", type=Path, help="folder for spectra.json and pictures")
     return parser.parse_args(arguments)
 
@@ -171,6 +182,7 @@ writes LoRAs that approximate the adapter to <out>-lora-r<rank>, and prints each
     parser.add_argument("out", type=Path, help="folder to write, new or empty")
     parser.add_argument("--base", help="base model; by default the one that the adapter names")
     parser.add_argument("--dtype", choices=DTYPES, help="by default the base's own")
+    _add_model_class(parser)
     parser.add_argument("--lora-rank", type=int, nargs="+", help="also write LoRAs of these ranks")
     return parser.parse_args(arguments)
 
@@ -194,6 +206,7 @@ allocates the weights from which one layer's bases are made.
     model.add_argument("--config-name", dest="model", help=argparse.SUPPRESS)  # its name up to 0.1.0
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("--measure", action="store_true", help="also time the bases of one layer on this machine")
+    _add_model_class(parser)
     parser.add_argument("--match", nargs="+", metavar="module", help="ranks of low-rank methods on these, as large")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     given = parser.parse_intermixed_args(arguments)
@@ -320,6 +333,7 @@ projection's input that lies on the trained directions. It writes analysis.json 
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of the weights; the last two round the update"
     )
+    _add_model_class(parser)
     parser.add_argument("--no-pictures", action="store_true", help="write analysis.json alone")
     parser.add_argument("--out", type=Path, required=True, help="folder for analysis.json and pictures")
     return parser.parse_args(arguments)

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..base_model.weight import base_of, out_features
 from ..io.hub_models import find_model
+from ..io.model_class import find_class, make_empty, read_config
 from ..tuner.bases import clover_layers, frozen_tensors, inner_model
 from ..tuner.block_spec import BlockSpec
 from ..tuner.config import CloverConfig
@@ -28,22 +29,26 @@ from .errors import reports_errors
 BYTES = 4  # S and the bases are float32, whatever the base model is
 
 
-def plan(config: transformers.PretrainedConfig, adapter: CloverConfig) -> dict[str, Any]:
+def plan(
+    config: transformers.PretrainedConfig, adapter: CloverConfig, model_class: str | None = None
+) -> dict[str, Any]:
     """Counts an adapter's tensors on a model without weights.
 
     Args:
         config: of the base model.
         adapter: of the adapter.
+        model_class: see `model_class.find_class`.
 
     Returns:
-        JSON-ready: `parameters` (trainable, base), `bytes` (S, bases, gradients, adamw), `adapter_file` (bytes of its
-        tensors under each `save_bases`) and `layers`: path of the layer, "" outside of any -> its modules, each
-        with its slices and `gram_flops`.
+        JSON-ready: `model_type`, `model_class`, `parameters` (trainable, base), `bytes` (S, bases, gradients, adamw),
+        `adapter_file` (bytes of its tensors under each `save_bases`) and `layers`: path of the layer, "" outside of
+        any -> its modules, each with its slices and `gram_flops`.
 
     Raises:
         ValueError: the adapter does not fit the model.
     """
-    model = _empty(config)
+    kind = _class_of(config, adapter, model_class)
+    model = _empty(config, kind)
     base = sum(p.numel() for p in model.parameters())
     with torch.device("meta"):
         inner = inner_model(get_peft_model(model, adapter))
@@ -69,6 +74,7 @@ def plan(config: transformers.PretrainedConfig, adapter: CloverConfig) -> dict[s
     files = {"true": s + bases, "false": alone, "folded": folded}
     return {
         "model_type": config.model_type,
+        "model_class": type(model).__name__,
         "parameters": {"trainable": trainable, "S": s, "base": base},
         "bytes": {
             "S": BYTES * s,
@@ -81,13 +87,16 @@ def plan(config: transformers.PretrainedConfig, adapter: CloverConfig) -> dict[s
     }
 
 
-def match(config: transformers.PretrainedConfig, budget: int, targets: Sequence[str]) -> dict[str, dict[str, Any]]:
+def match(
+    config: transformers.PretrainedConfig, kind: Any, budget: int, targets: Sequence[str]
+) -> dict[str, dict[str, Any]]:
     """Ranks at which low-rank methods train as many numbers as CLOVER.
 
     One rank for all modules comes in steps of their whole size, so the module that is smallest in all gets its own.
 
     Args:
         config: of the base model.
+        kind: its class.
         budget: the trainable parameters to match.
         targets: last parts of the names of the modules, linear ones.
 
@@ -99,7 +108,7 @@ def match(config: transformers.PretrainedConfig, budget: int, targets: Sequence[
         ValueError: the model has no such module, or they are too large for the budget at rank 1.
     """
     sizes, outputs = dict.fromkeys(targets, 0), 0
-    for name, module in _empty(config).named_modules():
+    for name, module in _empty(config, kind).named_modules():
         if (last := name.rpartition(".")[2]) in sizes and isinstance(module, (nn.Linear, Conv1D)):
             sizes[last] += sum(module.weight.shape)
             outputs += out_features(module, name)
@@ -121,15 +130,15 @@ def match(config: transformers.PretrainedConfig, budget: int, targets: Sequence[
     return found
 
 
-def measure(config: transformers.PretrainedConfig, adapter: CloverConfig) -> tuple[str, float]:
+def measure(config: transformers.PretrainedConfig, kind: Any, adapter: CloverConfig) -> tuple[str, float]:
     """Makes the bases of the first layer from random float32 weights.
 
     Returns:
         The layer's path, and the seconds on this machine.
     """
-    model = _empty(config)
+    model = _empty(config, kind)
     with torch.device("meta"):
-        found = clover_layers(inner_model(get_peft_model(_empty(config), adapter)))
+        found = clover_layers(inner_model(get_peft_model(_empty(config, kind), adapter)))
     first = _layer_of(found[0][0])
     seconds = 0.0
     for path, layer in found:
@@ -149,13 +158,19 @@ def measure(config: transformers.PretrainedConfig, adapter: CloverConfig) -> tup
     return first, seconds
 
 
-def _empty(config: transformers.PretrainedConfig) -> nn.Module:
+def _class_of(config: transformers.PretrainedConfig, adapter: CloverConfig, name: str | None) -> Any:
+    """The model's class; a configuration made by hand, which names none, is one of a causal language model."""
+    causal = transformers.AutoModelForCausalLM
+    by_hand = not (name or adapter.task_type or config.architectures or config.is_encoder_decoder)
+    if by_hand and type(config) in causal._model_mapping:
+        return causal
+    return find_class(config, adapter, name)
+
+
+def _empty(config: transformers.PretrainedConfig, kind: Any) -> nn.Module:
     """The model on the meta device, in float32."""
-    for kind in (transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM, transformers.AutoModel):
-        if type(config) in kind._model_mapping:
-            with torch.device("meta"):
-                return kind.from_config(config, dtype=torch.float32)
-    raise ValueError(f"model_type {config.model_type!r}: expected one that transformers has a model for, found none")
+    with torch.device("meta"):
+        return make_empty(kind, config)
 
 
 def _layer_of(path: str) -> str:
@@ -202,20 +217,20 @@ def _size(count: float) -> str:
 @reports_errors()
 def run(given: argparse.Namespace) -> int:
     adapter = checks.adapter_settings(given.overrides)
-    path = given.model if Path(given.model).is_file() else find_model(given.model).path
-    config = transformers.AutoConfig.from_pretrained(path)
-    result = plan(config, CloverConfig(**adapter))
+    config = read_config(given.model if Path(given.model).is_file() else find_model(given.model).path)
+    result = plan(config, CloverConfig(**adapter), given.model_class)
+    kind = find_class(config, name=result["model_class"])
     if given.match:
-        result["match"] = match(config, result["parameters"]["trainable"], given.match)
+        result["match"] = match(config, kind, result["parameters"]["trainable"], given.match)
     if given.measure:
-        measured = measure(config, CloverConfig(**adapter))
+        measured = measure(config, kind, CloverConfig(**adapter))
         result["measured"] = dict(zip(("layer", "seconds"), measured, strict=True))
     if given.json:
         print(json.dumps(result, indent=2))
         return 0
     parameters, size = result["parameters"], result["bytes"]
     print(
-        f"{result['model_type']}: {parameters['trainable']:,} trainable of {parameters['base']:,} parameters "
+        f"{result['model_class']}: {parameters['trainable']:,} trainable of {parameters['base']:,} parameters "
         f"({parameters['trainable'] / parameters['base']:.3%})"
     )
     print(f"S {_size(size['S'])}, gradients {_size(size['gradients'])}, AdamW {_size(size['adamw'])}")

@@ -41,7 +41,7 @@ def _prune(given: argparse.Namespace) -> tuple[Any, PruningReport]:
     if not given.no_pictures:
         find_pyplot()
     source = find_model(given.model)
-    model, processor = load_as_saved(source)
+    model, processor = load_as_saved(source, given.model_class)
     if getattr(model, "is_quantized", False):
         raise ValueError(f"{source.name}: expected weights that are not quantised, found some; prune before that")
     batches, data = options.calibration(given, model, processor)

@@ -35,7 +35,7 @@ def run(given: argparse.Namespace) -> int:
     threshold = checks.figures("--threshold", given.threshold)
     if given.out is not None and not given.no_pictures:
         find_pyplot()
-    model, processor = load_as_saved(find_model(given.model))
+    model, processor = load_as_saved(find_model(given.model), given.model_class)
     kinds = given.kinds or sorted({pair.kind for pair in find_pairs(model)})
     if not kinds or (isinstance(threshold, dict) and set(threshold) - set(kinds)):
         wanted = f"pairs for --threshold {given.threshold}" if kinds else "pairs of projections"

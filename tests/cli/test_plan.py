@@ -50,7 +50,7 @@ def test_the_plan_is_what_is_saved(family, choices, tmp_path):
     if "modules_to_save" in choices:
         head = model.get_output_embeddings()
         choices = {"modules_to_save": [next(name for name, module in model.named_modules() if module is head)]}
-    plan = script.plan(model.config, CloverConfig(**choices))
+    plan = script.plan(model.config, CloverConfig(**choices), type(model).__name__)
     assert plan["parameters"]["base"] == sum(p.numel() for p in model.parameters())
     for save_bases, planned in plan["adapter_file"].items():
         how = save_bases if save_bases == "folded" else save_bases == "true"

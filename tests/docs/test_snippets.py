@@ -76,3 +76,9 @@ def test_a_page_names_files_that_exist(page):
     for path in re.findall(r"(?:\./)?((?:scripts|configs|benchmarks|clover_peft|tests)/[\w./-]+\.\w+)", read(page)):
         if not path.endswith("my_benchmark.py"):
             assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("page", [page for page in guides() if "prune(" in read(page)], ids=str)
+def test_pages_calibrate_with_several_rows_a_batch(page):
+    """A pass for each row took the README's example nine minutes."""
+    assert "for text in texts" not in read(page)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import clover_peft
 from clover_peft.base_model.resolve import attention_blocks, resolve
 from clover_peft.linalg.decomposition import gram
 from clover_peft.linalg.moments import Moments
@@ -316,3 +317,20 @@ def test_rules():
         energy(spectra, 1.5)
     with pytest.raises(ValueError, match="multiple: expected a positive number"):
         rounded({"a": torch.tensor([1])}, wide, 0)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "bert"])
+def test_rows_of_one_batch_give_the_moments_of_rows_one_by_one(family):
+    """Rows differ in length: their masks leave padding out."""
+    model = build(family).double()
+    generator = torch.Generator().manual_seed(7)
+    rows = [torch.randint(3, 96, (1, length), generator=generator) for length in (9, 4, 12, 7)]
+    padded = torch.stack([torch.nn.functional.pad(row[0], (0, 12 - row.shape[1]), value=1) for row in rows])
+    mask = torch.stack([(torch.arange(12) < row.shape[1]).long() for row in rows])
+    one = clover_peft.calibrate(model, [{"input_ids": row} for row in rows]).moments
+    batched = clover_peft.calibrate(model, [{"input_ids": padded, "attention_mask": mask}]).moments
+    assert one.keys() == batched.keys()
+    for name, moments in one.items():
+        assert moments.tokens == batched[name].tokens == 32
+        assert relative(batched[name].scatter, moments.scatter) < 1e-12
+        assert relative(batched[name].mean, moments.mean) < 1e-12

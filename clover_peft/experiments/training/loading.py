@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trl import SFTConfig
 
 from ...io.hub_models import ModelSource
+from ...io.model_class import find_language_model_class, read_config
 
 
 def load_tokenizer(source: ModelSource, sft: SFTConfig) -> PreTrainedTokenizerBase:
@@ -36,9 +37,16 @@ def load_tokenizer(source: ModelSource, sft: SFTConfig) -> PreTrainedTokenizerBa
 
 
 def load_model(source: ModelSource, sft: SFTConfig) -> PreTrainedModel:
-    """Load the model with `sft.model_init_kwargs`; `dtype` is float32 unless given there."""
+    """Load the model with `sft.model_init_kwargs`; `dtype` is float32 unless given there.
+
+    Raises:
+        ValueError: the model is an encoder-decoder, which TRL does not train.
+    """
     init_kwargs = {"dtype": "float32", **(sft.model_init_kwargs or {})}
-    model = AutoModelForCausalLM.from_pretrained(source.path, trust_remote_code=sft.trust_remote_code, **init_kwargs)
+    kind = AutoModelForCausalLM
+    if not sft.trust_remote_code:
+        kind = find_language_model_class(read_config(source.path, init_kwargs.get("revision")))
+    model = kind.from_pretrained(source.path, trust_remote_code=sft.trust_remote_code, **init_kwargs)
     for module in model.modules():
         # Otherwise bitsandbytes repacks 4-bit weights for the CPU in the first evaluation, and they no longer train.
         if hasattr(module, "support_avx512bf16_for_cpu"):
