@@ -48,7 +48,7 @@ from transformers import (
 )
 
 import clover_peft
-from clover_peft.cli.pruning_options import figures as shares
+from clover_peft.cli.checks import figures as shares
 from clover_peft.io import run_record as records
 from clover_peft.pruning import Calibration
 from clover_peft.pruning.directions import Method
