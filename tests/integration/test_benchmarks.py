@@ -51,6 +51,15 @@ def test_rounding(benchmark, tmp_path, capsys):
     assert "merged_v_unmerged" in capsys.readouterr().out
 
 
+def test_update_scale(benchmark, tmp_path, capsys):
+    record = run(benchmark("update_scale"), tmp_path / "record.json", "--windows", "5")
+    assert record["figures"]["kappa"].keys() == {"k_proj", "v_proj", "up_proj", "down_proj"}
+    assert record["figures"]["ratios"].keys() == {"email", "asyncio, 4 windows", "random tokens"}
+    for ratio in record["figures"]["ratios"].values():
+        assert 0 < ratio["low"] <= 1 <= ratio["high"]
+    assert "10 % of blocks" in capsys.readouterr().out
+
+
 def test_train_step(benchmark, tmp_path, capsys):
     record = run(benchmark("train_step"), tmp_path / "record.json")
     figures = record["figures"]
