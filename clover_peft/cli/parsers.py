@@ -84,7 +84,7 @@ def prune(arguments: Arguments | None = None) -> argparse.Namespace:
         """\
 Makes the attention heads of a model narrower along their singular directions, and saves the model.
 
-    clover prune my-model --ratio vo=0.25 --ranks layer --calibration text.txt.gz --out my-model-pruned
+    clover prune my-model --ratio vo=0.25 --ranks layer --calibration text.txt --out my-model-pruned
     clover prune openai-community/gpt2 --ratio qk=0.5,vo=0.25 --ranks layer --multiple 8 \\
         --calibration Salesforce/wikitext:wikitext-2-raw-v1 --out gpt2-pruned
 
@@ -125,7 +125,7 @@ def spectra(arguments: Arguments | None = None) -> argparse.Namespace:
 Shows what a model's attention heads would lose to pruning: singular values beside norms of coordinates.
 
     clover spectra openai-community/gpt2 --out runs/spectra
-    clover spectra my-model --calibration text.txt.gz --threshold qk=0.5,vo=0.2 --out runs/spectra
+    clover spectra my-model --calibration text.txt --threshold qk=0.5,vo=0.2 --out runs/spectra
 
 Energy is the sum of squares of what a head computes: "clover" along its singular directions, "vanilla" along its
 coordinates. For each kind of pair (query-key, value-output) the command prints a table by layer, and ratios for

@@ -143,7 +143,7 @@ class TestInAnEmptyEnvironment:
             (["ablate", "--config", "smollm2", "--out", tmp_path / "grid"], "train"),
             (["prune", model, "--ratio", "vo=0.5", "--out", tmp_path / "pictured"], "plots"),
         ):
-            [line] = self.clover(base, *arguments, status=1).stderr.splitlines()[-1:]
+            [line] = self.clover(base, *arguments, status=2).stderr.splitlines()[-1:]
             assert re.search(rf'expected .*, found none; .*pip install "clover-peft\[{extra}\]"$', line)
 
     def test_with_plots(self, extra, model, tmp_path):

@@ -96,6 +96,16 @@ def _ratio(figures, name="v_base"):
     return f"{figures[name]:.2f} ({low:.2f} to {high:.2f})"
 
 
+def test_the_readme_cites_the_newest_record_of_each_benchmark():
+    cited = set(re.findall(r"benchmarks/results/([\w-]+)\.json", README))
+    assert cited
+    for name in cited:
+        benchmark, number = re.fullmatch(r"(.*?)(?:-(\d+))?", name).groups()
+        found = [path.stem for path in RECORDS.glob(f"{benchmark}*.json")]
+        newest = max(int(m[1] or 1) for stem in found if (m := re.fullmatch(rf"{benchmark}(?:-(\d+))?", stem)))
+        assert int(number or 1) == newest, f"{name}: {benchmark}-{newest} is newer"
+
+
 def test_figures_of_the_readme_are_those_of_the_records():
     """Each row of its table against the record that the row links to."""
     rows = {row.split(" | ")[0].strip("| "): row for row in README.splitlines() if row.startswith("| ")}
@@ -103,7 +113,7 @@ def test_figures_of_the_readme_are_those_of_the_records():
     def row(start):
         return next(text for name, text in rows.items() if name.startswith(start))
 
-    large, small, compiled = (_record(f"train_step{name}")["figures"] for name in ("_large-3", "-6", "_compiled"))
+    large, small, compiled = (_record(f"train_step{name}")["figures"] for name in ("_large-3", "-8", "_compiled"))
     step = row("training step / frozen base, Llama")
     assert _ratio(large["clover"], "step_v_base") in step
     assert _ratio(large["lora"], "step_v_base") in step

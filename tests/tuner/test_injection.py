@@ -11,7 +11,7 @@ from torch import nn
 
 from clover_peft import CloverConfig
 from tests.support.adapters import layers_by_name, untouched
-from tests.support.tiny import TOLERANCE, build, logits, perturb, relative
+from tests.support.tiny import TOLERANCE, build, logits, perturb, relative, through_transformers
 
 
 def _last(model: nn.Module, suffix: str) -> str:
@@ -116,6 +116,7 @@ def test_second_adapter_that_does_not_fit_leaves_the_first(targets: list[str] | 
     model.add_adapter("second", CloverConfig(target_modules=targets))  # the name is free again
 
 
+@through_transformers
 def test_transformers_add_adapter_that_does_not_fit_changes_nothing() -> None:
     model = build("llama").requires_grad_(True)
     before = logits(model, "llama")

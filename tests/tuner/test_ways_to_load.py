@@ -21,7 +21,7 @@ from torch import Tensor
 from clover_peft import CloverConfig
 from tests.support.adapters import layers
 from tests.support.saved_adapters import SAVE_BASES, WEIGHTS, base_in, load, save_trained, trained_model
-from tests.support.tiny import TOLERANCE, build, is_older, logits, perturb, relative
+from tests.support.tiny import TOLERANCE, build, logits, perturb, relative, through_transformers
 
 # ---------------------------------------------------------------------- the ways to load
 
@@ -41,7 +41,6 @@ def test_auto_peft_model_finds_the_base(published: tuple, kwargs: dict) -> None:
     assert torch.equal(logits(model, "llama"), before)
 
 
-@pytest.mark.skipif(is_older("5.18"), reason="transformers did not read modules_to_save then, of LoRA neither")
 def test_transformers_from_pretrained_takes_an_adapter_folder(published: tuple) -> None:
     _, adapter, before = published
     model = hf.AutoModelForCausalLM.from_pretrained(adapter)
@@ -49,6 +48,7 @@ def test_transformers_from_pretrained_takes_an_adapter_folder(published: tuple) 
     assert torch.equal(logits(model, "llama"), before)
 
 
+@through_transformers
 @pytest.mark.parametrize("save_bases", SAVE_BASES)
 def test_transformers_load_adapter_is_the_same_function(save_bases: bool | str, tmp_path: Path) -> None:
     before = save_trained(tmp_path, save_bases=save_bases)
@@ -59,6 +59,7 @@ def test_transformers_load_adapter_is_the_same_function(save_bases: bool | str, 
     assert torch.equal(logits(model, "llama"), logits(build("llama"), "llama"))
 
 
+@through_transformers
 def test_transformers_add_adapter_trains_and_saves(tmp_path: Path) -> None:
     model = build("llama")
     base = logits(model, "llama")
