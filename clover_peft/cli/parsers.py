@@ -91,7 +91,7 @@ Makes the attention heads of a model narrower along their singular directions, a
 Without --calibration the weights alone choose the directions, which is far worse. The folder holds the model in its
 own dtype, its tokenizer or processor, pruning.json (the ranks of all heads), pruning.png and a README.md. Load it with
 `from_pretrained` after `import clover_peft`; DeepSeek-V2 and V3 under uniform ranks also load without the import.
-`clover spectra` suggests ratios.
+With --calibration, `clover spectra` measures ratios and suggests one.
 """,
     )
     parser.add_argument("model", help="folder or hub name")
@@ -102,9 +102,10 @@ own dtype, its tokenizer or processor, pruning.json (the ranks of all heads), pr
     parser.add_argument(
         "--ranks",
         choices=SPREADS,
-        help="how --ratio is spread. global (the default): one threshold over all heads, which pads them. layer: one "
-        "rank for all heads of a layer, by values relative to the layer's. gradient: the same, weighed by gradients "
-        "(best for language models, needs --calibration). uniform: the same rank everywhere",
+        help="how --ratio is spread. global (the default, but for causal language models): one threshold over all "
+        "heads, which pads them. layer (the default for these): one rank for all heads of a layer, by values relative "
+        "to the layer's. gradient: the same, weighed by gradients (best for language models, needs --calibration). "
+        "uniform: the same rank everywhere",
     )
     parser.add_argument("--method", choices=["clover", "vanilla"], default="clover", help="vanilla drops coordinates")
     parser.add_argument("--multiple", type=int, default=1, help="round ranks to multiples of this; kernels like 8")
@@ -128,10 +129,11 @@ Shows what a model's attention heads would lose to pruning: singular values besi
     clover spectra my-model --calibration text.txt --threshold qk=0.5,vo=0.2 --out runs/spectra
 
 Energy is the sum of squares of what a head computes: "clover" along its singular directions, "vanilla" along its
-coordinates. For each kind of pair (query-key, value-output) the command prints a table by layer, and ratios for
-`clover prune`: the share of all directions that one threshold removes while it keeps a share of the energy. With --out
-it writes spectra.json and pictures: the paper's figures 2, 7 and 8, and a heat map of the ranks that --threshold (or
-the last suggestion) keeps.
+coordinates. For each kind of pair (query-key, value-output) the command prints a table by layer, and the share of all
+directions that one threshold removes while it keeps a share of the energy. Energy does not tell what the model loses:
+with --calibration the command also prunes copies of the model at several ratios, measures their predictions on text
+that was not calibrated with, and suggests a ratio for `clover prune`. With --out it writes spectra.json and pictures:
+the paper's figures 2, 7 and 8, and a heat map of the ranks that --threshold (or 90 % of the energy) keeps.
 """,
     )
     parser.add_argument("model", help="folder or hub name")

@@ -50,7 +50,7 @@ def _prune(given: argparse.Namespace) -> tuple[Any, PruningReport]:
         **figures,
         method=given.method,
         calibration=batches,
-        ranks=given.ranks or "global",
+        ranks=given.ranks,
         multiple=given.multiple,
         masked=given.masked,
         target_modules=options.target_modules(given),

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..io.text_windows import batches_for
+
+_HELD_OUT = 8  # windows to measure on
 
 
 def calibration(
@@ -34,6 +39,24 @@ def calibration(
     data = f"{rows} windows of {length} tokens from {name}"
     print(f"calibration: {data}", flush=True)
     return batches, data
+
+
+def held_out(
+    given: argparse.Namespace, model: Any, processor: Any, batches: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Windows of the same text that are not among the calibration's, on the model's device; none in a short text."""
+    known = {tuple(window) for batch in batches for window in batch["input_ids"].tolist()}
+    tokenizer = getattr(processor, "tokenizer", processor)
+    length = batches[0]["input_ids"].shape[1]
+    # Windows of one length begin at multiples of it, so two of them are the same or do not overlap.
+    more = batches_for(
+        model, tokenizer, given.calibration, rows=2 * len(known) + _HELD_OUT, max_length=length, batch_size=1
+    )
+    new = [batch for batch in more if tuple(batch["input_ids"][0].tolist()) not in known][:_HELD_OUT]
+    return [
+        {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        for batch in new
+    ]
 
 
 def target_modules(given: argparse.Namespace) -> str | list[str] | None:

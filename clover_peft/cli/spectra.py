@@ -11,9 +11,11 @@ from ..io import run_record as records
 from ..io.figures import find_pyplot
 from ..io.hub_models import find_model, load_as_saved
 from ..io.tables import markdown_table
-from ..pruning import find_pairs, ranks
+from ..pruning import calibrate, find_pairs, ranks
 from ..pruning.figures import plot_spectra
-from ..pruning.spectra import METHODS, SHARES, PairSpectra, labels, measure_spectra, suggest
+from ..pruning.measured import SMALL, measure_ratios
+from ..pruning.rule import default_spread
+from ..pruning.spectra import METHODS, SHARES, PairSpectra, by_energy, labels, measure_spectra
 from . import checks, parsers
 from . import pruning_options as options
 from .errors import reports_errors
@@ -41,21 +43,28 @@ def run(given: argparse.Namespace) -> int:
         wanted = f"pairs for --threshold {given.threshold}" if kinds else "pairs of projections"
         raise ValueError(f"{given.model}: expected {wanted}, found {' and '.join(kinds) or 'none'}")
     batches, data = options.calibration(given, model, processor)
-    found = measure_spectra(model, kinds, batches, options.target_modules(given))
-    suggestions: dict[str, Any] = {}
+    pattern = options.target_modules(given)
+    calibrated = None if batches is None else calibrate(model, batches, target_modules=pattern)
+    held_out = [] if batches is None else options.held_out(given, model, processor, batches)
+    found = measure_spectra(model, kinds, calibrated, pattern)
+    energies: dict[str, Any] = {}
+    measured: dict[str, dict[float, float]] = {}
     kept: ranks.Ranks = {}
     titles: dict[str, str] = {}
     for kind in kinds:
         pairs = [each for each in found.values() if each.pair.kind == kind]
-        suggestions[kind] = _suggestions(pairs)
+        energies[kind] = _energies(pairs)
         least = threshold.get(kind) if isinstance(threshold, dict) else threshold
         if least is None:
-            least = suggestions[kind]["clover"][str(SHARES[-1])]["threshold"]
+            least = energies[kind]["clover"][str(SHARES[-1])]["threshold"]
         of_kind = ranks.threshold({each.pair.name: each.clover.values for each in pairs}, least)
         count, total = int(sum(map(sum, of_kind.values()))), sum(each.clover.values.numel() for each in pairs)
         kept, titles[kind] = kept | of_kind, f"ranks at threshold {least:.4g}"
-        print("\n".join([_table(kind, pairs), "", *_advice(kind, suggestions[kind])]))
-        print(f"{kind}: a threshold of {least:.4g} keeps {count:,} of {total:,} directions\n")
+        print("\n".join([_table(kind, pairs), "", *_thresholds(kind, energies[kind])]))
+        print(f"{kind}: a threshold of {least:.4g} keeps {count:,} of {total:,} directions")
+        if calibrated is not None and held_out:
+            measured[kind] = measure_ratios(model, kind, calibrated, held_out, pattern)
+        print("\n".join(_advice(kind, measured.get(kind), default_spread(model), data)) + "\n")
     print(_CALIBRATED if data else _UNCALIBRATED)
     if given.out is None:
         return 0
@@ -64,7 +73,8 @@ def run(given: argparse.Namespace) -> int:
         "options": {key: value for key, value in vars(given).items() if value is not None},
         "environment": records.environment(),
         "calibrated_with": data,
-        "suggestions": suggestions,
+        "energies": energies,
+        "measured": {kind: {str(ratio): loss for ratio, loss in losses.items()} for kind, losses in measured.items()},
         "ranks": {name: rank.tolist() for name, rank in kept.items()},
         "pairs": {name: each.to_dict() for name, each in found.items()},
     }
@@ -73,10 +83,10 @@ def run(given: argparse.Namespace) -> int:
     return 0
 
 
-def _suggestions(pairs: Sequence[PairSpectra]) -> dict[str, dict[str, dict[str, float]]]:
+def _energies(pairs: Sequence[PairSpectra]) -> dict[str, dict[str, dict[str, float]]]:
     """Method -> share of energy -> ratio and threshold."""
     return {
-        method: {str(share): suggest([getattr(each, method) for each in pairs], share) for share in SHARES}
+        method: {str(share): by_energy([getattr(each, method) for each in pairs], share) for share in SHARES}
         for method in METHODS
     }
 
@@ -99,15 +109,30 @@ def _table(kind: str, pairs: Sequence[PairSpectra]) -> str:
     return markdown_table(heads, rows)
 
 
-def _advice(kind: str, suggestions: dict[str, Any]) -> list[str]:
+def _thresholds(kind: str, energies: dict[str, Any]) -> list[str]:
     lines = []
     for share in map(str, SHARES):
-        clover, vanilla = (suggestions[method][share] for method in METHODS)
+        clover, vanilla = (energies[method][share] for method in METHODS)
         lines.append(
-            f"{kind}: {float(share):.0%} of the energy is kept at --ratio {kind}={clover['ratio']:.3f} "
-            f"(threshold {clover['threshold']:.4g}); vanilla at {vanilla['ratio']:.3f}"
+            f"{kind}: {float(share):.0%} of the energy is in {1 - clover['ratio']:.1%} of the directions (threshold "
+            f"{clover['threshold']:.4g}), and in {1 - vanilla['ratio']:.1%} of the coordinates"
         )
     return lines
+
+
+def _advice(kind: str, losses: dict[float, float] | None, spread: str, data: str | None) -> list[str]:
+    """The ratios that were measured, and the largest one that changes predictions little."""
+    if losses is None:
+        remedy = "pass --calibration TEXT" if data is None else "pass more text, of which some is held out"
+        return [f"{kind}: no ratio is suggested, because none was measured; {remedy}"]
+    lines = [
+        f"{kind}: --ratio {kind}={ratio} --ranks {spread} changes predictions on held-out text by {loss:.3g} (KL "
+        "divergence in nats, or 1 - cosine without logits)"
+        for ratio, loss in losses.items()
+    ]
+    small = [ratio for ratio, loss in losses.items() if loss <= SMALL]
+    chosen = f"--ratio {kind}={max(small)} --ranks {spread}" if small else "none"
+    return [*lines, f"{kind}: suggested is the largest ratio that changes them by at most {SMALL}: {chosen}"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -27,7 +27,7 @@ from .narrow.rewriting import Change, rewrite
 from .pairs import Kind, Pair, check_plain, find_pairs, select_pairs
 from .ranks import Ranks
 from .report import PrunedPair, PruningReport
-from .rule import RankRule, Rule, check_pairs, choose_ranks, choose_rule
+from .rule import RankRule, Rule, check_pairs, choose_ranks, choose_rule, default_spread
 
 
 @torch.inference_mode(False)
@@ -38,7 +38,7 @@ def prune(
     *,
     method: Method = "clover",
     calibration: Iterable[Mapping[str, Any]] | Calibration | None = None,
-    ranks: Rule | Mapping[str, Sequence[int]] = "global",
+    ranks: Rule | Mapping[str, Sequence[int]] | None = None,
     threshold: float | Mapping[Kind, float] | None = None,
     energy: float | Mapping[Kind, float] | None = None,
     multiple: int = 1,
@@ -62,7 +62,8 @@ def prune(
         calibration: batches, each of the model's keyword arguments, or the result of `calibrate`. Moments of
             activations then replace the Grams of the weights that compute them, which is far better. Pass about ten
             tokens for each dimension of a head, or more.
-        ranks: how `ratio` is distributed. "global": one threshold for all heads; narrower heads are padded to the
+        ranks: how `ratio` is distributed; by default "layer" for causal language models, which "global" may ruin, and
+            "global" for other models. "global": one threshold for all heads; narrower heads are padded to the
             widest of their layer. "layer": one rank for all heads of a layer, by singular values relative to the
             layer's, without padding. "gradient": the same by singular values weighted by the sensitivity of the
             model's predictions, which needs `calibration` and a backward pass; Q-K is not weighted and ranked as by
@@ -91,6 +92,8 @@ def prune(
     multiple, masked = int(multiple), bool(masked)  # A config cannot hold NumPy's numbers.
     if ranks == "gradient" and calibration is None:
         raise ValueError("ranks='gradient': expected data to run the model on, found none; pass calibration")
+    if ranks is None:
+        ranks = default_spread(model) if threshold is None and energy is None else "global"
     rule = choose_rule(ratio, ranks, threshold, energy)
     pairs, skipped = _choose_pairs(model, rule, target_modules)
     check_pairs(rule, pairs, multiple)

@@ -15,7 +15,7 @@ from .calibration import Calibration, measure
 from .directions import Directions, Method, decompose_pair
 from .pairs import Kind, Pair, find_pairs, select_pairs
 
-SHARES = (0.99, 0.95, 0.9)  # shares of the energy for which ratios are suggested
+SHARES = (0.99, 0.95, 0.9)  # shares of the energy for which thresholds are shown
 METHODS: tuple[Method, ...] = ("clover", "vanilla")
 
 
@@ -117,7 +117,7 @@ def _coordinates(clover: Directions, vanilla: Directions) -> Spectrum:
     return Spectrum(vanilla.values, rest - torch.nn.functional.pad(rest[:, 1:], (0, 1)))
 
 
-def suggest(spectra: Iterable[Spectrum], share: float) -> dict[str, float]:
+def by_energy(spectra: Iterable[Spectrum], share: float) -> dict[str, float]:
     """The largest share of all directions that one threshold for all heads may remove.
 
     Args:

@@ -22,7 +22,7 @@ from clover_peft.io.text_windows import batches_for, text_batches
 from clover_peft.pruning import decompose, find_pairs, global_ratio
 from clover_peft.pruning import figures as pictures
 from clover_peft.pruning.narrow import loading
-from clover_peft.pruning.spectra import SHARES, Spectrum, labels, measure_spectra, suggest
+from clover_peft.pruning.spectra import SHARES, Spectrum, by_energy, labels, measure_spectra
 from tests.support.tiny import build, load_script, relative
 from tests.support.tiny_chat import make_tokenizer, rows
 
@@ -488,18 +488,22 @@ def test_the_record_is_of_the_dense_products(tmp_path, capsys):
         ascending = torch.cat(parts).sort().values
         lost = ascending.cumsum(0) / ascending.sum()
         for share in SHARES:
-            advice = record["suggestions"][kind]["clover"][str(share)]
+            advice = record["energies"][kind]["clover"][str(share)]
             count = int((lost <= 1 - share).sum())
             assert advice["ratio"] == count / len(lost)
             assert advice["threshold"] == pytest.approx(float(ascending[count].sqrt()))
-            assert advice["ratio"] > record["suggestions"][kind]["vanilla"][str(share)]["ratio"]
+            assert advice["ratio"] > record["energies"][kind]["vanilla"][str(share)]["ratio"]
     shown = capsys.readouterr().out
-    assert f"--ratio qk={record['suggestions']['qk']['clover']['0.99']['ratio']:.3f}" in shown
+    kept = 1 - record["energies"]["qk"]["clover"]["0.99"]["ratio"]
+    assert f"qk: 99% of the energy is in {kept:.1%} of the directions" in shown
+    assert "--ratio" not in shown
+    assert "qk: no ratio is suggested, because none was measured; pass --calibration TEXT" in shown
+    assert record["measured"] == {}
     assert shown.count("| 4 x 12 |") == 4
     assert "a weak guide" in shown
     kept_there = sum(map(sum, record["ranks"].values()))
     assert kept_there == sum(
-        int((torch.cat(parts).sqrt() >= record["suggestions"][kind]["clover"]["0.9"]["threshold"] - 1e-9).sum())
+        int((torch.cat(parts).sqrt() >= record["energies"][kind]["clover"]["0.9"]["threshold"] - 1e-9).sum())
         for kind, parts in energies.items()
     )
 
@@ -532,7 +536,7 @@ def test_both_methods_share_out_one_energy(family, calibrated, text):
             total = sum(float(spectrum.energy.sum()) for spectrum in spectra.values())
             count = sum(spectrum.energy.numel() for spectrum in spectra.values())
             for share in SHARES:
-                ratio = suggest(list(spectra.values()), share)["ratio"]
+                ratio = by_energy(list(spectra.values()), share)["ratio"]
                 for removed, enough in ((ratio, True), (ratio + 1 / count, False)):
                     ranks = global_ratio({n: s.values for n, s in spectra.items()}, removed)
                     kept = sum(
@@ -545,9 +549,9 @@ def test_heads_without_energy_need_nothing():
     nothing = torch.zeros(1, 4, dtype=torch.float64)
     spectrum = Spectrum(nothing, nothing)
     assert spectrum.needed(0.9).tolist() == [0]
-    assert suggest([spectrum], 0.9) == {"ratio": 0.0, "threshold": 0.0}
+    assert by_energy([spectrum], 0.9) == {"ratio": 0.0, "threshold": 0.0}
     values = torch.tensor([[3.0, 2.0, 1.0, 0.0, 0.0]]).double()  # padded
-    assert suggest([Spectrum(values, values.square())], 0.9)["ratio"] == pytest.approx(1 / 3)
+    assert by_energy([Spectrum(values, values.square())], 0.9)["ratio"] == pytest.approx(1 / 3)
 
 
 def test_the_pictures_of_spectra(tmp_path, text, capsys):
@@ -565,6 +569,25 @@ def test_the_pictures_of_spectra(tmp_path, text, capsys):
     assert "measure the pruned model" in shown
     assert run(spectra_script, source, "--out", out) == 2
     assert "expected a new folder, found spectra in it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "bert", "bart"])
+def test_ratios_are_suggested_by_what_they_do_to_predictions(family, tmp_path, text, capsys):
+    source, out = save(family, tmp_path / "model"), tmp_path / "out"
+    arguments = ["--calibration", text, *CALIBRATED, "--no-pictures"]
+    assert run(spectra_script, source, *arguments, "--out", out) == 0
+    shown = capsys.readouterr().out
+    record = json.loads((out / "spectra.json").read_text())
+    spread = "layer" if family in ("opt", "llama") else "global"
+    assert record["measured"].keys() == record["energies"].keys()
+    for kind, losses in record["measured"].items():
+        assert list(losses) == ["0.125", "0.25", "0.5"]
+        assert 0 < losses["0.125"] < losses["0.5"]
+        small = [ratio for ratio, loss in losses.items() if loss <= 0.1]
+        chosen = f"--ratio {kind}={small[-1]} --ranks {spread}" if small else "none"
+        assert f"{kind}: suggested is the largest ratio that changes them by at most 0.1: {chosen}\n" in shown
+    assert run(spectra_script, source, "--calibration", text, "--rows", "9999", "--max-length", "48") == 0
+    assert "none was measured; pass more text, of which some is held out" in capsys.readouterr().out
 
 
 def test_one_kind_of_pair_and_some_modules(tmp_path, capsys):

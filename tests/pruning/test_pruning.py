@@ -27,6 +27,7 @@ from clover_peft.pruning import (
 )
 from clover_peft.pruning.directions import decompose_pair
 from clover_peft.pruning.pairs import beside_name
+from tests.support.pruning import NARROW, prune
 from tests.support.tiny import FAMILIES, VOCAB, build, logits, relative
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -334,3 +335,14 @@ def test_rows_of_one_batch_give_the_moments_of_rows_one_by_one(family):
         assert moments.tokens == batched[name].tokens == 32
         assert relative(batched[name].scatter, moments.scatter) < 1e-12
         assert relative(batched[name].mean, moments.mean) < 1e-12
+
+
+@pytest.mark.parametrize("family", NARROW)
+def test_the_default_rule_is_safe_for_the_kind_of_model(family):
+    """One threshold for all layers ruins causal language models; it is best for encoders."""
+    model = build(family)
+    causal = FAMILIES[family].kind == "lm" and not family.startswith(("bert", "roberta", "xlm", "camem", "electra"))
+    report = prune(model, 0.25, masked=True)
+    assert report.rule["ranks"] == ("layer" if causal else "global")
+    assert prune(build(family), 0.25, ranks="global", masked=True).rule["ranks"] == "global"
+    assert prune(build(family), energy=0.9, masked=True).rule["ranks"] == "energy"
