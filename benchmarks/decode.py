@@ -7,9 +7,9 @@ autograd. CLOVER at its defaults (key, value, up), the same inside `keep_maps`, 
 quarter of a head's directions; LoRA and DoRA on q, k, v, up, down, unmerged, at the rank with as many trainable
 parameters as CLOVER full. These two are in the precision of the base (peft's default float32 would cost them casts),
 DoRA also with what peft can cache of it. All live in one process; in every round each takes `--tokens` steps, in
-shuffled order, from a cache of `--context` tokens that is cut back afterwards, so that all see the same lengths. Ratios
-are taken within the round. The merged model runs the base model's code: how far its ratio is from 1 is the error of
-the others.
+shuffled order, from a cache of `--context` tokens that is cut back afterwards, so that all see the same lengths.
+Ratios are taken within the round. The merged model runs the base model's code: how far its ratio is from 1 is the
+error of the others.
 
 Switching: a model with two adapters of one kind. Each round times a usual step, `set_adapter` to the adapter that is
 not active, the first step with it and another usual one; the cost is that of `set_adapter` and the first step beyond

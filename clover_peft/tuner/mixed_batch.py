@@ -74,8 +74,8 @@ class _MixedBatch:
         tensors = [value for value in values if isinstance(value, Tensor)]
         if tensors and len(tensors[0]) not in {len(self.names) * times for times in self.repeats}:
             raise ValueError(
-                f"expected one name in adapter_names for each of the {len(tensors[0])} rows of the model's input, found "
-                f"{len(self.names)}; pass one a sample"
+                f"expected one name in adapter_names for each of the {len(tensors[0])} rows of the model's input, "
+                f"found {len(self.names)}; pass one a sample"
             )
         tokens = kwargs.get("input_ids", args[0] if args else None)
         if isinstance(tokens, Tensor):
