@@ -3,18 +3,18 @@
     python benchmarks/decode.py
 
 Llama-shaped layers with random weights and adapters that are no longer at their start, in evaluation mode and without
-autograd. CLOVER at its defaults (key, value, up), the same as it is in training (as rollouts run it), the same
-merged, and CLOVER with a quarter of a head's directions; LoRA and DoRA on q, k, v, up, down, unmerged, at the rank
-with as many trainable parameters as CLOVER full. These two are in the precision of the base (peft's default float32
-would cost them casts), DoRA also with what peft can cache of it. All live in one process; in every round each takes
-`--tokens` steps, in shuffled order, from a cache of `--context` tokens that is cut back afterwards, so that all see
-the same lengths. Ratios are taken within the round. The merged model runs the base model's code: how far its ratio is
-from 1 is the error of the others.
+autograd. CLOVER at its defaults (key, value, up), the same inside `keep_maps`, the same merged, and CLOVER with a
+quarter of a head's directions; LoRA and DoRA on q, k, v, up, down, unmerged, at the rank with as many trainable
+parameters as CLOVER full. These two are in the precision of the base (peft's default float32 would cost them casts),
+DoRA also with what peft can cache of it. All live in one process; in every round each takes `--tokens` steps, in
+shuffled order, from a cache of `--context` tokens that is cut back afterwards, so that all see the same lengths.
+Ratios are taken within the round. The merged model runs the base model's code: how far its ratio is from 1 is the
+error of the others.
 
 Switching: a model with two adapters of one kind. Each round times a usual step, `set_adapter` to the adapter that is
 not active, the first step with it and another usual one; the cost is that of `set_adapter` and the first step beyond
 the mean of the usual ones, divided by the layers. It is taken twice: of an adapter that is new (its parameters were
-written to, so that the first step folds CLOVER's maps), which the target is for, and of one that was active before.
+written to), which the target is for, and of one that was active before.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import random
 import statistics
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -59,7 +59,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from clover_peft import CloverConfig
+from clover_peft import CloverConfig, keep_maps
 from clover_peft.io import run_record as records
 
 AGAINST_BASE = {"clover": 1.03, "clover low rank": 1.03, "clover merged": 1.0}  # in the worst of the batch sizes
@@ -92,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         key_value_heads=arguments.key_value_heads,
     )
     base.requires_grad_(False).eval()
-    contenders = _contenders(base, arguments.seed)
+    stack = ExitStack()
+    contenders = _contenders(base, arguments.seed, stack)
     effects = _effects(contenders, base)
     if arguments.compile:
         compile_decoders(contender.model for contender in contenders.values())
@@ -172,7 +173,7 @@ def _wrapped(base: nn.Module, config: PeftConfig, seed: int) -> PeftModel:
     return model.eval()
 
 
-def _contenders(base: nn.Module, seed: int) -> dict[str, Contender]:
+def _contenders(base: nn.Module, seed: int, stack: ExitStack) -> dict[str, Contender]:
     """The base and every adapter, each with weights of its own, so that none finds them in a processor's cache."""
     configs = _configs(base)
     contenders = {"base": Contender(base, "", 0)}
@@ -180,11 +181,11 @@ def _contenders(base: nn.Module, seed: int) -> dict[str, Contender]:
     def add(name: str, setting: str, config: PeftConfig, **kwargs: Any) -> Contender:
         model = _wrapped(copy.deepcopy(base), config, seed)
         contenders[name] = Contender(model, setting, trainable(model), **kwargs)
-        model.requires_grad_(False)  # as adapters are loaded for inference: CLOVER keeps the maps of frozen ones alone
+        model.requires_grad_(False)  # as adapters are loaded for inference
         return contenders[name]
 
     clover = add("clover", "full, k v up", configs["clover"])
-    add("clover in training", "full, k v up", configs["clover"]).model.requires_grad_(True)
+    stack.enter_context(keep_maps(add("clover kept", "full, k v up, keep_maps", configs["clover"]).model))
     merged = _wrapped(copy.deepcopy(base), configs["clover"], seed).merge_and_unload()
     contenders["clover merged"] = Contender(merged.eval(), "full, k v up", clover.parameters)
     quarter = decoder_of(base).get_submodule("layers.0.self_attn").head_dim // 4

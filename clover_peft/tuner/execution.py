@@ -21,7 +21,7 @@ class Form(enum.Enum):
     """A way to compute `z + E dS C z`; all forms give the same numbers up to rounding.
 
     Attributes:
-        CACHED: with `E dS C`, folded in an earlier pass and kept.
+        CACHED: with `E dS C`, folded in an earlier pass inside `keep_maps`.
         FOLDED: with `E dS C`, folded for this pass.
         STAGED: with C, dS and E one after the other, which is less work for a few tokens.
     """
@@ -52,7 +52,7 @@ def apply_adapters(layer: AdapterTensors, z: Tensor, adapter_names: Sequence[str
         layer: the layer.
         z: (..., out_features), the base projection's output.
         adapter_names: the adapters; names that the layer does not have are ignored.
-        cache: the layer's kept maps, which a pass with gradients clears.
+        cache: the layer's maps that `keep_maps` keeps; a pass with gradients clears them.
 
     Returns:
         (..., out_features), dtype of `z`.
@@ -62,7 +62,7 @@ def apply_adapters(layer: AdapterTensors, z: Tensor, adapter_names: Sequence[str
     is_replica = shares_state(layer)
     kept = None
     if not (differentiated or traced or is_replica or is_captured(z)):
-        kept = _kept_maps(layer, names, z.dtype, cache)
+        kept = _kept_maps(layer, names, z.dtype, cache) if cache.is_on else None
     elif not torch.compiler.is_compiling():
         cache.clear()
     elif differentiated and not torch.compiler.is_exporting():

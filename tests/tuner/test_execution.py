@@ -37,12 +37,15 @@ def test_the_choice_of_a_form(has_kept_maps, is_decoding, has_dropout, form):
 
 # One row a kind of pass: the adapter is frozen or trained, what the pass is like, and the form that it takes.
 TABLE = [
-    # Maps of frozen adapters are kept, whatever the number of tokens.
+    # Inside `keep_maps`, maps of frozen adapters are kept, whatever the number of tokens.
     ("frozen", {}, Form.CACHED),
     ("frozen", {"length": 1}, Form.CACHED),
     ("frozen", {"length": 1, "sequences": 12}, Form.CACHED),
     ("frozen", {"flat": True}, Form.CACHED),
     ("frozen", {"dropout": True}, Form.CACHED),
+    # Outside, a tensor may be written to without a trace.
+    ("frozen", {"outside": True}, Form.FOLDED),
+    ("frozen", {"outside": True, "length": 1}, Form.STAGED),
     # Nothing is kept where torch records gradients or operations, where memory is replayed or shared, or in training.
     ("frozen", {"grad": True}, Form.FOLDED),
     ("frozen", {"grad": True, "length": 1}, Form.FOLDED),
@@ -89,6 +92,7 @@ def test_the_form_of_a_pass_through_a_layer(adapter, this, form, monkeypatch):
         monkeypatch.setattr("clover_peft.tuner.execution.is_traced", lambda: True)
     z = torch.randn(this.get("sequences", 2), this.get("length", 7), layer.out_features)
     z, cache = z.flatten(0, 1) if this.get("flat") else z, MapCache()
+    cache.is_on = not this.get("outside", False)
     calls: list[Form] = []
     with torch.set_grad_enabled(this.get("grad", False)):
         apply_adapters(layer, z, ["default"], cache)  # from which maps may be kept

@@ -1,4 +1,4 @@
-"""In inference maps are folded once, and again whenever something has changed."""
+"""Inside `keep_maps`, maps are folded once, and again whenever something has changed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,16 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 from clover_peft import CloverConfig
+from clover_peft.tuner.map_cache import MapCache
 from tests.support.adapters import layers
 from tests.support.passes import answer, two_adapters, unfolded, write
 from tests.support.tiny import TOLERANCE, build, inputs, relative
+
+
+@pytest.fixture(autouse=True)
+def kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer keeps its maps, as inside `keep_maps`."""
+    monkeypatch.setattr(MapCache, "is_on", True)
 
 
 @pytest.mark.parametrize("config", [{}, {"s_matrix": "diagonal"}, {"r": 4}, {"r": 4, "truncate": True}])
