@@ -245,7 +245,9 @@ The same command resumes an interrupted evaluation. It writes predictions.jsonl 
     )
     parser.add_argument("--adapter", type=Path, help="folder of a peft adapter, CLOVER or any other")
     parser.add_argument("--merge", action="store_true", help="merge the adapter into the weights first")
-    parser.add_argument("--data", type=Path, help="folder that `clover prepare-data` wrote")
+    parser.add_argument(
+        "--data", type=Path, help="folder from `clover prepare-data`, or test/<task>.jsonl[.gz] of original rows"
+    )
     parser.add_argument("--split", choices=("test", "validation"), help="by default test")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), metavar="task", help="a part of the suite")
     parser.add_argument("--rows", type=int, metavar="N", help="questions a task, drawn at random; by default all")

@@ -412,3 +412,49 @@ def test_blank_lines_and_a_mark_of_the_encoding_are_no_rows(tmp_path):
     (tmp_path / "rows.json").write_text("[")
     with pytest.raises(ValueError, match=r"rows.json: expected rows in JSON, found damage .*; copy the file again"):
         sources.read_rows(tmp_path / "rows.json")
+
+
+ORIGINALS = {
+    "boolq": {"question": "is it", "passage": "It is.", "answer": True},
+    "piqa": {"goal": "Open it", "sol1": "push", "sol2": "pull", "label": 1},
+    "social_i_qa": {
+        "context": "A ran.",
+        "question": "Why?",
+        "answerA": "x",
+        "answerB": "y",
+        "answerC": "z",
+        "label": "3",
+    },
+    "hellaswag": {"activity_label": "Run", "ctx": "He", "endings": ["a", "b", "c", "d"], "label": "2"},
+    "winogrande": {"sentence": "A saw _.", "option1": "b", "option2": "c", "answer": "2"},
+    "ARC-Easy": {"question": "What?", "choices": {"label": ["A", "B", "C"], "text": list("xyz")}, "answerKey": "B"},
+    "ARC-Challenge": {"question": "What?", "choices": list("wxyz"), "answer": 3},
+    "openbookqa": {
+        "question_stem": "What",
+        "choices": {"label": list("ABCD"), "text": list("wxyz")},
+        "answerKey": "A",
+    },
+}
+RIGHT = ("true", "solution2", "answer3", "ending3", "option2", "answer2", "answer4", "answer1")
+
+
+def test_original_rows_are_asked_as_the_suite_asks_them(tmp_path):
+    from clover_peft.experiments.commonsense import evaluation
+
+    (tmp_path / "test").mkdir()
+    for name, row in ORIGINALS.items():
+        (tmp_path / "test" / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    rows = evaluation.read_questions(tmp_path, "test", list(ORIGINALS), None, 0)
+    assert [row["answer"] for row in rows] == list(RIGHT)
+    assert all(row["instruction"].startswith("Please ") for row in rows)
+
+
+@pytest.mark.parametrize("name", ["ARC-Easy", "ARC-Challenge", "openbookqa", "piqa", "hellaswag", "winogrande"])
+def test_real_original_rows_are_the_rows_of_the_suite(name):
+    if DATA is None or not (DATA / "zeroshot").is_dir():
+        pytest.skip("CLOVER_DATA names no folder with zeroshot/")
+    files = {"winogrande": "winogrande_xl_validation", "piqa": "piqa_validation", "hellaswag": "hellaswag_validation"}
+    raw = DATA / "zeroshot" / f"{files.get(name, name.lower().replace('-', '_') + '_test')}.jsonl.gz"
+    found = sources.read_rows(raw, TASKS[name])
+    expected = sources.read_rows(DATA / "commonsense" / "test" / f"{name}.jsonl.gz")
+    assert found == expected

@@ -7,6 +7,7 @@ import json
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -88,8 +89,28 @@ def _load(path: str, config: str | None, split: str, revision: str | None) -> It
         ) from error
 
 
+# Fields by which a row of an original set is recognised, by task.
+_ORIGINAL = {
+    "boolq": ("question", "answer"),
+    "piqa": ("goal", "sol1", "sol2", "label"),
+    "social_i_qa": ("context", "question", "answerA", "answerB", "answerC", "label"),
+    "hellaswag": ("activity_label", "ctx", "endings", "label"),
+    "winogrande": ("sentence", "option1", "option2", "answer"),
+}
+_CHOICES = (("choices", "answerKey"), ("choices", "answer"))  # of ARC and OpenBookQA, on the hub and as plain lists
+
+
+def is_original(task: Task, raw: Any) -> bool:
+    """Whether a row has the fields of the original set, instead of an instruction."""
+    forms = [_ORIGINAL[task.name]] if task.name in _ORIGINAL else _CHOICES
+    return isinstance(raw, dict) and "instruction" not in raw and any(set(form) <= raw.keys() for form in forms)
+
+
 def read_original(task: Task, raw: Row) -> Example:
-    """Read an example from a row of the original set, with its fields on the hub."""
+    """Read an example from a row of the original set, with its fields on the hub.
+
+    ARC and OpenBookQA may also have `choices` as a list of texts and `answer` as the place in it, from 0.
+    """
     if task.name == "boolq":
         return Example(f"{raw['question']}?", (), int(raw["answer"]))
     if task.name == "piqa":
@@ -102,6 +123,8 @@ def read_original(task: Task, raw: Row) -> Example:
     if task.name == "winogrande":
         return Example(raw["sentence"], (raw["option1"], raw["option2"]), int(raw["answer"]) - 1)
     question = raw["question_stem"] if "question_stem" in raw else raw["question"]
+    if isinstance(raw["choices"], list):
+        return Example(question, tuple(raw["choices"]), int(raw["answer"]))
     labels, texts = raw["choices"]["label"], raw["choices"]["text"]
     return Example(question, tuple(texts), labels.index(raw["answerKey"]))
 
@@ -199,7 +222,7 @@ def from_folder(folder: Path, split: str, names: Iterable[str] = tuple(TASKS)) -
     """
     if split == "train":
         return by_task(_read_one(folder, _TRAIN))
-    return {name: _read_one(folder, [pattern.format(name) for pattern in _TEST]) for name in names}
+    return {name: _read_one(folder, [pattern.format(name) for pattern in _TEST], TASKS[name]) for name in names}
 
 
 def by_task(rows: list[Row]) -> dict[str, list[Row]]:
@@ -237,17 +260,21 @@ def by_task(rows: list[Row]) -> dict[str, list[Row]]:
     return result
 
 
-def _read_one(folder: Path, patterns: Sequence[str]) -> list[Row]:
-    """Read the one file of a folder that matches one of the patterns."""
+def _read_one(folder: Path, patterns: Sequence[str], task: Task | None = None) -> list[Row]:
+    """Read the one file of a folder that matches one of the patterns, of a task's instructions or original rows."""
     found = sorted({path for pattern in patterns for path in folder.glob(pattern)})
     if len(found) != 1:
         names = [str(path.relative_to(folder)) for path in found]
         raise ValueError(f"{folder}: expected one of {', '.join(patterns)}, found {names or 'none'}")
-    return read_rows(found[0])
+    return read_rows(found[0], task)
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path, task: Task | None = None) -> list[Row]:
     """Read the rows of a `.jsonl`, `.jsonl.gz` or `.json` file.
+
+    Args:
+        path: the file.
+        task: rows of its original set are read, too, and worded as the suite's questions.
 
     Raises:
         ValueError: the file is damaged, or a row lacks an instruction or an answer; the message names both.
@@ -265,6 +292,8 @@ def read_rows(path: Path) -> list[Row]:
             rows.append(row)
     if not isinstance(rows, list):
         raise ValueError(f"{path}: expected a list of rows, found {type(rows).__name__}")
+    if task is not None:
+        rows = [render(task, read_original(task, row)) if is_original(task, row) else row for row in rows]
     for i, row in enumerate(rows):
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("instruction", "answer")):
             raise ValueError(f"{path}: expected an instruction and an answer in row {i}, found {str(row)[:80]}")
