@@ -55,6 +55,13 @@ def resolve(
     family, model_type, config = owner_of(model, path)
     if family is None:
         if head_dim is not None or num_heads is not None:
+            own = getattr(model.get_submodule(path.rpartition(".")[0]), "head_dim", None)
+            if isinstance(own, int) and head_dim and own > head_dim and own % head_dim == 0 == features % own:
+                raise ValueError(
+                    f"{path}: expected heads of head_dim {head_dim}, found an attention with heads of {own}, which "
+                    "would be split; adapt these layers with a config of their own (layers_to_transform), and split "
+                    "heads with block_size"
+                )
             return (TargetSlice("weight", "q", _by_override(path, features, head_dim, num_heads)),)
         if model_type is not None and not described and not wraps_known_models(model, path):
             raise ValueError(unknown_family_message(model_type, path))

@@ -169,9 +169,11 @@ def block_spec(config: CloverConfig, key: str, target: TargetSlice, rank: int | 
     if target.name != "weight" and is_attention:
         r = min(r, size)  # a part of a fused projection may be narrower than r
     if r > size:
+        head = f", head_dim {heads.dim}" if is_attention else ""
         raise ValueError(
-            f"{key}: r={r} is larger than a block of {size} features ({target.part}); lower r, or give this module "
-            "its own with rank_pattern"
+            f"{key}: r={r} is larger than a block of {size} features ({target.part}{head}); r counts "
+            "directions inside a block and is not LoRA's rank: leave it out to train whole blocks, lower it, or give "
+            "this module its own with rank_pattern"
         )
     basis = "pair" if paired else config.basis
     if basis is None:

@@ -17,6 +17,7 @@ from ..io.user_warning import warn
 from ..runtime.peft_registry import CLOVER
 from . import config_checks
 from .adapter_folder import check_weight_file, complete_model_card
+from .lora_options import refuse_lora_options
 
 
 @dataclass
@@ -97,6 +98,10 @@ class CloverConfig(PeftConfig):
     balanced_updates: bool = False
     base_precision: str | None = None
     max_condition: float | None = None
+
+    def __new__(cls, *_: Any, **options: Any) -> CloverConfig:  # the generated __init__ names no remedy
+        refuse_lora_options(options)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         # Not a field, so no file has it: the folder that the config was read from, "" if the folder is not known, and

@@ -13,6 +13,7 @@ trained and B starts at zero. `AdapterTensors` names the tensors.
 from __future__ import annotations
 
 from collections.abc import Callable
+from textwrap import indent
 from typing import Any
 
 import torch
@@ -223,20 +224,22 @@ class CloverLayer(AdapterTensors, Scaling, BaseTunerLayer):
         self.base_weight.restore()
         self.merged_adapters, self._merged_scaling = [], {}
 
-    def extra_repr(self) -> str:
-        """One line per adapter and slice: part, blocks, rank, basis."""
-        lines = []
+    def __repr__(self) -> str:
+        """The base layer, and one line per adapter and slice: part, blocks, shape of S, basis."""
+        lines = [f"(base_layer): {self.base_layer!r}"]
         for adapter_name, specs in self.specs.items():
+            low_rank = [b.shape[1] for b in self.trained_tensors(adapter_name).get("clover_B", {}).values()]
+            more = "".join(f", low rank {rank}" for rank in low_rank)
+            dropout = getattr(self.clover_dropout[adapter_name], "p", 0.0)
             for spec in specs:
                 partner = f" with {spec.partner.path}" if spec.partner is not None and spec.basis == "pair" else ""
                 lines.append(
-                    f"({adapter_name}) {spec.part}: {spec.blocks} blocks of {spec.size}, r={spec.r}, {spec.form}, "
-                    f"{spec.basis}{partner}{', truncated' if spec.truncate else ''}"
+                    f"({adapter_name}) {spec.part}: {spec.blocks} blocks of {spec.size}, r={spec.r}, {spec.form} S "
+                    f"{spec.s_shape}, {spec.basis}{partner}{', truncated' if spec.truncate else ''}{more}"
+                    f"{f', dropout {dropout}' if dropout else ''}"
                 )
-        return "\n".join(lines)
-
-    def __repr__(self) -> str:
-        return "clover." + super().__repr__()
+        # The tensors' containers would be seven lines each that say nothing more.
+        return f"clover.Linear(\n{indent(chr(10).join(lines), '  ')}\n)"
 
 
 class CloverLinear(CloverLayer):

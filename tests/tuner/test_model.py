@@ -148,7 +148,7 @@ def test_layer_and_model_status_tell_the_state():
     status = model.get_layer_status()
     assert len(status) == 6
     for entry in status:
-        assert entry.module_type == "clover.CloverLayer"
+        assert entry.module_type == "clover.Linear"
         assert entry.enabled is True
         assert entry.active_adapters == ["a"]
         assert entry.merged_adapters == []
@@ -166,10 +166,24 @@ def test_layer_and_model_status_tell_the_state():
     assert model.get_model_status().enabled is False
 
 
-def test_the_printed_model_says_what_is_paired():
-    text = repr(adapted("gpt2"))
-    assert "(default) v: 4 blocks of 12, r=12, full, pair with transformer.h.0.attn.c_proj" in text
-    assert "(default) k: 4 blocks of 12, r=12, full, pair with transformer.h.0.attn.c_attn" in text
+def test_the_printed_model_says_what_is_paired_in_a_line_a_slice():
+    text = repr(adapted("gpt2", low_rank=3, clover_dropout=0.1))
+    end = "low rank 3, dropout 0.1"
+    assert (
+        f"(default) v: 4 blocks of 12, r=12, full S (4, 12, 12), pair with transformer.h.0.attn.c_proj, {end}" in text
+    )
+    assert (
+        f"(default) k: 4 blocks of 12, r=12, full S (4, 12, 12), pair with transformer.h.0.attn.c_attn, {end}" in text
+    )
+    assert not any(word in text for word in ("ModuleDict", "GuardedTensors", "Identity"))
+    projection = repr(layers(several({"a": {}, "b": {"r": 4}}))[0]).splitlines()
+    assert projection == [
+        "clover.Linear(",
+        "  (base_layer): Linear(in_features=48, out_features=24, bias=False)",
+        "  (a) k: 2 blocks of 12, r=12, full S (2, 12, 12), qr",
+        "  (b) k: 2 blocks of 12, r=4, full S (2, 4, 4), svd",
+        ")",
+    ]
 
 
 def test_a_mixed_model_is_refused_before_the_model_changes():

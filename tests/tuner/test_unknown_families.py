@@ -133,3 +133,14 @@ def test_plain_module_without_target_modules_is_refused() -> None:
     model = nn.Sequential(nn.Linear(24, 48), nn.Tanh(), nn.Linear(48, 10)).eval()
     with untouched(model, _call), pytest.raises(ValueError, match=r"target_modules=\[\.\.\.\]"):
         get_peft_model(model, CloverConfig())
+
+
+def test_one_head_dim_does_not_split_the_wider_heads_of_another_layer() -> None:
+    """As in Gemma 4, whose layers with global attention have wider heads."""
+    model = _strange()
+    first, second = model.blocks
+    first.head_dim, second.head_dim = 6, 12
+    message = r"blocks\.1\.mix: expected heads of head_dim 6, found an attention with heads of 12"
+    with untouched(model, _call), pytest.raises(ValueError, match=message):
+        get_peft_model(model, CloverConfig(target_modules=["mix"], head_dim=6))
+    get_peft_model(model, CloverConfig(target_modules=["blocks.0.mix"], head_dim=6))
