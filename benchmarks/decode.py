@@ -3,13 +3,13 @@
     python benchmarks/decode.py
 
 Llama-shaped layers with random weights and adapters that are no longer at their start, in evaluation mode and without
-autograd. CLOVER at its defaults (key, value, up), the same inside `keep_maps`, the same merged, and CLOVER with a
-quarter of a head's directions; LoRA and DoRA on q, k, v, up, down, unmerged, at the rank with as many trainable
-parameters as CLOVER full. These two are in the precision of the base (peft's default float32 would cost them casts),
-DoRA also with what peft can cache of it. All live in one process; in every round each takes `--tokens` steps, in
-shuffled order, from a cache of `--context` tokens that is cut back afterwards, so that all see the same lengths.
-Ratios are taken within the round. The merged model runs the base model's code: how far its ratio is from 1 is the
-error of the others.
+autograd. CLOVER at its defaults (key, value, up), the same as it is in training (as rollouts run it), the same
+merged, and CLOVER with a quarter of a head's directions; LoRA and DoRA on q, k, v, up, down, unmerged, at the rank
+with as many trainable parameters as CLOVER full. These two are in the precision of the base (peft's default float32
+would cost them casts), DoRA also with what peft can cache of it. All live in one process; in every round each takes
+`--tokens` steps, in shuffled order, from a cache of `--context` tokens that is cut back afterwards, so that all see
+the same lengths. Ratios are taken within the round. The merged model runs the base model's code: how far its ratio is
+from 1 is the error of the others.
 
 Switching: a model with two adapters of one kind. Each round times a usual step, `set_adapter` to the adapter that is
 not active, the first step with it and another usual one; the cost is that of `set_adapter` and the first step beyond
@@ -24,7 +24,7 @@ import random
 import statistics
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -59,7 +59,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from clover_peft import CloverConfig, keep_maps
+from clover_peft import CloverConfig
 from clover_peft.io import run_record as records
 
 AGAINST_BASE = {"clover": 1.03, "clover low rank": 1.03, "clover merged": 1.0}  # in the worst of the batch sizes
@@ -92,8 +92,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         key_value_heads=arguments.key_value_heads,
     )
     base.requires_grad_(False).eval()
-    stack = ExitStack()
-    contenders = _contenders(base, arguments.seed, stack)
+    contenders = _contenders(base, arguments.seed)
     effects = _effects(contenders, base)
     if arguments.compile:
         compile_decoders(contender.model for contender in contenders.values())
@@ -173,7 +172,7 @@ def _wrapped(base: nn.Module, config: PeftConfig, seed: int) -> PeftModel:
     return model.eval()
 
 
-def _contenders(base: nn.Module, seed: int, stack: ExitStack) -> dict[str, Contender]:
+def _contenders(base: nn.Module, seed: int) -> dict[str, Contender]:
     """The base and every adapter, each with weights of its own, so that none finds them in a processor's cache."""
     configs = _configs(base)
     contenders = {"base": Contender(base, "", 0)}
@@ -181,11 +180,11 @@ def _contenders(base: nn.Module, seed: int, stack: ExitStack) -> dict[str, Conte
     def add(name: str, setting: str, config: PeftConfig, **kwargs: Any) -> Contender:
         model = _wrapped(copy.deepcopy(base), config, seed)
         contenders[name] = Contender(model, setting, trainable(model), **kwargs)
-        model.requires_grad_(False)  # as adapters are loaded for inference
+        model.requires_grad_(False)  # as adapters are loaded for inference: CLOVER keeps the maps of frozen ones alone
         return contenders[name]
 
     clover = add("clover", "full, k v up", configs["clover"])
-    stack.enter_context(keep_maps(add("clover kept", "full, k v up, keep_maps", configs["clover"]).model))
+    add("clover in training", "full, k v up", configs["clover"]).model.requires_grad_(True)
     merged = _wrapped(copy.deepcopy(base), configs["clover"], seed).merge_and_unload()
     contenders["clover merged"] = Contender(merged.eval(), "full, k v up", clover.parameters)
     quarter = decoder_of(base).get_submodule("layers.0.self_attn").head_dim // 4
@@ -236,6 +235,11 @@ def _steps(model: nn.Module, x: torch.Tensor, cache: DynamicCache, count: int, d
     return seconds
 
 
+def _prompt(model: nn.Module, x: torch.Tensor) -> None:
+    """A pass of two tokens, as a prompt's before its decoding: CLOVER keeps the maps of it."""
+    decoder_of(model)(inputs_embeds=x.expand(-1, 2, -1), use_cache=False)
+
+
 def _race(contenders: dict[str, Contender], base: nn.Module, batch: int, arguments: Namespace) -> None:
     cache = _filled(base, batch, arguments.context)
     x = torch.randn(batch, 1, arguments.hidden_size).to(next(base.parameters()))
@@ -248,6 +252,7 @@ def _race(contenders: dict[str, Contender], base: nn.Module, batch: int, argumen
         shuffle(order)
         for contender in order:
             with contender.around():
+                _prompt(contender.model, x)
                 seconds = _steps(contender.model, x, cache, arguments.tokens, arguments.device)
             if number >= warm_up:
                 contender.seconds[batch].append(seconds / arguments.tokens)

@@ -16,7 +16,6 @@ from .tuner.explicit_factors import explicit_factors
 from .tuner.hotswap import hotswap_adapter
 from .tuner.layer import CloverLayer
 from .tuner.lora_approximation import lora_errors
-from .tuner.map_cache import keep_maps
 from .tuner.model import CloverModel
 from .tuner.update_scale import balance_updates
 
@@ -33,7 +32,6 @@ __all__ = [
     "explicit_factors",
     "hotswap_adapter",
     "initialize_from_activations",
-    "keep_maps",
     "lora_errors",
     "merge_onto",
     "prune",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ class Form(enum.Enum):
     """A way to compute `z + E dS C z`; all forms give the same numbers up to rounding.
 
     Attributes:
-        CACHED: with `E dS C`, folded in an earlier pass inside `keep_maps`.
+        CACHED: with `E dS C`, folded in the last pass of several tokens a sequence.
         FOLDED: with `E dS C`, folded for this pass.
         STAGED: with C, dS and E one after the other, which is less work for a few tokens.
     """
@@ -35,7 +35,7 @@ def choose_form(*, has_kept_maps: bool, is_decoding: bool, has_dropout: bool) ->
     """The form of a pass.
 
     Args:
-        has_kept_maps: folded maps of frozen adapters were kept, and may be used.
+        has_kept_maps: folded maps of frozen adapters were kept, and the pass continues a sequence.
         is_decoding: no gradients, and one token a sequence, fewer of them than a block has features.
         has_dropout: dropout is applied to the maps' input.
     """
@@ -52,7 +52,7 @@ def apply_adapters(layer: AdapterTensors, z: Tensor, adapter_names: Sequence[str
         layer: the layer.
         z: (..., out_features), the base projection's output.
         adapter_names: the adapters; names that the layer does not have are ignored.
-        cache: the layer's maps that `keep_maps` keeps; a pass with gradients clears them.
+        cache: the layer's kept maps; a pass with gradients clears them.
 
     Returns:
         (..., out_features), dtype of `z`.
@@ -60,9 +60,12 @@ def apply_adapters(layer: AdapterTensors, z: Tensor, adapter_names: Sequence[str
     names = [name for name in adapter_names if name in layer.specs]
     traced, differentiated = is_traced(), layer.training or torch.is_grad_enabled()
     is_replica = shares_state(layer)
-    kept = None
+    kept = folded = None
     if not (differentiated or traced or is_replica or is_captured(z)):
-        kept = _kept_maps(layer, names, z.dtype, cache) if cache.is_on else None
+        if z.ndim > 2 and z.shape[-2] == 1:
+            kept = cache.find(*_sources(layer, names, z.dtype))
+        elif z.ndim > 2:
+            folded = cache.renew(*_sources(layer, names, z.dtype), lambda: _folded_maps(layer, names, z.dtype))
     elif not torch.compiler.is_compiling():
         cache.clear()
     elif differentiated and not torch.compiler.is_exporting():
@@ -76,9 +79,9 @@ def apply_adapters(layer: AdapterTensors, z: Tensor, adapter_names: Sequence[str
     if form is Form.STAGED:
         wide = z.to(torch.promote_types(z.dtype, torch.float32))  # cheaper than casting the larger E, S and C
         return apply_maps(wide, layer.staged_maps(names)).to(z.dtype)
-    if form is Form.FOLDED:
+    if form is Form.FOLDED and folded is None:
         return apply_maps(z, layer.maps(names, dropout=True), output_is_kept(layer, names))
-    return apply_maps(z, kept or ())
+    return apply_maps(z, kept or folded or ())
 
 
 def _is_decoding(layer: AdapterTensors, z: Tensor, names: Sequence[str], traced: bool) -> bool:
@@ -94,18 +97,19 @@ def _is_decoding(layer: AdapterTensors, z: Tensor, names: Sequence[str], traced:
     return not statically_known_true(sequences >= smallest)
 
 
-def _kept_maps(
-    layer: AdapterTensors, names: Sequence[str], dtype: torch.dtype, cache: MapCache
-) -> list[HeadMap] | None:
-    """The maps of frozen adapters, folded once; None for other adapters."""
-    sources = [
+def _sources(layer: AdapterTensors, names: Sequence[str], dtype: torch.dtype) -> tuple[Hashable, list[Tensor | None]]:
+    """What folded maps depend on: the key that they are kept under, and the tensors that they are folded from."""
+    tensors = [
         getattr(layer, attribute)[name].registered(spec.name)
         for name in names
         for spec in layer.specs[name]
         for attribute in ("clover_S", *spec.base_shapes)
     ]
-    scales = [layer.scaling[name] for name in names]
-    return cache.get((*names, *scales, dtype), sources, lambda: [m.to(dtype) for m in layer.maps(names)])
+    return (*names, *(layer.scaling[name] for name in names), dtype), tensors
+
+
+def _folded_maps(layer: AdapterTensors, names: Sequence[str], dtype: torch.dtype) -> list[HeadMap]:
+    return [m.to(dtype) for m in layer.maps(names)]
 
 
 def output_is_kept(layer: AdapterTensors, names: Sequence[str]) -> bool:

@@ -1,9 +1,8 @@
-"""`keep_maps`: folded maps of frozen adapters, kept from one pass to the next."""
+"""`MapCache`: folded maps of frozen adapters, kept for the decoding steps that follow a pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -22,43 +21,45 @@ class _Seen(NamedTuple):
 class MapCache:
     """Folded maps by the adapters, in order, and the dtype that they were folded for.
 
-    Maps are folded again if one of their tensors was replaced, moved or written to. Torch does not count writes by
-    fused optimizers, by collectives and through `tensor.data`. So maps are kept inside `keep_maps` alone, and
-    only those of frozen adapters; the layer clears them in `train()`, `eval()` and passes with gradients.
+    A pass of several tokens a sequence folds the maps and keeps them; passes of one token, which continue a sequence,
+    use them. Kept maps are given up if one of their tensors was replaced, moved or written to. Torch does not count
+    writes by fused optimizers, by collectives and through `tensor.data`: these take effect in the next pass of several
+    tokens. Only maps of frozen adapters are kept, and the layer clears them in `train()`, `eval()` and passes with
+    gradients.
 
     Attributes:
-        is_on: maps may be kept.
         is_stale: clear the cache before its next use; a compiled pass, which cannot clear the cache, sets it.
     """
-
-    is_on = False
 
     def __init__(self) -> None:
         self._entries: dict[Hashable, tuple[list[HeadMap], list[_Seen]]] = {}
         self.is_stale = False
 
-    def get(
-        self, key: Hashable, sources: Sequence[Tensor | None], fold: Callable[[], list[HeadMap]]
-    ) -> list[HeadMap] | None:
-        """The maps for `key`, folded now if they are missing or out of date; None if they cannot be kept.
+    def renew(self, key: Hashable, sources: Sequence[Tensor | None], fold: Callable[[], list[HeadMap]]) -> list | None:
+        """The maps for `key`, folded now, and kept; None if they cannot be kept.
 
         Args:
-            key: adapters and dtype.
+            key: adapters, scales and dtype.
             sources: the tensors that `fold` reads now.
             fold: computes the maps.
         """
+        self._entries.pop(key, None)
+        if not all(map(_can_watch, sources)):
+            return None
+        maps = fold()
+        if not any(type(m.matrix) is not Tensor for m in maps):  # a tracer's stand-in
+            self._entries[key] = (maps, [_Seen(t, t._version, t.detach()) for t in sources if t is not None])
+        return maps
+
+    def find(self, key: Hashable, sources: Sequence[Tensor | None]) -> list[HeadMap] | None:
+        """The maps that were kept for `key`; None if there are none, or they are out of date."""
         if self.is_stale:
             self.clear()
-        maps, seen = self._entries.pop(key, (None, []))
-        if maps is None or len(seen) != len(sources) or not all(map(_is_same, seen, sources)):
-            if not all(map(_can_watch, sources)):
-                return None
-            maps = fold()
-            if any(type(m.matrix) is not Tensor for m in maps):  # a tracer's stand-in
-                return maps
-            seen = [_Seen(t, t._version, t.detach()) for t in sources if t is not None]
-        self._entries[key] = (maps, seen)
-        return maps
+        maps, seen = self._entries.get(key, (None, []))
+        if maps is None or (len(seen) == len(sources) and all(map(_is_same, seen, sources))):
+            return maps
+        del self._entries[key]
+        return None
 
     def clear(self) -> None:
         """Forget all maps."""
@@ -69,31 +70,7 @@ class MapCache:
         return len(self._entries)
 
     def __reduce__(self) -> tuple[type[MapCache], tuple[()]]:
-        return MapCache, ()  # a copy starts empty, and outside of `keep_maps`
-
-
-@contextmanager
-def keep_maps(model: nn.Module) -> Iterator[None]:
-    """Keep the folded maps of frozen adapters inside the context, which decodes faster (as peft's `DoraCaching`).
-
-    A map is folded again if one of its tensors was replaced, moved, loaded or written to. Writes that torch does not
-    count (through `tensor.data`, numpy or collectives) are not seen inside the context until `model.eval()` is called;
-    outside they always are. Memory: the maps of every adapter that ran, H d^2 numbers a target.
-
-    Args:
-        model: a model with CLOVER adapters, in evaluation mode.
-    """
-    caches = [cache for m in model.modules() if isinstance(cache := getattr(m, "_cache", None), MapCache)]
-    before = [cache.is_on for cache in caches]
-    for cache in caches:
-        cache.is_on = True
-    try:
-        yield
-    finally:
-        for cache, was_on in zip(caches, before, strict=True):
-            cache.is_on = was_on
-            if not was_on:
-                cache.clear()
+        return MapCache, ()  # a copy starts empty
 
 
 def _is_same(seen: _Seen, now: Tensor | None) -> bool:

@@ -259,7 +259,7 @@ def test_decode(benchmark, tmp_path, capsys):
     methods = {
         "base",
         "clover",
-        "clover kept",
+        "clover in training",
         "clover merged",
         "clover low rank",
         "lora",
@@ -282,7 +282,7 @@ def test_decode(benchmark, tmp_path, capsys):
     assert effects["base"] == 0
     assert all(effect > 1e-5 for name, effect in effects.items() if name != "base"), effects
     assert effects["clover merged"] == pytest.approx(effects["clover"], rel=1e-3)
-    assert effects["clover kept"] == pytest.approx(effects["clover"], rel=1e-3)
+    assert effects["clover in training"] == pytest.approx(effects["clover"], rel=1e-3)
     assert effects["dora cached"] == pytest.approx(effects["dora"], rel=1e-3)
     for kinds in record["switching"].values():
         assert [len(found["rounds"]) for found in kinds.values()] == [2 * rounds, 2 * rounds]

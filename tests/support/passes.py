@@ -25,6 +25,12 @@ def answer(model: nn.Module, **kwargs) -> Tensor:
     return model(**inputs("llama"), **kwargs).logits
 
 
+@torch.no_grad()
+def step(model: nn.Module, **kwargs) -> Tensor:
+    """A step of decoding: one token of every sequence."""
+    return model(**inputs("llama", length=1), **kwargs).logits
+
+
 def unfolded(model: PeftModel, **kwargs) -> Tensor:
     """The same from maps that are folded for this pass."""
     return model(**inputs("llama"), **kwargs).logits.detach()
