@@ -48,6 +48,9 @@ class Family:
         value_dim: attribute with the dimensions of a value head.
         key_value_heads: attribute with the number of key-value heads.
         heads: attribute with the number of query heads.
+        experts: parameter name (the end of its path) -> the layout of a stack of experts' weights, without the
+            dimension of the experts: "in" stands for the input features, and "out", "gate up" or "gate|up"
+            (interleaved) for the output features.
         between: "v" or "k" -> anything else between it and its partner: "norm", "clip", "stream" (tokens of another
             stream attend too), "other" (the output projection reads other features too) or "nothing". It describes
             the family before there is a model; `resolve` looks at the modules themselves.
@@ -61,6 +64,7 @@ class Family:
     value_dim: str | None = None
     key_value_heads: str = "num_key_value_heads"
     heads: str = "num_attention_heads"
+    experts: dict[str, str] = field(default_factory=dict)
     between: dict[str, str | If] = field(default_factory=dict)
 
     @property
@@ -123,6 +127,9 @@ _LLAMA = Family(
     positions="rotary",
 )
 
+# Stacks of experts as most families of transformers 5 have them.
+_EXPERTS = {"experts.gate_up_proj": "gate up, in", "experts.down_proj": "out, in"}
+
 _BART = replace(_LLAMA, output="out_proj", up={"fc1": "up"}, positions="none")
 
 _VIT = replace(_LLAMA, up={"mlp.fc1": "up"}, positions="none")
@@ -158,14 +165,18 @@ _TABLE: list[tuple[str, Family]] = [
     # Decoders.
     (
         "llama mistral ministral3 gemma gemma2 gemma3_text qwen2 qwen3 granite cohere olmo2 olmo3 exaone4 ernie4_5 "
-        "seed_oss helium arcee mllama_text_model qwen2_vl_text qwen2_5_vl_text qwen3_vl_text qwen2_moe qwen3_moe "
-        "internlm3",
+        "seed_oss helium arcee mllama_text_model qwen2_vl_text qwen2_5_vl_text qwen3_vl_text internlm3",
         _LLAMA,
     ),
+    ("qwen2_moe qwen3_moe", replace(_LLAMA, experts=_EXPERTS)),
     ("gemma3n_text bitnet", replace(_LLAMA, between={"v": "norm"})),
     ("olmo", replace(_LLAMA, between={"v": _CLIPPED})),
-    ("mixtral gpt_oss granitemoe", replace(_LLAMA, up={})),  # experts are stacks of matrices, no modules
-    ("olmoe", replace(_LLAMA, up={}, between={"v": _CLIPPED})),
+    ("mixtral granitemoe", replace(_LLAMA, up={}, experts=_EXPERTS)),  # experts are stacks of matrices, no modules
+    (
+        "gpt_oss",
+        replace(_LLAMA, up={}, experts={"experts.gate_up_proj": "in, gate|up", "experts.down_proj": "in, out"}),
+    ),
+    ("olmoe", replace(_LLAMA, up={}, between={"v": _CLIPPED}, experts=_EXPERTS)),
     ("qwen3_next", replace(_LLAMA, projections={**_LLAMA.projections, "q_proj": "q|gate"})),
     ("cohere2", replace(_LLAMA, positions=If("sliding_window", "rotary", "none"))),
     (
@@ -224,6 +235,7 @@ _TABLE: list[tuple[str, Family]] = [
             positions="decoupled",
             head_dim="qk_nope_head_dim",
             value_dim="v_head_dim",
+            experts=_EXPERTS,
         ),
     ),
     # Encoders.

@@ -27,7 +27,7 @@ ResultT = TypeVar("ResultT")
 _WEIGHT_NAMES = ("qweight", "weight", "W_q")
 
 
-class _Original(NamedTuple):
+class Original(NamedTuple):
     """The base model's own tensors while adapters are merged: plain attributes, neither trained nor saved.
 
     Attributes:
@@ -62,7 +62,7 @@ class BaseWeight:
         self.in_features, self.out_features = feature_counts(self.module, path)
         self.fan_in_fan_out = isinstance(self.module, Conv1D)
         self.backend = resolve_quantization_backend(self.module, **(quantization_kwargs or {}))
-        self._original: _Original | None = None
+        self._original: Original | None = None
 
     @property
     def module(self) -> Any:
@@ -171,7 +171,7 @@ class BaseWeight:
         module = self.module
         if self._original is None:
             own = getattr(module, "weight", None)
-            self._original = _Original(module, own, module.bias, copy.copy(getattr(module, "state", None)))
+            self._original = Original(module, own, module.bias, copy.copy(getattr(module, "state", None)))
         rounding = (0.0, 0.0)
         if self.backend is None:
             module.weight = _like(module.weight, weight)
@@ -209,9 +209,9 @@ class BaseWeight:
         if module is not self.module:
             module._apply(fn)
         weight, bias = (None if tensor is None else _applied(fn, tensor) for tensor in (weight, bias))
-        self._original = _Original(module, weight, bias, state)
+        self._original = Original(module, weight, bias, state)
 
-    def _dense_original(self, original: _Original) -> Tensor:
+    def _dense_original(self, original: Original) -> Tensor:
         if self.backend is None:
             return original.weight.data
         if original.weight is None:

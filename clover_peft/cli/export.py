@@ -20,6 +20,7 @@ from ..io.hub_models import load_processor
 from ..io.model_class import find_class, read_config
 from ..tuner.bases import clover_layers
 from ..tuner.config import CloverConfig
+from ..tuner.experts import refuse_experts
 from ..tuner.lora_approximation import lora_errors
 from . import checks, parsers
 from .errors import reports_errors
@@ -182,6 +183,7 @@ def _settle_ties(model: Any) -> None:
 def _check_loras(model: PeftModel, ranks: list[int]) -> None:
     """Refuse ranks that no LoRA of these modules has, and modules whose bias a LoRA would leave out."""
     layers = clover_layers(model)
+    refuse_experts(layers, "--lora-rank")
     for _, layer in layers:
         if not layer.supports_lora_conversion():
             raise ValueError(

@@ -22,6 +22,7 @@ from ..io.model_class import find_class, make_empty, read_config
 from ..tuner.bases import clover_layers, frozen_tensors, inner_model
 from ..tuner.block_spec import BlockSpec
 from ..tuner.config import CloverConfig
+from ..tuner.experts import refuse_experts
 from ..tuner.layer import CloverLayer
 from . import checks, parsers
 from .errors import reports_errors
@@ -55,7 +56,8 @@ def plan(
     trainable = sum(p.numel() for p in inner.parameters() if p.requires_grad)
     layers: dict[str, dict[str, Any]] = {}
     s = bases = alone = folded = 0
-    for path, layer in clover_layers(inner):
+    for _, layer in clover_layers(inner):
+        path = layer.name  # a stack of experts' weights has no path of a module
         specs = layer.specs["default"]
         for spec in specs:
             norms = spec.blocks * spec.size
@@ -139,6 +141,7 @@ def measure(config: transformers.PretrainedConfig, kind: Any, adapter: CloverCon
     model = _empty(config, kind)
     with torch.device("meta"):
         found = clover_layers(inner_model(get_peft_model(_empty(config, kind), adapter)))
+    refuse_experts(found, "--measure")
     first = _layer_of(found[0][0])
     seconds = 0.0
     for path, layer in found:
@@ -196,8 +199,7 @@ def _describe(spec: BlockSpec) -> dict[str, Any]:
 
 def _gram_flops(model: nn.Module, layer: CloverLayer, spec: BlockSpec) -> int:
     """Of the d x d Gram matrices of both sides; what is decomposed then is d x d."""
-    inner = layer.weight.shape[0 if layer.fan_in_fan_out else 1]
-    flops = 2 * inner * spec.heads.features * spec.size
+    flops = 2 * layer.in_features * spec.heads.features * spec.size
     if spec.partner is not None and spec.basis == "pair":
         partner: Any = base_of(model.get_submodule(spec.partner.path))
         heads_last = spec.partner.reads != isinstance(partner, Conv1D)  # in the weight, (out, in) but for Conv1D

@@ -12,6 +12,7 @@ from ..base_model.activations import Probe, collect_moments
 from ..base_model.weight import base_of
 from .bases import compute_bases, inner_model, layers_with, stored_bases
 from .block_spec import BlockSpec
+from .experts import refuse_experts
 from .layer import CloverLayer
 
 
@@ -38,6 +39,7 @@ def initialize_from_activations(
     inner = inner_model(model)
     config = getattr(model, "peft_config", {}).get(adapter_name)
     layers = layers_with(inner, adapter_name)
+    refuse_experts(layers, "initialize_from_activations")
     check_new(adapter_name, config, layers)
     probes: dict[str, Probe] = {}
     for path, layer in layers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .adapter_tensors import BASES_CHECKSUM, FROZEN, TRAINED, WHOLE, tensor_keys
+from .adapter_tensors import BASES_CHECKSUM, FROZEN, TRAINED, WHOLE, file_key, tensor_keys
 from .base_check import check_fingerprint, fingerprint
 from .bases import frozen_tensors, inner_model
 from .block_spec import BlockSpec, BlockTensors
@@ -119,7 +119,7 @@ def _take(state: dict[str, Tensor], name: str, attribute: str, part: str) -> Ten
     Peft renames only keys of the model's own state dict. Others have no adapter's name, and may have the prefix of a
     `PeftModel` although the model is a bare one.
     """
-    key = f"{name}.{attribute}.{part}".removeprefix(".")
+    key = file_key(f"{name}.{attribute}.{part}".removeprefix("."))
     found = [state.pop(k) for k in (key, f"base_model.model.{key}") if k in state]
     return found[0] if found else None
 

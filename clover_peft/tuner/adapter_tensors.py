@@ -57,6 +57,11 @@ class AdapterTensors(nn.Module):
         self._missing_bases: set[str] = set()
         self.register_load_state_dict_post_hook(AdapterTensors._note_loaded)
 
+    @property
+    def below(self) -> nn.Module:
+        """What this layer adapts: the projection, or another tuner's layer around it."""
+        return self.base_layer
+
     def create_tensors(
         self,
         adapter_name: str,
@@ -311,3 +316,10 @@ def tensor_keys(name: str, adapter_name: str, part: str) -> dict[str, str]:
     prefix = f"{name}." if name else ""
     attributes = (*TRAINED, *FROZEN, BASES_CHECKSUM)
     return {attribute: f"{prefix}{attribute}.{adapter_name}.{part}" for attribute in attributes}
+
+
+def file_key(key: str) -> str:
+    """A key as it is in files: for experts, the same whether or not another stack of the module is adapted too."""
+    while ".base_layer.clover_" in key:
+        key = key.replace(".base_layer.clover_", ".clover_")
+    return key

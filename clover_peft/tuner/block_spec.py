@@ -148,13 +148,13 @@ def block_spec(config: CloverConfig, key: str, target: TargetSlice, rank: int | 
     paired = config.cross_layer and target.partner is not None
     size = config.block_size if is_attention else config.mlp_block_size
     if size is None:
-        size = heads.dim if is_attention else max(n for n in range(1, 65) if heads.features % n == 0)
-    if not is_attention and config.mlp_block_size is None and size < min(8, heads.features):
+        size = heads.dim if is_attention else max(n for n in range(1, 65) if heads.dim % n == 0)
+    if not is_attention and config.mlp_block_size is None and size < min(8, heads.dim):
         warn(
-            f"{key}: {heads.features} features have no divisor between 8 and 64, blocks are of {size}, which trains "
+            f"{key}: {heads.dim} features have no divisor between 8 and 64, blocks are of {size}, which trains "
             "little; pass mlp_block_size, or leave the module out with exclude_modules",
         )
-    if heads.features % size or (heads.dim % size and size % heads.dim):
+    if heads.features % size or (heads.dim % size and (size % heads.dim or not is_attention)):
         option = "block_size" if is_attention else "mlp_block_size"
         raise ValueError(
             f"{key}: {option}={size} neither divides nor is a multiple of {heads.dim} features "

@@ -29,6 +29,8 @@ class CloverConfig(PeftConfig):
         s_matrix: "full" trains an r x r matrix per block, "diagonal" its r diagonal entries.
         target_modules: Module names (suffixes), a regular expression, or "all-linear". None: the modules that compute
             key, value and up-projection, from the table of architectures.
+        target_parameters: Names (suffixes) of stacks of experts' weights to adapt, such as "experts.gate_up_proj": the
+            routed experts of mixture-of-experts models are parameters, not modules. None for none.
         exclude_modules: Module names or a regular expression to leave out.
         cross_layer: Decompose value and output together and, without rotary embeddings, key and query together (the
             paper's cross-layer form). False decomposes every projection alone.
@@ -73,6 +75,7 @@ class CloverConfig(PeftConfig):
     r: int | None = None
     s_matrix: Literal["full", "diagonal"] = "full"
     target_modules: set[str] | list[str] | str | None = None
+    target_parameters: list[str] | None = None
     exclude_modules: set[str] | list[str] | str | None = None
     cross_layer: bool = True
     block_size: int | None = None

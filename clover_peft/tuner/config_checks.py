@@ -35,6 +35,9 @@ def check(values: Mapping[str, Any]) -> None:
         value = values[name]
         if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in allowed):
             raise ValueError(f"CloverConfig.{name}: expected one of {list(allowed)}, found {value!r}")
+    parameters = values.get("target_parameters")
+    if isinstance(parameters, str) or not all(isinstance(name, str) for name in parameters or ()):
+        raise ValueError(f"CloverConfig.target_parameters: expected None or a list of names, found {parameters!r}")
     _check_numbers(values)
     _check_combinations(values)
 
@@ -92,6 +95,10 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
         "save_bases=True or 'folded'": get("from_activations") and get("save_bases") is False,
         "save_bases=False computes the bases again from the weights, but balance_updates scaled these; use "
         "save_bases=True or 'folded'": get("balanced_updates") and get("save_bases") is False,
+        "the map of an expert changes its weight and never sees its input, which clover_dropout and low_rank need; "
+        "leave target_parameters out, or these": bool(
+            get("target_parameters") and (get("clover_dropout", 0.0) or get("low_rank", 0))
+        ),
         "a folded adapter holds maps for inference and cannot be trained; load it with is_trainable=False, or "
         "train from an adapter saved with save_bases=True": get("folded") and not get("inference_mode"),
     }

@@ -21,6 +21,7 @@ from ..runtime.bitsandbytes import check_packing
 from .base_check import check_fingerprint, fingerprint
 from .bases import clover_layers, inner_model, layers_with
 from .config import CloverConfig
+from .experts import refuse_experts
 from .layer import CloverLayer
 from .merging import map_constant
 
@@ -108,6 +109,7 @@ def merge_onto(model: nn.Module, base: ModelT, adapter_name: str = "default") ->
     """
     inner = inner_model(model)
     layers = layers_with(inner, adapter_name)
+    refuse_experts(layers, "merge_onto")
     config: CloverConfig = model.peft_config[adapter_name]  # type: ignore[index,assignment]
     if inner_model(base) is not base or any(isinstance(module, BaseTunerLayer) for module in base.modules()):
         raise ValueError("base: expected a model without adapters, found some; merge or unload them first")

@@ -42,7 +42,8 @@ def explicit_factors(model: nn.Module, target: str, adapter_name: str = "default
 
     Args:
         model: a model with a CLOVER adapter: a `PeftModel`, or one that an adapter was injected into.
-        target: path of the projection in the base model, or a suffix that only one adapted module has.
+        target: path of the projection (or stack of experts' weights) in the base model, or a suffix that only one
+            adapted module has.
         adapter_name: the adapter.
 
     Returns:
@@ -53,7 +54,8 @@ def explicit_factors(model: nn.Module, target: str, adapter_name: str = "default
         ValueError: if no module or more than one matches, or the adapter is not there, or has no bases of the weights.
     """
     inner = inner_model(model)
-    found = [(n, m) for n, m in clover_layers(inner) if n == target or n.endswith("." + target)]
+    layers = [(layer.name, layer) for _, layer in clover_layers(inner)]
+    found = [(n, m) for n, m in layers if n == target or n.endswith("." + target)]
     if len(found) != 1 or adapter_name not in found[0][1].specs:
         raise ValueError(
             f"{target}: expected one module with an adapter {adapter_name!r}, found {[name for name, _ in found]}; "

@@ -13,6 +13,7 @@ trained and B starts at zero. `AdapterTensors` names the tensors.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from textwrap import indent
 from typing import Any
 
@@ -39,13 +40,19 @@ class CloverLayer(AdapterTensors, Scaling, BaseTunerLayer):
         adapter_name: its first adapter, which is active; `update_layer` makes it.
         name: path of the target in the model, for messages.
         quantization_kwargs: arguments of peft's quantisation backends (`get_quantization_kwargs(model)`).
+        base_weight: makes the reader of the base weight from the layer and `name`; None for a projection's own.
     """
 
     adapter_layer_names: tuple[str, ...] = TRAINED
     other_param_names: tuple[str, ...] = (*FROZEN, "clover_dropout", "specs", "scaling")
 
     def __init__(
-        self, base_layer: nn.Module, adapter_name: str, name: str = "", quantization_kwargs: dict | None = None
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        name: str = "",
+        quantization_kwargs: dict | None = None,
+        base_weight: Callable[[nn.Module, str], BaseWeight] | None = None,
     ) -> None:
         super().__init__(base_layer, name)
         self.merged_adapters: list[str] = []
@@ -55,7 +62,7 @@ class CloverLayer(AdapterTensors, Scaling, BaseTunerLayer):
         self._cache = MapCache()
         # Squared norms of the last merge's change, and of the rounding error of the quantised result.
         self.merge_rounding: tuple[float, float] = (0.0, 0.0)
-        self.base_weight = BaseWeight(self, name, quantization_kwargs)
+        self.base_weight = (base_weight or partial(BaseWeight, quantization_kwargs=quantization_kwargs))(self, name)
         self.in_features, self.out_features = self.base_weight.in_features, self.base_weight.out_features
         self.fan_in_fan_out = self.base_weight.fan_in_fan_out
 
@@ -143,15 +150,9 @@ class CloverLayer(AdapterTensors, Scaling, BaseTunerLayer):
         """
         if adapter_names is not None:
             self._check_mixed_batch(x, adapter_names)
-        if self.disable_adapters and self.merged:
-            if shares_state(self):
-                raise ValueError(
-                    f"{self.name}: adapters are merged, and a DataParallel replica cannot take them out; call "
-                    "unmerge_adapter() on the model before disabling them"
-                )
-            self.unmerge()
+        is_plain = self._is_plain()
         z = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
+        if is_plain:
             return z
         if adapter_names is None:
             return self._adapted(z, x, self.active_adapters)
@@ -161,6 +162,17 @@ class CloverLayer(AdapterTensors, Scaling, BaseTunerLayer):
                 rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=z.device)
                 result[rows] = self._adapted(z[rows], x[rows], [name])
         return result
+
+    def _is_plain(self) -> bool:
+        """Whether the base layer computes the result alone: adapters are merged, or disabled, which unmerges them."""
+        if self.disable_adapters and self.merged:
+            if shares_state(self):
+                raise ValueError(
+                    f"{self.name}: adapters are merged, and a DataParallel replica cannot take them out; call "
+                    "unmerge_adapter() on the model before disabling them"
+                )
+            self.unmerge()
+        return self.disable_adapters or self.merged
 
     def _adapted(self, z: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
         """`z + E dS C z + B A x`, (..., out_features), over the adapters."""

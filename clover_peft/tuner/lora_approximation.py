@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .bases import layers_with
+from .experts import refuse_experts
 
 
 @torch.no_grad()
@@ -32,7 +33,9 @@ def lora_errors(
     lost = {rank: torch.zeros((), dtype=torch.float64) for rank in ranks}
     total = torch.zeros((), dtype=torch.float64)
     result = {}
-    for name, layer in layers_with(model, adapter_name):
+    layers = layers_with(model, adapter_name)
+    refuse_experts(layers, "a LoRA that approximates the adapter")
+    for name, layer in layers:
         with layer.base_weight.whole():
             energy = torch.linalg.svdvals(layer.get_delta_weight(adapter_name)).double().square().cpu()
         result[name] = {rank: _root_share(energy[rank:].sum(), energy.sum()) for rank in ranks}

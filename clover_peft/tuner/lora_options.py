@@ -15,7 +15,6 @@ CORRESPONDING = {
     "init_lora_weights": "use init_weights for tests; CLOVER starts as the base model, in bases of its weights",
     "use_dora": "CLOVER has no magnitude vector; leave it out",
     "layer_replication": "CLOVER does not replicate layers; change the model first",
-    "target_parameters": "CLOVER adapts modules; use target_modules",
     "megatron_config": "CLOVER does not support Megatron; leave it out",
     "megatron_core": "CLOVER does not support Megatron; leave it out",
     "loftq_config": "CLOVER does not initialise from a quantisation error; leave it out",

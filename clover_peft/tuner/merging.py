@@ -33,7 +33,7 @@ def check_merge(layer: AdapterTensors, adapter_names: list[str]) -> None:
         ValueError: if two of them truncate, one has no bases, or another tuner has an unmerged update below.
     """
     check_truncation(layer, adapter_names, "merged")
-    below = layer.base_layer
+    below = layer.below
     if isinstance(below, BaseTunerLayer) and not below.merged:
         raise ValueError(
             f"{layer.name}: expected a plain projection to merge into, found {type(below).__name__} with an update "
@@ -68,7 +68,8 @@ def delta_weight(layer: AdapterTensors, adapter_name: str) -> Tensor:
     layer.check_bases(adapter_name, "merge")
     with layer.base_weight.whole():
         weight = layer.base_weight.transposed()
-        return layer.base_weight.as_stored(map_weight(layer, weight, [adapter_name]) - weight)
+        adapted = map_weight(layer, weight, [adapter_name])
+        return layer.base_weight.as_stored(adapted) - layer.base_weight.as_stored(weight)
 
 
 @torch.inference_mode(False)  # the results stay in the model, where they may be trained

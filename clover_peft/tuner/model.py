@@ -14,11 +14,13 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..base_model.experts import experts_slice
 from ..base_model.families import FAMILIES, family_of, unknown_family_message
 from ..base_model.resolve import default_targets, resolve
+from ..base_model.slices import TargetSlice
 from ..io.user_warning import warn
 from ..runtime.loading import makes_meta_tensors, weights_follow
-from ..runtime.sharding import filled_by_rank_0, forget_spared, refuse_sharded, spare_broadcasts, whole_shape
+from ..runtime.sharding import filled_by_rank_0, forget_spared, refuse_sharded, spare_broadcasts
 from .adapter_file import is_untouched, select_for_saving, take_file
 from .adapter_folder import check_source
 from .adapter_tensors import FROZEN
@@ -27,9 +29,11 @@ from .bases import MAX_CONDITION, clover_layers, frozen_tensors, warn_of_zero_bl
 from .block_spec import BlockSpec, block_spec
 from .combining import add_up, find_sources
 from .config import CloverConfig
+from .experts import CloverExperts
 from .layer import CloverLayer, CloverLinear
 from .merging import check_merge, check_truncation, merged_tensors
 from .mixed_batch import mixed_batch
+from .target_parameters import TargetParameters
 from .tied_weights import TiedWeights
 
 # Merging warns if rounding changes more than this share of the update.
@@ -53,7 +57,7 @@ class _Injection:
     progress: Any = field(default_factory=lambda: tqdm(desc="CLOVER bases", unit=" modules", delay=3, leave=False))
 
 
-class CloverModel(TiedWeights):
+class CloverModel(TargetParameters, TiedWeights):
     """Adds CLOVER adapters to a model (arXiv 2411.17426).
 
     Every head keeps its weights, and gets frozen bases and a trained matrix of singular values between them.
@@ -154,17 +158,6 @@ class CloverModel(TiedWeights):
                 "cut these with mlp_block_size, or describe the heads with head_dim=... or num_heads=...",
             )
 
-    def _refuse_experts(self, config: CloverConfig) -> None:
-        """Refuse the experts of a mixture: each stack of their matrices is one parameter, not a module."""
-        names = config.target_modules if isinstance(config.target_modules, set) else set()
-        for path, parameter in self.model.named_parameters():
-            shape = whole_shape(parameter)
-            if len(shape) > 2 and any(path.endswith("." + name) for name in names):
-                raise ValueError(
-                    f"{path}: expected a linear projection, found a stack of {shape[0]} experts' weights of "
-                    f"shape {shape[1:]}, which CLOVER does not adapt; leave it out of target_modules"
-                )
-
     def _create_and_replace(
         self,
         peft_config: CloverConfig,
@@ -175,10 +168,16 @@ class CloverModel(TiedWeights):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        specs = self._specs(peft_config, current_key)
         layer = target
-        if not isinstance(layer, CloverLayer):
-            layer = CloverLinear(target, adapter_name, current_key, get_quantization_kwargs(self.model))
+        if parameter_name is not None:
+            expert, layout = experts_slice(self.model, current_key)
+            specs = self._specs(peft_config, current_key, (expert,))
+            if not isinstance(layer, CloverExperts) or layer.parameter_name != parameter_name:
+                layer = CloverExperts(target, adapter_name, current_key, layout)
+        else:
+            specs = self._specs(peft_config, current_key)
+            if not isinstance(layer, CloverLayer):
+                layer = CloverLinear(target, adapter_name, current_key, get_quantization_kwargs(self.model))
         now, is_meta = self._injection, makes_meta_tensors()
         if not now.may_be_loaded or peft_config.base_precision is None:
             peft_config.base_precision = layer.base_weight.precision
@@ -224,8 +223,10 @@ class CloverModel(TiedWeights):
                     for parameter in tensors.values():
                         parameter.data = parameter.data.to(layer.weight.dtype)
 
-    def _specs(self, config: CloverConfig, key: str) -> tuple[BlockSpec, ...]:
-        slices = resolve(
+    def _specs(
+        self, config: CloverConfig, key: str, slices: tuple[TargetSlice, ...] | None = None
+    ) -> tuple[BlockSpec, ...]:
+        slices = slices or resolve(
             self.model,
             key,
             head_dim=config.head_dim,
@@ -351,9 +352,11 @@ class CloverModel(TiedWeights):
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter {adapter_name!r} exists already; pass another name, or delete it first")
         sources = find_sources(self.model, self.peft_config, adapters, weights)
+        experts = {path: layer.name for path, (layer, _) in sources.items() if isinstance(layer, CloverExperts)}
         self.peft_config[adapter_name] = replace(
             self.peft_config[adapters[0]],
-            target_modules=set(sources),
+            target_modules=set(sources) - set(experts),
+            target_parameters=list(experts.values()) or None,
             exclude_modules=None,
             layers_to_transform=None,
             layers_pattern=None,
@@ -433,7 +436,7 @@ def _home(layer: CloverLayer) -> torch.device:
 
 
 def _unwrap_empty_layers(model: nn.Module) -> None:
-    for name, layer in clover_layers(model):
+    for name, layer in reversed(clover_layers(model)):  # a module inside another one first
         if not layer.specs:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.base_layer)

@@ -14,6 +14,7 @@ from ..runtime.bitsandbytes import check_packing, keep_unpacked
 from .activation_bases import check_new
 from .bases import inner_model, layers_with
 from .block_spec import BlockSpec
+from .experts import refuse_experts
 from .layer import CloverLayer
 
 # The sensitivity that every block is given. Rates of about 5e-3 are then right for AdamW (SmolLM2-135M).
@@ -96,6 +97,7 @@ def update_sensitivities(
         TypeError: if bitsandbytes has repacked a 4-bit base, whose gradients are then wrong.
     """
     layers = layers_with(inner_model(model), adapter_name)
+    refuse_experts(layers, "balance_updates")
     for path, layer in layers:
         if adapter_name not in layer.active_adapters or layer.disable_adapters:
             raise ValueError(

@@ -157,6 +157,29 @@ def test_dpo_policy_and_reference_have_the_same_log_probabilities_at_the_start(t
     assert torch.equal(logits(trainer.model, "llama"), policy)
 
 
+def test_dpo_trains_experts_against_a_reference_adapter(tokenizer, tmp_path):
+    """Adapters of experts can be several: TRL's copy of a trained adapter is the reference."""
+    options = dict(target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    model = get_peft_model(build("mixtral"), CloverConfig(**options, mlp_block_size=8))
+    perturb(model)
+    before = matrices(model)
+    trainer = trl.DPOTrainer(
+        model=model,
+        args=trl.DPOConfig(**settings(tmp_path, max_length=16, bf16=False)),
+        train_dataset=preferences(),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    first, *_, last = [entry for entry in trainer.state.log_history if "rewards/margins" in entry]
+    assert first["rewards/margins"] == 0
+    assert last["rewards/margins"] != 0
+    after = matrices(trainer.model)
+    assert sorted(trainer.model.peft_config) == ["default", "ref"]
+    for name, value in before.items():
+        assert torch.equal(after[name.replace(".default.", ".ref.")], value)
+        assert not torch.equal(after[name], value)
+
+
 # --- every trainer: three steps, a kill, a resume ---------------------------------------------------
 
 

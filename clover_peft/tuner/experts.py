@@ -1,0 +1,143 @@
+"""`CloverExperts`: the routed experts of a mixture with a trained map of every block of each expert's features.
+
+The experts' weights are one parameter W with a matrix W_e for each expert. With M_e the folded maps of an expert
+(`E dS C`; ours, as in `layer.py`):
+
+    W'_e = W_e + M_e W_e                b'_e = b_e + M_e b_e
+
+The module's own forward pass reads W' and b' in the places of W and b. They are equal to W and b bit for bit as long
+as dS is zero, and W is never written to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from ..base_model.experts import ExpertsLayout, ExpertsWeight
+from .layer import CloverLayer
+from .maps import HeadMap, formula
+
+
+class CloverExperts(CloverLayer):
+    """A module with a stack of experts' weights, and CLOVER adapters of this one stack.
+
+    A second stack of the same module gets a layer of its own around this one.
+
+    Args:
+        base_layer: the module that has the parameter, or a `CloverExperts` around it.
+        adapter_name: the first adapter, which is active; `update_layer` makes it.
+        name: path of the parameter in the model.
+        layout: where its features are.
+    """
+
+    base_weight: ExpertsWeight
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, name: str, layout: ExpertsLayout) -> None:
+        super().__init__(base_layer, adapter_name, name, base_weight=partial(ExpertsWeight, layout=layout))
+
+    @property
+    def parameter_name(self) -> str:
+        """The name of the parameter in its module."""
+        return self.base_weight.parameter
+
+    @property
+    def below(self) -> nn.Module:
+        """The module of the experts; maps of its other parameters do not meet this one's."""
+        return self.get_base_layer()
+
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """The module's own forward pass, with the adapted weights.
+
+        Raises:
+            ValueError: for a choice of adapters by sample, because experts see tokens without their samples; and for
+                weights that are sharded or offloaded.
+        """
+        if adapter_names is not None and any(name in self.specs for name in adapter_names):
+            raise ValueError(
+                f"{self.name}: expected one adapter for a whole batch, found adapter_names={adapter_names}; experts "
+                "see tokens without their samples, so call set_adapter and run the samples of each adapter together"
+            )
+        names = [name for name in self.active_adapters if name in self.specs]
+        if self._is_plain() or adapter_names is not None or not names:
+            return self.base_layer(*args, **kwargs)
+        depth = "base_layer." * self._layers_below()
+        changed = {depth + name: tensor for name, tensor in self.adapted(names).items()}
+        return functional_call(self.base_layer, changed, args, kwargs)
+
+    def adapted(self, adapter_names: Sequence[str]) -> dict[str, Tensor]:
+        """Parameter name -> W', and b' if there is one, in the dtype and layout of the base's own.
+
+        The product is computed in at least float32 for all experts at once, E I D d multiplications for E experts of I
+        adapted features and D inputs, and again in the backward pass, so that nothing but W' is kept for it.
+        """
+        weight, biases, layout = self.base_weight.own, self.base_weight.own_biases, self.base_weight.layout
+        if weight.is_meta or isinstance(weight, DTensor) or weight.ndim != 3:
+            raise ValueError(
+                f"{self.name}: expected the experts' whole weights in the forward pass, found them sharded or "
+                "offloaded, which CLOVER's maps of experts cannot be used with; keep the model whole on its devices"
+            )
+        maps = self.maps(adapter_names)
+        result = {self.parameter_name: layout.with_rows(weight, _mapped(layout.rows(weight), maps))}
+        if biases is not None and (bias := self.base_weight.bias) is not None:
+            result[f"{self.parameter_name}_bias"] = layout.with_bias(biases, _mapped(bias, maps))
+        return result
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Peft calls it to take out this layer and those below it; returns the module of the experts."""
+        layer: Any = self
+        while isinstance(layer, CloverExperts):
+            if merge:
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            layer = layer.base_layer
+        return layer
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """LoRA's layers for stacks are not the ones that peft converts to."""
+        return False
+
+    def _layers_below(self) -> int:
+        layer: Any = self.base_layer
+        count = 0
+        while layer is not self.base_weight.module:
+            count, layer = count + 1, layer.base_layer
+        return count
+
+
+def refuse_experts(layers: Iterable[tuple[str, CloverLayer]], purpose: str) -> None:
+    """Refuse experts for something that needs the output of a projection, or a weight that is one matrix.
+
+    Args:
+        layers: layers and their paths.
+        purpose: the function that needs it.
+
+    Raises:
+        ValueError: naming the stack.
+    """
+    for _, layer in layers:
+        if isinstance(layer, CloverExperts):
+            raise ValueError(
+                f"{layer.name}: expected projections for {purpose}, found a stack of experts' weights; use an adapter "
+                "without target_parameters"
+            )
+
+
+def _mapped(rows: Tensor, maps: Sequence[HeadMap]) -> Tensor:
+    """`rows` (..., features) with the maps, computed in at least float32, in their own dtype."""
+
+    def compute(rows: Tensor) -> Tensor:
+        with torch.autocast(rows.device.type, enabled=False):
+            return formula(rows.to(torch.promote_types(rows.dtype, torch.float32)), maps).to(rows.dtype)
+
+    if torch.is_grad_enabled() and any(m.matrix.requires_grad for m in maps):
+        return checkpoint(compute, rows, use_reentrant=False, preserve_rng_state=False)
+    return compute(rows)
