@@ -132,10 +132,11 @@ def _configs(base: Any, methods: Sequence[str]) -> dict[str, PeftConfig]:
     clover = CloverConfig(task_type="CAUSAL_LM")
     rank = rank_for(trainable(get_peft_model(copy.deepcopy(base), copy.deepcopy(clover))), base, LORA_TARGETS)
     same: dict[str, Any] = dict(r=rank, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
+    niter: Any = "pissa_niter_16"  # peft's annotation names no number
     known = {
         "clover": clover,
         "lora": LoraConfig(lora_alpha=2 * rank, **same),
-        "pissa": LoraConfig(lora_alpha=rank, init_lora_weights="pissa_niter_16", **same),
+        "pissa": LoraConfig(lora_alpha=rank, init_lora_weights=niter, **same),
     }
     return {name: known[name] for name in methods}
 
