@@ -374,6 +374,30 @@ def test_adapter_io(benchmark, tmp_path, capsys):
     assert "low_cpu ms" in capsys.readouterr().out
 
 
+def test_grpo(benchmark, tmp_path, capsys):
+    pytest.importorskip("trl", reason="needs the train extra: pip install clover-peft[train]")
+    record = run(benchmark("grpo"), tmp_path / "record.json")
+    results = {(result["method"], result["rate"]): result for result in record["results"]}
+    assert results.keys() == {
+        ("clover", 1e-3), ("clover", 5e-3), ("lora", 2e-4), ("lora", 1e-3), ("pissa", 2e-4), ("pissa", 1e-3),
+    }  # fmt: skip
+    for trial, result in results.items():
+        assert result["parameters"] == pytest.approx(results["clover", 1e-3]["parameters"], rel=0.2), trial
+        for name in ("reward", "length", "gradient_norm"):
+            assert len(result[name]) == record["options"]["steps"], trial
+        assert all(0 <= value <= 1 for value in result["reward"]), trial
+        assert max(result["gradient_norm"]) > 0, trial
+    # CLOVER and LoRA start as the base model; the first answers of both are the base's.
+    assert results["clover", 1e-3]["reward"][0] == results["lora", 1e-3]["reward"][0]
+    assert "best step" in capsys.readouterr().out
+
+
+def test_grpo_rewards_digits_at_their_place(benchmark):
+    pytest.importorskip("trl", reason="needs the train extra: pip install clover-peft[train]")
+    answers = [" 0467\n95", "0467", "0476", "04670", "04", "0467 is", "", "\n0467"]
+    assert benchmark("grpo").reward(answers, ["0467"] * 8) == [1, 1, 0.5, 0.8, 0.5, 0, 0, 0]
+
+
 # ---------------------------------------------------------------------- pictures
 
 
