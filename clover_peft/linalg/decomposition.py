@@ -94,14 +94,15 @@ def per_key_value_head(g: Tensor, heads: int, groups: int) -> Tensor:
 
 
 def limit_condition(g: Tensor, most: float) -> Tensor:
-    """Gram matrices whose small eigenvalues are raised until no condition number exceeds a limit (ours).
+    """Gram matrices with as much of the identity added as limits their condition numbers (ours).
 
-    Bases of the result satisfy `E S0 C = I` as those of `g` do, but C and E amplify rounding by at most the limit. A
-    block within the limit keeps its bits; a block of zeros becomes the identity.
+    Bases of the result satisfy `E S0 C = I` as those of `g` do, with its singular vectors in their order, but each of
+    C and E has at most this condition number. A block within the limit keeps its bits; a block of zeros becomes the
+    identity.
 
     Args:
         g: (H, d, d) float64, symmetric positive semi-definite.
-        most: the limit, at least 1; the condition number is that of a factor R, with `G = R^T R`.
+        most: the limit, above 1; the condition number is that of a factor R, with `G = R^T R`.
 
     Returns:
         (H, d, d) float64. Costs H d^3.
@@ -111,14 +112,10 @@ def limit_condition(g: Tensor, most: float) -> Tensor:
     """
     _check(g)
     values = torch.linalg.eigvalsh(g)
-    above = ~(values[:, 0] * most**2 >= values[:, -1]) | (values[:, -1] <= 0)
-    if above.any():
-        values, vectors = torch.linalg.eigh(g[above])
-        largest = values[:, -1:]
-        raised = torch.where(largest > 0, values.clamp(min=largest / most**2), 1.0)
-        g = g.clone()
-        g[above] = (vectors * raised.unsqueeze(-2)) @ vectors.mT
-    return g
+    smallest, largest = values[:, 0], values[:, -1]
+    added = ((largest - most**2 * smallest) / (most**2 - 1)).clamp(min=0)
+    added = torch.where(largest > 0, added, 1.0)
+    return g + torch.diag_embed(added.unsqueeze(-1).expand(values.shape))
 
 
 def _factor(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,9 +21,6 @@ from .base_check import row_norms
 from .block_spec import BlockSpec
 from .layer import CloverLayer
 
-# The condition number that bases of new adapters do not exceed. C and E amplify rounding by up to it: in float32 by
-# 1e-5 of the map, as little as a merged LoRA rounds; in bfloat16 by no more than the base model's own rounding.
-MAX_CONDITION = 100.0
 _NAMED = 8  # the most targets that a warning names
 
 
@@ -120,20 +117,21 @@ def compute_bases(
 
     Moments of activations replace the Grams of the weights that compute them (`pair_grams`).
     """
+
+    def limited(g: Tensor) -> Tensor:
+        return g if spec.max_condition is None else limit_condition(g, spec.max_condition)
+
     g_in = gram(spec.heads.blocks(weight, spec.size), None if bias is None else spec.heads.blocks(bias, spec.size))
     if spec.partner is None:
         if own is not None:
             g_in = shrink(own.second.to(g_in.device), g_in, own.tokens)
-        if spec.max_condition is not None:
-            g_in = limit_condition(g_in, spec.max_condition)
-        bases = qr_bases(g_in) if spec.basis == "qr" else svd_bases(g_in)
+        bases = (qr_bases if spec.basis == "qr" else svd_bases)(limited(g_in))
         return bases if spec.r == spec.size else bases.leading(spec.r)
     heads, reads = spec.partner.heads, spec.partner.reads
-    with partner_weight(model, spec.partner) as (rows, bias):
-        g_out = gram(heads.blocks(rows, spec.size), None if bias is None else heads.blocks(bias, spec.size))
+    with partner_weight(model, spec.partner) as (rows, partner_bias):
+        g_out = gram(
+            heads.blocks(rows, spec.size), None if partner_bias is None else heads.blocks(partner_bias, spec.size)
+        )
     grams = pair_grams(g_in, g_out, spec.heads.count, reads=reads, own=own, partner=partner)
-    both = [grams.g_in, grams.g_out]
-    if spec.max_condition is not None:
-        both = [limit_condition(g, spec.max_condition) for g in both]
-    bases = pair_bases(*both)
+    bases = pair_bases(limited(grams.g_in), limited(grams.g_out))
     return bases if spec.r == spec.size else bases.leading(spec.r)

@@ -56,7 +56,7 @@ class BlockSpec:
         truncate: drop the directions beyond r.
         from_activations: the bases were computed from moments of activations.
         balanced_updates: `balance_updates` scaled C.
-        max_condition: limit of the condition numbers of the bases; None for none.
+        max_condition: limit of the condition numbers of the bases; None for none, and where r < d.
         partner: the other projection of the pair.
         output_is_kept: the next operation may keep the slice's output for its backward pass, and does not write into
             it. Attention keeps values (and keys, but after the rotation); an activation or the product with the gate
@@ -202,7 +202,7 @@ def block_spec(config: CloverConfig, key: str, target: TargetSlice, rank: int | 
         config.truncate and r < size,
         config.from_activations,
         config.balanced_updates,
-        config.max_condition,
+        config.max_condition if r == size else None,  # the leading directions are those of the weights
         partner,
         output_is_kept=target.part == "up" or (target.part == "v" and target.partner is not None),
     )

@@ -64,9 +64,9 @@ class CloverConfig(PeftConfig):
         from_activations: Set by `initialize_from_activations`; not for new adapters.
         balanced_updates: Set by `balance_updates`; not for new adapters.
         base_precision: Set when the adapter is made: the precision of the base weights, such as "bfloat16".
-        max_condition: Largest condition number of a block's bases, at least 1: they amplify rounding by up to this
-            factor. Weaker directions of a block count as if they were this much weaker than its strongest. None: 100
-            for a new adapter, which its file then holds; no limit for files of earlier versions.
+        max_condition: Largest condition number of the bases of blocks that are trained whole; the bases amplify
+            rounding by up to this factor. A direction whose strength is below 1/limit of the strongest is treated as
+            if it had that strength. 100 for a new adapter; None, no limit, for files of earlier versions.
 
     Raises:
         ValueError: for values outside these choices and for combinations that have no meaning.
@@ -110,6 +110,8 @@ class CloverConfig(PeftConfig):
         # Not a field, so no file has it: the folder that the config was read from, "" if the folder is not known, and
         # None for a config made here or whose weights are loaded. A config from a file has peft's version already.
         self.source: str | None = None if self.peft_version is None else ""
+        if self.peft_version is None and self.max_condition is None:
+            self.max_condition = config_checks.MAX_CONDITION
         super().__post_init__()
         self.peft_type = CLOVER
         for name in ("target_modules", "exclude_modules"):

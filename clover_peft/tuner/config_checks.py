@@ -17,7 +17,8 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(_SWITCHES, (True, False)),
 }
 
-MOST_CONDITION = 1e6  # beyond it a decomposition drops directions
+MAX_CONDITION = 100.0  # of new adapters; see `bases`
+MOST_CONDITION = 1e4  # beyond it a decomposition may drop directions
 
 
 def check(values: Mapping[str, Any]) -> None:
@@ -54,8 +55,10 @@ def _check_numbers(values: Mapping[str, Any]) -> None:
     for name, rank in pattern.items():
         _check_positive(f"rank_pattern[{name!r}]", rank)
     limit = values.get("max_condition")
-    if limit is not None and (type(limit) not in (int, float) or not 1 <= limit <= MOST_CONDITION):
-        raise ValueError(f"CloverConfig.max_condition: expected None, or 1 to {MOST_CONDITION:g}, found {limit!r}")
+    if limit is not None and (type(limit) not in (int, float) or not 1 < limit <= MOST_CONDITION):
+        raise ValueError(
+            f"CloverConfig.max_condition: expected a number above 1 and up to {MOST_CONDITION:g}, found {limit!r}"
+        )
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
         raise ValueError(f"CloverConfig.clover_dropout: expected a number, found {dropout!r}")
     if not 0 <= dropout < 1:

@@ -97,15 +97,17 @@ def _is_decoding(layer: AdapterTensors, z: Tensor, names: Sequence[str], traced:
     return not statically_known_true(sequences >= smallest)
 
 
-def _sources(layer: AdapterTensors, names: Sequence[str], dtype: torch.dtype) -> tuple[Hashable, list[Tensor | None]]:
-    """What folded maps depend on: the key that they are kept under, and the tensors that they are folded from."""
+def _sources(
+    layer: AdapterTensors, names: Sequence[str], dtype: torch.dtype
+) -> tuple[Hashable, list[Tensor | None], list[float]]:
+    """What folded maps depend on: the key that they are kept under, the tensors, and the scales."""
     tensors = [
         getattr(layer, attribute)[name].registered(spec.name)
         for name in names
         for spec in layer.specs[name]
         for attribute in ("clover_S", *spec.base_shapes)
     ]
-    return (*names, *(layer.scaling[name] for name in names), dtype), tensors
+    return (*names, dtype), tensors, [layer.scaling[name] for name in names]
 
 
 def _folded_maps(layer: AdapterTensors, names: Sequence[str], dtype: torch.dtype) -> list[HeadMap]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import pinv
 
 from ..base_model.weight import partner_weight
 from .bases import clover_layers, compute_bases, inner_model
@@ -17,9 +18,10 @@ class Factors:
     """The paper's explicit factors of H blocks: `V S U^T` is the block's product of weights.
 
     Attributes:
-        U: (H, D_in, r), columns orthonormal. A projection with a bias has it as the last of its D_in rows.
+        U: (H, D_in, r), columns orthonormal, except in blocks whose condition number `max_condition` limited. A
+            projection with a bias has it as the last of its D_in rows.
         S: (H, r, r), the current matrix: frozen singular values plus the trained offset.
-        V: (H, D_out, r), columns orthonormal; the identity (D_out = d) for an intra-layer QR basis.
+        V: (H, D_out, r), as U; the identity (D_out = d) for an intra-layer QR basis.
     """
 
     U: Tensor
@@ -35,9 +37,9 @@ class Factors:
 def explicit_factors(model: nn.Module, target: str, adapter_name: str = "default") -> dict[str, Factors]:
     """The paper's U, S and V (Eq. 3, arXiv 2411.17426) of an adapted projection, in float64.
 
-    `U = W^T C^T`, `V = W_o E`, and S is `V^T W_o W U` plus the trained offset. If no direction was cut, and
-    `max_condition` changed none,
-    `V S U^T` is the current product of a pair, `W_o (I + E dS C) W_v`, or the current weight of an intra-layer target.
+    `U = W^T C^T`, `V = W_o E`, and S is `V^+ W_o W U^+T` plus the trained offset; pseudo-inverses stand for transposes
+    because `max_condition` may have changed weak directions. If no direction was cut, `V S U^T` is the current product
+    of a pair, `W_o (I + E dS C) W_v`, or the current weight of an intra-layer target.
     Costs (D_in + D_out) H d^2.
 
     Args:
@@ -78,7 +80,7 @@ def explicit_factors(model: nn.Module, target: str, adapter_name: str = "default
                 "orthonormal; make the adapter without initialize_from_activations"
             )
         rows = spec.heads.blocks(_with_bias(weight, bias), spec.size).transpose(0, 1)
-        u, ds = rows @ tensors.u.double().mT, tensors.s.double()
+        u, ds = rows @ tensors.u.double().mT, layer.scaling[adapter_name] * tensors.s.double()
         if spec.balanced_updates:  # which scaled C
             unscaled = compute_bases(inner, spec, weight, bias).coordinates.to(u)
             norms = torch.linalg.matrix_norm(unscaled)
@@ -86,12 +88,12 @@ def explicit_factors(model: nn.Module, target: str, adapter_name: str = "default
             scale = torch.where(scale > 0, scale, 1.0)
             u, ds = u / scale.view(-1, 1, 1), ds * scale.view(-1, *[1] * (ds.ndim - 1))
         v = torch.eye(spec.size).to(u) if tensors.v is None else tensors.v.double()
-        wv = v = v.expand(spec.blocks, -1, -1)
+        v = v.expand(spec.blocks, -1, -1)
+        product = rows.mT @ pinv(u).mT
         if spec.partner is not None:
             columns = _partner_columns(inner, spec)
-            v = columns @ v
-            wv = columns.mT @ v
-        result[spec.name] = Factors(u, wv.mT @ (rows.mT @ u) + (torch.diag_embed(ds) if ds.ndim == 2 else ds), v)
+            v, product = columns @ v, columns @ product
+        result[spec.name] = Factors(u, pinv(v) @ product + (torch.diag_embed(ds) if ds.ndim == 2 else ds), v)
     return result
 
 

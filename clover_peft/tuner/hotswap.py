@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from peft import PeftConfig, PeftModel
@@ -48,4 +48,21 @@ def hotswap_adapter(model: PeftModel, model_name_or_path: str, adapter_name: str
                 f"{model_name_or_path}: expected {name}={getattr(known, name)!r} as in the loaded adapter, found "
                 f"{getattr(other, name)!r}; load it under a name of its own with load_adapter"
             )
-    model.load_adapter(model_name_or_path, adapter_name, **kwargs)
+    layers = [layer for _, layer in clover_layers(model, adapter_name)]
+    before = [layer.specs[adapter_name] for layer in layers]
+    recorded = {name: getattr(known, name) for name in ("base_precision", "max_condition")}
+    try:
+        for name in recorded:
+            setattr(known, name, getattr(other, name))
+        for layer in layers:
+            layer.specs[adapter_name] = tuple(
+                replace(spec, max_condition=other.max_condition if spec.r == spec.size else None)
+                for spec in layer.specs[adapter_name]
+            )
+        model.load_adapter(model_name_or_path, adapter_name, **kwargs)
+    except BaseException:
+        for name, value in recorded.items():
+            setattr(known, name, value)
+        for layer, specs in zip(layers, before, strict=True):
+            layer.specs[adapter_name] = specs
+        raise

@@ -200,7 +200,7 @@ class CloverLayer(AdapterTensors, Scaling, BaseTunerLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the update can be added to the base weight, which needs a projection without a bias."""
-        return self.get_base_layer().bias is None
+        return adapter_name in self.specs and self.get_base_layer().bias is None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write adapters into the base weight, `W <- (I + E dS C) W + B A`, and into the bias.
@@ -215,18 +215,22 @@ class CloverLayer(AdapterTensors, Scaling, BaseTunerLayer):
             ValueError: see `merging.merged_tensors`.
             TypeError: if the quantised base cannot be read or written.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.clover_S]
+        wanted = dict.fromkeys(check_adapters_to_merge(self, adapter_names))
+        names = [name for name in wanted if name in self.clover_S]
         if names:
             self.forget_maps()
-            scaling = {name: self._merged_scaling.get(name, scale) for name, scale in self.scaling.items()}
-            now, self.scaling = self.scaling, scaling
-            try:
-                weight, bias = merging.merged_tensors(self, [*self.merged_adapters, *names], safe_merge)
-            finally:
-                self.scaling = now
+            weight, bias = self.merged_tensors([*self.merged_adapters, *names], safe_merge)
             self.merge_rounding = self.base_weight.write(weight, bias)
             self.merged_adapters.extend(names)
-            self._merged_scaling = scaling
+            self._merged_scaling |= {name: self.scaling[name] for name in names}
+
+    def merged_tensors(self, adapter_names: list[str], safe_merge: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias with adapters merged, those that are merged already with the scales of then."""
+        now, self.scaling = self.scaling, self.scaling | self._merged_scaling
+        try:
+            return merging.merged_tensors(self, adapter_names, safe_merge)
+        finally:
+            self.scaling = now
 
     def unmerge(self) -> None:
         """Put the base's own tensors back."""

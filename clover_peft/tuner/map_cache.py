@@ -32,15 +32,22 @@ class MapCache:
     """
 
     def __init__(self) -> None:
-        self._entries: dict[Hashable, tuple[list[HeadMap], list[_Seen]]] = {}
+        self._entries: dict[Hashable, tuple[list[HeadMap], list[_Seen], Sequence[float]]] = {}
         self.is_stale = False
 
-    def renew(self, key: Hashable, sources: Sequence[Tensor | None], fold: Callable[[], list[HeadMap]]) -> list | None:
+    def renew(
+        self,
+        key: Hashable,
+        sources: Sequence[Tensor | None],
+        scales: Sequence[float],
+        fold: Callable[[], list[HeadMap]],
+    ) -> list[HeadMap] | None:
         """The maps for `key`, folded now, and kept; None if they cannot be kept.
 
         Args:
-            key: adapters, scales and dtype.
+            key: adapters and dtype.
             sources: the tensors that `fold` reads now.
+            scales: of the adapters.
             fold: computes the maps.
         """
         self._entries.pop(key, None)
@@ -48,15 +55,17 @@ class MapCache:
             return None
         maps = fold()
         if not any(type(m.matrix) is not Tensor for m in maps):  # a tracer's stand-in
-            self._entries[key] = (maps, [_Seen(t, t._version, t.detach()) for t in sources if t is not None])
+            self._entries[key] = (maps, [_Seen(t, t._version, t.detach()) for t in sources if t is not None], scales)
         return maps
 
-    def find(self, key: Hashable, sources: Sequence[Tensor | None]) -> list[HeadMap] | None:
+    def find(self, key: Hashable, sources: Sequence[Tensor | None], scales: Sequence[float]) -> list[HeadMap] | None:
         """The maps that were kept for `key`; None if there are none, or they are out of date."""
         if self.is_stale:
             self.clear()
-        maps, seen = self._entries.get(key, (None, []))
-        if maps is None or (len(seen) == len(sources) and all(map(_is_same, seen, sources))):
+        if key not in self._entries:
+            return None
+        maps, seen, scaled = self._entries[key]
+        if scaled == scales and len(seen) == len(sources) and all(map(_is_same, seen, sources)):
             return maps
         del self._entries[key]
         return None

@@ -65,6 +65,8 @@ def map_weight(layer: AdapterTensors, transposed: Tensor, adapter_names: list[st
 @torch.no_grad()
 def delta_weight(layer: AdapterTensors, adapter_name: str) -> Tensor:
     """The adapter's update of the base weight, in the base weight's layout and at least float32."""
+    if adapter_name not in layer.specs:
+        raise ValueError(f"{layer.name}: expected one of the adapters {list(layer.specs)}, found {adapter_name!r}")
     layer.check_bases(adapter_name, "merge")
     with layer.base_weight.whole():
         weight = layer.base_weight.transposed()

@@ -25,13 +25,13 @@ from .adapter_file import is_untouched, select_for_saving, take_file
 from .adapter_folder import check_source
 from .adapter_tensors import FROZEN
 from .base_check import MUCH_CHANGED, error_from_rounding
-from .bases import MAX_CONDITION, clover_layers, frozen_tensors, warn_of_zero_blocks
+from .bases import clover_layers, frozen_tensors, warn_of_zero_blocks
 from .block_spec import BlockSpec, block_spec
 from .combining import add_up, find_sources
 from .config import CloverConfig
 from .experts import CloverExperts
 from .layer import CloverLayer, CloverLinear
-from .merging import check_merge, check_truncation, merged_tensors
+from .merging import check_merge, check_truncation
 from .mixed_batch import mixed_batch
 from .target_parameters import TargetParameters
 from .tied_weights import TiedWeights
@@ -113,7 +113,14 @@ class CloverModel(TargetParameters, TiedWeights):
                     )
         return super()._prepare_adapter_config(peft_config, model_config)
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
         """As in peft, but a failure takes out the layers that were already injected."""
         config = self.peft_config[adapter_name]
         if config.folded and not config.inference_mode:
@@ -121,17 +128,16 @@ class CloverModel(TargetParameters, TiedWeights):
                 f"adapter {adapter_name!r} was saved folded, for inference; load it with is_trainable=False, or train "
                 "from one saved with save_bases=True"
             )
-        loads = kwargs.get("state_dict") is not None or weights_follow()
+        loads = state_dict is not None or weights_follow()
         check_source(config.source, loads or config.inference_mode)
-        if config.source is None and config.max_condition is None:
-            config.max_condition = MAX_CONDITION
         self._refuse_experts(config)
         refuse_sharded(self.model)
         bases_follow = loads and config.save_bases is not False and not filled_by_rank_0()
         self._injection = _Injection(loads or config.source is not None, bases_follow)
         self._awaiting_weights.discard(adapter_name)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             self._warn_about_block_size(adapter_name, config)
             warn_of_zero_blocks(self._injection.zero_blocks)
             layers = clover_layers(self.model)
@@ -142,6 +148,8 @@ class CloverModel(TargetParameters, TiedWeights):
                 layer.forget_tensors(adapter_name)
                 layer.forget_maps()
             _unwrap_empty_layers(model)
+            for parameter in trained:
+                parameter.requires_grad_(True)
             raise
         finally:
             self._injection.progress.close()
@@ -297,7 +305,7 @@ class CloverModel(TargetParameters, TiedWeights):
             check_merge(layer, names)
             if safe_merge:
                 with layer.base_weight.whole():
-                    merged_tensors(layer, names, safe_merge=True)
+                    layer.merged_tensors(names, safe_merge=True)
 
     # ------------------------------------------------------------------ switching and replacing
 
@@ -361,8 +369,10 @@ class CloverModel(TargetParameters, TiedWeights):
             layers_to_transform=None,
             layers_pattern=None,
         )
+        self.peft_config[adapter_name].source = None  # it is not read from a file, and no weights follow
         try:
             self.inject_adapter(self.model, adapter_name)
+            self.peft_config[adapter_name].base_precision = self.peft_config[adapters[0]].base_precision
             add_up(sources, adapter_name, dict(zip(adapters, weights, strict=True)))
         except BaseException:
             if adapter_name in self.peft_config:

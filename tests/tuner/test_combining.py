@@ -42,6 +42,18 @@ def test_a_weighted_adapter_covers_the_modules_of_all(tmp_path):
     assert torch.equal(logits(again, "llama"), logits(model, "llama"))
 
 
+def test_a_weighted_adapter_remembers_the_precision_of_its_base(tmp_path):
+    model = get_peft_model(build("llama", torch.bfloat16), CloverConfig(), adapter_name="a")
+    perturb(model)
+    model.save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(build("llama", torch.bfloat16).float(), tmp_path / "a", adapter_name="a")
+    model.add_weighted_adapter(["a"], [0.5], "half")
+    assert model.peft_config["half"].base_precision == "bfloat16"
+    model.save_pretrained(tmp_path / "sum", selected_adapters=["half"])
+    again = PeftModel.from_pretrained(build("llama", torch.bfloat16), tmp_path / "sum" / "half")
+    assert again.peft_config["default"].base_precision == "bfloat16"
+
+
 def test_adapters_that_do_not_fit_together_are_not_combined():
     model = two_trained()
     model.add_adapter("small", CloverConfig(r=4))

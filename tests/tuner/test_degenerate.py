@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from clover_peft import CloverConfig, CloverLayer
 from clover_peft.linalg.decomposition import gram, svd_bases
-from clover_peft.tuner.bases import MAX_CONDITION
+from clover_peft.tuner.config_checks import MAX_CONDITION, MOST_CONDITION
 from tests.support.tiny import build, inputs
 
 HEADS, D_HEAD = 2, 12
@@ -258,3 +259,32 @@ def test_a_trained_degenerate_model_merges_to_the_same_function(name):
     effect = trained - outputs(make_base(name))
     merged = outputs(model.merge_and_unload(safe_merge=True))
     assert 0 < float((merged - trained).norm()) <= 1e-4 * float(effect.norm())
+
+
+def test_a_copied_config_keeps_the_limit_and_a_file_without_one_gives_it_to_no_other(tmp_path):
+    assert CloverConfig().max_condition == MAX_CONDITION
+    assert dataclasses.replace(CloverConfig(), r=4).max_condition == MAX_CONDITION
+    name = "value head has a weak direction"
+    adapt(make_base(name), name).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    del config["max_condition"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    model = PeftModel.from_pretrained(make_base(name), tmp_path, is_trainable=True)
+    model.add_adapter("reference", model.peft_config["default"])  # as TRL makes one
+    assert model.peft_config["default"].max_condition is None
+    for layer in layers_of(model).values():
+        for attribute in ("clover_U", "clover_V"):
+            for key, tensor in getattr(layer, attribute)["default"].named_buffers():
+                assert torch.equal(tensor, dict(getattr(layer, attribute)["reference"].named_buffers())[key])
+
+
+@pytest.mark.parametrize("options", [{"r": 8}, {"r": 8, "truncate": True}])
+def test_leading_directions_are_those_of_the_weights(options):
+    name = "up-projection has a weak direction"
+    bases = []
+    for limit in (MAX_CONDITION, MOST_CONDITION):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = get_peft_model(make_base(name), CloverConfig(max_condition=limit, **options))
+        bases.append([layer.clover_U["default"].weight for layer in layers_of(model).values()])
+    assert all(torch.equal(a, b) for a, b in zip(*bases, strict=True))

@@ -117,6 +117,16 @@ def test_second_adapter_that_does_not_fit_leaves_the_first(targets: list[str] | 
 
 
 @through_transformers
+@pytest.mark.parametrize("inference_mode", [False, True])
+def test_a_second_adapter_that_does_not_fit_freezes_nothing(inference_mode: bool) -> None:
+    model = get_peft_model(build("llama"), CloverConfig(target_modules=["v_proj"]))
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    second = CloverConfig(target_modules=["v_proj", "down_proj"], mlp_block_size=7, inference_mode=inference_mode)
+    with pytest.raises(ValueError, match="mlp_block_size=7"):
+        model.add_adapter("b", second)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+
+
 def test_transformers_add_adapter_that_does_not_fit_changes_nothing() -> None:
     model = build("llama").requires_grad_(True)
     before = logits(model, "llama")

@@ -11,7 +11,7 @@ import transformers
 from peft import PeftModel
 from torch import Tensor, nn
 
-from clover_peft import CloverConfig
+from clover_peft import CloverConfig, explicit_factors
 from tests.support.adapters import FORMS, adapted, layers, several
 from tests.support.tiny import TOLERANCE, build, inputs, logits, perturb, relative
 
@@ -102,6 +102,59 @@ def test_a_merged_adapter_keeps_the_scale_it_was_merged_with() -> None:
         layer.set_scale("a", 3.0)
     model.merge_adapter(["b"])
     assert relative(logits(model, "llama"), expected) <= TOLERANCE[torch.float32]
+
+
+def test_an_adapter_merged_later_has_the_scale_of_then() -> None:
+    model = several({"a": {}, "b": {}})
+    model.base_model.set_adapter(["a", "b"])
+    model.merge_adapter(["a"])
+    for layer in layers(model):
+        layer.set_scale("b", 0.25)
+        layer.set_scale("a", float("inf"))
+    model.merge_adapter(["b"], safe_merge=True)  # "a" is merged with 1
+    merged = logits(model, "llama")
+    model.unmerge_adapter()
+    for layer in layers(model):
+        layer.set_scale("a", 1.0)
+    assert relative(merged, logits(model, "llama")) <= TOLERANCE[torch.float32]
+
+
+def test_a_name_that_is_given_twice_is_merged_once() -> None:
+    model = adapted("llama")
+    expected = logits(model, "llama")
+    for layer in layers(model):
+        layer.merge(adapter_names=["default", "default"])
+    assert relative(logits(model, "llama"), expected) <= TOLERANCE[torch.float32]
+
+
+def test_an_update_of_an_unknown_adapter_is_refused() -> None:
+    layer = layers(adapted("llama"))[0]
+    with pytest.raises(ValueError, match=r"expected one of the adapters \['default'\], found 'typo'"):
+        layer.get_delta_weight("typo")
+    assert not layer.supports_lora_conversion("typo")
+
+
+def test_many_scales_keep_the_maps_of_one() -> None:
+    model = several({"a": {}})
+    model.requires_grad_(False)
+    for scale in (1.0, 0.5, 0.25):
+        for layer in layers(model):
+            layer.set_scale("a", scale)
+        expected = decoded(model)  # no map is kept of this scale
+        logits(model, "llama")
+        assert relative(decoded(model), expected) <= TOLERANCE[torch.float32]
+        assert {len(layer._cache) for layer in layers(model)} == {1}
+
+
+def test_explicit_factors_have_the_scale() -> None:
+    model = adapted("llama")
+    for layer in layers(model):
+        layer.set_scale("default", 0.5)
+    for layer in layers(model):
+        name = layer.name
+        if name.endswith("up_proj"):
+            product = explicit_factors(model, name)["weight"].product().flatten(0, 1)
+            assert relative(product, layer.weight + layer.get_delta_weight("default")) <= TOLERANCE[torch.float32]
 
 
 def test_adapters_have_scales_of_their_own() -> None:
