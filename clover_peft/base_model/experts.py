@@ -63,6 +63,10 @@ class ExpertsLayout:
         part = rows.unflatten(1, (len(stack), -1)).transpose(0, 1)
         return self._replaced(stack, part if self.dim == 2 else part.mT, self.dim)
 
+    def bias(self, biases: Tensor) -> Tensor:
+        """The adapted part of the biases of all experts, (E, O), as that of one projection: (E * I,)."""
+        return self.split(biases, 1)[self.adapted].flatten()
+
     def with_bias(self, biases: Tensor, bias: Tensor) -> Tensor:
         """The biases of all experts, (E, O), with other numbers in the adapted part, given as (E * I,)."""
         return self._replaced(biases, bias.unflatten(0, (len(biases), -1)), 1)
@@ -83,9 +87,6 @@ class ExpertsWeight(BaseWeight):
         owner: the module with the parameter, or a tuner layer around it.
         path: path of the parameter in the model.
         layout: where its features are.
-
-    Raises:
-        ValueError: if the parameter is not a plain stack of floating numbers.
     """
 
     def __init__(self, owner: nn.Module, path: str, layout: ExpertsLayout) -> None:
@@ -126,7 +127,7 @@ class ExpertsWeight(BaseWeight):
     def bias(self) -> Tensor | None:
         """The base model's own bias, (out_features,)."""
         biases = self.own_biases
-        return None if biases is None else self.layout.split(biases, 1)[self.layout.adapted].flatten()
+        return None if biases is None else self.layout.bias(biases)
 
     def write(self, weight: Tensor, bias: Tensor | None) -> tuple[float, float]:
         """Replace the parameter, and the biases by these of the adapted part; see `BaseWeight.write`."""
@@ -153,7 +154,7 @@ def experts_slice(model: nn.Module, path: str) -> tuple[TargetSlice, ExpertsLayo
     """The slice and the layout of the stack of experts' weights at `path`.
 
     Raises:
-        ValueError: if the table does not know the stack, or it is not whole, plain and floating.
+        ValueError: if the table does not know the stack, or it is not plain, floating and in one process.
     """
     family, model_type, _ = owner_of(model, path)
     name = None if family is None else find_suffix(path, family.experts)
@@ -173,6 +174,11 @@ def experts_slice(model: nn.Module, path: str) -> tuple[TargetSlice, ExpertsLayo
         raise ValueError(
             f"{path}: expected a plain stack of experts' weights in 16 bits or more, found {type(stack).__name__} of "
             f"shape {shape} in {stack.dtype}; load the experts unquantised, or leave them out of target_parameters"
+        )
+    if getattr(module, "_is_expert_parallel", False):
+        raise ValueError(
+            f"{path}: expected all experts in every process, found them spread over processes; load the model without "
+            "expert parallelism, or leave them out of target_parameters"
         )
     features = shape[layout.dim] // layout.parts
     return TargetSlice(parameter, layout.part, HeadSlice.plain(shape[0], features)), layout

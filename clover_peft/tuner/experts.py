@@ -11,7 +11,7 @@ as dS is zero, and W is never written to.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..base_model.experts import ExpertsLayout, ExpertsWeight
 from .layer import CloverLayer
-from .maps import HeadMap, formula
+from .maps import HeadMap, UnfoldedMap, formula
 
 
 class CloverExperts(CloverLayer):
@@ -70,7 +70,7 @@ class CloverExperts(CloverLayer):
             return self.base_layer(*args, **kwargs)
         depth = "base_layer." * self._layers_below()
         changed = {depth + name: tensor for name, tensor in self.adapted(names).items()}
-        return functional_call(self.base_layer, changed, args, kwargs)
+        return functional_call(self.base_layer, changed, args, kwargs, tie_weights=False)
 
     def adapted(self, adapter_names: Sequence[str]) -> dict[str, Tensor]:
         """Parameter name -> W', and b' if there is one, in the dtype and layout of the base's own.
@@ -85,9 +85,9 @@ class CloverExperts(CloverLayer):
                 "offloaded, which CLOVER's maps of experts cannot be used with; keep the model whole on its devices"
             )
         maps = self.maps(adapter_names)
-        result = {self.parameter_name: layout.with_rows(weight, _mapped(layout.rows(weight), maps))}
-        if biases is not None and (bias := self.base_weight.bias) is not None:
-            result[f"{self.parameter_name}_bias"] = layout.with_bias(biases, _mapped(bias, maps))
+        result = {self.parameter_name: layout.with_rows(weight, _mapped(weight, layout.rows, maps))}
+        if biases is not None:
+            result[f"{self.parameter_name}_bias"] = layout.with_bias(biases, _mapped(biases, layout.bias, maps))
         return result
 
     def unload_and_optionally_merge_module(
@@ -131,13 +131,21 @@ def refuse_experts(layers: Iterable[tuple[str, CloverLayer]], purpose: str) -> N
             )
 
 
-def _mapped(rows: Tensor, maps: Sequence[HeadMap]) -> Tensor:
-    """`rows` (..., features) with the maps, computed in at least float32, in their own dtype."""
+def _mapped(stack: Tensor, rows_of: Callable[[Tensor], Tensor], maps: Sequence[HeadMap]) -> Tensor:
+    """`rows_of(stack)`, (..., features), with the maps, computed in at least float32, in the dtype of the stack."""
+    by_output = [UnfoldedMap(m.place, partial(_mapped_by_output, m)) for m in maps]
 
-    def compute(rows: Tensor) -> Tensor:
+    def compute(stack: Tensor) -> Tensor:
+        rows = rows_of(stack)
         with torch.autocast(rows.device.type, enabled=False):
-            return formula(rows.to(torch.promote_types(rows.dtype, torch.float32)), maps).to(rows.dtype)
+            return formula(rows.to(torch.promote_types(rows.dtype, torch.float32)), by_output).to(rows.dtype)
 
     if torch.is_grad_enabled() and any(m.matrix.requires_grad for m in maps):
-        return checkpoint(compute, rows, use_reentrant=False, preserve_rng_state=False)
-    return compute(rows)
+        return checkpoint(compute, stack, use_reentrant=False, preserve_rng_state=False)
+    return compute(stack)
+
+
+def _mapped_by_output(m: HeadMap, tokens: Tensor) -> Tensor:
+    """`m.mapped(tokens)`, (H, D, d), laid out as weights mostly are: one output feature after the other."""
+    rows = tokens.mT if m.coordinates is None else torch.bmm(m.coordinates.to(tokens.dtype), tokens.mT)
+    return torch.bmm(m.matrix.to(tokens.dtype), rows).mT

@@ -47,10 +47,10 @@ def test_a_weighted_adapter_remembers_the_precision_of_its_base(tmp_path):
     perturb(model)
     model.save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(build("llama", torch.bfloat16).float(), tmp_path / "a", adapter_name="a")
-    model.add_weighted_adapter(["a"], [0.5], "half")
-    assert model.peft_config["half"].base_precision == "bfloat16"
-    model.save_pretrained(tmp_path / "sum", selected_adapters=["half"])
-    again = PeftModel.from_pretrained(build("llama", torch.bfloat16), tmp_path / "sum" / "half")
+    model.add_weighted_adapter(["a"], [0.5], "sum")
+    assert model.peft_config["sum"].base_precision == "bfloat16"
+    model.save_pretrained(tmp_path / "sum", selected_adapters=["sum"])
+    again = PeftModel.from_pretrained(build("llama", torch.bfloat16), tmp_path / "sum" / "sum")
     assert again.peft_config["default"].base_precision == "bfloat16"
 
 

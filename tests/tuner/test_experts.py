@@ -90,8 +90,11 @@ def test_a_new_or_disabled_adapter_is_the_base_bit_for_bit(family, dtype, kernel
 
 @pytest.mark.parametrize("family", [name for name, family in TABLE.items() if family.experts])
 def test_each_block_of_each_expert_has_a_map_of_its_own(family):
-    expected = logits(build(family), family)
-    model = get_peft_model(build(family), CloverConfig(**ONLY)).eval()
+    model = build(family)
+    if family not in FAMILIES and not any(name.endswith(STACKS[0]) for name, _ in model.named_parameters()):
+        pytest.skip(f"this version of transformers has other names for {family}'s experts")
+    expected = logits(model, family)
+    model = get_peft_model(model, CloverConfig(**ONLY)).eval()
     assert torch.equal(logits(model, family), expected)
     assert stacks(model)
     perturb(model)
@@ -231,6 +234,9 @@ def test_adapters_of_different_stacks_live_together_and_load_alone(family, tmp_p
     model = get_peft_model(build(family), CloverConfig(**{**ONLY, "target_parameters": STACKS[:1]}), adapter_name="up")
     model.add_adapter("both", CloverConfig(**ONLY))
     model.add_adapter("down", CloverConfig(**{**ONLY, "target_parameters": STACKS[1:]}))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(trained) == len({layer.name for layer in stacks(model).values()}) // 2
+    assert all(".clover_S.up." in name for name in trained)  # the adapters that were added are not active
     perturb(model)
     model.eval()
     outputs = {name: logits(activate(model, name), family) for name in ("up", "both", "down")}
@@ -382,6 +388,13 @@ def test_quantised_experts_are_refused():
         if hasattr(module, "gate_up_proj"):
             module.gate_up_proj = nn.Parameter(module.gate_up_proj.to(torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(ValueError, match=r"gate_up_proj.*16 bits or more.*float8.*unquantised"):
+        get_peft_model(model, CloverConfig(**ONLY))
+
+
+def test_spread_experts_are_refused():
+    model = build("mixtral")
+    model.model.layers[0].mlp.experts._is_expert_parallel = True
+    with pytest.raises(ValueError, match=r"layers.0.mlp.experts.*spread over processes"):
         get_peft_model(model, CloverConfig(**ONLY))
 
 
