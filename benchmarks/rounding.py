@@ -27,8 +27,8 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from clover_peft import CloverConfig
 from clover_peft.io import run_record as records
+from clover_peft.tuner.config_checks import MOST_CONDITION
 
-UNLIMITED = 1e6
 DTYPES = {"whisper": torch.float32, "smollm2": torch.bfloat16}
 LORA_TARGETS = {"whisper": ["q_proj", "k_proj", "v_proj", "fc1"], "smollm2": ["q_proj", "k_proj", "v_proj", "up_proj"]}
 Batch = dict[str, Tensor]
@@ -37,14 +37,14 @@ Batch = dict[str, Tensor]
 def main(argv: Sequence[str] | None = None) -> Path:
     command = parser(__doc__.splitlines()[0], "rounding")
     command.add_argument("--model", choices=list(DTYPES), default="whisper")
-    command.add_argument("--limits", type=float, nargs="+", default=[UNLIMITED, 1000.0, 100.0, 10.0])
+    command.add_argument("--limits", type=float, nargs="+", default=[MOST_CONDITION, 1000.0, 100.0, 10.0])
     command.add_argument("--rates", type=float, nargs="+", default=[5e-4])
     command.add_argument("--lora-rate", type=float, default=1e-3)
     command.add_argument("--steps", type=int, default=32)
     command.set_defaults(out=None)
     arguments = command.parse_args(argv)
     if arguments.fast:
-        arguments.steps, arguments.limits = 2, [UNLIMITED, 100.0]
+        arguments.steps, arguments.limits = 2, [MOST_CONDITION, 100.0]
     out = arguments.out or Path(__file__).parent / "results" / f"rounding_{arguments.model}.json"
     environment = records.environment()
     base, train, held_out = _load(arguments.model, arguments.fast)

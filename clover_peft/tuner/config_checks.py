@@ -7,7 +7,7 @@ from typing import Any
 
 _SWITCHES = (
     *("cross_layer", "truncate", "init_weights", "check_base", "folded", "from_activations", "balanced_updates"),
-    "inference_mode",
+    *("ensure_weight_tying", "inference_mode"),
 )
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "s_matrix": ("full", "diagonal"),

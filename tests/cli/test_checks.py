@@ -142,7 +142,7 @@ def test_plan_finds_the_model_as_sft_does(tmp_path, monkeypatch, capsys):
     found = ModelSource(str(tmp_path), DEFAULT_MODEL, "apache-2.0", "PyPI wheel")
     monkeypatch.setattr("clover_peft.cli.plan.find_model", lambda name: {DEFAULT_MODEL: found}[name])
     assert script.main(["--model", DEFAULT_MODEL]) == 0
-    assert capsys.readouterr().out.startswith("llama: ")
+    assert capsys.readouterr().out.startswith("LlamaForCausalLM: ")
 
 
 def test_plan_says_what_to_pass_without_the_hub(monkeypatch, capsys):

@@ -157,8 +157,7 @@ def test_models_without_a_tokenizer_keep_what_they_have(tmp_path, text, capsys):
         "--ratio 0.25",
         "--ratio qk=0.5",
         "--ratio qk=0.5,vo=0.25",
-        "--ratio 0.5 --ranks uniform",
-        "--ratio 0.5 --ranks layer",
+        "--ratio 0.5 --ranks global",
         "--ratio 0.5 --method vanilla",
         "--ratio 0.5 --multiple 4",
         "--ratio 0.5 --target-modules layers.0.self_attn.k_proj layers.1.self_attn.v_proj",
@@ -180,8 +179,7 @@ def test_every_option_counts(options, tmp_path, text):
         "--ratio 0.25": dict(ratio=0.25),
         "--ratio qk=0.5": dict(ratio={"qk": 0.5}),
         "--ratio qk=0.5,vo=0.25": dict(ratio={"qk": 0.5, "vo": 0.25}),
-        "--ratio 0.5 --ranks uniform": dict(ratio=0.5, ranks="uniform"),
-        "--ratio 0.5 --ranks layer": dict(ratio=0.5, ranks="layer"),
+        "--ratio 0.5 --ranks global": dict(ratio=0.5, ranks="global"),
         "--ratio 0.5 --method vanilla": dict(ratio=0.5, method="vanilla"),
         "--ratio 0.5 --multiple 4": dict(ratio=0.5, multiple=4),
         "--threshold 0.6": dict(threshold=0.6),
@@ -261,7 +259,7 @@ def test_what_cannot_be_pruned_is_said_and_leaves_nothing(tmp_path, text, capsys
     for name in (["OwnModel"], None):
         (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "architectures": name}))
         assert run(prune_script, source, *half, "--out", out) == 2
-        assert f"found {name[0] if name else 'no class'}; enter the class" in capsys.readouterr().err
+        assert f"found {name[0] if name else 'none'}" in capsys.readouterr().err
     assert not out.exists()
     with pytest.raises(SystemExit):
         run(prune_script, source, "--ratio", "0.5", "--energy", "0.9", "--out", out)

@@ -133,10 +133,10 @@ def test_the_command_line(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", command)
     assert main() == 0
     assert json.loads((tmp_path / "run" / "record.json").read_text())["settings"]["rows"] == 20
-    assert main() == 1
+    assert main() == 2
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: output_dir=")
     monkeypatch.setattr(sys, "argv", [*command[:3], "--max_steps", "1"])
-    assert main() == 1
+    assert main() == 2
     assert "--max_steps: expected key=value, as in max_steps=100" in capsys.readouterr().err
 
 

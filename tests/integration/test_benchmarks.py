@@ -43,7 +43,7 @@ def test_init_time_refuses_rounds_that_do_not_divide_the_layers(benchmark, capsy
 
 def test_rounding(benchmark, tmp_path, capsys):
     figures = run(benchmark("rounding"), tmp_path / "record.json")["figures"]
-    assert figures.keys() == {"clover, 1e+06, rate 0.0005", "clover, 100, rate 0.0005", "lora, rate 0.001"}
+    assert figures.keys() == {"clover, 10000, rate 0.0005", "clover, 100, rate 0.0005", "lora, rate 0.001"}
     for figure in figures.values():
         assert figure["parameters"] > 0
         assert len(figure["training_loss"]) == 2

@@ -188,10 +188,10 @@ def test_one_figure_is_for_the_kinds_that_are_named():
 def test_a_second_ratio_counts_no_padding():
     """Heads that are padded to the widest of their layer have no directions there that could be removed."""
     model = build("opt")
-    first = prune(model, 0.5, calibration=batches("opt"))
+    first = prune(model, 0.5, calibration=batches("opt"), ranks="global")
     assert any(min(pair.kept) < pair.width for pair in first.pairs.values())
     expected = logits(model, "opt")
-    none = prune(model, 0.0)
+    none = prune(model, 0.0, ranks="global")
     assert {n: p.before for n, p in none.pairs.items()} == {n: p.kept for n, p in first.pairs.items()}
     assert {n: p.kept for n, p in none.pairs.items()} == {n: p.kept for n, p in first.pairs.items()}
     assert none.removed("qk") == none.removed("vo") == 0
