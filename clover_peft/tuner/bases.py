@@ -41,6 +41,14 @@ def layers_with(model: nn.Module, adapter_name: str) -> list[tuple[str, CloverLa
     raise ValueError(f"adapter {adapter_name!r}: expected a model with this CLOVER adapter, found none")
 
 
+def unwrap_empty_layers(model: nn.Module) -> None:
+    """Put the projections of layers without an adapter back in their places."""
+    for name, layer in reversed(clover_layers(model)):  # a module inside another one first
+        if not layer.specs:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.base_layer)
+
+
 def inner_model(model: nn.Module) -> nn.Module:
     """The adapted model inside a `PeftModel` or tuner; partners' paths are relative to it."""
     tuner = model if isinstance(model, BaseTuner) else getattr(model, "base_model", None)

@@ -25,7 +25,7 @@ from .adapter_file import is_untouched, select_for_saving, take_file
 from .adapter_folder import check_source
 from .adapter_tensors import FROZEN
 from .base_check import MUCH_CHANGED, error_from_rounding
-from .bases import clover_layers, frozen_tensors, warn_of_zero_blocks
+from .bases import clover_layers, frozen_tensors, unwrap_empty_layers, warn_of_zero_blocks
 from .block_spec import BlockSpec, block_spec
 from .combining import add_up, find_sources
 from .config import CloverConfig
@@ -147,7 +147,7 @@ class CloverModel(TargetParameters, TiedWeights):
             for _, layer in clover_layers(model):
                 layer.forget_tensors(adapter_name)
                 layer.forget_maps()
-            _unwrap_empty_layers(model)
+            unwrap_empty_layers(model)
             for parameter in trained:
                 parameter.requires_grad_(True)
             raise
@@ -431,7 +431,7 @@ class CloverModel(TargetParameters, TiedWeights):
             self.unload()
         else:
             self.delete_adapter(adapter_name)
-            _unwrap_empty_layers(self.model)
+            unwrap_empty_layers(self.model)
 
 
 def _home(layer: CloverLayer) -> torch.device:
@@ -443,10 +443,3 @@ def _home(layer: CloverLayer) -> torch.device:
         return layer.weight.device
     with layer.base_weight.whole():
         return torch.device("cpu") if layer.weight.is_meta else layer.weight.device
-
-
-def _unwrap_empty_layers(model: nn.Module) -> None:
-    for name, layer in reversed(clover_layers(model)):  # a module inside another one first
-        if not layer.specs:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.base_layer)
