@@ -54,6 +54,8 @@ class AdapterTensors(nn.Module):
             setattr(self, attribute, nn.ModuleDict())
         self.specs: dict[str, tuple[BlockSpec, ...]] = {}
         self.scaling: dict[str, float] = {}
+        # Adapter -> the most directions that it trains in a block, where LoRA's layers have their ranks.
+        self.r: dict[str, int] = {}
         self._missing_bases: set[str] = set()
         self.register_load_state_dict_post_hook(AdapterTensors._note_loaded)
 
@@ -119,6 +121,7 @@ class AdapterTensors(nn.Module):
         # Accelerate fills the state dict of the sharded model, and expects each of its entries to be sharded.
         persistent = is_quantised or not filled_by_rank_0()
         self.specs[adapter_name], self.scaling[adapter_name] = specs, 1.0
+        self.r[adapter_name] = max(spec.r for spec in specs)
         for attribute, tensors in trained.items():
             getattr(self, attribute)[adapter_name] = GuardedTensors(tensors, trainable=True, guarded=is_quantised)
         for attribute, tensors in frozen.items():
@@ -258,7 +261,7 @@ class AdapterTensors(nn.Module):
 
     def forget_tensors(self, adapter_name: str) -> None:
         """Remove the tensors of an adapter, also after an interrupted start."""
-        for attribute in (*TRAINED, *FROZEN, "clover_dropout", "specs", "scaling"):
+        for attribute in (*TRAINED, *FROZEN, "clover_dropout", "specs", "scaling", "r"):
             held = getattr(self, attribute)
             if adapter_name in held:
                 del held[adapter_name]

@@ -44,7 +44,7 @@ class CloverLayer(AdapterTensors, Scaling, BaseTunerLayer):
     """
 
     adapter_layer_names: tuple[str, ...] = TRAINED
-    other_param_names: tuple[str, ...] = (*FROZEN, "clover_dropout", "specs", "scaling")
+    other_param_names: tuple[str, ...] = (*FROZEN, "clover_dropout", "specs", "scaling", "r")
 
     def __init__(
         self,
@@ -75,11 +75,6 @@ class CloverLayer(AdapterTensors, Scaling, BaseTunerLayer):
     def weight(self) -> Tensor:
         """The base weight in its stored form; a quantised weight is packed."""
         return self.base_weight.stored
-
-    @property
-    def r(self) -> dict[str, int]:
-        """Adapter -> the most directions that it trains in a block, where LoRA's layers have their ranks."""
-        return {name: max(spec.r for spec in specs) for name, specs in self.specs.items()}
 
     # ------------------------------------------------------------------ adapters
 
