@@ -116,7 +116,6 @@ def test_second_adapter_that_does_not_fit_leaves_the_first(targets: list[str] | 
     model.add_adapter("second", CloverConfig(target_modules=targets))  # the name is free again
 
 
-@through_transformers
 @pytest.mark.parametrize("inference_mode", [False, True])
 def test_a_second_adapter_that_does_not_fit_freezes_nothing(inference_mode: bool) -> None:
     model = get_peft_model(build("llama"), CloverConfig(target_modules=["v_proj"]))
@@ -127,6 +126,7 @@ def test_a_second_adapter_that_does_not_fit_freezes_nothing(inference_mode: bool
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
 
 
+@through_transformers
 def test_transformers_add_adapter_that_does_not_fit_changes_nothing() -> None:
     model = build("llama").requires_grad_(True)
     before = logits(model, "llama")
