@@ -62,7 +62,7 @@ def adapter_settings(overrides: Sequence[str]) -> dict[str, Any]:
 def ablate(given: argparse.Namespace) -> None:
     """The options, and that the configuration is a file with keys and values."""
     if given.table is not None:
-        _refuse(given, "--table", ("config", "out", "records", "minutes", "jobs", "step", "overrides"))
+        _refuse(given, "--table", ("config", "out", "records", "minutes", "jobs", "step", "mechanism", "overrides"))
         return
     if given.config is None or given.out is None:
         raise ValueError("expected --config and --out, or --table")
@@ -195,7 +195,7 @@ def _fields(module: str, name: str) -> dict[str, Any]:
 
 
 def _refuse(given: argparse.Namespace, what: str, keys: tuple[str, ...]) -> None:
-    if unused := [key for key in keys if getattr(given, key) not in (None, [])]:
+    if unused := [key for key in keys if getattr(given, key) not in (None, [], False)]:
         raise ValueError(f"{unused[0]}: expected none beside {what}, which does not use it")
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..io.hub_models import load_processor
 from ..io.model_class import find_class, read_config
+from ..tuner.adapter_file import embedding_of
 from ..tuner.bases import clover_layers
 from ..tuner.config import CloverConfig
 from ..tuner.experts import refuse_experts
@@ -148,10 +149,7 @@ def _grow(model: Any, adapter: str, tokenizer: Any) -> bool:
 
     Returns whether the adapter brings embeddings of its own.
     """
-    try:
-        embedding = model.get_input_embeddings()
-    except NotImplementedError:
-        return False
+    embedding = embedding_of(model, "input")
     if not isinstance(embedding, nn.Embedding):  # such as patches of an image
         return False
     path = next(name for name, module in model.named_modules() if module is embedding)

@@ -84,5 +84,5 @@ def _type(annotation: ast.expr) -> Any:
     text = annotation.value if isinstance(annotation, ast.Constant) else ast.unparse(annotation)
     try:
         return eval(str(text), dict(_NAMES))  # the text of an installed package, with names of plain types alone
-    except Exception:
+    except (NameError, TypeError, AttributeError, SyntaxError):  # made of other types
         return Any

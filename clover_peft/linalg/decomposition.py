@@ -32,22 +32,18 @@ class Bases:
         coordinates: (H, r, d) float64, C. A dropped direction is a zero row.
         back: (H, d, r) float64, E, or None for the identity (QR basis).
         singular_values: (H, r) float64, S0, descending; for the QR basis those of R, whose S0 = R^T is not diagonal.
-        dropped: (H,) int64, the number of directions that a degenerate block lacks.
     """
 
     coordinates: Tensor
     back: Tensor | None
     singular_values: Tensor
-    dropped: Tensor
 
     def leading(self, r: int) -> Bases:
         """Bases of the first `r` directions alone. Dropped directions come last, so they are the first to go."""
-        left_out = self.coordinates.shape[1] - r
         return Bases(
             self.coordinates[:, :r].contiguous(),
             None if self.back is None else self.back[..., :r].contiguous(),
             self.singular_values[:, :r].clone(),
-            (self.dropped - left_out).clamp(min=0),
         )
 
 
@@ -191,7 +187,6 @@ def pair_bases(g_in: Tensor, g_out: Tensor) -> Bases:
         coordinates * sign.unsqueeze(-1),
         back * sign.unsqueeze(-2),
         s0 * alive,
-        (~alive).sum(-1),
     )
 
 
@@ -211,8 +206,8 @@ def qr_bases(g: Tensor) -> Bases:
         ValueError: if the Gram is not finite.
     """
     _check(g)
-    root, inverse, dropped = _factor(g)
-    return Bases(inverse.mT.contiguous(), None, torch.linalg.svdvals(root), dropped)
+    root, inverse, _ = _factor(g)
+    return Bases(inverse.mT.contiguous(), None, torch.linalg.svdvals(root))
 
 
 def svd_bases(g: Tensor) -> Bases:
@@ -227,7 +222,7 @@ def svd_bases(g: Tensor) -> Bases:
     reciprocal = torch.where(keep, 1 / sigma, 0)
     coordinates = reciprocal.unsqueeze(-1) * left.mT
     sign = _fix_signs(coordinates) * keep
-    return Bases(coordinates * sign.unsqueeze(-1), left * sign.unsqueeze(-2), sigma * keep, (~keep).sum(-1))
+    return Bases(coordinates * sign.unsqueeze(-1), left * sign.unsqueeze(-2), sigma * keep)
 
 
 def _check(g: Tensor) -> None:

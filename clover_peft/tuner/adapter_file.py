@@ -189,7 +189,7 @@ def _check_nothing_left(layers: dict[str, CloverLayer], adapter_name: str, state
 
 def _check_no_base_weights(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) -> None:
     """Refuse weights of the base model. Peft does save resized embeddings and biases under the base's own names."""
-    found = (_embedding(model, side) for side in ("input", "output"))
+    found = (embedding_of(model, side) for side in ("input", "output"))
     embeddings = {inner for embedding in found if embedding is not None for inner in embedding.modules()}
     for path, module in model.named_modules():
         for name, _ in module.named_parameters(recurse=False):
@@ -201,7 +201,8 @@ def _check_no_base_weights(model: nn.Module, adapter_name: str, state: dict[str,
                 )
 
 
-def _embedding(model: nn.Module, side: str) -> nn.Module | None:
+def embedding_of(model: nn.Module, side: str) -> nn.Module | None:
+    """The "input" or "output" embedding of a model; None if it has none."""
     get = getattr(model, f"get_{side}_embeddings", None)
     try:
         return None if get is None else get()

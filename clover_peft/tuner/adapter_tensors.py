@@ -17,6 +17,8 @@ from .maps import HeadMap, Place, UnfoldedMap
 
 TRAINED = ("clover_S", "clover_A", "clover_B")
 FROZEN = ("clover_U", "clover_V", "clover_S0", "clover_norm")
+# What else a layer holds by adapter.
+BESIDE = (*FROZEN, "clover_dropout", "specs", "scaling", "r")
 WHOLE = "weight"  # the slice name of tensors that belong to the whole target
 BASES_CHECKSUM = "clover_probe"  # a file that leaves out the bases has a checksum of them
 
@@ -261,7 +263,7 @@ class AdapterTensors(nn.Module):
 
     def forget_tensors(self, adapter_name: str) -> None:
         """Remove the tensors of an adapter, also after an interrupted start."""
-        for attribute in (*TRAINED, *FROZEN, "clover_dropout", "specs", "scaling", "r"):
+        for attribute in (*TRAINED, *BESIDE):
             held = getattr(self, attribute)
             if adapter_name in held:
                 del held[adapter_name]

@@ -17,7 +17,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(_SWITCHES, (True, False)),
 }
 
-MAX_CONDITION = 100.0  # of new adapters; see `bases`
+MAX_CONDITION = 100.0  # of new adapters: docs/explanation/numerics.md
 MOST_CONDITION = 1e4  # beyond it a decomposition may drop directions
 
 

@@ -25,7 +25,7 @@ from ..base_model.weight import BaseWeight
 from ..io.user_warning import warn
 from ..runtime.tracing import shares_state
 from . import merging
-from .adapter_tensors import FROZEN, TRAINED, AdapterTensors
+from .adapter_tensors import BESIDE, TRAINED, AdapterTensors
 from .block_spec import BlockSpec
 from .execution import apply_adapters
 from .map_cache import MapCache
@@ -44,7 +44,7 @@ class CloverLayer(AdapterTensors, Scaling, BaseTunerLayer):
     """
 
     adapter_layer_names: tuple[str, ...] = TRAINED
-    other_param_names: tuple[str, ...] = (*FROZEN, "clover_dropout", "specs", "scaling", "r")
+    other_param_names: tuple[str, ...] = BESIDE
 
     def __init__(
         self,

@@ -50,6 +50,8 @@ class MapCache:
             scales: of the adapters.
             fold: computes the maps.
         """
+        if self.is_stale:
+            self.clear()
         self._entries.pop(key, None)
         if not all(map(_can_watch, sources)):
             return None

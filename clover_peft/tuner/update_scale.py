@@ -126,7 +126,7 @@ def update_sensitivities(
             loss = getattr(model(**values), "loss", None)
             if loss is None:
                 raise ValueError(f"expected batches that give the model a loss, found {list(batch)}; add labels")
-            count = _count_predictions(values)
+            count = count_predictions(values)
             # Of the sum, which keeps float16 gradients away from underflow; no parameter's `.grad` is touched.
             torch.autograd.grad(count * loss.float(), trained, allow_unused=True)
             predictions += count
@@ -190,7 +190,7 @@ class _Watch:
         return result
 
 
-def _count_predictions(values: Mapping[str, Any]) -> int:
+def count_predictions(values: Mapping[str, Any]) -> int:
     """How many predictions a batch's loss is the mean of: labels that count, else samples."""
     labels = values.get("labels")
     if isinstance(labels, Tensor):

@@ -46,6 +46,7 @@ WRONG = [
     (["ablate", "--config", "smollm2", "--out", "out", "zzz=3"], "expected the keys base, settings"),
     (["ablate", "--config", "adaptation_probe", "--out", "out", "zzz=3"], "expected the keys model, dtype"),
     (["ablate", "--config", "smollm2"], "expected --config and --out, or --table"),
+    (["ablate", "--table", ".", "--mechanism"], "mechanism: expected none beside --table, which does not use it"),
     (["plan", "--model", "m", "r=0"], "CloverConfig.r: expected a positive integer or None, found 0"),
     (["plan", "--model", "m", "s_matrx=full"], "did you mean s_matrix?"),
     (["plan", "--model", "m", "r"], "r: expected key=value with a field of CloverConfig"),

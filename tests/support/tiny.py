@@ -540,11 +540,11 @@ def is_older(version: str) -> bool:
     return Version(hf.__version__) < Version(version)
 
 
-# transformers 5.24 asks for peft 0.22: its own functions refuse every adapter, of any method, below that.
+# transformers 5.24 asks for peft 0.22: all its own functions but `load_adapter` refuse every adapter below that.
 _ASKED = getattr(integrations, "MIN_PEFT_VERSION", "0")
 through_transformers = pytest.mark.skipif(
     Version(peft.__version__) < Version(_ASKED),
-    reason=f"transformers {hf.__version__} refuses every adapter with peft below {_ASKED}",
+    reason=f"transformers {hf.__version__} refuses to add an adapter with peft below {_ASKED}",
 )
 
 # The first transformers in which a family has passed; before it, the family is missing or has other modules.

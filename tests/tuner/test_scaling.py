@@ -237,7 +237,7 @@ def scaled(model: nn.Module, scales: dict[str, float]) -> Tensor:
 
 
 def test_diffusers_sets_weights_of_adapters() -> None:
-    pytest.importorskip("diffusers")
+    pytest.importorskip("diffusers", reason="needs the dev extra: pip install clover-peft[dev]")
     model = unet("a", "b")
     expected = scaled(model, {"a": 0.5, "b": 0.25})
     model.set_adapters(["a", "b"], [0.5, 0.25])
@@ -247,7 +247,7 @@ def test_diffusers_sets_weights_of_adapters() -> None:
 
 
 def test_diffusers_scales_a_call() -> None:
-    pytest.importorskip("diffusers")
+    pytest.importorskip("diffusers", reason="needs the dev extra: pip install clover-peft[dev]")
     model = unet("a")
     before = logits(model, "unet")
     with torch.no_grad():
@@ -258,7 +258,7 @@ def test_diffusers_scales_a_call() -> None:
 
 
 def test_diffusers_fuses_with_a_scale() -> None:
-    pytest.importorskip("diffusers")
+    pytest.importorskip("diffusers", reason="needs the dev extra: pip install clover-peft[dev]")
     model = unet("a")
     expected = scaled(model, {"a": 0.5})
     model.fuse_lora(0.5)
@@ -268,7 +268,7 @@ def test_diffusers_fuses_with_a_scale() -> None:
 
 
 def test_a_pipeline_scales_adapters() -> None:
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip("diffusers", reason="needs the dev extra: pip install clover-peft[dev]")
     vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=8)
     sizes = dict(vocab_size=96, hidden_size=24, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     pipeline = diffusers.StableDiffusionPipeline(

@@ -48,13 +48,20 @@ def test_transformers_from_pretrained_takes_an_adapter_folder(published: tuple) 
     assert torch.equal(logits(model, "llama"), before)
 
 
-@through_transformers
 @pytest.mark.parametrize("save_bases", SAVE_BASES)
 def test_transformers_load_adapter_is_the_same_function(save_bases: bool | str, tmp_path: Path) -> None:
     before = save_trained(tmp_path, save_bases=save_bases)
     model = build("llama")
     model.load_adapter(str(tmp_path), adapter_name="other")
     assert relative(logits(model, "llama"), before) < TOLERANCE[torch.float32]
+
+
+@through_transformers
+@pytest.mark.parametrize("save_bases", SAVE_BASES)
+def test_transformers_disable_adapters_gives_the_base(save_bases: bool | str, tmp_path: Path) -> None:
+    save_trained(tmp_path, save_bases=save_bases)
+    model = build("llama")
+    model.load_adapter(str(tmp_path), adapter_name="other")
     model.disable_adapters()
     assert torch.equal(logits(model, "llama"), logits(build("llama"), "llama"))
 

@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ...base_model.activations import evaluating, hooks
-from ...tuner.update_scale import SENSITIVITY
+from ...tuner.update_scale import SENSITIVITY, count_predictions
 
 
 def balance_lora(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], adapter_name: str = "default") -> None:
@@ -53,7 +53,7 @@ def balance_lora(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], adap
             hooked.append(layer.register_forward_hook(after_layer))
         trained = [layer.lora_B[adapter_name].weight for layer in layers.values()]
         for batch in batches:
-            count = int((batch["labels"][:, 1:] != -100).sum())
+            count = count_predictions(batch)
             torch.autograd.grad(count * model(**batch).loss.float(), trained)
             predictions += count
     if not predictions or any(not sums[0] for sums in (*inputs.values(), *gradients.values())):

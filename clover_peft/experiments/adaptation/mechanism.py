@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def _measured(laboratory: Laboratory, trial: Trial, record: Record) -> Record:
 
 
 def _first(windows: Windows) -> Windows:
-    return Windows(windows.train, windows.held_out[:DOCUMENTS], windows.keys[:DOCUMENTS], windows.vocabulary)
+    return replace(windows, held_out=windows.held_out[:DOCUMENTS], keys=windows.keys[:DOCUMENTS])
 
 
 @torch.no_grad()
