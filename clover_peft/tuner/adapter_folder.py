@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
@@ -62,7 +63,7 @@ def check_source(source: str | None, needed: bool) -> None:
 
 
 def complete_model_card(path: str, base: str | None, task_type: str | None) -> None:
-    """Add the loading recipe to the model card that peft wrote, once."""
+    """Add the loading recipe to the model card that peft wrote, once: before its first section or code."""
     if not os.path.isfile(path):
         # The card of an adapter that is not named "default" is one folder up.
         path = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(path))), os.path.basename(path))
@@ -76,10 +77,12 @@ def complete_model_card(path: str, base: str | None, task_type: str | None) -> N
         return
     auto = f"AutoPeftModel{_AUTO_CLASSES.get(str(getattr(task_type, 'value', task_type)), '')}"
     recipe = (
-        f"\n\n{_CARD_HEADING}\n\nThis is a CLOVER adapter (arXiv 2411.17426). Install `clover-peft` and import it "
+        f"{_CARD_HEADING}\n\nThis is a CLOVER adapter (arXiv 2411.17426). Install `clover-peft` and import it "
         "before loading, or peft will not know the method:\n\n```python\nimport clover_peft  # registers CLOVER\n"
         f"from peft import {auto}\n\n"
         f'model = {auto}.from_pretrained("<this adapter>")  # base: {base or "<base model>"}\n```\n'
     )
+    first = re.search(r"^(##+ |```)", text, flags=re.M)
+    above, below = (text[: first.start()], "\n" + text[first.start() :]) if first else (text, "")
     with open(path, "w", encoding="utf-8") as file:
-        file.write(text.rstrip("\n") + recipe)
+        file.write(f"{above.rstrip()}\n\n{recipe}{below}")

@@ -95,6 +95,22 @@ def test_sft_with_peft_config_trains_s_and_saves_a_loadable_adapter(precision, t
     assert torch.equal(logits(loaded, "llama"), logits(trained, "llama"))
 
 
+def test_cards_of_saved_adapters_show_the_import_before_trl_s_quick_start(tokenizer, tmp_path):
+    rows = datasets.Dataset.from_dict({"text": [sentence(i, 10) for i in range(6)]})
+    trainer = trl.SFTTrainer(
+        model=build("llama"),
+        args=trl.SFTConfig(**settings(tmp_path, max_length=16, save_strategy="steps", save_steps=1)),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=CloverConfig(),
+    )
+    trainer.train()
+    trainer.save_model()  # beside the card that TRL writes with a checkpoint
+    card = (tmp_path / "README.md").read_text()
+    assert 0 < card.find("import clover_peft") < card.find("## Quick start")
+    assert "import clover_peft" in (tmp_path / "checkpoint-1" / "README.md").read_text()
+
+
 def preferences() -> datasets.Dataset:
     return datasets.Dataset.from_dict(
         {

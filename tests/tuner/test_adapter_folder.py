@@ -150,6 +150,22 @@ def test_card_of_a_named_adapter_says_what_to_import(tmp_path: Path) -> None:
     assert all(card.count("import clover_peft") == 1 for card in cards)
 
 
+def test_the_import_stands_before_every_other_section_of_the_card(tmp_path: Path) -> None:
+    """peft's template is long, and people stop at the first code."""
+    save_trained(tmp_path)
+    headings = [line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("#")]
+    assert headings[:3] == ["# Model Card for Model ID", "## How to load", "## Model Details"]
+
+
+def test_a_card_of_one_s_own_keeps_its_text(tmp_path: Path) -> None:
+    own = "---\nlibrary_name: peft\n---\n# Mine\n\nSome text.\n"
+    (tmp_path / "README.md").write_text(own)
+    save_trained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert text.partition("## How to load")[0].endswith("# Mine\n\nSome text.\n\n")
+    assert text.count("import clover_peft") == 1
+
+
 # ---------------------------------------------------------------------- folded adapters
 
 
