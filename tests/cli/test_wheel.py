@@ -58,7 +58,9 @@ def test_the_wheel_has_every_file_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         found = {name for name in archive.namelist() if ".dist-info/" not in name}
         [entry_points] = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
-        assert "clover = clover_command:main" in archive.read(entry_points).decode()
+        declared = archive.read(entry_points).decode()
+        assert "clover = clover_command:main" in declared
+        assert "[peft.tuners]\nclover = clover_peft\n" in declared  # see docs/proposals/peft_entry_points.md
     assert found == expected
 
 
