@@ -508,12 +508,14 @@ def test_zero_shot_questions_are_scored(tmp_path, monkeypatch):
         "openbookqa_test": choices,
         "piqa_validation": {"goal": "Do", "sol1": "a", "sol2": "b", "label": 0},
         "hellaswag_validation": {"activity_label": "Run", "ctx": "He", "endings": ["a", "b"], "label": 1},
+        "winogrande_xl_validation": {"sentence": "As _ is new.", "option1": "it", "option2": "he", "answer": "1"},
+        "mmlu_validation": {"subject": "us_law", "question": "What?", "choices": ["a", "b", "c", "d"], "answer": 3},
     }
     for name, row in rows.items():
         with gzip.open(folder / f"{name}.jsonl.gz", "wt") as file:
             file.write(f"{json.dumps(row)}\n" * 6)
     experiment = tiny()
-    experiment = replace(experiment, evaluation=replace(experiment.evaluation, zeroshot=20))
+    experiment = replace(experiment, evaluation=replace(experiment.evaluation, zeroshot=28))
     laboratory = Laboratory(experiment, tmp_path)
     monkeypatch.delenv("CLOVER_DATA", raising=False)
     assert laboratory.run(experiment.trials()[0])["zeroshot"] is None

@@ -1,4 +1,7 @@
-"""Raw zero-shot questions: the option whose text the model finds likeliest, a byte."""
+"""Raw zero-shot questions: the option that the model finds likeliest, a byte.
+
+The options' texts are compared, but for WinoGrande the text after the blank, and for MMLU the letters.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +16,39 @@ import torch.nn.functional as F
 
 from ...io.rows import read_rows
 
-Question = tuple[str, list[str], int]  # what stands before, the options, which of them is right
+Question = tuple[list[str], list[str], int]  # what stands before each option, the options, which of them is right
+
+
+def _ask(before: str, options: list[str], answer: int) -> Question:
+    return [before] * len(options), options, answer
 
 
 def _choices(row: dict[str, Any]) -> Question:
-    return f"Question: {row['question']}\nAnswer:", row["choices"], row["answer"]
+    return _ask(f"Question: {row['question']}\nAnswer:", row["choices"], row["answer"])
 
 
 def _piqa(row: dict[str, Any]) -> Question:
-    return f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], row["label"]
+    return _ask(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], row["label"])
 
 
 def _hellaswag(row: dict[str, Any]) -> Question:
-    return f"{row['activity_label']}: {row['ctx']}", row["endings"], row["label"]
+    return _ask(f"{row['activity_label']}: {row['ctx']}", row["endings"], row["label"])
+
+
+def _winogrande(row: dict[str, Any]) -> Question:
+    """Partial evaluation (arXiv 1806.02847): the text after the blank, given each option in the blank."""
+    before, _, after = row["sentence"].partition("_")
+    filled = [before + row["option1"], before + row["option2"]]
+    return filled, [after.strip()] * 2, int(row["answer"]) - 1
+
+
+def _mmlu(row: dict[str, Any]) -> Question:
+    """The prompt of arXiv 2009.03300 without examples: the letters, with the options in the prompt."""
+    letters = list("ABCD")
+    options = "".join(f"{letter}. {text}\n" for letter, text in zip(letters, row["choices"], strict=True))
+    subject = row["subject"].replace("_", " ")
+    about = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
+    return _ask(f"{about}{row['question'].strip()}\n{options}Answer:", letters, row["answer"])
 
 
 _SETS: dict[str, Callable[[dict[str, Any]], Question]] = {
@@ -34,6 +57,8 @@ _SETS: dict[str, Callable[[dict[str, Any]], Question]] = {
     "openbookqa_test": _choices,
     "piqa_validation": _piqa,
     "hellaswag_validation": _hellaswag,
+    "winogrande_xl_validation": _winogrande,
+    "mmlu_validation": _mmlu,
 }
 
 
@@ -66,10 +91,10 @@ def score(model: Any, tokenizer: Any, questions: int) -> dict[str, dict[str, int
     return result
 
 
-def _is_right(model: Any, tokenizer: Any, before: str, options: list[str], answer: int) -> bool:
-    start = len(tokenizer(before, add_special_tokens=False)["input_ids"])
+def _is_right(model: Any, tokenizer: Any, befores: list[str], options: list[str], answer: int) -> bool:
     scores = []
-    for option in options:
+    for before, option in zip(befores, options, strict=True):
+        start = len(tokenizer(before, add_special_tokens=False)["input_ids"])
         ids = torch.tensor([tokenizer(f"{before} {option}", add_special_tokens=False)["input_ids"]]).to(model.device)
         logits = model(input_ids=ids, use_cache=False).logits[0, start - 1 : -1].float()
         scores.append(-float(F.cross_entropy(logits, ids[0, start:], reduction="sum")) / len(option.encode()))
