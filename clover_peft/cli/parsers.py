@@ -74,7 +74,8 @@ def _keys() -> str:
     """The job's own keys, read from their file alone: their package needs TRL."""
     path = Path(__file__).parents[1] / "experiments" / "training" / "job_arguments.py"
     fields = dataclasses.fields(runpy.run_path(str(path))["JobArguments"])
-    lines = [f"  {key.name:<18}{key.metadata['help']}" for key in fields]
+    width = max(len(key.name) for key in fields)
+    lines = [f"  {key.name:<{width}}  {key.metadata['help']}" for key in fields]
     return "\n".join(["keys of the job:", *lines])
 
 

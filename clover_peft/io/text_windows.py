@@ -49,24 +49,55 @@ def text_batches(
     for name, figure in {"rows": rows, "max_length": max_length, "batch_size": batch_size}.items():
         if figure < 1:
             raise ValueError(f"{name}={figure}: expected at least 1")
+    windows = cut(_beginning(_texts(str(source)), _CHARACTERS * rows * max_length), tokenizer, max_length, source)
+    count = min(rows, len(windows))
+    chosen = torch.tensor([windows[i * len(windows) // count] for i in range(count)])
+    return [{"input_ids": batch} for batch in chosen.split(batch_size)]
+
+
+def cut(text: str, tokenizer: Any, max_length: int, source: str | Path) -> list[list[int]]:
+    """Cut a text into windows, each full of tokens, with the special tokens that the tokenizer puts around a text.
+
+    Args:
+        text: the text.
+        tokenizer: the model's tokenizer.
+        max_length: tokens in a window.
+        source: where the text comes from, for errors.
+
+    Returns:
+        The token ids of all windows, in the text's order; a rest that does not fill a window is left out.
+
+    Raises:
+        ValueError: the text does not fill one window.
+    """
     before, after = _special_tokens(tokenizer)
     room = max_length - len(before) - len(after)
     if room < 1:
         raise ValueError(f"max_length={max_length}: expected room beside {len(before + after)} special tokens")
-    text = _beginning(_texts(str(source)), _CHARACTERS * rows * max_length)
     if not text.strip():
-        raise ValueError(f"{source}: expected text to calibrate with, found none")
+        raise ValueError(f"{source}: expected text, found none")
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    there = len(tokens) // room
-    if not there:
+    if len(tokens) < room:
         raise ValueError(
             f"{source}: expected at least {room} tokens, for one window of {max_length}, found {len(tokens)}; pass "
             "more text, or a smaller max_length"
         )
-    count = min(rows, there)
-    starts = [i * there // count * room for i in range(count)]
-    windows = torch.tensor([[*before, *tokens[start : start + room], *after] for start in starts])
-    return [{"input_ids": batch} for batch in windows.split(batch_size)]
+    starts = range(0, len(tokens) - room + 1, room)
+    return [[*before, *tokens[start : start + room], *after] for start in starts]
+
+
+def is_text_file(path: Path) -> bool:
+    """Whether a file's name is that of plain text."""
+    return path.name.endswith((".txt", ".txt.gz"))
+
+
+def read_text(path: Path) -> str:
+    """Read a file of plain text.
+
+    Raises:
+        ValueError: the file cannot be read, or is not UTF-8.
+    """
+    return "".join(_texts(str(path)))
 
 
 def batches_for(

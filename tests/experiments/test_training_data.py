@@ -46,7 +46,7 @@ def test_rows_without_a_chat_template():
     ("row", "problem"),
     [
         ([1], "expected an object, found a list"),
-        ({"text": "x"}, "found the keys ['text']"),
+        ({"body": "x"}, "found the keys ['body']"),
         ({"instruction": "Q"}, 'expected "output" to be text, found nothing'),
         ({"instruction": "", "output": "A"}, 'expected "instruction" to be text, found empty text'),
         ({"instruction": "Q", "input": 3, "output": "A"}, 'expected "input" to be text, found a number'),

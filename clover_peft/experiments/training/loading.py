@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
@@ -36,17 +37,22 @@ def load_tokenizer(source: ModelSource, sft: SFTConfig) -> PreTrainedTokenizerBa
     return tokenizer
 
 
-def load_model(source: ModelSource, sft: SFTConfig) -> PreTrainedModel:
-    """Load the model with `sft.model_init_kwargs`; `dtype` is float32 unless given there.
+def load_model(source: ModelSource, init_kwargs: dict[str, Any], trust_remote_code: bool = False) -> PreTrainedModel:
+    """Load a model.
+
+    Args:
+        source: where it is.
+        init_kwargs: arguments of `from_pretrained`; `dtype` is float32 unless given.
+        trust_remote_code: run code that the model brings with it.
 
     Raises:
         ValueError: the model is an encoder-decoder, which TRL does not train.
     """
-    init_kwargs = {"dtype": "float32", **(sft.model_init_kwargs or {})}
+    init_kwargs = {"dtype": "float32", **init_kwargs}
     kind = AutoModelForCausalLM
-    if not sft.trust_remote_code:
+    if not trust_remote_code:
         kind = find_language_model_class(read_config(source.path, init_kwargs.get("revision")))
-    model = kind.from_pretrained(source.path, trust_remote_code=sft.trust_remote_code, **init_kwargs)
+    model = kind.from_pretrained(source.path, trust_remote_code=trust_remote_code, **init_kwargs)
     for module in model.modules():
         # Otherwise bitsandbytes repacks 4-bit weights for the CPU in the first evaluation, and they no longer train.
         if hasattr(module, "support_avx512bf16_for_cpu"):

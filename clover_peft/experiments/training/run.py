@@ -1,4 +1,4 @@
-"""The job: fine-tunes a language model on instruction rows with TRL, and writes a record of the run."""
+"""The job: fine-tunes a language model on instruction rows or plain text with TRL, and writes a record of the run."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from ... import balance_updates, broadcast_bases, initialize_from_activations
 from ...io import run_record as records
 from ...io.hub_models import ModelSource, find_model
+from ...io.text_windows import cut
 from ..commonsense.protocols import find_protocol
-from .answers import Questions
+from .answers import Questions, question
 from .arguments import Settings
 from .card import show_change
 from .data import Split, load_data
+from .distillation import load_teacher
 from .loading import load_model, load_tokenizer
 from .resuming import Before, Clock, bases_saved, check_rows, find_checkpoint, keep_settings
 from .saving import keep_start, save
@@ -71,7 +73,9 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
     if job.resume:
         check_rows(out, split.fingerprint)
     say(f"data: {len(split.train)} rows to train on, {len(split.held_out)} held out")
-    model = load_model(source, sft)
+    init_kwargs = dict(sft.model_init_kwargs or {})
+    model = load_model(source, init_kwargs, sft.trust_remote_code)
+    teacher = load_teacher(job, init_kwargs, tokenizer)
     sft.model_init_kwargs = None  # These were used above; TRL would warn that it ignores them.
 
     set_seed(sft.seed)
@@ -88,6 +92,7 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
     with _refused_by("trainer"):
         trainer = Trainer(
             settings,
+            teacher,
             model=model,
             train_dataset=Dataset.from_list(split.train),
             eval_dataset=Dataset.from_list(split.held_out) if split.held_out else None,
@@ -108,7 +113,8 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
         init_seconds += time.perf_counter() - started
     if trainer.accelerator.num_processes > 1 and not trainer.is_sharded:
         broadcast_bases(model)
-    questions = Questions(split.held_out[: job.questions], tokenizer, job.answer_tokens)
+    asked = [question(row, tokenizer, job.answer_tokens) for row in split.held_out[: job.questions]]
+    questions = Questions(asked, tokenizer, job.answer_tokens)
 
     def measure() -> dict[str, Any]:
         return {"answers": questions.texts(questions.ask(trainer.model)), "loss": trainer.held_out_loss()}
@@ -153,13 +159,20 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
 
 def load_rows(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Split:
     """Load, draw and split the rows of a run."""
-    job = settings.job
+    job, length = settings.job, settings.sft.max_length
+
+    def windows(text: str) -> list[list[int]]:
+        if length is None:
+            raise ValueError("max_length=null: expected a number for plain text, which is cut into windows of it")
+        return cut(text, tokenizer, length, job.data or "data")
+
     return load_data(
         job.data,
         rows=job.rows,
         held_out=job.held_out_rows,
         seed=settings.sft.seed,
         protocol=find_protocol(job.prompt, tokenizer),
+        cut=windows,
         skip_bad_rows=job.skip_bad_rows,
     )
 

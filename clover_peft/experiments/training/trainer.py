@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with a job's optimiser and learning rate factors, and a cheaper loss on a CPU."""
+"""TRL's SFTTrainer with a job's optimiser, learning rate factors and teacher, and a cheaper loss on a CPU."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
 from .arguments import Settings
+from .distillation import Teacher
 from .optimizer import Muon, scale_learning_rates
 
 
@@ -22,8 +23,15 @@ class Trainer(SFTTrainer):
 
     optimizer: Any
 
-    def __init__(self, settings: Settings, **kwargs: Any) -> None:
+    def __init__(self, settings: Settings, teacher: Teacher | None = None, **kwargs: Any) -> None:
         super().__init__(args=settings.sft, **kwargs)
+        self.teacher = teacher
+        if teacher is not None:
+            if self.is_sharded or getattr(self, "aux_loss_enabled", False):
+                found = "a sharded model" if self.is_sharded else "a router's auxiliary loss"
+                raise ValueError(f"teacher: expected a whole model in each process and one loss, found {found}")
+            if getattr(teacher.model, "hf_device_map", None) is None:
+                teacher.model.to(self.args.device)
         self.muon, self.learning_rate_factors = settings.optimizer == "muon", settings.learning_rate_factors
 
     @property
@@ -55,9 +63,19 @@ class Trainer(SFTTrainer):
             self.is_in_train = False
             return TrainOutput(self.state.global_step, 0.0, {"train_runtime": 0.0})
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        with scoring_labels_alone(self.args.device):
-            return super().compute_loss(*args, **kwargs)
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of a batch: TRL's, or in training the teacher's where there is one."""
+        if self.teacher is None or not model.training:
+            with scoring_labels_alone(self.args.device):
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        total, tokens = self.teacher.loss(model, inputs)
+        if num_items_in_batch is None:
+            return total / tokens.clamp(min=1)
+        # The number counts the tokens of all processes, over which gradients are averaged.
+        shared = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return total / num_items_in_batch * shared
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write no card: `saving.save` writes one that explains how to load the adapter, which TRL's does not."""
