@@ -60,6 +60,17 @@ def test_update_scale(benchmark, tmp_path, capsys):
     assert "10 % of blocks" in capsys.readouterr().out
 
 
+def test_kernel_count(benchmark, tmp_path, capsys):
+    """The count does not depend on the machine: a higher one is a step backwards."""
+    figures = run(benchmark("kernel_count"), tmp_path / "record.json")["figures"]
+    assert figures["base"]["beyond_base"] == 0
+    assert figures["lora"]["beyond_base"] == 5 * 10  # five products and scalings, and five sums of gradients
+    assert figures["clover"]["beyond_base"] <= 53
+    assert figures["clover low rank"]["beyond_base"] <= 47
+    assert figures["clover"]["waits"] <= 2
+    assert "beyond the base" in capsys.readouterr().out
+
+
 def test_train_step(benchmark, tmp_path, capsys):
     record = run(benchmark("train_step"), tmp_path / "record.json")
     figures = record["figures"]

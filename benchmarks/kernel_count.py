@@ -1,0 +1,139 @@
+#!/usr/bin/env python
+"""Kernels that a Llama layer dispatches in a training step beyond the frozen base: they decide small batches on GPUs.
+
+    python benchmarks/kernel_count.py
+
+A kernel is an operation of torch that is no view, forward and backward together; the optimizer's step is not counted.
+The count does not depend on the machine. A layer's share is the difference between models of four and of two layers,
+so that what happens once a model is left out. The layers' input requires a gradient, as it does below layers that
+others train. `waits` are calls of `Tensor.tolist` and `Tensor.item`, for which the host waits for an accelerator.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import PAPER_LORA_TARGETS, decoder_of, finish, llama, options, parser, randomise, table
+from peft import LoraConfig, PeftConfig, get_peft_model
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from clover_peft import CloverConfig
+from clover_peft.io import run_record as records
+
+CLOVER_TARGETS = ("k_proj", "v_proj", "up_proj")
+LAYERS = (2, 4)
+WAITS = {Tensor.tolist, Tensor.item}
+WAIT = "wait"  # the name that waits are counted under, beside those of operations
+# These return memory or existing tensors, and launch nothing.
+FREE = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"} | {
+    "aten::_unsafe_view",
+    "aten::_reshape_alias",
+    "aten::lift_fresh",
+}
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operations below autograd, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if not is_view and name not in FREE:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Waits(TorchFunctionMode):
+    """Counts the reads of numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in WAITS
+        return func(*args, **(kwargs or {}))
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    command = parser(__doc__.splitlines()[0], "kernel_count")
+    command.add_argument("--names", action="store_true", help="also print the operations of every method")
+    arguments = command.parse_args(argv)
+    methods: dict[str, PeftConfig | None] = {
+        "base": None,
+        "clover": CloverConfig(),
+        "clover low rank": CloverConfig(low_rank=4),
+        "lora, same modules": LoraConfig(r=8, target_modules=list(CLOVER_TARGETS)),
+        "lora": LoraConfig(r=8, target_modules=list(PAPER_LORA_TARGETS)),
+        "dora": LoraConfig(r=8, use_dora=True, target_modules=list(PAPER_LORA_TARGETS)),
+    }
+    counts = {name: _per_layer(config, arguments) for name, config in methods.items()}
+    figures = {
+        name: {
+            "kernels": found.total() - found[WAIT],
+            "beyond_base": found.total() - found[WAIT] - counts["base"].total(),
+            "waits": found[WAIT],
+            "operations": {name: count for name, count in sorted(found.items()) if name != WAIT},
+        }
+        for name, found in counts.items()
+    }
+    rows = [(name, f["kernels"], f["beyond_base"], f["waits"]) for name, f in figures.items()]
+    print(table(["method", "kernels a layer", "beyond the base", "waits"], rows))
+    if arguments.names:
+        for name, found in counts.items():
+            extra = {op: n - counts["base"][op] for op, n in found.items() if n != counts["base"][op]}
+            print(f"{name}: {', '.join(f'{op} {n:+d}' for op, n in sorted(extra.items(), key=lambda x: -x[1]))}")
+    return finish(
+        arguments.out,
+        {
+            "benchmark": "kernel_count",
+            "options": options(arguments),
+            "layers": LAYERS,
+            "environment": records.environment(),
+            "figures": figures,
+        },
+    )
+
+
+def _per_layer(config: PeftConfig | None, arguments: Any) -> collections.Counter[str]:
+    few, many = (_step(config, layers, arguments) for layers in LAYERS)
+    difference = {name: many[name] - few[name] for name in many | few}
+    apart = LAYERS[1] - LAYERS[0]
+    if odd := [name for name, count in difference.items() if count % apart]:
+        raise RuntimeError(f"expected every layer to dispatch the same operations, found {odd} in some alone")
+    return collections.Counter({name: count // apart for name, count in difference.items() if count})
+
+
+def _step(config: PeftConfig | None, layers: int, arguments: Any) -> collections.Counter[str]:
+    torch.manual_seed(arguments.seed)
+    model: Any = llama(64, 4, 128, layers, arguments.seed, torch.float32, arguments.device).requires_grad_(False)
+    if config is not None:
+        model = get_peft_model(model, config)
+        randomise(model, arguments.seed, std=1e-3)
+    decoder = decoder_of(model.train())
+    x = torch.randn(2, 24, 64, device=arguments.device, requires_grad=True)
+
+    def step() -> Tensor:
+        model.zero_grad()
+        loss: Tensor = decoder(inputs_embeds=x, use_cache=False).last_hidden_state.square().mean()
+        loss.backward()
+        return loss
+
+    step()  # what happens in the first pass alone is not counted
+    with Waits() as waits, Kernels() as kernels:
+        step()
+    return kernels.counts + collections.Counter({WAIT: waits.count})
+
+
+if __name__ == "__main__":
+    main()
