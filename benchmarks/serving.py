@@ -1,0 +1,195 @@
+#!/usr/bin/env python
+"""Whether vLLM serves what this package makes: log-probabilities and greedy tokens against transformers, in float32.
+
+    scripts/serving.sh                  # makes vLLM's environment and runs this in it and in this one
+
+Each kind of result is made from SmolLM2 and saved. Transformers computes the log-probability of every prompt token and
+continues the prompts greedily; vLLM does the same in a process of its own, without `clover_peft`. A kind is served if
+no log-probability differs by more than 1e-3 and all new tokens are the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import finish, options, parser, randomise, table
+from peft import PeftModel, get_peft_model, save_as_lora
+from real_models import smollm2
+from tqdm.auto import tqdm
+
+from clover_peft import CloverConfig
+from clover_peft.io import run_record as records
+
+ALLOWED = 1e-3  # the largest difference of a log-probability
+PROMPTS = (
+    "The capital of France is",
+    "def fibonacci(n):\n    if n < 2:",
+    "Water boils at a temperature of one hundred degrees, and it freezes at",
+)
+# What vLLM's CPU build needs.
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
+
+
+@dataclass
+class Made:
+    """A result to serve.
+
+    Attributes:
+        models: name -> the model that transformers runs; "" for the folder's own.
+        arguments: of `vllm.LLM`.
+        environment: variables of vLLM's process.
+        loras: name -> folder of a LoRA, served with the folder's model.
+    """
+
+    models: dict[str, Any]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    loras: dict[str, str] = field(default_factory=dict)
+
+
+LORA_RANK = 16
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    command = parser(__doc__.splitlines()[0], "serving")
+    command.add_argument("--server", help="the Python of an environment with vLLM", required=True)
+    command.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    command.add_argument("--new-tokens", type=int, default=24)
+    command.add_argument("--timeout", type=int, default=900, help="seconds for vLLM, a kind")
+    arguments = command.parse_args(argv)
+    figures = {}
+    for name in tqdm(arguments.kinds, desc="kinds", unit="kind"):
+        with tempfile.TemporaryDirectory() as folder:
+            figures[name] = _compare(KINDS[name], Path(folder), arguments)
+        print(f"{name}: {figures[name]['outcome']}", flush=True)
+    rows = [(name, f["difference"], f["same_tokens"], f["outcome"]) for name, f in figures.items()]
+    print(table(["result", "largest difference", "same tokens", "outcome"], rows))
+    return finish(
+        arguments.out,
+        {
+            "benchmark": "serving",
+            "options": options(arguments),
+            "environment": records.environment(),
+            "server": _versions(arguments.server),
+            "allowed": ALLOWED,
+            "figures": figures,
+        },
+    )
+
+
+def _compare(make: Callable[[Any, Any, Path], Made], folder: Path, arguments: Any) -> dict[str, Any]:
+    model, tokenizer = smollm2()
+    model = model.float().eval()
+    tokenizer.save_pretrained(folder / "model")
+    made = make(model, tokenizer, folder)
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    expected = {name: _expected(each, prompts, arguments.new_tokens) for name, each in made.models.items()}
+    question = {
+        "folder": str(folder / "model"),
+        "prompts": prompts,
+        "new_tokens": arguments.new_tokens,
+        "arguments": {"max_model_len": 256, **made.arguments},
+        "loras": made.loras,
+        "lora_rank": LORA_RANK,
+    }
+    (folder / "question.json").write_text(json.dumps(question))
+    script = Path(__file__).with_name("serving_vllm.py")
+    done = subprocess.run(
+        [arguments.server, str(script), str(folder / "question.json"), str(folder / "answer.json")],
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | ENVIRONMENT | made.environment,
+        capture_output=True,
+        text=True,
+        timeout=arguments.timeout,
+    )
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "Error" in line] or done.stderr.splitlines()[-1:]
+        return {"difference": None, "same_tokens": None, "outcome": f"failed: {lines[-1].strip()[:300]}"}
+    found = json.loads((folder / "answer.json").read_text())
+    difference = max(
+        abs(a - b)
+        for name in expected
+        for ours, theirs in zip(expected[name]["logprobs"], found[name]["logprobs"], strict=True)
+        for a, b in zip(ours, theirs, strict=True)
+    )
+    same = all(expected[name]["tokens"] == found[name]["tokens"] for name in expected)
+    outcome = "served" if difference <= ALLOWED and same else "wrong"
+    return {"difference": difference, "same_tokens": same, "outcome": outcome}
+
+
+@torch.no_grad()
+def _expected(model: Any, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
+    """Log-probabilities and greedy tokens by transformers."""
+    logprobs, tokens = [], []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        scores = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+        logprobs.append(scores.gather(1, ids[0, 1:, None])[:, 0].tolist())
+        out = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1
+        )
+        tokens.append(out[0, len(prompt) :].tolist())
+    return {"logprobs": logprobs, "tokens": tokens}
+
+
+def _versions(server: str) -> dict[str, str]:
+    code = (
+        "import importlib.metadata as m, json; "
+        "print(json.dumps({n: m.version(n) for n in ('vllm-cpu', 'torch', 'transformers')}))"
+    )
+    done = subprocess.run([server, "-c", code], capture_output=True, text=True, check=True)
+    versions: dict[str, str] = json.loads(done.stdout)
+    return versions
+
+
+# ---------------------------------------------------------------------- the kinds of results
+
+
+def _base(model: Any, tokenizer: Any, folder: Path) -> Made:
+    model.save_pretrained(folder / "model")
+    return Made({"": model})
+
+
+def _adapter(model: Any, seed: int, name: str = "default") -> PeftModel:
+    """The model with a CLOVER adapter that changes its predictions."""
+    adapted = get_peft_model(model, CloverConfig(), adapter_name=name)
+    randomise(adapted, seed, std=0.02)
+    return adapted.eval()
+
+
+def _merged(model: Any, tokenizer: Any, folder: Path) -> Made:
+    merged: Any = _adapter(model, 0).merge_and_unload()
+    merged.save_pretrained(folder / "model")
+    return Made({"": merged})
+
+
+def _loras(model: Any, tokenizer: Any, folder: Path) -> Made:
+    """Two adapters as LoRAs, served at once."""
+    model.save_pretrained(folder / "model")
+    made = Made({})
+    for name, seed in {"first": 0, "second": 1}.items():
+        base, _ = smollm2()
+        save_as_lora(str(folder / name), _adapter(base.float(), seed), rank=LORA_RANK)
+        base, _ = smollm2()
+        made.models[name] = PeftModel.from_pretrained(base.float(), folder / name).eval()
+        made.loras[name] = str(folder / name)
+    return made
+
+
+KINDS: dict[str, Callable[[Any, Any, Path], Made]] = {
+    "the base model": _base,
+    "merged adapter": _merged,
+    "two LoRAs exported from adapters": _loras,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(0 if main() else 1)

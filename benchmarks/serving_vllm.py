@@ -1,0 +1,43 @@
+"""Runs one model in vLLM, in an environment of its own that has no clover_peft, for `serving.py`.
+
+    python serving_vllm.py question.json answer.json
+
+The question names the model's folder, prompts as token ids, the number of new tokens, arguments of `vllm.LLM`, and
+LoRAs by name. The answer has, for the model or for each LoRA, the log-probability of every prompt token but the first,
+and the greedy new tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    from vllm import LLM, SamplingParams
+    from vllm.inputs import TokensPrompt
+    from vllm.lora.request import LoRARequest
+
+    question = json.loads(Path(sys.argv[1]).read_text())
+    loras = question["loras"]
+    more = {"enable_lora": True, "max_lora_rank": question["lora_rank"], "max_loras": len(loras)} if loras else {}
+    model = LLM(model=question["folder"], dtype="float32", enforce_eager=True, **more, **question["arguments"])
+    sampling = SamplingParams(temperature=0, max_tokens=question["new_tokens"], prompt_logprobs=0, ignore_eos=True)
+    answer = {}
+    for number, (name, folder) in enumerate((loras or {"": ""}).items(), start=1):
+        request = LoRARequest(name, number, folder) if folder else None
+        prompts = [TokensPrompt(prompt_token_ids=ids) for ids in question["prompts"]]
+        outputs = model.generate(prompts, sampling, lora_request=request)
+        answer[name] = {
+            "logprobs": [
+                [place[token].logprob for token, place in zip(ids[1:], output.prompt_logprobs[1:], strict=True)]
+                for ids, output in zip(question["prompts"], outputs, strict=True)
+            ],
+            "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        }
+    Path(sys.argv[2]).write_text(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()
