@@ -42,22 +42,18 @@ def check_weight_file(path: str) -> None:
         )
 
 
-def check_source(source: str | None, needed: bool) -> None:
-    """Refuse a folder without weights for an adapter that needs them.
-
-    Args:
-        source: the folder; None or "" if it is not known.
-        needed: the weights are loaded next, or the adapter is useless without them.
+def check_folder(folder: str) -> None:
+    """Refuse a local folder without weights; "" stands for an unknown one.
 
     Raises:
         ValueError: naming the folder.
     """
-    if source and needed and os.path.isdir(source):
-        found = sorted(os.listdir(source))
+    if os.path.isdir(folder):
+        found = sorted(os.listdir(folder))
         if SAFETENSORS_WEIGHTS_NAME not in found:
             pickled = f" but {WEIGHTS_NAME}, a pickle, which is never read" if WEIGHTS_NAME in found else ""
             raise ValueError(
-                f"{source}: expected the adapter's weights, {SAFETENSORS_WEIGHTS_NAME}, found no such file"
+                f"{folder}: expected the adapter's weights, {SAFETENSORS_WEIGHTS_NAME}, found no such file"
                 f"{pickled}; copy the whole folder that save_pretrained wrote, with safe_serialization left on"
             )
 

@@ -111,9 +111,10 @@ class CloverConfig(PeftConfig):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        # Not a field, so no file has it: the folder that the config was read from, "" if the folder is not known, and
-        # None for a config made here or whose weights are loaded. A config from a file has peft's version already.
-        self.source: str | None = None if self.peft_version is None else ""
+        # These two are not fields, so no file has them. A config that was read from a file, which has peft's version
+        # already, waits for the weights beside it until they are loaded.
+        self.awaits_weights = self.peft_version is not None
+        self.folder = ""  # the folder that it was read from, if that is known
         if self.peft_version is None and self.max_condition is None:
             self.max_condition = config_checks.MAX_CONDITION
         super().__post_init__()
@@ -179,7 +180,7 @@ class CloverConfig(PeftConfig):
             file = cached if isinstance(cached, str) else file
         check_weight_file(file)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        config.source = folder
+        config.folder = folder
         return config
 
 

@@ -194,7 +194,7 @@ def _add_adapter(base: nn.Module, config: CloverConfig) -> nn.Module:
 
 
 def _add_to_loaded(base: nn.Module, config: CloverConfig) -> nn.Module:
-    model = PeftModel.from_pretrained(base, config.source, adapter_name="first")
+    model = PeftModel.from_pretrained(base, config.folder, adapter_name="first")
     model.add_adapter("default", config)
     model.set_adapter("default")
     model.delete_adapter("first")
