@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,12 +20,11 @@ from ..base_model.families import FAMILIES, family_of, unknown_family_message
 from ..base_model.resolve import default_targets, resolve
 from ..base_model.slices import TargetSlice
 from ..io.user_warning import warn
-from ..runtime.loading import makes_meta_tensors, weights_follow
+from ..runtime.loading import leave_out_of_report, loaded_by_transformers, makes_meta_tensors, weights_follow
 from ..runtime.sharding import filled_by_rank_0, forget_spared, refuse_sharded, spare_broadcasts
 from .adapter_file import is_untouched, select_for_saving, take_file
-from .adapter_folder import check_folder
-from .adapter_tensors import FROZEN
-from .base_check import MUCH_CHANGED, error_from_rounding
+from .adapter_folder import check_folder, read_tensors
+from .adapter_tensors import BASES_CHECKSUM, FROZEN
 from .bases import clover_layers, frozen_tensors, unwrap_empty_layers, warn_of_zero_blocks
 from .block_spec import BlockSpec, block_spec
 from .combining import add_up, find_sources
@@ -139,6 +139,7 @@ class CloverModel(TargetParameters, TiedWeights):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             self._warn_about_block_size(adapter_name, config)
             warn_of_zero_blocks(self._injection.zero_blocks)
+            self._check_file(adapter_name, config, loaded_by_transformers())
             layers = clover_layers(self.model)
             bases = (f"{path}.{name}" for path, layer in layers for name, _ in layer.named_buffers())
             spare_broadcasts(self.model, (name for name in bases if set(name.split(".")) & set(FROZEN)))
@@ -155,6 +156,18 @@ class CloverModel(TargetParameters, TiedWeights):
             del self._injection  # a progress bar cannot be copied or pickled with the model
         if loads or config.awaits_weights:
             self._awaiting_weights.add(adapter_name)
+
+    def _check_file(self, adapter_name: str, config: CloverConfig, folder: str | None) -> None:
+        """Check the file that transformers loads next as peft's loads are, if it is on this machine."""
+        tensors = {} if folder is None else read_tensors(folder)
+        file = super()._remap_adapter_state_dict_for_load(self.model, config, adapter_name, tensors)
+        layers = dict(clover_layers(self.model, adapter_name))
+        if not any(f"clover_S.{adapter_name}." in key for key in file):
+            return  # no file here, or one with other names for modules, which transformers changes
+        take_file(self.model, layers, adapter_name, config, file)
+        # What `take_file` lets pass is whole, so these keys are left out on purpose.
+        name = re.escape(adapter_name)
+        leave_out_of_report(self.model, rf"\.clover_[UV]\.{name}\.", rf"\.{BASES_CHECKSUM}\.{name}\.")
 
     def _warn_about_block_size(self, adapter_name: str, config: CloverConfig) -> None:
         """Warn of a block size for heads if no target has heads."""
@@ -374,14 +387,6 @@ class CloverModel(TargetParameters, TiedWeights):
             if isinstance(tuner, CloverModel) and adapter_name in tuner._awaiting_weights and fresh:
                 tuner.discard(adapter_name)
             raise
-        if (error := error_from_rounding(layers, adapter_name, config, result)) > MUCH_CHANGED:
-            warn(
-                f"adapter {adapter_name!r} was trained on {config.base_precision} weights; on this base, whose "
-                f"weights are {next(iter(layers.values())).base_weight.precision}, about {error:.0%} of its effect is "
-                "rounding (a LoRA, whose update does not depend on the weights, has no such error); load it onto the "
-                "weights it was trained on and use clover_peft.dequantize(model) or "
-                "clover_peft.merge_onto(model, base)",
-            )
         if isinstance(tuner, CloverModel):
             tuner._awaiting_weights.discard(adapter_name)
         config.awaits_weights = False  # from here on the config is that of an adapter of this model
