@@ -35,7 +35,7 @@ from .merge_checks import check_merges, warning_of_rounding
 from .merging import check_truncation
 from .mixed_batch import mixed_batch
 from .target_parameters import TargetParameters
-from .tied_weights import TiedWeights
+from .tied_weights import TiedWeights, refuse_shared, shared_modules
 
 
 @dataclass
@@ -45,12 +45,14 @@ class _Injection:
     Attributes:
         may_be_loaded: a file's weights follow, or may follow because the config was read from a file.
         bases_follow: a file's weights follow and include the bases, so that none are computed.
+        shared: see `shared_modules`.
         zero_blocks: blocks of zeros among the bases that are computed.
         progress: the progress bar, one step a module.
     """
 
     may_be_loaded: bool
     bases_follow: bool
+    shared: dict[nn.Module, list[str]]
     zero_blocks: list[str] = field(default_factory=list)
     progress: Any = field(default_factory=lambda: tqdm(desc="CLOVER bases", unit=" modules", delay=3, leave=False))
 
@@ -132,7 +134,7 @@ class CloverModel(TargetParameters, TiedWeights):
         self._refuse_experts(config)
         refuse_sharded(self.model)
         bases_follow = loads and config.save_bases is not False and not filled_by_rank_0()
-        self._injection = _Injection(loads or config.awaits_weights, bases_follow)
+        self._injection = _Injection(loads or config.awaits_weights, bases_follow, shared_modules(self.model))
         self._awaiting_weights.discard(adapter_name)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
@@ -189,6 +191,7 @@ class CloverModel(TargetParameters, TiedWeights):
         parameter_name: str | None = None,
     ) -> None:
         layer = target
+        refuse_shared(current_key, self._injection.shared.get(target, []))
         if parameter_name is not None:
             expert, layout = experts_slice(self.model, current_key)
             specs = self._specs(peft_config, current_key, (expert,))
