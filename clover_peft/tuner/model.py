@@ -35,7 +35,7 @@ from .merge_checks import check_merges, warning_of_rounding
 from .merging import check_truncation
 from .mixed_batch import mixed_batch
 from .target_parameters import TargetParameters
-from .tied_weights import TiedWeights, refuse_shared, shared_modules
+from .tied_weights import TiedWeights, refuse_shared, shared_modules, untie_whole
 
 
 @dataclass
@@ -286,8 +286,11 @@ class CloverModel(TargetParameters, TiedWeights):
             for module in self.model.modules():  # also another tuner's layers, as for trained tokens
                 if isinstance(module, BaseTunerLayer) and module.merged:
                     module.unmerge()
+        is_tied = self.get_model_config(self.model).get("tie_word_embeddings")
         with warning_of_rounding(self.model):
             result: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        if is_tied and not self.get_model_config(result).get("tie_word_embeddings"):
+            untie_whole(result)
         forget_spared(result, FROZEN)
         return result
 

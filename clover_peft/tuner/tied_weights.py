@@ -7,6 +7,7 @@ from collections import defaultdict
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
+from transformers import PreTrainedModel
 
 from .config import CloverConfig
 
@@ -34,6 +35,25 @@ class TiedWeights(BaseTuner):
             "trainable_token_indices, found target_modules, which cannot include the embedding (CLOVER adapts linear "
             "projections); leave ensure_weight_tying out, or name the embedding in modules_to_save"
         )
+
+
+def untie_whole(model: nn.Module) -> None:
+    """Give every weight that a model's config no longer ties a copy of its own, so that all of them are saved.
+
+    Transformers has one switch, `tie_word_embeddings`, for all ties of a model. A merge into the head turns it off. Of
+    weights that still are one, as those of Zamba's attention blocks, only one would be saved, and the others would be
+    random after a load.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return
+    tied = set(model.get_expanded_tied_weights_keys(all_submodels=True))
+    seen: set[nn.Parameter] = set()
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter in seen and f"{path}.{name}".removeprefix(".") not in tied:
+                copied = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                setattr(module, name, copied)
+            seen.add(parameter)
 
 
 def shared_modules(model: nn.Module) -> dict[nn.Module, list[str]]:

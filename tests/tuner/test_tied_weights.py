@@ -108,7 +108,8 @@ def test_a_merged_head_is_saved_and_loaded(tmp_path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*use_mamba_kernels.*")
-def test_zamba_whose_layers_share_an_attention_block(tmp_path) -> None:
+@pytest.mark.parametrize("targets", [TARGETS, ["lm_head"], [*TARGETS, "lm_head"]], ids=str)
+def test_zamba_whose_layers_share_an_attention_block(targets: list[str], tmp_path: Path) -> None:
     sizes = dict(vocab_size=96, hidden_size=48, num_hidden_layers=4, intermediate_size=96, num_attention_heads=4)
     mamba = dict(n_mamba_heads=2, mamba_d_state=8, mamba_dt_rank=4, layers_block_type=["mamba", "hybrid"] * 2)
     torch.manual_seed(0)
@@ -122,7 +123,7 @@ def test_zamba_whose_layers_share_an_attention_block(tmp_path) -> None:
             return model(input_ids=torch.arange(3, 17).view(2, 7), use_cache=False).logits
 
     before = run(base)
-    model = adapted(model=base, target_modules=TARGETS, head_dim=24)
+    model = adapted(model=base, target_modules=targets, head_dim=24)
     unmerged = run(model)
     assert relative(unmerged, before) > 1e-3
     model.merge_adapter()
@@ -131,7 +132,19 @@ def test_zamba_whose_layers_share_an_attention_block(tmp_path) -> None:
     assert torch.equal(run(model), unmerged)
     merged = model.merge_and_unload()
     merged.save_pretrained(tmp_path)
-    assert relative(run(hf.ZambaForCausalLM.from_pretrained(tmp_path).eval()), unmerged) <= TOLERANCE[torch.float32]
+    assert torch.equal(run(hf.ZambaForCausalLM.from_pretrained(tmp_path).eval()), run(merged))
+    assert relative(run(merged), unmerged) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "whisper", "bert"])
+def test_a_merged_head_leaves_a_model_that_is_saved_whole(family: str, tmp_path: Path) -> None:
+    model = build(family)
+    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    model = get_peft_model(model, CloverConfig(target_modules=[head]))
+    perturb(model)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(logits(type(merged).from_pretrained(tmp_path).eval(), family), logits(merged, family))
 
 
 @pytest.mark.parametrize("case", CASES)
