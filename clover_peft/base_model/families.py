@@ -170,6 +170,17 @@ _TABLE: list[tuple[str, Family]] = [
     ),
     ("qwen2_moe qwen3_moe", replace(_LLAMA, experts=_EXPERTS)),
     ("gemma3n_text bitnet", replace(_LLAMA, between={"v": "norm"})),
+    ("gemma4_text", replace(_LLAMA, between={"v": "norm"}, experts=_EXPERTS)),
+    (
+        "gemma4_vision",
+        replace(
+            _LLAMA,
+            projections={"q_proj.linear": "q", "k_proj.linear": "k", "v_proj.linear": "v"},
+            output="o_proj.linear",
+            up={"up_proj.linear": "up"},
+            between={"v": "norm"},
+        ),
+    ),
     ("olmo", replace(_LLAMA, between={"v": _CLIPPED})),
     ("mixtral granitemoe", replace(_LLAMA, up={}, experts=_EXPERTS)),  # experts are stacks of matrices, no modules
     (

@@ -118,3 +118,13 @@ class TargetSlice:
     part: str
     heads: HeadSlice
     partner: Partner | None = None
+
+    @property
+    def has_heads(self) -> bool:
+        return self.part not in ("up", "linear")
+
+    @property
+    def default_block_size(self) -> int:
+        """Features of a block if no size is given: a head, or else the largest divisor that is at most 64."""
+        dim = self.heads.dim
+        return dim if self.has_heads else max(n for n in range(1, 65) if dim % n == 0)

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..base_model.weight import base_of, out_features
 from ..io.hub_models import find_model
-from ..io.model_class import find_class, make_empty, read_config
+from ..io.model_class import class_of, find_class, make_empty, read_config
 from ..tuner.bases import clover_layers, frozen_tensors, inner_model
 from ..tuner.block_spec import BlockSpec
 from ..tuner.config import CloverConfig
@@ -48,7 +48,7 @@ def plan(
     Raises:
         ValueError: the adapter does not fit the model.
     """
-    kind = _class_of(config, adapter, model_class)
+    kind = class_of(config, adapter, model_class)
     model = _empty(config, kind)
     base = sum(p.numel() for p in model.parameters())
     with torch.device("meta"):
@@ -159,15 +159,6 @@ def measure(config: transformers.PretrainedConfig, kind: Any, adapter: CloverCon
         for name in dict.fromkeys([path, *partners]):
             model.get_submodule(name).to("meta")
     return first, seconds
-
-
-def _class_of(config: transformers.PretrainedConfig, adapter: CloverConfig, name: str | None) -> Any:
-    """The model's class; a configuration made by hand, which names none, is one of a causal language model."""
-    causal = transformers.AutoModelForCausalLM
-    by_hand = not (name or adapter.task_type or config.architectures or config.is_encoder_decoder)
-    if by_hand and type(config) in causal._model_mapping:
-        return causal
-    return find_class(config, adapter, name)
 
 
 def _empty(config: transformers.PretrainedConfig, kind: Any) -> nn.Module:

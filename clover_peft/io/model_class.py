@@ -64,6 +64,14 @@ def find_class(config: PretrainedConfig, adapter: PeftConfig | None = None, name
     return kind
 
 
+def class_of(config: PretrainedConfig, adapter: PeftConfig, name: str | None = None) -> Any:
+    """As `find_class`; a configuration made by hand, which names no class, is one of a causal language model."""
+    by_hand = not (name or adapter.task_type or config.architectures or config.is_encoder_decoder)
+    if by_hand and type(config) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM
+    return find_class(config, adapter, name)
+
+
 def find_language_model_class(config: PretrainedConfig) -> Any:
     """The class of a causal language model.
 

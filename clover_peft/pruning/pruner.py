@@ -304,11 +304,12 @@ def _recorded(
 
 
 def _summary(pair: Pair, directions: Directions, kept: Tensor, width: int) -> PrunedPair:
+    before = (directions.values > 0).sum(1).cpu()
     return PrunedPair(
         pair.kind,
         pair.heads.dim,
-        (directions.values > 0).sum(1).tolist(),
-        kept.tolist(),
+        before.tolist(),
+        torch.minimum(kept.cpu(), before).tolist(),  # a rank that was given or rounded may count padding
         width,
         [round(e, 6) for e in directions.energy(kept).tolist()],
     )

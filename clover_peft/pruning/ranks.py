@@ -49,7 +49,8 @@ def global_ratio(spectra: Spectra, ratio: float) -> Ranks:
 def by_layer(spectra: Spectra, ratio: float) -> Ranks:
     """Remove this share of all directions, with one rank for all heads of a layer, so that no head is padded.
 
-    One threshold for all layers compares the mean square of the k-th singular values of a layer's heads.
+    One threshold for all layers compares the mean square of the k-th singular values of a layer's heads. A head that
+    was pruned before keeps at most the directions that it has.
 
     Args:
         spectra: singular values of every pair.
@@ -61,13 +62,13 @@ def by_layer(spectra: Spectra, ratio: float) -> Ranks:
     check_share("ratio", ratio)
     squares = {name: values.double().square().mean(0).cpu() for name, values in spectra.items()}
     values = torch.cat(list(squares.values()))
-    heads = torch.cat([torch.full_like(part, len(spectra[name])) for name, part in squares.items()])
-    heads = torch.where(values > 0, heads, 0)
+    heads = torch.cat([(part > 0).sum(0).to(values) for part in spectra.values()])  # that have a k-th direction
     order = values.argsort(stable=True)
     removed = torch.zeros_like(values, dtype=torch.bool)
     removed[order] = heads[order].cumsum(0) <= ratio * float(heads.sum()) + heads[order] / 2
     parts = (~removed & (values > 0)).split([len(part) for part in squares.values()])
-    return {name: part.sum().repeat(len(spectra[name])) for name, part in zip(spectra, parts, strict=True)}
+    there = _there(spectra)
+    return {name: there[name].clamp(max=int(part.sum())) for name, part in zip(spectra, parts, strict=True)}
 
 
 def _there(spectra: Spectra) -> Ranks:
@@ -77,7 +78,7 @@ def _there(spectra: Spectra) -> Ranks:
 
 def threshold(spectra: Spectra, smallest: float) -> Ranks:
     """Keep the directions whose singular value is at least `smallest` (the paper's rule for Whisper)."""
-    return {name: (values >= smallest).sum(1).cpu() for name, values in spectra.items()}
+    return {name: ((values >= smallest) & (values > 0)).sum(1).cpu() for name, values in spectra.items()}
 
 
 def energy(spectra: Spectra, share: float) -> Ranks:
@@ -106,11 +107,10 @@ def rounded(ranks: Ranks, spectra: Spectra, multiple: int) -> Ranks:
     """
     if multiple < 1:
         raise ValueError(f"multiple: expected a positive number, found {multiple}")
-    result = {}
+    result, there = {}, _there(spectra)
     for name, kept in ranks.items():
-        size = spectra[name].shape[1]
-        near = ((kept + multiple // 2) // multiple * multiple).clamp(min=multiple, max=size)
-        result[name] = torch.where((kept == 0) | (kept == size), kept, near)
+        near = ((kept + multiple // 2) // multiple * multiple).clamp(min=multiple, max=spectra[name].shape[1])
+        result[name] = torch.where((kept == 0) | (kept >= there[name]), kept, near)
     return result
 
 

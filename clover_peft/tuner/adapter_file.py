@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..io.user_warning import warn
 from .adapter_tensors import BASES_CHECKSUM, FROZEN, TRAINED, WHOLE, file_key, tensor_keys
-from .base_check import check_fingerprint, fingerprint
+from .base_check import MUCH_CHANGED, check_fingerprint, error_from_rounding, fingerprint
 from .bases import frozen_tensors, inner_model
 from .block_spec import BlockSpec, BlockTensors
 from .config import CloverConfig
@@ -50,6 +51,8 @@ def take_file(
 ) -> None:
     """Check a file's tensors against the model, and add the bases that were not saved. Nothing is loaded here.
 
+    Warns of a base in another precision than in training, if rounding is much of the adapter's effect on it.
+
     Args:
         model: the model that is loaded into.
         layers: the adapter's layers by their paths, as in the keys of `state`.
@@ -64,6 +67,14 @@ def take_file(
         _take_layer(model, name, layer, adapter_name, config, state)
     _check_nothing_left(layers, adapter_name, state)
     _check_no_base_weights(model, adapter_name, state)
+    if (error := error_from_rounding(layers, adapter_name, config, state)) > MUCH_CHANGED:
+        warn(
+            f"adapter {adapter_name!r} was trained on {config.base_precision} weights; on this base, whose "
+            f"weights are {next(iter(layers.values())).base_weight.precision}, about {error:.0%} of its effect is "
+            "rounding (a LoRA, whose update does not depend on the weights, has no such error); load it onto the "
+            "weights it was trained on and use clover_peft.dequantize(model) or "
+            "clover_peft.merge_onto(model, base)",
+        )
 
 
 def _take_layer(

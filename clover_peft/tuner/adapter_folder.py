@@ -7,6 +7,8 @@ import re
 
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
 
 _CARD_HEADING = "## How to load"
 _AUTO_CLASSES = {
@@ -42,24 +44,28 @@ def check_weight_file(path: str) -> None:
         )
 
 
-def check_source(source: str | None, needed: bool) -> None:
-    """Refuse a folder without weights for an adapter that needs them.
-
-    Args:
-        source: the folder; None or "" if it is not known.
-        needed: the weights are loaded next, or the adapter is useless without them.
+def check_folder(folder: str) -> None:
+    """Refuse a local folder without weights; "" stands for an unknown one.
 
     Raises:
         ValueError: naming the folder.
     """
-    if source and needed and os.path.isdir(source):
-        found = sorted(os.listdir(source))
+    if os.path.isdir(folder):
+        found = sorted(os.listdir(folder))
         if SAFETENSORS_WEIGHTS_NAME not in found:
             pickled = f" but {WEIGHTS_NAME}, a pickle, which is never read" if WEIGHTS_NAME in found else ""
             raise ValueError(
-                f"{source}: expected the adapter's weights, {SAFETENSORS_WEIGHTS_NAME}, found no such file"
+                f"{folder}: expected the adapter's weights, {SAFETENSORS_WEIGHTS_NAME}, found no such file"
                 f"{pickled}; copy the whole folder that save_pretrained wrote, with safe_serialization left on"
             )
+
+
+def read_tensors(folder: str) -> dict[str, Tensor]:
+    """CLOVER's tensors in an adapter's weight file; none if there is no such file here."""
+    path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+    if not os.path.isfile(path):
+        return {}
+    return {key: tensor for key, tensor in load_file(path).items() if "clover_" in key}
 
 
 def complete_model_card(path: str, base: str | None, task_type: str | None) -> None:

@@ -144,11 +144,11 @@ def block_spec(config: CloverConfig, key: str, target: TargetSlice, rank: int | 
     Raises:
         ValueError: if the config does not fit the slice.
     """
-    heads, is_attention = target.heads, target.part not in ("up", "linear")
+    heads, is_attention = target.heads, target.has_heads
     paired = config.cross_layer and target.partner is not None
     size = config.block_size if is_attention else config.mlp_block_size
     if size is None:
-        size = heads.dim if is_attention else max(n for n in range(1, 65) if heads.dim % n == 0)
+        size = target.default_block_size
     if not is_attention and config.mlp_block_size is None and size < min(8, heads.dim):
         warn(
             f"{key}: {heads.dim} features have no divisor between 8 and 64, blocks are of {size}, which trains "

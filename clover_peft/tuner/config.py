@@ -10,13 +10,17 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from huggingface_hub import try_to_load_from_cache
+from peft import LoraConfig
 from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from torch import nn
+from transformers import PretrainedConfig
 
 from ..io.user_warning import warn
 from ..runtime.peft_registry import CLOVER
 from . import config_checks
 from .adapter_folder import check_weight_file, complete_model_card
+from .from_lora import options_like
 from .lora_options import refuse_lora_options
 
 
@@ -107,9 +111,10 @@ class CloverConfig(PeftConfig):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        # Not a field, so no file has it: the folder that the config was read from, "" if the folder is not known, and
-        # None for a config made here or whose weights are loaded. A config from a file has peft's version already.
-        self.source: str | None = None if self.peft_version is None else ""
+        # These two are not fields, so no file has them. A config that was read from a file, which has peft's version
+        # already, waits for the weights beside it until they are loaded.
+        self.awaits_weights = self.peft_version is not None
+        self.folder = ""  # the folder that it was read from, if that is known
         if self.peft_version is None and self.max_condition is None:
             self.max_condition = config_checks.MAX_CONDITION
         super().__post_init__()
@@ -118,6 +123,24 @@ class CloverConfig(PeftConfig):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
         config_checks.check({each.name: getattr(self, each.name) for each in fields(self)})
+
+    @classmethod
+    def from_lora(cls, lora_config: LoraConfig, model: nn.Module | PretrainedConfig | None = None) -> CloverConfig:
+        """The config that adapts the modules of a LoRA and trains about as many numbers.
+
+        Args:
+            lora_config: The config of the LoRA.
+            model: The base model or its config, with which parameters are counted. It is not changed. None leaves
+                the sizes of blocks at their defaults.
+
+        Returns:
+            The config. A warning reports the sizes chosen, both counts, and the options without a counterpart.
+
+        Raises:
+            ValueError: for options that change what a LoRA computes, and for modules that cannot be found.
+            TypeError: for a module that is no linear projection, such as an embedding.
+        """
+        return cls(**options_like(lora_config, model))
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`, and add the loading recipe to the model card beside it, if there is one.
@@ -157,7 +180,7 @@ class CloverConfig(PeftConfig):
             file = cached if isinstance(cached, str) else file
         check_weight_file(file)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        config.source = folder
+        config.folder = folder
         return config
 
 

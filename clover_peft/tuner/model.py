@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,25 +20,22 @@ from ..base_model.families import FAMILIES, family_of, unknown_family_message
 from ..base_model.resolve import default_targets, resolve
 from ..base_model.slices import TargetSlice
 from ..io.user_warning import warn
-from ..runtime.loading import makes_meta_tensors, weights_follow
+from ..runtime.loading import leave_out_of_report, loaded_by_transformers, makes_meta_tensors, weights_follow
 from ..runtime.sharding import filled_by_rank_0, forget_spared, refuse_sharded, spare_broadcasts
 from .adapter_file import is_untouched, select_for_saving, take_file
-from .adapter_folder import check_source
-from .adapter_tensors import FROZEN
-from .base_check import MUCH_CHANGED, error_from_rounding
+from .adapter_folder import check_folder, read_tensors
+from .adapter_tensors import BASES_CHECKSUM, FROZEN
 from .bases import clover_layers, frozen_tensors, unwrap_empty_layers, warn_of_zero_blocks
 from .block_spec import BlockSpec, block_spec
 from .combining import add_up, find_sources
 from .config import CloverConfig
 from .experts import CloverExperts
 from .layer import CloverLayer, CloverLinear
-from .merging import check_merge, check_truncation
+from .merge_checks import check_merges, warning_of_rounding
+from .merging import check_truncation
 from .mixed_batch import mixed_batch
 from .target_parameters import TargetParameters
-from .tied_weights import TiedWeights
-
-# Merging warns if rounding changes more than this share of the update.
-MUCH_ROUNDED = 0.1
+from .tied_weights import TiedWeights, refuse_shared, shared_modules, untie_whole
 
 
 @dataclass
@@ -47,12 +45,14 @@ class _Injection:
     Attributes:
         may_be_loaded: a file's weights follow, or may follow because the config was read from a file.
         bases_follow: a file's weights follow and include the bases, so that none are computed.
+        shared: see `shared_modules`.
         zero_blocks: blocks of zeros among the bases that are computed.
         progress: the progress bar, one step a module.
     """
 
     may_be_loaded: bool
     bases_follow: bool
+    shared: dict[nn.Module, list[str]]
     zero_blocks: list[str] = field(default_factory=list)
     progress: Any = field(default_factory=lambda: tqdm(desc="CLOVER bases", unit=" modules", delay=3, leave=False))
 
@@ -129,17 +129,19 @@ class CloverModel(TargetParameters, TiedWeights):
                 "from one saved with save_bases=True"
             )
         loads = state_dict is not None or weights_follow()
-        check_source(config.source, loads or config.inference_mode)
+        if config.awaits_weights and (loads or config.inference_mode):  # without them, inference makes no sense
+            check_folder(config.folder)
         self._refuse_experts(config)
         refuse_sharded(self.model)
         bases_follow = loads and config.save_bases is not False and not filled_by_rank_0()
-        self._injection = _Injection(loads or config.source is not None, bases_follow)
+        self._injection = _Injection(loads or config.awaits_weights, bases_follow, shared_modules(self.model))
         self._awaiting_weights.discard(adapter_name)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             self._warn_about_block_size(adapter_name, config)
             warn_of_zero_blocks(self._injection.zero_blocks)
+            self._check_file(adapter_name, config, loaded_by_transformers())
             layers = clover_layers(self.model)
             bases = (f"{path}.{name}" for path, layer in layers for name, _ in layer.named_buffers())
             spare_broadcasts(self.model, (name for name in bases if set(name.split(".")) & set(FROZEN)))
@@ -154,8 +156,20 @@ class CloverModel(TargetParameters, TiedWeights):
         finally:
             self._injection.progress.close()
             del self._injection  # a progress bar cannot be copied or pickled with the model
-        if loads or config.source is not None:
+        if loads or config.awaits_weights:
             self._awaiting_weights.add(adapter_name)
+
+    def _check_file(self, adapter_name: str, config: CloverConfig, folder: str | None) -> None:
+        """Check the file that transformers loads next as peft's loads are, if it is on this machine."""
+        tensors = {} if folder is None else read_tensors(folder)
+        file = super()._remap_adapter_state_dict_for_load(self.model, config, adapter_name, tensors)
+        layers = dict(clover_layers(self.model, adapter_name))
+        if not any(f"clover_S.{adapter_name}." in key for key in file):
+            return  # no file here, or one with other names for modules, which transformers changes
+        take_file(self.model, layers, adapter_name, config, file)
+        # What `take_file` lets pass is whole, so these keys are left out on purpose.
+        name = re.escape(adapter_name)
+        leave_out_of_report(self.model, rf"\.clover_[UV]\.{name}\.", rf"\.{BASES_CHECKSUM}\.{name}\.")
 
     def _warn_about_block_size(self, adapter_name: str, config: CloverConfig) -> None:
         """Warn of a block size for heads if no target has heads."""
@@ -177,6 +191,7 @@ class CloverModel(TargetParameters, TiedWeights):
         parameter_name: str | None = None,
     ) -> None:
         layer = target
+        refuse_shared(current_key, self._injection.shared.get(target, []))
         if parameter_name is not None:
             expert, layout = experts_slice(self.model, current_key)
             specs = self._specs(peft_config, current_key, (expert,))
@@ -254,8 +269,8 @@ class CloverModel(TargetParameters, TiedWeights):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As in peft, but adapters that cannot be merged are refused before any is merged."""
-        self._check_merge(adapter_names, safe_merge)
-        with self._measuring_rounding():
+        check_merges(self.model, adapter_names, safe_merge)
+        with warning_of_rounding(self.model):
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
@@ -266,46 +281,18 @@ class CloverModel(TargetParameters, TiedWeights):
         adapter_names: list[str] | None = None,
     ) -> Any:
         if merge:
-            self._check_merge(adapter_names, safe_merge)
+            check_merges(self.model, adapter_names, safe_merge)
         else:
             for module in self.model.modules():  # also another tuner's layers, as for trained tokens
                 if isinstance(module, BaseTunerLayer) and module.merged:
                     module.unmerge()
-        with self._measuring_rounding():
+        is_tied = self.get_model_config(self.model).get("tie_word_embeddings")
+        with warning_of_rounding(self.model):
             result: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        if is_tied and not self.get_model_config(result).get("tie_word_embeddings"):
+            untie_whole(result)
         forget_spared(result, FROZEN)
         return result
-
-    @contextmanager
-    def _measuring_rounding(self) -> Iterator[None]:
-        """Warn once if quantising the merged weights again has lost much of the update."""
-        layers = {path: layer for path, layer in clover_layers(self.model) if layer.quantization_backend is not None}
-        for layer in layers.values():
-            layer.merge_rounding = (0.0, 0.0)
-        yield
-        merged = {path: layer.merge_rounding for path, layer in layers.items() if layer.merge_rounding[0] > 0}
-        if not merged:
-            return
-        changes, errors = (sum(column) for column in zip(*merged.values(), strict=True))
-        if (lost := (errors / changes) ** 0.5) > MUCH_ROUNDED:
-            worst = max(merged, key=lambda path: merged[path][1] / merged[path][0])
-            warn(
-                f"merged into {layers[worst].base_weight.precision} weights, whose rounding is {lost:.0%} of the "
-                f"update (worst: {worst}, {(merged[worst][1] / merged[worst][0]) ** 0.5:.0%}); unmerge, call "
-                "clover_peft.dequantize(model) and merge then, to lose nothing",
-            )
-
-    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        """Refuse adapters that cannot be merged. With `safe_merge`, compute every result, as a trial."""
-        for _, layer in clover_layers(self.model):
-            wanted = layer.active_adapters if adapter_names is None else adapter_names
-            names = list(dict.fromkeys([*layer.merged_adapters, *(name for name in wanted if name in layer.specs)]))
-            if not names:
-                continue
-            check_merge(layer, names)
-            if safe_merge:
-                with layer.base_weight.whole():
-                    layer.merged_tensors(names, safe_merge=True)
 
     # ------------------------------------------------------------------ switching and replacing
 
@@ -369,7 +356,7 @@ class CloverModel(TargetParameters, TiedWeights):
             layers_to_transform=None,
             layers_pattern=None,
         )
-        self.peft_config[adapter_name].source = None  # it is not read from a file, and no weights follow
+        self.peft_config[adapter_name].awaits_weights = False
         try:
             self.inject_adapter(self.model, adapter_name)
             self.peft_config[adapter_name].base_precision = self.peft_config[adapters[0]].base_precision
@@ -387,7 +374,7 @@ class CloverModel(TargetParameters, TiedWeights):
     ) -> dict[str, Tensor]:
         result = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         for name, layer in clover_layers(model, adapter_name):
-            if config.source is not None:  # the config of a file whose weights were never loaded
+            if config.awaits_weights:  # they were never loaded
                 config.base_precision = layer.base_weight.precision
             select_for_saving(name, layer, adapter_name, config, result)
         return result
@@ -406,17 +393,9 @@ class CloverModel(TargetParameters, TiedWeights):
             if isinstance(tuner, CloverModel) and adapter_name in tuner._awaiting_weights and fresh:
                 tuner.discard(adapter_name)
             raise
-        if (error := error_from_rounding(layers, adapter_name, config, result)) > MUCH_CHANGED:
-            warn(
-                f"adapter {adapter_name!r} was trained on {config.base_precision} weights; on this base, whose "
-                f"weights are {next(iter(layers.values())).base_weight.precision}, about {error:.0%} of its effect is "
-                "rounding (a LoRA, whose update does not depend on the weights, has no such error); load it onto the "
-                "weights it was trained on and use clover_peft.dequantize(model) or "
-                "clover_peft.merge_onto(model, base)",
-            )
         if isinstance(tuner, CloverModel):
             tuner._awaiting_weights.discard(adapter_name)
-        config.source = None  # from here on the config is that of an adapter of this model
+        config.awaits_weights = False  # from here on the config is that of an adapter of this model
         return result
 
     def delete_adapter(self, adapter_name: str) -> None:

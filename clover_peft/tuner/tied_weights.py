@@ -1,10 +1,13 @@
-"""What a tuner does about modules that share a weight, such as an embedding and the head."""
+"""What a tuner does about modules that share a weight, such as an embedding and the head, and about shared modules."""
 
 from __future__ import annotations
+
+from collections import defaultdict
 
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
+from transformers import PreTrainedModel
 
 from .config import CloverConfig
 
@@ -31,4 +34,50 @@ class TiedWeights(BaseTuner):
             f"{', '.join(tied_weight_keys)}: expected ensure_weight_tying to tie modules in modules_to_save or "
             "trainable_token_indices, found target_modules, which cannot include the embedding (CLOVER adapts linear "
             "projections); leave ensure_weight_tying out, or name the embedding in modules_to_save"
+        )
+
+
+def untie_whole(model: nn.Module) -> None:
+    """Give every weight that a model's config no longer ties a copy of its own, so that all of them are saved.
+
+    Transformers has one switch, `tie_word_embeddings`, for all ties of a model. A merge into the head turns it off. Of
+    weights that still are one, as those of Zamba's attention blocks, only one would be saved, and the others would be
+    random after a load.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return
+    tied = set(model.get_expanded_tied_weights_keys(all_submodels=True))
+    seen: set[nn.Parameter] = set()
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter in seen and f"{path}.{name}".removeprefix(".") not in tied:
+                copied = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                setattr(module, name, copied)
+            seen.add(parameter)
+
+
+def shared_modules(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """The modules that several modules have as a child, and the paths that lead to them."""
+    paths = defaultdict(list)
+    for path, parent in model.named_modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                paths[child].append(f"{path}.{name}".removeprefix("."))
+    return {child: found for child, found in paths.items() if len(found) > 1}
+
+
+def refuse_shared(path: str, paths: list[str]) -> None:
+    """Refuse to adapt a module that other modules run as well: they would run it without the adapter.
+
+    Args:
+        path: of the target, or of its parameter.
+        paths: all paths that lead to the module; empty if there is one.
+
+    Raises:
+        ValueError: naming the other path.
+    """
+    if others := [other for other in paths if not f"{path}.".startswith(f"{other}.")]:
+        raise ValueError(
+            f"{path}: expected a module at one place, found the same module at {others[0]}, where it would run "
+            "without the adapter; give one of them a copy (copy.deepcopy), or leave it out with exclude_modules"
         )

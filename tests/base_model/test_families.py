@@ -20,7 +20,18 @@ from clover_peft.base_model.slices import HeadSlice, Partner
 from clover_peft.base_model.weight import base_of
 from clover_peft.tuner.bases import clover_layers
 from clover_peft.tuner.config_checks import MOST_CONDITION
-from tests.support.tiny import FAMILIES, MISSING, TOLERANCE, build, load_script, logits, output, perturb, relative
+from tests.support.tiny import (
+    FAMILIES,
+    MISSING,
+    TOLERANCE,
+    build,
+    inputs,
+    load_script,
+    logits,
+    output,
+    perturb,
+    relative,
+)
 
 # Variants of a family besides the plain one: grouped-query and multi-query attention, biases, positions, norms. With
 # the pairs that differ from the plain model's: suffix of a target -> parts.
@@ -414,3 +425,18 @@ def test_a_head_slice_views_and_blocks_what_its_definition_says(dim):
     assert torch.equal(heads.blocks(x, 2), expected.reshape(2, -1, 2))
     assert heads.heads(x).data_ptr() == x[0, heads.start + heads.offset :].data_ptr()
     assert torch.equal(heads.part(1, 2).heads(x), expected[..., 1:3])
+
+
+@pytest.mark.skipif("gemma4_text" in MISSING, reason="transformers before 5.23 has no Gemma 4")
+def test_each_layer_has_heads_of_its_own_width():
+    model = build("gemma4_text")
+    layers = model.model.layers
+    widths = [resolve(model, f"model.layers.{i}.self_attn.{name}_proj")[0].heads.dim for i in (0, 1) for name in "kv"]
+    assert widths == [12, 12, 24, 24] == [layers[i].self_attn.head_dim for i in (0, 0, 1, 1)]
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.k_proj: expected head_dim=24, .* found head_dim=12"):
+        get_peft_model(model, CloverConfig(head_dim=12))
+    adapted = get_peft_model(model, CloverConfig())
+    adapted(**inputs("gemma4_text")).logits.square().mean().backward()
+    gradients = [p.grad for name, p in adapted.named_parameters() if "clover_S" in name]
+    assert len(gradients) == 6
+    assert all(gradient is not None and bool(gradient.any()) for gradient in gradients)

@@ -214,3 +214,11 @@ def test_an_interrupt_while_rewriting_waits_for_the_last_layer(monkeypatch, tmp_
     widths = {layer.self_attn.v_proj.out_features for layer in model.model.decoder.layers}
     assert widths == {24}
     assert torch.equal(logits(reload(model, tmp_path), "opt"), logits(model, "opt"))
+
+
+def test_norms_between_value_and_output_are_the_reason():
+    model = build("gemma4_text")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"expected pairs .* found none \(qk: .* normed; vo: another operation"):
+        prune(model, 0.5)
+    assert unchanged(model, before)

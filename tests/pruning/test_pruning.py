@@ -294,10 +294,13 @@ def test_a_ratio_is_the_share_of_directions_removed(lists, ratio):
     for name, part in uniform(spectra, ratio).items():
         there = (spectra[name] > 0).sum(1).tolist()
         assert part.tolist() == [n - round(n * ratio) for n in there]
+    there = {name: (values > 0).sum(1) for name, values in spectra.items()}
     for name, part in by_layer(spectra, ratio).items():
-        assert int(part.max()) <= int((spectra[name] > 0).sum(1).max())
-    full = by_layer(spectra, 0.0)
-    assert all(int(part.max()) == int((spectra[name] > 0).sum(1).max()) for name, part in full.items())
+        assert torch.equal(part, there[name].clamp(max=int(part.max())))  # one rank, and no padding
+    removed = sum(int((there[name] - part).sum()) for name, part in by_layer(spectra, ratio).items())
+    assert abs(removed - ratio * total) <= max(len(values) for values in spectra.values()) / 2
+    for full in (by_layer(spectra, 0.0), threshold(spectra, 0.0), rounded(there, spectra, 2)):
+        assert all(torch.equal(full[name], there[name]) for name in spectra)
 
 
 def test_rules():
@@ -308,7 +311,7 @@ def test_rules():
     assert energy(spectra, 1)["a"].tolist() == [3, 1]
     assert energy(spectra, 0)["a"].tolist() == [0, 0]
     assert energy({"a": torch.zeros(1, 4)}, 0.9)["a"].tolist() == [0]
-    wide = {"a": torch.zeros(3, 12)}
+    wide = {"a": torch.ones(3, 12)}
     assert rounded({"a": torch.tensor([0, 3, 11])}, wide, 8)["a"].tolist() == [0, 8, 8]
     assert rounded({"a": torch.tensor([12, 5, 1])}, wide, 8)["a"].tolist() == [12, 8, 8]  # the first is whole
     for rule in (uniform, global_ratio):

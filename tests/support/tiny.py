@@ -147,6 +147,13 @@ _QWEN_PAIRS = {"self_attn.v_proj": {"v"}, "attn.qkv": {"v"}}
 _V = {"v_proj": {"v"}}
 _KV = {"k_proj": {"k"}, "v_proj": {"v"}}
 _SLIDING = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=4)
+# The heads of full attention are wider than those of sliding attention.
+_GEMMA4 = dict(
+    **{**_LLAMA, **_SLIDING},
+    global_head_dim=24,
+    hidden_size_per_layer_input=8,
+    vocab_size_per_layer_input=VOCAB,
+)
 
 FAMILIES: dict[str, Tiny] = {
     # Rotary everywhere: only value and output are paired.
@@ -181,6 +188,31 @@ FAMILIES: dict[str, Tiny] = {
             activation_sparsity_pattern=[0.0] * 4,
         ),
         {},
+    ),
+    "gemma4_text": Tiny(_causal("gemma4_text", **_GEMMA4), {}),
+    "gemma4": Tiny(
+        _auto(
+            hf.AutoModelForImageTextToText,
+            "gemma4",
+            text_config=_GEMMA4,
+            vision_config=dict(
+                **_LAYERS,
+                hidden_size=48,
+                head_dim=12,
+                num_key_value_heads=4,
+                patch_size=2,
+                pooling_kernel_size=2,
+                position_embedding_size=8,
+            ),
+            audio_config=None,
+            image_token_id=5,
+            video_token_id=6,
+            audio_token_id=7,
+            boi_token_id=8,
+            eoi_token_id=8,
+        ),
+        {},
+        kind="gemma4",
     ),
     "qwen3_next": Tiny(
         _causal(
@@ -548,7 +580,7 @@ through_transformers = pytest.mark.skipif(
 )
 
 # The first transformers in which a family has passed; before it, the family is missing or has other modules.
-SINCE = {"internlm3": "5.20"}
+SINCE = {"internlm3": "5.20", "gemma4": "5.23", "gemma4_text": "5.23"}
 MISSING = {name for name, version in SINCE.items() if is_older(version)}
 for _name in MISSING:
     del FAMILIES[_name]
@@ -630,10 +662,13 @@ def inputs(family: str, batch: int = 2, length: int = 7, dtype: torch.dtype = to
             "img_ids": positions.to(dtype),
             "txt_ids": torch.zeros(length, 3, dtype=dtype),
         }
-    if kind in ("llava", "qwen_vl"):  # four tokens of an image
+    if kind in ("llava", "qwen_vl", "gemma4"):  # four tokens of an image
         ids = ids.clamp(min=9)
         ids[:, 1:5] = 5
         inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": image}
+        if kind == "gemma4":
+            inputs["pixel_values"] = image.reshape(batch, 16, 12)
+            inputs["image_position_ids"] = torch.tensor([[[i % 4, i // 4] for i in range(16)]] * batch)
         if kind == "qwen_vl":
             inputs["pixel_values"] = image.reshape(batch * 16, 12)
             inputs["image_grid_thw"] = torch.tensor([[1, 4, 4]] * batch)

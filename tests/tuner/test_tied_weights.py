@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 import clover_peft
 from clover_peft import CloverConfig
 from tests.support.adapters import adapted
-from tests.support.tiny import TOLERANCE, build, logits, relative
+from tests.support.tiny import TOLERANCE, build, logits, perturb, relative
 
 TARGETS = ["k_proj", "v_proj", "up_proj"]
 
@@ -107,7 +108,8 @@ def test_a_merged_head_is_saved_and_loaded(tmp_path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*use_mamba_kernels.*")
-def test_zamba_whose_layers_share_an_attention_block(tmp_path) -> None:
+@pytest.mark.parametrize("targets", [TARGETS, ["lm_head"], [*TARGETS, "lm_head"]], ids=str)
+def test_zamba_whose_layers_share_an_attention_block(targets: list[str], tmp_path: Path) -> None:
     sizes = dict(vocab_size=96, hidden_size=48, num_hidden_layers=4, intermediate_size=96, num_attention_heads=4)
     mamba = dict(n_mamba_heads=2, mamba_d_state=8, mamba_dt_rank=4, layers_block_type=["mamba", "hybrid"] * 2)
     torch.manual_seed(0)
@@ -121,7 +123,7 @@ def test_zamba_whose_layers_share_an_attention_block(tmp_path) -> None:
             return model(input_ids=torch.arange(3, 17).view(2, 7), use_cache=False).logits
 
     before = run(base)
-    model = adapted(model=base, target_modules=TARGETS, head_dim=24)
+    model = adapted(model=base, target_modules=targets, head_dim=24)
     unmerged = run(model)
     assert relative(unmerged, before) > 1e-3
     model.merge_adapter()
@@ -130,7 +132,19 @@ def test_zamba_whose_layers_share_an_attention_block(tmp_path) -> None:
     assert torch.equal(run(model), unmerged)
     merged = model.merge_and_unload()
     merged.save_pretrained(tmp_path)
-    assert relative(run(hf.ZambaForCausalLM.from_pretrained(tmp_path).eval()), unmerged) <= TOLERANCE[torch.float32]
+    assert torch.equal(run(hf.ZambaForCausalLM.from_pretrained(tmp_path).eval()), run(merged))
+    assert relative(run(merged), unmerged) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "whisper", "bert"])
+def test_a_merged_head_leaves_a_model_that_is_saved_whole(family: str, tmp_path: Path) -> None:
+    model = build(family)
+    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    model = get_peft_model(model, CloverConfig(target_modules=[head]))
+    perturb(model)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(logits(type(merged).from_pretrained(tmp_path).eval(), family), logits(merged, family))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -166,6 +180,49 @@ def test_a_target_cannot_be_kept_tied() -> None:
         get_peft_model(model, CloverConfig(target_modules=["lm_head"], ensure_weight_tying=True))
     assert not any("clover" in name for name, _ in model.named_modules())
     assert torch.equal(logits(model, "llama"), before)
+
+
+@pytest.mark.parametrize("name", ["self_attn.v_proj", "mlp.up_proj"])
+def test_a_module_that_two_layers_run_is_refused(name: str) -> None:
+    """Its adapter would be found by one of them, and a merge would change both."""
+    model = build("llama")
+    first, second = model.model.layers
+    parent, _, child = name.rpartition(".")
+    setattr(second.get_submodule(parent), child, first.get_submodule(name))
+    before = logits(model, "llama")
+    with pytest.raises(
+        ValueError, match=rf"layers\.0\.{name}: expected a module at one place, .* at model\.layers\.1"
+    ):
+        get_peft_model(model, CloverConfig())
+    assert not any("clover" in name for name, _ in model.named_modules())
+    assert torch.equal(logits(model, "llama"), before)
+    others = get_peft_model(model, CloverConfig(exclude_modules=[name]))
+    assert torch.equal(logits(others, "llama"), before)
+
+
+@pytest.mark.parametrize("part", ["mlp", "self_attn.o_proj"])
+def test_shared_parts_around_targets_are_one_function(part: str, tmp_path: Path) -> None:
+    """A part that is shared whole has its targets at one place each; a shared partner is only read."""
+
+    def shared() -> nn.Module:
+        model = build("llama")
+        first, second = model.model.layers
+        parent, _, child = part.rpartition(".")
+        setattr(second.get_submodule(parent), child, first.get_submodule(part))
+        return model
+
+    model = get_peft_model(shared(), CloverConfig())
+    perturb(model)
+    expected = logits(model, "llama")
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(shared(), tmp_path, is_trainable=True), "llama"), expected)
+    model.merge_adapter()
+    assert relative(logits(model, "llama"), expected) < TOLERANCE[torch.float32]
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, "llama"), expected)
+    if part != "mlp":  # which no head has
+        with pytest.raises(ValueError, match=r"o_proj: expected weights of its own, found them tied to"):
+            clover_peft.prune(model.unload(), 0.5)
 
 
 def test_dequantising_keeps_weights_tied() -> None:

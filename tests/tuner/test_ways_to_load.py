@@ -20,7 +20,15 @@ from torch import Tensor
 
 from clover_peft import CloverConfig
 from tests.support.adapters import layers
-from tests.support.saved_adapters import SAVE_BASES, WEIGHTS, base_in, load, save_trained, trained_model
+from tests.support.saved_adapters import (
+    SAVE_BASES,
+    WEIGHTS,
+    base_in,
+    edit,
+    load,
+    save_trained,
+    trained_model,
+)
 from tests.support.tiny import TOLERANCE, build, logits, perturb, relative, through_transformers
 
 # ---------------------------------------------------------------------- the ways to load
@@ -54,6 +62,33 @@ def test_transformers_load_adapter_is_the_same_function(save_bases: bool | str, 
     model = build("llama")
     model.load_adapter(str(tmp_path), adapter_name="other")
     assert relative(logits(model, "llama"), before) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("save_bases", SAVE_BASES)
+def test_transformers_reports_no_key_that_was_left_out_on_purpose(save_bases: bool | str, tmp_path: Path) -> None:
+    save_trained(tmp_path, save_bases=save_bases)
+    info = build("llama").load_adapter(str(tmp_path), adapter_name="other")
+    assert not info.missing_keys
+    assert not info.unexpected_keys
+
+
+@pytest.mark.parametrize("save_bases", SAVE_BASES)
+def test_transformers_loads_onto_no_other_base(save_bases: bool | str, tmp_path: Path) -> None:
+    save_trained(tmp_path, save_bases=save_bases)
+    base = build("llama", seed=1)
+    with pytest.raises(ValueError, match=r"k_proj \(k, block \d\): expected the weights of the base"):
+        base.load_adapter(str(tmp_path), adapter_name="other")
+    assert not layers(base)
+
+
+@pytest.mark.parametrize("save_bases", [True, False])
+def test_transformers_loads_no_damaged_file(save_bases: bool, tmp_path: Path) -> None:
+    save_trained(tmp_path, save_bases=save_bases)
+    edit(tmp_path, lambda tensors: tensors.pop(next(key for key in tensors if "clover_S0" in key)))
+    base = build("llama")
+    with pytest.raises(ValueError, match=r"expected .*clover_S0.* in the adapter's file, found"):
+        base.load_adapter(str(tmp_path), adapter_name="other")
+    assert not layers(base)
 
 
 @through_transformers

@@ -1,0 +1,172 @@
+"""`options_like`: the options of the CLOVER adapter that is nearest to a LoRA."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from copy import deepcopy
+from dataclasses import MISSING, fields
+from itertools import product
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from torch import nn
+from transformers import PretrainedConfig
+
+from ..base_model.experts import experts_slice
+from ..base_model.families import find_suffix
+from ..base_model.resolve import resolve
+from ..base_model.slices import TargetSlice
+from ..base_model.weight import base_of, feature_counts
+from ..io.model_class import class_of, make_empty
+from ..io.user_warning import warn
+from .lora_options import CORRESPONDING
+
+# Options that mean the same in both configs.
+SAME = (
+    *("task_type", "base_model_name_or_path", "revision", "target_modules", "target_parameters", "exclude_modules"),
+    *("modules_to_save", "layers_to_transform", "layers_pattern", "trainable_token_indices", "ensure_weight_tying"),
+)
+# Options that make another model, or another way to run it, out of the same modules.
+REFUSED = ("layer_replication", "megatron_config", "alora_invocation_tokens", "arrow_config", "monteclora_config")
+# Fields of `LoraConfig` that say nothing about the adapter, or that are read elsewhere in this file.
+SILENT = {"r", "lora_dropout", "bias", "peft_type", "peft_version", "auto_mapping", "inference_mode", "runtime_config"}
+MOST_UNLIKE = 8  # the most by which the sizes of blocks with and without heads differ, where one can choose
+NEAR = 0.1  # counts that differ by less are "about the same"
+
+
+def options_like(lora: LoraConfig, model: nn.Module | PretrainedConfig | None) -> dict[str, Any]:
+    """The options of a CLOVER config for the modules of a LoRA, and for about as many trained numbers.
+
+    A block of d features trains d^2 numbers, so a slice of n features trains n d of them, and a projection of n
+    outputs and m inputs takes r (n + m) in LoRA. Among the block sizes that divide all heads and outputs, those are
+    chosen that come within 10 % and are most alike; if none do, the leading directions of a block are trained.
+
+    Args:
+        lora: the config of the LoRA.
+        model: the base model, or its config; None leaves the sizes of blocks at CLOVER's defaults.
+
+    Returns:
+        Names and values for `CloverConfig(...)`. A warning reports both counts and what has no counterpart.
+
+    Raises:
+        ValueError: for options that change what is computed (`REFUSED`), or modules that cannot be found.
+        TypeError: for a module that is no linear projection, such as an embedding.
+    """
+    changed = [each.name for each in fields(lora) if getattr(lora, each.name) != _default(each)]
+    if refused := [name for name in changed if name in REFUSED]:
+        raise ValueError(
+            f"CloverConfig.from_lora: expected a LoRA that adds updates to its modules, found {', '.join(refused)}, "
+            "which CLOVER cannot do; leave it out, or keep the LoRA"
+        )
+    options = {name: getattr(lora, name) for name in SAME if name in changed}
+    if lora.lora_dropout:
+        options["clover_dropout"] = lora.lora_dropout
+    if lora.bias != "none":
+        options["bias"] = "clover_only" if lora.bias == "lora_only" else lora.bias
+    left_out = {name: CORRESPONDING.get(name, "no counterpart") for name in changed if name not in {*SAME, *SILENT}}
+    left_out.pop("lora_dropout", None)
+    if "rank_pattern" in left_out and model is not None:
+        left_out["rank_pattern"] = "counted, but all modules get blocks of one size"
+    if model is None:
+        said = "no model is given, so blocks have CLOVER's sizes whatever the LoRA's r; pass the model or its config"
+    else:
+        said = _choose_sizes(lora, model, options)
+    if left_out:
+        said += "; left out: " + ", ".join(f"{name} ({why})" for name, why in left_out.items())
+    warn(f"CloverConfig.from_lora: {said}")
+    return options
+
+
+def _choose_sizes(lora: LoraConfig, model: nn.Module | PretrainedConfig, options: dict[str, Any]) -> str:
+    """Add the sizes of blocks to the options, and describe the choice in one clause."""
+    lora, of_default = deepcopy(lora), ""
+    if isinstance(model, PretrainedConfig):
+        with torch.device("meta"):
+            model = make_empty(class_of(model, lora), model)
+    if lora.target_modules is None and not lora.target_parameters:
+        model_type = str(getattr(getattr(model, "config", None), "model_type", None))
+        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
+        if known is None:
+            raise ValueError(
+                f"CloverConfig.from_lora: expected target_modules in the LoraConfig, found none, and peft has no "
+                f"default for the model type {model_type!r}; name them"
+            )
+        lora.target_modules = options["target_modules"] = list(known)
+        of_default = f" for peft's default modules {sorted(known)}"
+    lora = _maybe_include_all_linear_layers(lora, model)
+    targets = list(_targets(lora, model))
+    if not targets:
+        raise ValueError(
+            "CloverConfig.from_lora: expected names of the model's modules in target_modules, found "
+            f"{lora.target_modules}, which match none; correct them"
+        )
+    budget, slices = sum(numbers for numbers, _ in targets), [each for _, found in targets for each in found]
+    sizes = _nearest(budget, slices)
+    options |= sizes
+    off = (count := _count(slices, **sizes)) / budget - 1
+    chosen = ", ".join(f"{name}={size}" for name, size in sizes.items()) or "CLOVER's own sizes of blocks"
+    far = "" if abs(off) <= NEAR else ", the nearest that blocks of these modules reach"
+    return f"chose {chosen}{of_default}: {count:,} trained numbers where the LoRA has {budget:,} ({off:+.1%}{far})"
+
+
+def _targets(lora: LoraConfig, model: nn.Module) -> Iterator[tuple[int, list[TargetSlice]]]:
+    """For each target, the numbers that the LoRA trains and the slices that get a map."""
+    ranks = lora.rank_pattern or {}
+    for path, module in model.named_modules():
+        if path and check_target_module_exists(lora, path):
+            slices = list(resolve(model, path, described=True))
+            inputs, outputs = feature_counts(base_of(module), path)
+            r = ranks.get(get_pattern_key(list(ranks), path), lora.r)
+            yield r * (inputs + outputs) + outputs * (lora.use_dora + lora.lora_bias), slices
+    for path, parameter in model.named_parameters():
+        if find_suffix(path, lora.target_parameters or ()):
+            experts, inputs, outputs = parameter.shape
+            r = ranks.get(get_pattern_key(list(ranks), path), lora.r)
+            yield r * experts * (inputs + outputs), [experts_slice(model, path)[0]]
+
+
+def _nearest(budget: int, slices: list[TargetSlice]) -> dict[str, int]:
+    """The sizes that come nearest to the budget; among those within 10 %, the ones that are most alike."""
+    heads = _divisors(each for each in slices if each.has_heads)
+    others = _divisors(each for each in slices if not each.has_heads)
+    whole = [{"block_size": size, "mlp_block_size": other} for size, other in product(heads, others)]
+    used = [name for name, sizes in (("block_size", heads), ("mlp_block_size", others)) if sizes != [0]]
+    choices = [{name: choice[name] for name in used} for choice in whole]
+
+    def distance(choice: dict[str, int]) -> float:
+        return abs(_count(slices, **choice) / budget - 1)
+
+    def unlike(choice: dict[str, int]) -> float:
+        return max(choice.values()) / min(choice.values())
+
+    choices = [choice for choice in choices if unlike(choice) <= MOST_UNLIKE] or choices
+    if near := [choice for choice in choices if distance(choice) <= NEAR]:
+        return min(near, key=lambda choice: (unlike(choice), distance(choice)))
+    widest = min(each.default_block_size for each in slices)
+    return min([*choices, *({"r": r} for r in range(1, widest))], key=distance)
+
+
+def _count(
+    slices: list[TargetSlice], block_size: int | None = None, mlp_block_size: int | None = None, r: int | None = None
+) -> int:
+    """Numbers in S: n d for n features in blocks of d, and r^2 n/d if r directions of each block are trained."""
+    count = 0
+    for each in slices:
+        size = (block_size if each.has_heads else mlp_block_size) or each.default_block_size
+        count += each.heads.features // size * (r or size) ** 2
+    return count
+
+
+def _divisors(slices: Iterable[TargetSlice]) -> list[int]:
+    """The sizes of blocks that divide every head, or every projection without heads; [0] if there is none."""
+    common = math.gcd(*(each.heads.dim for each in slices))
+    return [size for size in range(1, common + 1) if common % size == 0] or [0]
+
+
+def _default(each: Any) -> Any:
+    return each.default if each.default_factory is MISSING else each.default_factory()

@@ -1,0 +1,117 @@
+"""`CloverConfig.from_lora`: the same modules, about as many parameters, and a report of what was chosen."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from peft import LoraConfig, get_peft_model
+
+from clover_peft import CloverConfig
+from tests.support.tiny import build
+
+SHAPES: dict[str, hf.PretrainedConfig] = {
+    "llama": hf.LlamaConfig(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=2, num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=1000,
+    ),
+    "qwen2": hf.Qwen2Config(
+        hidden_size=896, intermediate_size=4864, num_hidden_layers=2, num_attention_heads=14, num_key_value_heads=2,
+        vocab_size=1000,
+    ),
+    "gpt2": hf.GPT2Config(n_layer=2, vocab_size=1000),
+    "whisper": hf.WhisperConfig(
+        d_model=512, encoder_layers=2, decoder_layers=2, encoder_attention_heads=8, decoder_attention_heads=8,
+        encoder_ffn_dim=2048, decoder_ffn_dim=2048, vocab_size=1000, architectures=["WhisperForConditionalGeneration"],
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=3,
+    ),
+}  # fmt: skip
+CLASSES = {
+    "llama": hf.LlamaForCausalLM,
+    "qwen2": hf.Qwen2ForCausalLM,
+    "gpt2": hf.GPT2LMHeadModel,
+    "whisper": hf.WhisperForConditionalGeneration,
+}
+
+
+def trained(name: str, config: Any) -> int:
+    with torch.device("meta"):
+        adapted = get_peft_model(CLASSES[name](SHAPES[name]), config)
+    return sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("r", [8, 32])
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_counts_are_those_of_real_adapters_and_near(name: str, targets: str | None, r: int) -> None:
+    if name == "whisper" and targets is None:
+        targets = r".*(q|v)_proj"  # peft has no default for it
+    lora = LoraConfig(r=r, target_modules=targets)
+    with pytest.warns(UserWarning, match=r"CloverConfig\.from_lora: chose ") as caught:
+        config = CloverConfig.from_lora(lora, SHAPES[name])
+    said = str(caught[0].message)
+    here, there = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+)(?: trained numbers| \([-+])", said))
+    assert trained(name, config) == here
+    assert trained(name, lora) == there
+    assert abs(here / there - 1) <= 0.1 or "the nearest that blocks of these modules reach" in said
+
+
+def test_what_has_a_counterpart_is_mapped_and_the_rest_is_named() -> None:
+    model = build("llama")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    lora = LoraConfig(
+        r=2, target_modules=["q_proj", "v_proj"], exclude_modules=["layers.1.self_attn.q_proj"], lora_dropout=0.1,
+        lora_alpha=32, bias="lora_only", modules_to_save=["lm_head"], layers_to_transform=[0, 1], use_dora=True,
+        task_type="CAUSAL_LM", rank_pattern={"v_proj": 4},
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match=r"left out: .*lora_alpha \(CLOVER has no alpha.*use_dora"):
+        config = CloverConfig.from_lora(lora, model)
+    assert config.target_modules == {"q_proj", "v_proj"}
+    assert config.exclude_modules == {"layers.1.self_attn.q_proj"}
+    assert (config.clover_dropout, config.bias, config.task_type) == (0.1, "clover_only", "CAUSAL_LM")
+    assert (config.modules_to_save, config.layers_to_transform) == (["lm_head"], [0, 1])
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    adapted = get_peft_model(model, config)
+    assert sum("clover_S" in name for name, _ in adapted.named_parameters()) == 3
+
+
+def test_experts_are_counted() -> None:
+    model = build("mixtral")
+    lora = LoraConfig(r=4, target_modules=[], target_parameters=["experts.down_proj"])
+    with pytest.warns(UserWarning, match="trained numbers where the LoRA has") as caught:
+        config = CloverConfig.from_lora(lora, model)
+    here = int(re.findall(r"([\d,]+) trained numbers", str(caught[0].message))[0].replace(",", ""))
+    adapted = get_peft_model(model, config)
+    assert here == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
+def test_without_a_model_the_count_is_open() -> None:
+    with pytest.warns(UserWarning, match="no model is given"):
+        config = CloverConfig.from_lora(LoraConfig(r=64, target_modules=["v_proj"]))
+    assert (config.r, config.block_size, config.target_modules) == (None, None, {"v_proj"})
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        (LoraConfig(layer_replication=[(0, 1)]), "found layer_replication"),
+        (LoraConfig(alora_invocation_tokens=[1], task_type="CAUSAL_LM"), "found alora_invocation_tokens"),
+        (LoraConfig(target_modules=["no_such"]), "found {'no_such'}, which match none"),
+    ],
+)
+def test_what_cannot_be_mapped_is_refused(lora: LoraConfig, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        CloverConfig.from_lora(lora, build("llama"))
+
+
+def test_a_budget_out_of_reach_is_said() -> None:
+    with pytest.warns(UserWarning, match="the nearest that blocks of these modules reach"):
+        CloverConfig.from_lora(LoraConfig(r=4096, target_modules=["v_proj"]), build("llama"))
+
+
+def test_an_embedding_is_refused() -> None:
+    with pytest.raises(TypeError, match="embed_tokens"):
+        CloverConfig.from_lora(LoraConfig(target_modules=["embed_tokens"]), build("llama"))
