@@ -3,6 +3,7 @@ and lets transformers and diffusers load models that `prune` made narrower."""
 
 from ._moved import keep_old_paths
 from ._version import __version__
+from .convert import save_stock
 from .io.user_warning import warn
 from .pruning import PruningReport, calibrate, prune
 from .pruning.narrow.loading import install
@@ -35,6 +36,7 @@ __all__ = [
     "lora_errors",
     "merge_onto",
     "prune",
+    "save_stock",
 ]
 
 register(CloverConfig, CloverModel)

@@ -139,6 +139,9 @@ def prune(given: argparse.Namespace) -> None:
         figures(f"--{name}", getattr(given, name))
     if given.ranks == "gradient" and given.calibration is None:
         raise ValueError("--ranks gradient: expected --calibration with it, found none")
+    if given.stock and (given.ranks != "uniform" or given.masked):
+        found = "--masked" if given.masked else f"--ranks {given.ranks}" if given.ranks else "no --ranks"
+        raise ValueError(f"--stock: expected --ranks uniform, for one width in all layers, found {found}")
     _calibration(given)
 
 

@@ -91,7 +91,8 @@ Makes the attention heads of a model narrower along their singular directions, a
 
 Without --calibration the weights alone choose the directions, which is far worse. The folder holds the model in its
 own dtype, its tokenizer or processor, pruning.json (the ranks of all heads), pruning.png and a README.md. Load it with
-`from_pretrained` after `import clover_peft`; DeepSeek-V2 and V3 under uniform ranks also load without the import.
+`from_pretrained` after `import clover_peft`; DeepSeek-V2 and V3 under uniform ranks also load without the import, and
+so do Llama, Mistral and Qwen2 with --stock.
 With --calibration, `clover spectra` measures ratios and suggests one.
 """,
     )
@@ -113,6 +114,12 @@ With --calibration, `clover spectra` measures ratios and suggests one.
     _add_calibration(parser)
     parser.add_argument(
         "--masked", action="store_true", help="zero directions and keep all sizes: for analysis, nothing gets smaller"
+    )
+    parser.add_argument(
+        "--stock",
+        action="store_true",
+        help="save Llama, Mistral or Qwen2 as MiMoV2FlashForCausalLM, which loads without clover_peft; needs --ranks "
+        "uniform",
     )
     parser.add_argument("--no-pictures", action="store_true", help="leave out pruning.png, which needs matplotlib")
     _add_model_class(parser)

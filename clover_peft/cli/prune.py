@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..convert.stock import check_stock, save_stock
 from ..io.figures import find_pyplot
 from ..io.hub_models import find_model, load_as_saved
 from ..pruning import PruningReport, prune
@@ -26,7 +27,7 @@ def run(given: argparse.Namespace) -> int:
     print(report.summary())
     for kind, reason in report.skipped.items():
         print(f"{kind}: not pruned, {reason}")
-    how = "after `import clover_peft`" if needs_import(model) else "with stock transformers"
+    how = "after `import clover_peft`" if needs_import(model) and not given.stock else "with stock transformers"
     print(f"{given.out}: {report.seconds:.1f} s; load it {how}")
     if report.masked:
         print("masked: directions are zeroed and no size is changed, for analysis")
@@ -44,6 +45,8 @@ def _prune(given: argparse.Namespace) -> tuple[Any, PruningReport]:
     model, processor = load_as_saved(source, given.model_class)
     if getattr(model, "is_quantized", False):
         raise ValueError(f"{source.name}: expected weights that are not quantised, found some; prune before that")
+    if given.stock:
+        check_stock(model)
     batches, data = options.calibration(given, model, processor)
     report = prune(
         model,
@@ -55,14 +58,17 @@ def _prune(given: argparse.Namespace) -> tuple[Any, PruningReport]:
         masked=given.masked,
         target_modules=options.target_modules(given),
     )
-    _check_loads(model, given.masked)
-    model.save_pretrained(out)
+    if given.stock:
+        save_stock(model, out)
+    else:
+        _check_loads(model, given.masked)
+        model.save_pretrained(out)
     if processor is not None:
         processor.save_pretrained(out)
     report.save(out / "pruning.json")
     if not given.no_pictures:
         report.plot(out / "pruning.png")
-    write_card(out, model, report, source.name, source.license, data)
+    write_card(out, model, report, source.name, source.license, data, stock=given.stock)
     return model, report
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from ..base_model.activations import collect_moments
+from ..base_model.plain import check_plain
 from ..linalg.moments import Moments
-from .pairs import Pair, check_plain, find_pairs, probes, select_pairs
+from .pairs import Pair, find_pairs, probes, select_pairs
 from .sensitivity import sensitivities
 
 # Float64 sums of the same numbers in another order differ by less than this share of the sum of magnitudes.

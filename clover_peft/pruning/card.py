@@ -14,6 +14,11 @@ from .narrow.loading import read_record
 from .report import PruningReport
 
 _REGISTER = "import clover_peft  # needed before loading: lets transformers make the heads narrow\n"
+_STOCK = (
+    "The model is saved as `MiMoV2FlashForCausalLM`, whose config has a width for values, so that stock transformers "
+    "loads it. Its config lacks the keys that the classes of vLLM and SGLang read; `clover_peft.save_stock(..., "
+    "hub_keys=True)` writes them."
+)
 
 
 def needs_import(model: Any) -> bool:
@@ -22,7 +27,14 @@ def needs_import(model: Any) -> bool:
 
 
 def write_card(
-    folder: Path, model: Any, report: PruningReport, base: str, license_name: str, calibration: str | None
+    folder: Path,
+    model: Any,
+    report: PruningReport,
+    base: str,
+    license_name: str,
+    calibration: str | None,
+    *,
+    stock: bool = False,
 ) -> None:
     """Write `folder/README.md`.
 
@@ -33,9 +45,10 @@ def write_card(
         base: name of the unpruned model.
         license_name: its licence, or "not stated".
         calibration: one line that describes the data; None without data.
+        stock: it was saved by `save_stock`.
     """
-    kind = type(model).__name__
-    importing = _REGISTER if needs_import(model) else ""
+    kind = "AutoModelForCausalLM" if stock else type(model).__name__
+    importing = _REGISTER if needs_import(model) and not stock else ""
     versions = {"clover_peft": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     cards.write_card(
         folder,
@@ -44,7 +57,7 @@ def write_card(
         library="transformers",
         tags=["pruning", "clover_peft"],
         code=f'{importing}from transformers import {kind}\n\nmodel = {kind}.from_pretrained("<this folder>")',
-        text=f"{_needs(model, report)}\n\n{report.summary()}",
+        text=f"{_STOCK if stock else _needs(model, report)}\n\n{report.summary()}",
         facts={
             "base model": f"{base}, licence: {license_name}",
             "calibrated with": calibration or "no data: directions by weights alone",

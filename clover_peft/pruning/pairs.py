@@ -7,9 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..base_model.activations import Probe
@@ -151,25 +148,3 @@ def probes(pairs: Iterable[Pair]) -> dict[str, Probe]:
         if pair.kind == "qk":
             found[pair.name] = Probe(pair.projection, False, pair.heads, size)
     return found
-
-
-def check_plain(model: nn.Module) -> None:
-    """Check that a model has no adapters and all its weights in memory.
-
-    Raises:
-        TypeError: if it is not a model.
-        ValueError: if it has adapters, or offloaded or meta weights.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a module, found {type(model).__name__}; load the model first")
-    for path, module in model.named_modules():  # The model itself comes first.
-        if isinstance(module, (PeftModel, BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            raise ValueError(
-                f"{path or 'model'}: expected a model without adapters, found {type(module).__name__}; call "
-                "merge_and_unload() or unload() first"
-            )
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError(
-            f"{type(model).__name__}: expected all weights in memory, found some offloaded or on the meta device; "
-            "load it without offloading"
-        )

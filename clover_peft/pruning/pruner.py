@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,14 +15,16 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..base_model.attention import AttentionBlock
+from ..base_model.plain import check_plain
 from ..base_model.resolve import attention_blocks
 from ..io.user_warning import warn
+from ..runtime.interrupts import uninterrupted
 from .calibration import Calibration, measure
 from .directions import Directions, Found, Method, compute_factors, decompose_pairs, mask
 from .narrow.loading import VERSION, read_record, relative_base, relative_prefix, write_record
 from .narrow.modules import become_stock, check_projections, check_supported, padded_width, widths
 from .narrow.rewriting import Change, rewrite
-from .pairs import Kind, Pair, check_plain, find_pairs, select_pairs
+from .pairs import Kind, Pair, find_pairs, select_pairs
 from .ranks import Ranks
 from .report import PrunedPair, PruningReport
 from .rule import RankRule, Rule, check_pairs, choose_ranks, choose_rule, default_spread
@@ -115,7 +115,7 @@ def prune(
     before = _sizes(model, attentions)
     if masked:
         new_widths = {name: directions.values.shape[1] for name, (_, directions) in found.items()}
-        with _uninterrupted():
+        with uninterrupted():
             mask(model, found, kept)
     else:
         new_widths = {pair.name: padded_width(pair.attention, pair.kind, int(kept[pair.name].max())) for pair in pairs}
@@ -250,26 +250,10 @@ def _rewrite_all(
     changes: dict[str, list[Change]] = defaultdict(list)  # path of an attention block -> changes to its pairs
     for name, (pair, directions) in found.items():
         changes[pair.attention.path].append(Change(pair, directions, *factors[name], new_widths[name]))
-    with _uninterrupted(), _recorded(model, attentions, step) as done:
+    with uninterrupted(), _recorded(model, attentions, step) as done:
         for each in tqdm(changes.values(), desc="CLOVER pruning", unit=" layers", delay=3, leave=False):
             rewrite(each)
             done.append(each[0].pair.attention)
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Delay an interrupt until the end of the context, so that no model is left half rewritten."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    waiting: list[Any] = []
-    before = signal.signal(signal.SIGINT, lambda *arguments: waiting.append(arguments))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if waiting:
-        signal.raise_signal(signal.SIGINT)
 
 
 @contextlib.contextmanager

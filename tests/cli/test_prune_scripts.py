@@ -130,6 +130,22 @@ def test_a_model_that_its_class_describes_needs_no_import(tmp_path):
     assert "import clover_peft  #" in (ragged / "README.md").read_text()
 
 
+def test_a_rotary_model_in_a_stock_class(tmp_path, capsys):
+    source, out = save("llama", tmp_path / "model"), tmp_path / "out"
+    options = ["--ratio", "vo=0.5", "--ranks", "uniform", "--no-pictures"]
+    assert run(prune_script, source, *options, "--stock", "--out", out) == 0
+    assert "with stock transformers" in capsys.readouterr().out
+    assert "import clover_peft" not in (out / "README.md").read_text()
+    assert "AutoModelForCausalLM.from_pretrained" in (out / "README.md").read_text()
+    assert json.loads((out / "config.json").read_text())["architectures"] == ["MiMoV2FlashForCausalLM"]
+    assert run(prune_script, source, *options, "--out", tmp_path / "narrow") == 0
+    assert relative(logits(load(out)), logits(load(tmp_path / "narrow"))) < 1e-5
+    gpt2 = save("gpt2", tmp_path / "gpt2")
+    assert run(prune_script, gpt2, *options, "--stock", "--out", tmp_path / "none") == 2
+    assert "GPT2LMHeadModel: expected one of LlamaForCausalLM" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
 def test_the_dtype_is_kept(tmp_path):
     source, out = save("opt", tmp_path / "model", torch.bfloat16), tmp_path / "out"
     assert run(prune_script, source, "--ratio", "vo=0.5", "--out", out) == 0
@@ -227,6 +243,9 @@ def test_every_option_counts(options, tmp_path, text):
         ("--energy 0.9 --ranks layer", "--ranks layer: expected --ratio with it"),
         ("--ratio 0.5 --multiple 0", "multiple: expected a positive whole number"),
         ("--ratio 0.5 --ranks gradient", "--ranks gradient: expected --calibration with it, found none"),
+        ("--ratio 0.5 --stock", "--stock: expected --ranks uniform, for one width in all layers, found no --ranks"),
+        ("--ratio 0.5 --ranks layer --stock", "--stock: expected --ranks uniform"),
+        ("--ratio 0.5 --ranks uniform --masked --stock", "found --masked"),
         ("--ratio 0.5 --rows 3", "--rows: expected --calibration with it, found none"),
         ("--ratio 0.5 --max-length 3", "--max-length: expected --calibration with it, found none"),
         ("--ratio 0.5 --target-modules nothing", "expected it to name a pair"),

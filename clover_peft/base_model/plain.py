@@ -1,0 +1,30 @@
+"""`check_plain`: whether a model's weights are its own and in memory, so that they can be rewritten."""
+
+from __future__ import annotations
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+
+def check_plain(model: nn.Module) -> None:
+    """Check that a model has no adapters and all its weights in memory.
+
+    Raises:
+        TypeError: if it is not a model.
+        ValueError: if it has adapters, or offloaded or meta weights.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a module, found {type(model).__name__}; load the model first")
+    for path, module in model.named_modules():  # The model itself comes first.
+        if isinstance(module, (PeftModel, BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            raise ValueError(
+                f"{path or 'model'}: expected a model without adapters, found {type(module).__name__}; call "
+                "merge_and_unload() or unload() first"
+            )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__}: expected all weights in memory, found some offloaded or on the meta device; "
+            "load it without offloading"
+        )
