@@ -1,0 +1,6 @@
+"""Conversion of models into other stock classes, which servers load without this package."""
+
+from .mla import convert_to_mla
+from .report import ConversionReport
+
+__all__ = ["ConversionReport", "convert_to_mla"]
