@@ -34,7 +34,11 @@ pruning.json and pruning.png report. The model is not trained.
         metavar="SHARE",
         help="latent attention; SHARE of the cache to remove, or leave it out and pass --kv-lora-rank",
     )
-    parser.add_argument("--rope-dims", type=int, help="dimensions of the rotary key; by default a share of the cache")
+    parser.add_argument(
+        "--rope-dims",
+        type=int,
+        help="dimensions of the rotary key; by default a head's, if they are at most 0.6 of the cache",
+    )
     parser.add_argument("--kv-lora-rank", type=int, help="dimensions of the latent")
     parser.add_argument(
         "--method", choices=["clover", "transmla"], default="clover", help="transmla is the published baseline"

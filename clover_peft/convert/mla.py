@@ -19,6 +19,7 @@ from .report import ConversionReport, ConvertedLayer
 from .rotary import Components, Method
 from .structure import Source, read_source
 
+_ROTARY_SHARE = 0.6  # of the cache that remains, at most
 _TOKENS_PER_DIMENSION = 10  # With fewer tokens for each dimension of the latent, a moment is mostly noise.
 
 
@@ -44,7 +45,8 @@ def convert_to_mla(
             result shares no memory with it.
         calibration: batches, each of the model's keyword arguments. Pass about ten tokens for each dimension of keys
             and values, or more. They are read several times.
-        rope_dims: dimensions of the shared rotary key, even; by default the share of the cache that measured best.
+        rope_dims: dimensions of the shared rotary key, even; by default those of a head, or 0.6 of the cache that
+            remains if that is less.
         kv_lora_rank: dimensions of the latent.
         cache_reduction: instead of `kv_lora_rank`, the share of the key-value cache to remove. If neither is given,
             0.5.
@@ -127,7 +129,7 @@ def _sizes(
         raise ValueError(f"cache_reduction: expected a share above 0 and below 1, found {reduction}")
     budget = round((1 - reduction) * whole)
     if rope_dims is None:
-        rope_dims = _default_rope_dims(source, budget, rank, method)
+        rope_dims = _default_rope_dims(source, budget if rank is None else whole, method)
     if not 2 <= rope_dims <= 2 * source.pairs or rope_dims % 2:
         raise ValueError(f"rope_dims: expected an even number from 2 to {2 * source.pairs}, found {rope_dims}")
     if rank is None:
@@ -140,9 +142,13 @@ def _sizes(
     return rope_dims // 2, rank
 
 
-def _default_rope_dims(source: Source, budget: int, rank: int | None, method: Method) -> int:
-    most = 2 * source.pairs if rank is not None else budget - 1
-    return max(2, min(budget // 3, most) // 2 * 2)
+def _default_rope_dims(source: Source, budget: int, method: Method) -> int:
+    """A head's worth, or most of a smaller cache: rotation given up costs more than a narrower latent."""
+    most = max(2, min(source.head_dim, int(_ROTARY_SHARE * budget), 2 * source.pairs))
+    dims = source.head_dim
+    while method == "transmla" and dims > most and dims % 4 == 0:
+        dims //= 2  # It has a component for each frequency, or for two, four, ... that count as one.
+    return dims if dims <= most else most // 2 * 2
 
 
 def _size(source: Source, moments: rotary.LayerMoments, found: Components, lost: Tensor) -> float:
