@@ -3,7 +3,7 @@ and lets transformers and diffusers load models that `prune` made narrower."""
 
 from ._moved import keep_old_paths
 from ._version import __version__
-from .convert import save_stock
+from .convert import ConversionReport, convert_to_mla, save_stock
 from .io.user_warning import warn
 from .pruning import PruningReport, calibrate, prune
 from .pruning.narrow.loading import install
@@ -24,11 +24,13 @@ __all__ = [
     "CloverConfig",
     "CloverLayer",
     "CloverModel",
+    "ConversionReport",
     "PruningReport",
     "__version__",
     "balance_updates",
     "broadcast_bases",
     "calibrate",
+    "convert_to_mla",
     "dequantize",
     "explicit_factors",
     "hotswap_adapter",

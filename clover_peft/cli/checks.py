@@ -129,10 +129,27 @@ def labels(given: argparse.Namespace) -> list[str]:
     return given.label or ([path.parent.name for path in given.adapter] if given.adapter else ["after"])
 
 
-def prune(given: argparse.Namespace) -> None:
-    out: Path = given.out
+def convert(given: argparse.Namespace) -> None:
+    _new_folder(given.out)
+    for option in ("mla", "prune"):
+        share = getattr(given, option)
+        if share and not 0 < share < 1:
+            raise ValueError(f"--{option} {share}: expected a share above 0 and below 1")
+    if bool(given.mla) == (given.kv_lora_rank is not None):
+        raise ValueError("--mla: expected the share of the cache to remove or --kv-lora-rank, and not both")
+    if given.calibration is None:
+        raise ValueError("--calibration: expected text, which the conversion needs, found none")
+    if given.prune is None and given.multiple != 1:
+        raise ValueError("--multiple: expected --prune with it, found none")
+
+
+def _new_folder(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: expected a new or empty folder, found files; choose another")
+
+
+def prune(given: argparse.Namespace) -> None:
+    _new_folder(given.out)
     if given.ranks is not None and given.ratio is None:
         raise ValueError(f"--ranks {given.ranks}: expected --ratio with it, which it spreads, found none")
     for name in ("ratio", "threshold", "energy"):
@@ -206,6 +223,7 @@ CHECKS: dict[str, Callable[[argparse.Namespace], None]] = {
     "sft": sft,
     "prune": prune,
     "spectra": spectra,
+    "convert": convert,
     "export": export,
     "plan": plan,
     "evaluate": evaluate,

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from ..experiments.commonsense.tasks import TASKS
 from ..io.configs import config_names
+from .convert_parser import convert
+from .parsing import add_calibration, add_model_class, new_parser
 
 Arguments = Sequence[str]
 DTYPES = ("float32", "bfloat16", "float16")
@@ -17,28 +19,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 SPREADS = ("global", "layer", "gradient", "uniform")
 
 
-def _parser(command: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        prog=f"clover {command}",
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # a shortened option could be meant as a key, or as another option
-    )
-
-
-def _add_model_class(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model-class",
-        metavar="CLASS",
-        help="class of transformers, such as WhisperForConditionalGeneration; by default the one that the adapter or "
-        "the model's config.json names",
-    )
-
-
 def sft(arguments: Arguments | None = None) -> argparse.Namespace:
     """`clover sft`; a key may also be written as an option: `--max_steps=1` is `max_steps=1`."""
-    parser = _parser(
+    parser = new_parser(
         "sft",
         """\
 Fine-tunes a language model on instruction data with TRL.
@@ -80,7 +63,7 @@ def _keys() -> str:
 
 
 def prune(arguments: Arguments | None = None) -> argparse.Namespace:
-    parser = _parser(
+    parser = new_parser(
         "prune",
         """\
 Makes the attention heads of a model narrower along their singular directions, and saves the model.
@@ -111,7 +94,7 @@ With --calibration, `clover spectra` measures ratios and suggests one.
     )
     parser.add_argument("--method", choices=["clover", "vanilla"], default="clover", help="vanilla drops coordinates")
     parser.add_argument("--multiple", type=int, default=1, help="round ranks to multiples of this; kernels like 8")
-    _add_calibration(parser)
+    add_calibration(parser)
     parser.add_argument(
         "--masked", action="store_true", help="zero directions and keep all sizes: for analysis, nothing gets smaller"
     )
@@ -122,13 +105,13 @@ With --calibration, `clover spectra` measures ratios and suggests one.
         "uniform",
     )
     parser.add_argument("--no-pictures", action="store_true", help="leave out pruning.png, which needs matplotlib")
-    _add_model_class(parser)
+    add_model_class(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
     return parser.parse_args(arguments)
 
 
 def spectra(arguments: Arguments | None = None) -> argparse.Namespace:
-    parser = _parser(
+    parser = new_parser(
         "spectra",
         """\
 Shows what a model's attention heads would lose to pruning: singular values beside norms of coordinates.
@@ -146,36 +129,17 @@ the paper's figures 2, 7 and 8, and a heat map of the ranks that --threshold (or
     )
     parser.add_argument("model", help="folder or hub name")
     parser.add_argument("--kinds", nargs="+", choices=["qk", "vo"], help="by default all that the model has")
-    _add_calibration(parser)
+    add_calibration(parser)
     parser.add_argument("--threshold", help="smallest singular value to keep in the heat map: 0.5, or qk=0.5,vo=0.2")
     parser.add_argument("--layers", type=int, nargs="+", help="to draw, rows of the table counted from 0")
     parser.add_argument("--no-pictures", action="store_true", help="write spectra.json alone")
-    _add_model_class(parser)
+    add_model_class(parser)
     parser.add_argument("--out", type=Path, help="folder for spectra.json and pictures")
     return parser.parse_args(arguments)
 
 
-def _add_calibration(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that choose calibration data and the pairs to prune."""
-    parser.add_argument(
-        "--calibration",
-        metavar="TEXT",
-        help="a .txt or .jsonl file, .gz too, or a data set on the hub (name or name:configuration); rows have text, "
-        "content, messages, prompt and completion, or instruction and output",
-    )
-    parser.add_argument("--rows", type=int, help="windows of that text, at most; 64 by default")
-    parser.add_argument("--max-length", type=int, help="tokens of a window; by default 512, or the model's limit")
-    parser.add_argument("--batch-size", type=int, help="windows at a time, 8 by default")
-    parser.add_argument(
-        "--target-modules",
-        nargs="+",
-        metavar="NAME",
-        help="which pairs: ends of the paths of key or value projections, or one regular expression for whole paths",
-    )
-
-
 def export(arguments: Arguments | None = None) -> argparse.Namespace:
-    parser = _parser(
+    parser = new_parser(
         "export",
         """\
 Merges an adapter into its base model: a folder that stock transformers, vLLM and others load without clover_peft.
@@ -192,13 +156,13 @@ writes LoRAs that approximate the adapter to <out>-lora-r<rank>, and prints each
     parser.add_argument("out", type=Path, help="folder to write, new or empty")
     parser.add_argument("--base", help="base model; by default the one that the adapter names")
     parser.add_argument("--dtype", choices=DTYPES, help="by default the base's own")
-    _add_model_class(parser)
+    add_model_class(parser)
     parser.add_argument("--lora-rank", type=int, nargs="+", help="also write LoRAs of these ranks")
     return parser.parse_args(arguments)
 
 
 def plan(arguments: Arguments | None = None) -> argparse.Namespace:
-    parser = _parser(
+    parser = new_parser(
         "plan",
         """\
 Counts what a CLOVER adapter of a model takes: parameters, bytes and the work of making it, without the weights.
@@ -216,7 +180,7 @@ allocates the weights from which one layer's bases are made.
     model.add_argument("--config-name", dest="model", help=argparse.SUPPRESS)  # its name up to 0.1.0
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("--measure", action="store_true", help="also time the bases of one layer on this machine")
-    _add_model_class(parser)
+    add_model_class(parser)
     parser.add_argument("--match", nargs="+", metavar="module", help="ranks of low-rank methods on these, as large")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     given = parser.parse_intermixed_args(arguments)
@@ -230,7 +194,7 @@ allocates the weights from which one layer's bases are made.
 
 
 def evaluate(arguments: Arguments | None = None) -> argparse.Namespace:
-    parser = _parser(
+    parser = new_parser(
         "evaluate",
         """\
 Asks a model the questions of the commonsense suite, and writes its accuracy with the predictions.
@@ -276,7 +240,7 @@ The same command resumes an interrupted evaluation. It writes predictions.jsonl 
 
 
 def ablate(arguments: Arguments | None = None) -> argparse.Namespace:
-    parser = _parser(
+    parser = new_parser(
         "ablate",
         """\
 Compares methods on the commonsense suite: trains a grid of (method x learning rate x seed), and prints the table.
@@ -318,7 +282,7 @@ With --mechanism it also measures the updates of the saved adapters, and how eac
 
 
 def analyze(arguments: Arguments | None = None) -> argparse.Namespace:
-    parser = _parser(
+    parser = new_parser(
         "analyze",
         """\
 Measures what fine-tuning did to the weights: rank of the update, intruder dimensions, data on trained directions.
@@ -345,14 +309,14 @@ projection's input that lies on the trained directions. It writes analysis.json 
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of the weights; the last two round the update"
     )
-    _add_model_class(parser)
+    add_model_class(parser)
     parser.add_argument("--no-pictures", action="store_true", help="write analysis.json alone")
     parser.add_argument("--out", type=Path, required=True, help="folder for analysis.json and pictures")
     return parser.parse_args(arguments)
 
 
 def prepare_data(arguments: Arguments | None = None) -> argparse.Namespace:
-    parser = _parser(
+    parser = new_parser(
         "prepare-data",
         """\
 Builds commonsense-170k and its eight test sets, cleans and splits them as asked, and prints what it left out.
@@ -385,7 +349,7 @@ The validation set is drawn from the training rows, never from a test set.
 
 def run(arguments: Arguments | None = None) -> argparse.Namespace:
     """`clover run`; what follows the program belongs to the program, options too."""
-    parser = _parser(
+    parser = new_parser(
         "run",
         """\
 Imports clover_peft, which registers CLOVER with peft, and then runs a Python program that does not import it.
@@ -411,6 +375,7 @@ PARSERS: dict[str, Callable[[Arguments | None], argparse.Namespace]] = {
     "sft": sft,
     "prune": prune,
     "spectra": spectra,
+    "convert": convert,
     "export": export,
     "plan": plan,
     "evaluate": evaluate,

@@ -1,5 +1,7 @@
-"""Rewrites models into other classes, or into smaller models, that other programs load."""
+"""Conversion of models into other stock classes, which servers load without this package."""
 
+from .mla import convert_to_mla
+from .report import ConversionReport
 from .stock import save_stock
 
-__all__ = ["save_stock"]
+__all__ = ["ConversionReport", "convert_to_mla", "save_stock"]

@@ -1,0 +1,52 @@
+"""The options of `clover convert`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from .parsing import add_calibration, add_model_class, new_parser
+
+
+def convert(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = new_parser(
+        "convert",
+        """\
+Converts a model into another stock class, which servers load without clover_peft.
+
+    clover convert my-llama --mla 0.6875 --calibration text.txt --out my-llama-mla
+    clover convert my-llama --mla 0.6875 --prune 0.5 --calibration text.txt --out my-llama-mla-half
+
+With --mla, attention becomes multi-head latent attention (DeepseekV3ForCausalLM), whose cache holds a latent and one
+rotary key. The folder holds the model in its own dtype, its tokenizer, convert.json (the errors of each layer),
+convert.png (which pairs kept their rotation) and a README.md. With --prune, its heads are made narrower too, as
+pruning.json and pruning.png report. The model is not trained.
+""",
+    )
+    parser.add_argument("model", help="folder or hub name")
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument(
+        "--mla",
+        type=float,
+        nargs="?",
+        const=0.0,
+        metavar="SHARE",
+        help="latent attention; SHARE of the cache to remove, or leave it out and pass --kv-lora-rank",
+    )
+    parser.add_argument(
+        "--rope-dims",
+        type=int,
+        help="dimensions of the rotary key; by default a head's, if they are at most 0.6 of the cache",
+    )
+    parser.add_argument("--kv-lora-rank", type=int, help="dimensions of the latent")
+    parser.add_argument(
+        "--method", choices=["clover", "transmla"], default="clover", help="transmla is the published baseline"
+    )
+    parser.add_argument("--prune", type=float, metavar="RATIO", help="then prune this share of every head")
+    parser.add_argument("--multiple", type=int, default=1, help="round pruned ranks to multiples of this")
+    add_calibration(parser, pairs=False)
+    parser.add_argument("--no-pictures", action="store_true", help="leave out the pictures, which need matplotlib")
+    add_model_class(parser)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
+    return parser.parse_args(arguments)

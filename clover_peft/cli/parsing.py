@@ -1,0 +1,45 @@
+"""What the parsers of several subcommands share."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def new_parser(command: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"clover {command}",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # a shortened option could be meant as a key, or as another option
+    )
+
+
+def add_model_class(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model-class",
+        metavar="CLASS",
+        help="class of transformers, such as WhisperForConditionalGeneration; by default the one that the adapter or "
+        "the model's config.json names",
+    )
+
+
+def add_calibration(parser: argparse.ArgumentParser, pairs: bool = True) -> None:
+    """Adds the options that choose calibration data and, with `pairs`, the pairs to prune."""
+    parser.add_argument(
+        "--calibration",
+        metavar="TEXT",
+        help="a .txt or .jsonl file, .gz too, or a data set on the hub (name or name:configuration); rows have text, "
+        "content, messages, prompt and completion, or instruction and output",
+    )
+    parser.add_argument("--rows", type=int, help="windows of that text, at most; 64 by default")
+    parser.add_argument("--max-length", type=int, help="tokens of a window; by default 512, or the model's limit")
+    parser.add_argument("--batch-size", type=int, help="windows at a time, 8 by default")
+    if not pairs:
+        return
+    parser.add_argument(
+        "--target-modules",
+        nargs="+",
+        metavar="NAME",
+        help="which pairs: ends of the paths of key or value projections, or one regular expression for whole paths",
+    )

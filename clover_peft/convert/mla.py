@@ -1,0 +1,181 @@
+"""`convert_to_mla`: make a rotary model one with multi-head latent attention, in a class that every server loads."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DeepseekV3ForCausalLM
+
+from ..io.user_warning import warn
+from . import latent, rotary
+from .deepseek import EPS, build, lost_pairs
+from .exactness import attention_errors, check_rest, record, rotation_errors
+from .report import ConversionReport, ConvertedLayer
+from .rotary import Components, Method
+from .structure import Source, read_source
+
+_ROTARY_SHARE = 0.6  # of the cache that remains, at most
+_TOKENS_PER_DIMENSION = 10  # With fewer tokens for each dimension of the latent, a moment is mostly noise.
+
+
+@torch.inference_mode(False)
+def convert_to_mla(
+    model: Any,
+    calibration: Iterable[Mapping[str, Any]],
+    *,
+    rope_dims: int | None = None,
+    kv_lora_rank: int | None = None,
+    cache_reduction: float | None = None,
+    method: Method = "clover",
+) -> tuple[DeepseekV3ForCausalLM, ConversionReport]:
+    """Convert attention with rotary embeddings into latent attention (as TransMLA does, arXiv 2502.07864).
+
+    The keys of all heads are rotated across heads at each frequency, which is exact. The pairs of dimensions whose
+    rotation matters most keep it, as one rotary key that all heads share. The other keys and the values become one
+    latent of few dimensions. The result is a stock `DeepseekV3ForCausalLM`: it needs no `clover_peft`, and its cache
+    holds the latent and the rotary key.
+
+    Args:
+        model: a causal language model whose blocks are those of Llama, Mistral or Qwen2. It is not changed, and the
+            result shares no memory with it.
+        calibration: batches, each of the model's keyword arguments. Pass about ten tokens for each dimension of keys
+            and values, or more. They are read several times.
+        rope_dims: dimensions of the shared rotary key, even; by default those of a head, or 0.6 of the cache that
+            remains if that is less.
+        kv_lora_rank: dimensions of the latent.
+        cache_reduction: instead of `kv_lora_rank`, the share of the key-value cache to remove. If neither is given,
+            0.5.
+        method: "clover" (ours), or "transmla", the baseline: the first component of each frequency keeps its rotation,
+            and the latent is the balanced principal components.
+
+    Returns:
+        The converted model, in evaluation mode, and `ConversionReport`.
+
+    Raises:
+        ValueError, TypeError: if the model, the data or an argument does not fit.
+    """
+    source = read_source(model)
+    if method not in ("clover", "transmla"):
+        raise ValueError(f"method: expected 'clover' or 'transmla', found {method!r}")
+    pairs, rank = _sizes(source, rope_dims, kv_lora_rank, cache_reduction, method)
+    if isinstance(calibration, Mapping):
+        raise TypeError("calibration: expected batches, found one batch; pass a list of them")
+    batches = list(calibration)
+    if not batches:
+        raise ValueError(
+            "calibration: expected batches to run the model on, found none (a generator that was used up?)"
+        )
+    clock, seconds = time.perf_counter(), {}
+
+    def lap(stage: str) -> None:
+        nonlocal clock
+        now = time.perf_counter()
+        seconds[stage], clock = now - clock, now
+
+    fold = rotary.fold_of(source, pairs, method)
+    moments = rotary.collect(source, batches, fold)
+    tokens = moments[0].tokens
+    if tokens < _TOKENS_PER_DIMENSION * 4 * source.pairs:
+        wanted = _TOKENS_PER_DIMENSION * 4 * source.pairs
+        warn(f"calibration: {tokens} tokens for {4 * source.pairs} dimensions of keys and values are few; pass at "
+             f"least {wanted}")  # fmt: skip
+    found = [rotary.components(source, of_layer, method) for of_layer in moments]
+    slots = rotary.choose(source, moments, found, pairs, method)
+    recording = record(source, batches[0])
+    exact = rotation_errors(source, found if fold == 1 else _unmixed(source), recording)
+    lap("rotation")
+    lost, _ = lost_pairs(found, slots)
+    sizes = [_size(source, *of_layer) for of_layer in zip(moments, found, lost, strict=True)]
+    result, scale = build(source, found, slots, sizes), math.sqrt(EPS / source.eps)
+    check_rest(source, result, scale, recording)
+    selection = attention_errors(result, scale, recording)
+    lap("selection")
+    if rank < result.config.kv_lora_rank:
+        latent.narrow(result, 2 * (source.pairs - pairs), rank, batches, method)
+    narrow = attention_errors(result, scale, recording)
+    lap("latent")
+    report = ConversionReport(
+        method=method,
+        rope_dims=2 * pairs,
+        kv_lora_rank=rank,
+        frequencies=slots.frequencies.tolist(),
+        rope_type=result.config.rope_parameters["rope_type"],
+        layers=[
+            ConvertedLayer(*errors, sorted(filled.tolist()), c.worth.flatten().tolist())
+            for errors, filled, c in zip(zip(exact, selection, narrow, strict=True), slots.filled, found, strict=True)
+        ],
+        parameters=(_parameters(model), _parameters(result)),
+        cache_bytes=(_cache_bytes(model, recording.ids), _cache_bytes(result, recording.ids)),
+        tokens=tokens,
+        seconds=seconds,
+    )
+    return result, report
+
+
+def _sizes(
+    source: Source, rope_dims: int | None, rank: int | None, reduction: float | None, method: Method
+) -> tuple[int, int]:
+    """The number of rotated pairs, and the rank of the latent."""
+    whole = 4 * source.pairs  # dimensions of keys and values of all heads
+    if rank is not None and reduction is not None:
+        raise ValueError(f"expected kv_lora_rank or cache_reduction, found both ({rank} and {reduction})")
+    reduction = 0.5 if reduction is None else reduction
+    if not 0 < reduction < 1:
+        raise ValueError(f"cache_reduction: expected a share above 0 and below 1, found {reduction}")
+    budget = round((1 - reduction) * whole)
+    if rope_dims is None:
+        rope_dims = _default_rope_dims(source, budget if rank is None else whole, method)
+    if not 2 <= rope_dims <= 2 * source.pairs or rope_dims % 2:
+        raise ValueError(f"rope_dims: expected an even number from 2 to {2 * source.pairs}, found {rope_dims}")
+    if rank is None:
+        rank = budget - rope_dims
+        if rank < 1:
+            raise ValueError(f"cache_reduction={reduction}: {budget} dimensions of {whole} remain, which leaves no "
+                             f"room for a latent beside rope_dims={rope_dims}; pass fewer")  # fmt: skip
+    if not 1 <= rank <= whole - rope_dims:
+        raise ValueError(f"kv_lora_rank: expected 1 to {whole - rope_dims} beside rope_dims={rope_dims}, found {rank}")
+    return rope_dims // 2, rank
+
+
+def _default_rope_dims(source: Source, budget: int, method: Method) -> int:
+    """A head's worth, or most of a smaller cache: rotation given up costs more than a narrower latent."""
+    most = max(2, min(source.head_dim, int(_ROTARY_SHARE * budget), 2 * source.pairs))
+    dims = source.head_dim
+    while method == "transmla" and dims > most and dims % 4 == 0:
+        dims //= 2  # It has a component for each frequency, or for two, four, ... that count as one.
+    return dims if dims <= most else most // 2 * 2
+
+
+def _size(source: Source, moments: rotary.LayerMoments, found: Components, lost: Tensor) -> float:
+    """Root mean square of a number in the latent of full rank."""
+    c = found.split @ (moments.keys / moments.tokens) @ found.split.mH
+    energy = c.diagonal(dim1=-2, dim2=-1).real
+    total = float(energy[lost].sum()) + moments.values / moments.tokens
+    count = 2 * source.pairs + 2 * int(lost.sum())
+    return max(math.sqrt(total / count), 1e-6)
+
+
+def _unmixed(source: Source) -> list[Components]:
+    """Components that are the heads themselves."""
+    half, h = source.head_dim // 2, source.key_value_heads
+    eye = torch.eye(h, dtype=torch.complex128).expand(half, h, h)
+    ones = torch.ones(source.heads, half, dtype=torch.complex128)
+    return [Components(eye, eye, torch.zeros(half, h), torch.zeros(half * h, half), ones)] * len(source.layers)
+
+
+def _parameters(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@torch.no_grad()
+def _cache_bytes(model: Any, ids: Tensor) -> int:
+    """Bytes of the key-value cache for a token, in the cache that a forward pass fills."""
+    training = model.training
+    cache = model.eval()(input_ids=ids, use_cache=True).past_key_values
+    model.train(training)
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // ids.numel()

@@ -1,0 +1,99 @@
+"""clover convert: from a folder to one that stock transformers loads."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.support.tiny import build, load_script
+from tests.support.tiny_chat import make_tokenizer, rows
+
+pytest.importorskip("trl", reason="the command finds models as training does: pip install clover-peft[train]")
+pytest.importorskip("matplotlib", reason="pictures: pip install clover-peft[plots]")
+
+script = load_script("convert")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*tokens for .* are few"),
+]
+CALIBRATED = ["--rows", "10", "--max-length", "48", "--batch-size", "4"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    """A tiny model, its tokenizer and a text."""
+    path, tokenizer = tmp_path_factory.mktemp("model"), make_tokenizer()
+    build("llama", vocab_size=len(tokenizer)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    (path / "text.txt").write_text("\n".join(" ".join(row.values()) for row in rows(120)))
+    return str(path)
+
+
+def run(folder, out, *options) -> int:
+    text = ["--calibration", f"{folder}/text.txt", *CALIBRATED]
+    return script.main([folder, *text, "--out", str(out), *map(str, options)])
+
+
+def test_a_converted_and_pruned_folder_is_a_stock_model(folder, tmp_path, capsys):
+    assert run(folder, tmp_path / "out", "--mla", 0.5, "--prune", 0.5, "--rope-dims", 4) == 0
+    out = tmp_path / "out"
+    written = {path.name for path in out.iterdir()}
+    assert {"convert.json", "convert.png", "pruning.json", "pruning.png", "README.md", "tokenizer.json"} <= written
+    config = json.loads((out / "config.json").read_text())
+    assert (config["qk_rope_head_dim"], config["kv_lora_rank"], config["v_head_dim"]) == (4, 20, 6)
+    assert config["architectures"] == ["DeepseekV3ForCausalLM"]
+    code = (
+        "import sys, torch\nfrom transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "print(model(torch.arange(3, 20)[None]).logits.double().sum().item(), 'clover_peft' in sys.modules)\n"
+    )
+    shown = subprocess.run([sys.executable, "-c", code, str(out)], check=True, capture_output=True, text=True).stdout
+    total, imported = shown.split()[-2:]
+    here = AutoModelForCausalLM.from_pretrained(out)
+    with torch.no_grad():
+        assert float(total) == pytest.approx(float(here(torch.arange(3, 20)[None]).logits.double().sum()), rel=1e-6)
+    assert imported == "False"
+    card = (out / "README.md").read_text()
+    assert "without `clover_peft`" in card
+    assert "KV cache, bytes a token" in card
+    assert "load it with stock transformers" in capsys.readouterr().out
+
+
+def test_a_latent_of_a_given_size(folder, tmp_path):
+    options = ["--mla", "--kv-lora-rank", 10, "--rope-dims", 4, "--no-pictures", "--method", "transmla"]
+    assert run(folder, tmp_path / "out", *options) == 0
+    report = json.loads((tmp_path / "out" / "convert.json").read_text())
+    assert (report["method"], report["kv_lora_rank"]) == ("transmla", 10)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mla", "1.5"], "--mla 1.5: expected a share above 0 and below 1"),
+        (["--mla"], "--mla: expected the share of the cache to remove or --kv-lora-rank, and not both"),
+        (
+            ["--mla", "0.5", "--kv-lora-rank", "8"],
+            "--mla: expected the share of the cache to remove or --kv-lora-rank",
+        ),
+        (["--mla", "0.5", "--prune", "2"], "--prune 2.0: expected a share above 0 and below 1"),
+        (["--mla", "0.5", "--multiple", "8"], "--multiple: expected --prune with it"),
+        (["--mla", "0.5", "--rope-dims", "99"], "rope_dims: expected an even number from 2 to 24"),
+    ],
+)
+def test_wrong_options(folder, tmp_path, capsys, options, message):
+    assert run(folder, tmp_path / "out", *options) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_are_not_overwritten_and_text_is_needed(folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert run(folder, tmp_path, "--mla", 0.5) == 2
+    assert "expected a new or empty folder" in capsys.readouterr().err
+    assert script.main([folder, "--mla", "0.5", "--out", str(tmp_path / "new")]) == 2
+    assert "--calibration: expected text" in capsys.readouterr().err

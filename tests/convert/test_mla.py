@@ -1,0 +1,254 @@
+"""A rotary model becomes a stock DeepseekV3 with latent attention: exact where nothing is given up, else reported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
+
+import clover_peft
+from clover_peft.convert import convert_to_mla
+from tests.support.tiny import VOCAB, build, relative
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:calibration. .* tokens .*are few"),
+]
+
+ROPE = {"rope_theta": 1e4, "original_max_position_embeddings": 16}
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **ROPE}
+CASES = {
+    "mha": ("llama", {"num_key_value_heads": 4}),
+    "gqa": ("llama", {}),
+    "mqa": ("mistral", {"num_key_value_heads": 1, "sliding_window": None}),
+    "biases": ("qwen2", {}),
+    "all biases": ("llama", {"attention_bias": True}),
+    "tied head, large epsilon": ("llama", {"tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
+    "llama3": ("llama", {"rope_parameters": LLAMA3}),
+    "linear": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
+    "yarn": ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, **ROPE}}),
+}
+
+
+def batches(count: int = 4, length: int = 40) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    return [{"input_ids": torch.randint(3, VOCAB, (2, length), generator=generator)} for _ in range(count)]
+
+
+def logits(model) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=batches()[0]["input_ids"]).logits
+
+
+def full(model) -> dict[str, int]:
+    """Options with which nothing is given up."""
+    config = model.config
+    pairs = config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
+    return {"rope_dims": pairs, "kv_lora_rank": pairs}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_given_up_changes_no_logit(case):
+    family, choices = CASES[case]
+    model = build(family, **choices)
+    result, report = convert_to_mla(model, batches(), **full(model))
+    assert type(result) is DeepseekV3ForCausalLM
+    assert relative(logits(result), logits(model)) < 1e-5
+    assert max(layer.latent_error for layer in report.layers) < 1e-5
+
+
+@pytest.mark.parametrize("dims", [2, 6, 10])
+def test_unrotated_pairs_alone_are_not_exact_and_a_latent_of_full_rank_adds_no_error(dims):
+    model = build("llama")
+    width = 2 * 2 * 12 - dims
+    result, report = convert_to_mla(model, batches(), rope_dims=dims, kv_lora_rank=width)
+    assert result.config.kv_lora_rank == width
+    for layer in report.layers:
+        assert layer.rotation_error < 1e-5
+        assert layer.selection_error > 1e-3
+        assert layer.latent_error == pytest.approx(layer.selection_error, rel=1e-2)
+
+
+@pytest.mark.parametrize("method", ["clover", "transmla"])
+def test_a_saved_model_loads_without_the_package_and_generates_the_same(tmp_path, method):
+    result, _ = convert_to_mla(build("qwen2"), batches(), cache_reduction=0.5, rope_dims=8, method=method)
+    result.save_pretrained(tmp_path)
+    ids = batches()[0]["input_ids"]
+    expected = result.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    code = (
+        "import json, sys, torch\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "ids = torch.tensor(json.loads(sys.argv[2]))\n"
+        "found = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)\n"
+        "assert 'clover_peft' not in sys.modules\n"
+        "print(json.dumps([type(model).__name__, found.tolist()]))\n"
+    )
+    given = [sys.executable, "-c", code, str(tmp_path), json.dumps(ids.tolist())]
+    kind, found = json.loads(subprocess.run(given, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    assert kind == "DeepseekV3ForCausalLM"
+    assert found == expected.tolist()
+
+
+def test_the_cache_holds_what_the_config_says():
+    model = build("llama")
+    result, report = convert_to_mla(model, batches(), rope_dims=4, cache_reduction=0.5)
+    assert (result.config.qk_rope_head_dim, result.config.kv_lora_rank) == (4, 20)
+    layers = model.config.num_hidden_layers
+    assert report.cache_bytes == (2 * 2 * 12 * 4 * layers, 24 * 4 * layers)
+    with torch.no_grad():
+        cache = result(input_ids=batches()[0]["input_ids"], use_cache=True).past_key_values
+    assert sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) == 2 * 40 * report.cache_bytes[1]
+
+
+def test_our_choice_of_pairs_loses_less_than_transmla():
+    model = build("llama", num_key_value_heads=4)
+    errors = {}
+    for method in ("clover", "transmla"):
+        _, report = convert_to_mla(model, batches(), rope_dims=12, kv_lora_rank=84, method=method)
+        errors[method] = sum(layer.selection_error for layer in report.layers)
+    assert errors["clover"] < 0.8 * errors["transmla"]
+
+
+def test_low_precision():
+    model = build("llama", torch.bfloat16)
+    result, _ = convert_to_mla(model, batches(), **full(model))
+    assert result.dtype == torch.bfloat16
+    assert relative(logits(result), logits(model)) < 3e-2
+
+
+def test_padding_is_not_counted():
+    model, (first, second, *_) = build("llama"), batches()
+    padded = [
+        {
+            "input_ids": torch.nn.functional.pad(batch["input_ids"], (0, 8), value=7),
+            "attention_mask": torch.nn.functional.pad(torch.ones(2, 40, dtype=torch.long), (0, 8)),
+        }
+        for batch in (first, second)
+    ]
+    plain, with_padding = (
+        convert_to_mla(model, data, rope_dims=4, kv_lora_rank=44)[0] for data in ([first, second], padded)
+    )
+    assert relative(logits(with_padding), logits(plain)) < 1e-4
+
+
+def test_the_report(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="pictures: pip install clover-peft[plots]")
+    _, report = convert_to_mla(build("llama"), batches(), rope_dims=4, cache_reduction=0.5)
+    report.save(tmp_path / "convert.json")
+    assert json.loads((tmp_path / "convert.json").read_text())["rope_dims"] == 4
+    report.plot(tmp_path / "convert.png")
+    assert (tmp_path / "convert.png").stat().st_size > 10_000
+    assert "| KV cache, bytes a token | 384 | 192 | 50.0% |" in report.summary()
+
+
+# ---------------------------------------------------------------------- what is refused
+
+REFUSED = {
+    "norms of queries and keys": ("qwen3", {}, "has k_norm"),
+    "norms after the blocks": ("olmo2", {}, "lacks input_layernorm"),
+    "soft caps": ("gemma2", {}, "softcapping"),
+    "another norm": ("gemma", {}, "expected RMSNorm with a gain"),
+    "a multiplier of the scores": ("granite", {"attention_multiplier": 0.5}, "softmax scale"),
+    "a multiplier of the residual": (
+        "granite",
+        {"attention_multiplier": 12**-0.5, "residual_multiplier": 0.5},
+        "plain",
+    ),
+    "a sliding window": ("mistral", {"sliding_window": 8}, "sliding window of 8"),
+    "biases of the MLP": ("llama", {"mlp_bias": True}, "expected no biases"),
+    "a model without rotation": ("gpt2", {}, "expected lm_head, model and nothing else"),
+    "partial rotation": ("glm", {}, "expected"),
+    "dynamic frequencies": ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, **ROPE}}, "dynamic"),
+    "float16": ("llama", {"dtype": torch.float16}, "found float16"),
+}
+
+
+def snapshot(model) -> Iterator[tuple[str, Tensor]]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_in_the_way_is_named_and_nothing_changes(case):
+    family, choices, message = REFUSED[case]
+    model = build(family, **choices)
+    before, attention = snapshot(model), model.config._attn_implementation
+    with pytest.raises(ValueError, match=message):
+        convert_to_mla(model, batches(), rope_dims=4, cache_reduction=0.5)
+    assert model.config._attn_implementation == attention
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_adapters_and_other_objects_are_refused():
+    with pytest.raises(ValueError, match="expected a model without adapters"):
+        convert_to_mla(get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"])), batches())
+    with pytest.raises(TypeError, match="expected a causal language model"):
+        convert_to_mla(torch.nn.Linear(2, 2), batches())
+    tied = build("llama")
+    tied.model.layers[1].self_attn = tied.model.layers[0].self_attn
+    with pytest.raises(ValueError, match="expected weights of its own"):
+        convert_to_mla(tied, batches())
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(build("llama").config)
+    with pytest.raises(ValueError, match="offloaded"):
+        convert_to_mla(empty, batches())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rope_dims": 3}, "rope_dims: expected an even number from 2 to 24"),
+        ({"rope_dims": 26}, "rope_dims: expected an even number from 2 to 24"),
+        ({"rope_dims": 4, "kv_lora_rank": 45}, "kv_lora_rank: expected 1 to 44"),
+        ({"rope_dims": 4, "kv_lora_rank": 0}, "kv_lora_rank: expected 1 to 44"),
+        ({"cache_reduction": 1.0}, "cache_reduction: expected a share above 0 and below 1"),
+        ({"cache_reduction": 0.5, "kv_lora_rank": 8}, "expected kv_lora_rank or cache_reduction, found both"),
+        ({"rope_dims": 24, "cache_reduction": 0.9}, "leaves no room"),
+        ({"method": "svd"}, "method: expected 'clover' or 'transmla'"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        convert_to_mla(build("llama"), batches(), **options)
+
+
+def test_bad_data():
+    model = build("llama")
+    with pytest.raises(TypeError, match="expected batches, found one batch"):
+        convert_to_mla(model, batches()[0], cache_reduction=0.5)
+    with pytest.raises(ValueError, match="expected batches to run the model on, found none"):
+        convert_to_mla(model, [], cache_reduction=0.5)
+    with pytest.warns(UserWarning, match="tokens .* are few"):
+        convert_to_mla(model, batches(1, 8), cache_reduction=0.5)
+
+
+def test_an_interrupt_leaves_the_model_as_it_was():
+    model = build("llama").train()
+    before = snapshot(model)
+
+    class Interrupting(dict):
+        seen = 0
+
+        def items(self):
+            Interrupting.seen += 1
+            if Interrupting.seen > 6:
+                raise KeyboardInterrupt
+            return super().items()
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_to_mla(model, [Interrupting(batch) for batch in batches()], rope_dims=4, cache_reduction=0.5)
+    assert model.training
+    assert model.config._attn_implementation == "sdpa"
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_public_name():
+    assert clover_peft.convert_to_mla is convert_to_mla
