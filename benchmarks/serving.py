@@ -17,16 +17,17 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from harness import finish, options, parser, randomise, table
 from peft import PeftModel, get_peft_model, save_as_lora
-from real_models import smollm2
+from real_models import smollm2, wikitext2
 from tqdm.auto import tqdm
 
-from clover_peft import CloverConfig
+from clover_peft import CloverConfig, convert_to_mla, prune, save_stock
 from clover_peft.io import run_record as records
 
 ALLOWED = 1e-3  # the largest difference of a log-probability
@@ -134,7 +135,11 @@ def _expected(model: Any, prompts: list[list[int]], new_tokens: int) -> dict[str
         scores = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
         logprobs.append(scores.gather(1, ids[0, 1:, None])[:, 0].tolist())
         out = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=-1,
         )
         tokens.append(out[0, len(prompt) :].tolist())
     return {"logprobs": logprobs, "tokens": tokens}
@@ -184,10 +189,41 @@ def _loras(model: Any, tokenizer: Any, folder: Path) -> Made:
     return made
 
 
+def _latent(model: Any, tokenizer: Any, folder: Path, share: float | None = None) -> Made:
+    """Latent attention with a third of the cache, and its heads made narrower by `share`."""
+    batches = _calibration(tokenizer)
+    converted, report = convert_to_mla(model, batches, cache_reduction=0.6875)
+    if share is not None:
+        prune(converted, share, calibration=batches, ranks="uniform")
+    converted.save_pretrained(folder / "model")
+    # The native class has biases nowhere, and takes every list of frequencies for YaRN.
+    native = report.rope_type == "default"
+    # Its kernel for the norm misreads the latent on a CPU.
+    arguments: dict[str, Any] = {"compilation_config": {"custom_ops": ["none"]}}
+    return Made({"": converted}, arguments if native else {"model_impl": "transformers"}, {"VLLM_MLA_DISABLE": "1"})
+
+
+def _narrow_values(model: Any, tokenizer: Any, folder: Path) -> Made:
+    """A quarter of the value dimensions removed, in a stock class with the keys that vLLM's class reads."""
+    prune(model, {"vo": 0.25}, calibration=_calibration(tokenizer), ranks="uniform")
+    save_stock(model, folder / "stock", hub_keys=True)
+    for file in (folder / "stock").iterdir():
+        file.rename(folder / "model" / file.name)
+    return Made({"": model})
+
+
+def _calibration(tokenizer: Any) -> list[dict[str, Any]]:
+    ids = tokenizer("\n\n".join(wikitext2("train")[:4000]), return_tensors="pt", verbose=False)["input_ids"][0]
+    return [{"input_ids": window[None]} for window in ids[: 24 * 512].split(512)]
+
+
 KINDS: dict[str, Callable[[Any, Any, Path], Made]] = {
     "the base model": _base,
     "merged adapter": _merged,
     "two LoRAs exported from adapters": _loras,
+    "latent attention": _latent,
+    "latent attention, heads halved": partial(_latent, share=0.5),
+    "narrow values, MiMo class": _narrow_values,
 }
 
 
