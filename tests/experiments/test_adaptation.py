@@ -242,6 +242,31 @@ def test_forgetting_at_equal_learning_is_interpolated_between_rates():
     assert "| x | +0.1000 (0.0000) | +0.5000 (0.0000) |" in shown
 
 
+def test_curves_are_of_the_seeds_that_all_rates_have():
+    """Seeds of the best rate alone must not move the level at which curves are compared."""
+
+    def with_seeds(name, points):
+        rates = curve(name, points)
+        rates[1e-3] += [record(name, 7, {"a": {"d": 1.0, "e": 1.0}, "b": {"d": 9.0, "e": 9.0}})]
+        return rates
+
+    base = curve("base", {0.0: (3.0, 1.0)})[0.0][0]
+    points = {"y": {1e-3: (2.7, 1.0), 2e-3: (2.9, 1.5)}, "x": {1e-3: (2.7, 1.3), 2e-3: (2.6, 1.8)}}
+    whole = {arm: with_seeds(arm, rates) for arm, rates in points.items()}
+    plain = {arm: curve(arm, rates) for arm, rates in points.items()}
+    found, expected = (report._at_equal_learning(base, arms, "a", ["b"]) for arms in (whole, plain))
+    assert "| x | +0.3000 (0.0000) |" in expected
+    assert found == expected
+
+
+def test_further_seeds_can_be_of_the_first_rate_alone():
+    experiment = read_experiment(PROBE, ["seeds=[0, 1, 2]", "curve_seeds=1"])
+    trials = experiment.trials()
+    assert len(trials) == 1 + 5 * 4 + 5 * 2
+    assert {trial.rate for trial in trials if trial.seed} == {arm.rates[0] for arm in experiment.arms}
+    assert len(read_experiment(PROBE, ["seeds=[0, 1, 2]"]).trials()) == 1 + 5 * 4 * 3
+
+
 def test_the_rate_is_chosen_on_validation_text_alone():
     points = {1e-3: (2.8, 1.2), 2e-3: (2.6, 1.8)}
     assert report.best_rate(curve("x", points), "a") == 2e-3
@@ -395,6 +420,7 @@ def test_seeds_and_epochs_have_orders_of_their_own():
         ),
         ("arms.base={}", "arms: expected blocks by name, none called base"),
         ("seeds=[]", "seeds: expected different whole numbers"),
+        ("curve_seeds=-1", "curve_seeds: expected a number of seeds, found -1"),
         ("training.steps=0", "training.steps: expected at least 1, found 0"),
         ("something=1", "expected the keys model"),
     ],

@@ -124,6 +124,8 @@ class Experiment:
         adapt_to: the domains that are trained on; each is measured on all.
         arms: the methods; the first is what the others are compared with.
         seeds: of the adapters' start and of the order of windows.
+        curve_seeds: so many of the seeds, from the first on, are trained at all rates, the others at each arm's first
+            rate alone; None for all.
         training: how is trained.
         evaluation: what is measured.
     """
@@ -136,15 +138,16 @@ class Experiment:
     seeds: list[int]
     training: Training
     evaluation: Evaluation
+    curve_seeds: int | None = None
 
     def trials(self) -> list[Trial]:
         """The base model, then rate by rate, so that arms can soon be compared."""
         most = max(len(arm.rates) for arm in self.arms)
         return [Trial("", BASE, 0.0, 0)] + [
             Trial(domain, arm.name, arm.rates[i], seed)
-            for seed in self.seeds
+            for number, seed in enumerate(self.seeds)
             for domain in self.adapt_to
-            for i in range(most)
+            for i in range(most if self.curve_seeds is None or number < self.curve_seeds else 1)
             for arm in self.arms
             if i < len(arm.rates)
         ]
@@ -197,6 +200,7 @@ def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     values.setdefault("model", None)
     values.setdefault("dtype", "bfloat16")
     values.setdefault("seeds", [0])
+    values.setdefault("curve_seeds", None)
     if set(values) != set(known):
         raise ValueError(f"{path}: expected the keys {', '.join(known)}, found {', '.join(map(str, values))}")
     if not isinstance(values["arms"], dict) or not values["arms"] or BASE in values["arms"]:
@@ -242,6 +246,8 @@ def _check(experiment: Experiment) -> None:
     _expect(bool(inside), "adapt_to", f"some of {', '.join(domains)}", adapt_to)
     whole = isinstance(seeds, list) and seeds and all(type(seed) is int and seed >= 0 for seed in seeds)
     _expect(bool(whole) and len(set(seeds)) == len(seeds), "seeds", "different whole numbers from 0 on", seeds)
+    count = experiment.curve_seeds
+    _expect(count is None or (type(count) is int and count >= 0), "curve_seeds", "a number of seeds", count)
     _expect(evaluation.split in [*SPLITS][1:], "evaluation.split", "validation or test", evaluation.split)
     _expect(
         evaluation.vocabulary in ("domain", "full"), "evaluation.vocabulary", "domain or full", evaluation.vocabulary

@@ -271,20 +271,26 @@ def _differences(arms: dict[str, dict[float, list[Record]]], domain: str, others
 def _at_equal_learning(
     base: Record, arms: dict[str, dict[float, list[Record]]], domain: str, others: list[str]
 ) -> str:
-    """What every arm forgets more than the first, at each level of learning that the first one's rates reach."""
+    """What every arm forgets more than the first, at each level of learning that the first one's rates reach.
+
+    Only seeds that both arms have at all their rates count: a curve with other seeds at every rate would be none.
+    """
     reference, *rest = arms
     best = best_rate(arms[reference], domain)
+    own = _of_common_seeds(arms[reference])
     levels = {
         rate: loss
-        for rate, runs in arms[reference].items()
+        for rate, runs in (own[0] if own else {}).items()
         if best is not None and rate <= best and (loss := mean_loss(runs, domain)) is not None
     }
     rows = []
     for arm in rest:
-        row = [arm]
-        for rate, level in levels.items():
-            runs = at_level(base, arms[arm], domain, level)
-            found = None if runs is None else paired(runs, arms[reference][rate], others)
+        row, both = [arm], _of_common_seeds(arms[reference], arms[arm])
+        for rate in levels:
+            found = None
+            if both and (level := mean_loss(both[0][rate], domain)) is not None:
+                runs = at_level(base, both[1], domain, level)
+                found = None if runs is None else paired(runs, both[0][rate], others)
             row.append("not reached" if found is None else f"{found[0]:+.4f} ({found[1]:.4f})")
         rows.append(row)
     if not levels or not rows:
@@ -294,6 +300,17 @@ def _at_equal_learning(
         f"Forgetting at equal learning: loss on {', '.join(others)} less that of {reference}, at the losses on "
         f"{domain} that its rates reach (standard error; interpolated between rates):\n\n{table}\n"
     )
+
+
+def _of_common_seeds(*arms: dict[float, list[Record]]) -> list[dict[float, list[Record]]]:
+    """Arms with the seeds alone that all of them have at all of their rates."""
+    seeds = [{record["trial"]["seed"] for record in runs} for rates in arms for runs in rates.values()]
+    common = set.intersection(*seeds)
+    return [
+        {rate: [record for record in runs if record["trial"]["seed"] in common] for rate, runs in rates.items()}
+        for rates in arms
+        if common
+    ]
 
 
 def _share(share: float | None) -> str:
