@@ -26,6 +26,7 @@ from harness import finish, options, parser, randomise, table
 from peft import PeftModel, get_peft_model, save_as_lora
 from real_models import smollm2, wikitext2
 from tqdm.auto import tqdm
+from transformers import GenerationConfig
 
 from clover_peft import CloverConfig, convert_to_mla, prune, save_stock
 from clover_peft.io import run_record as records
@@ -130,17 +131,12 @@ def _compare(make: Callable[[Any, Any, Path], Made], folder: Path, arguments: An
 def _expected(model: Any, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
     """Log-probabilities and greedy tokens by transformers."""
     logprobs, tokens = [], []
+    greedy = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)  # It ends at no token.
     for prompt in prompts:
         ids = torch.tensor([prompt])
         scores = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
         logprobs.append(scores.gather(1, ids[0, 1:, None])[:, 0].tolist())
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            eos_token_id=-1,
-        )
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
         tokens.append(out[0, len(prompt) :].tolist())
     return {"logprobs": logprobs, "tokens": tokens}
 
