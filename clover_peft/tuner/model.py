@@ -34,6 +34,7 @@ from .layer import CloverLayer, CloverLinear
 from .merge_checks import check_merges, warning_of_rounding
 from .merging import check_truncation
 from .mixed_batch import mixed_batch
+from .target_names import check_names
 from .target_parameters import TargetParameters
 from .tied_weights import TiedWeights, refuse_shared, shared_modules, untie_whole
 
@@ -132,6 +133,8 @@ class CloverModel(TargetParameters, TiedWeights):
         if config.awaits_weights and (loads or config.inference_mode):  # without them, inference makes no sense
             check_folder(config.folder)
         self._refuse_experts(config)
+        if state_dict is None and not config.target_parameters:
+            check_names(self.model, config.target_modules)
         refuse_sharded(self.model)
         bases_follow = loads and config.save_bases is not False and not filled_by_rank_0()
         self._injection = _Injection(loads or config.awaits_weights, bases_follow, shared_modules(self.model))
