@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..io.atomic import new_folder
 from ..io.figures import find_pyplot
 from ..io.hub_models import find_model, load_as_saved
 from ..pruning import PruningReport, prune
@@ -56,13 +57,14 @@ def _prune(given: argparse.Namespace) -> tuple[Any, PruningReport]:
         target_modules=options.target_modules(given),
     )
     _check_loads(model, given.masked)
-    model.save_pretrained(out)
-    if processor is not None:
-        processor.save_pretrained(out)
-    report.save(out / "pruning.json")
-    if not given.no_pictures:
-        report.plot(out / "pruning.png")
-    write_card(out, model, report, source.name, source.license, data)
+    with new_folder(out) as folder:
+        model.save_pretrained(folder)
+        if processor is not None:
+            processor.save_pretrained(folder)
+        report.save(folder / "pruning.json")
+        if not given.no_pictures:
+            report.plot(folder / "pruning.png")
+        write_card(folder, model, report, source.name, source.license, data)
     return model, report
 
 
