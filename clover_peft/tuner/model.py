@@ -26,7 +26,7 @@ from .adapter_file import is_untouched, select_for_saving, take_file
 from .adapter_folder import check_folder, read_tensors
 from .adapter_tensors import BASES_CHECKSUM, FROZEN
 from .bases import clover_layers, frozen_tensors, unwrap_empty_layers, warn_of_zero_blocks
-from .block_spec import BlockSpec, block_spec
+from .block_spec import BlockSpec, block_specs
 from .combining import add_up, find_sources
 from .config import CloverConfig
 from .experts import CloverExperts
@@ -260,13 +260,7 @@ class CloverModel(TargetParameters, TiedWeights):
             described=config.mlp_block_size is not None,
         )
         rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key), config.r)
-        specs = tuple(block_spec(config, key, target, rank) for target in slices)
-        if rank is not None and rank > (widest := max(spec.size for spec in specs)):
-            raise ValueError(
-                f"{key}: r={rank} is larger than any of its blocks, of at most {widest} features; lower r, or give "
-                "this module its own with rank_pattern"
-            )
-        return specs
+        return block_specs(config, key, slices, rank)
 
     # ------------------------------------------------------------------ merging
 
