@@ -65,7 +65,10 @@ def _adapt(given: argparse.Namespace) -> int:
     print(running.show(given.out / "records", pictures))
     if given.mechanism:
         print(mechanism.markdown(given.out / "records", given.out / "mechanism"))
-        mechanism.picture(given.out / "records", given.out / "mechanism", pictures)
+        try:
+            mechanism.picture(given.out / "records", given.out / "mechanism", pictures)
+        except ValueError as error:  # no matplotlib
+            print(f"no pictures: {error}", file=sys.stderr)
     return 0
 
 

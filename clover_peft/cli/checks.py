@@ -15,6 +15,7 @@ from typing import Any, cast
 from ..experiments import settings
 from ..io.configs import find_config
 from ..io.overrides import apply_override, load_yaml
+from ..io.rows import find_text
 from ..io.static_fields import static_fields
 from ..tuner import config_checks
 
@@ -179,6 +180,8 @@ def _calibration(given: argparse.Namespace) -> None:
     chosen = [name for name in ("rows", "max_length", "batch_size") if getattr(given, name) is not None]
     if given.calibration is None and chosen:
         raise ValueError(f"--{chosen[0].replace('_', '-')}: expected --calibration with it, found none")
+    if given.calibration is not None:
+        find_text(given.calibration)
 
 
 def figures(option: str, text: str | None) -> float | dict[Any, float] | None:
@@ -202,6 +205,9 @@ def figures(option: str, text: str | None) -> float | dict[Any, float] | None:
 
 
 def export(given: argparse.Namespace) -> None:
+    if Path(given.adapter).is_dir() and not Path(given.adapter, "adapter_config.json").is_file():
+        found = "a whole model" if Path(given.adapter, "config.json").is_file() else "none"
+        raise ValueError(f"{given.adapter}: expected an adapter's folder, with adapter_config.json, found {found}")
     if given.out.exists() and (not given.out.is_dir() or any(given.out.iterdir())):
         raise ValueError(f"{given.out}: expected a new or empty folder, found files; choose another")
 

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..io.atomic import new_folder
 from ..io.hub_models import load_processor
 from ..io.model_class import find_class, read_config
 from ..tuner.adapter_file import embedding_of
@@ -59,8 +60,9 @@ def export(
         ValueError: `out` is in use, the base is not known, something of the adapter would be lost, or no LoRA can be
             made of it.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: expected a new or empty folder, found files; choose another")
+    for each in (out, *(_lora_folder(out, rank) for rank in lora_ranks or ())):
+        if each.exists() and (not each.is_dir() or any(each.iterdir())):
+            raise ValueError(f"{each}: expected a new or empty folder, found files; choose another")
     config = PeftConfig.from_pretrained(adapter)
     base = base or config.base_model_name_or_path
     if not base:
@@ -91,7 +93,7 @@ def export(
     if lora_ranks:
         errors = lora_errors(model, lora_ranks)["all"]
         for rank in lora_ranks:
-            folder = out.with_name(f"{out.name}-lora-r{rank}")
+            folder = _lora_folder(out, rank)
             _write_lora(model, folder, rank, tokenizer if grown else None, embeddings=grown)
             lora = kind.from_pretrained(base, dtype=wide)
             _grow(lora, adapter, trained_with)
@@ -102,9 +104,10 @@ def export(
     exact = probe(merged)
     digests = _digests(merged, own)
     _settle_ties(_cast(merged, own))
-    merged.save_pretrained(out)
-    for each in filter(None, (processor, trained_with)):
-        each.save_pretrained(out)
+    with new_folder(out) as folder:
+        merged.save_pretrained(folder)
+        for each in filter(None, (processor, trained_with)):
+            each.save_pretrained(folder)
     rounded = probe(_cast(merged, wide))
     del model, merged
     read = kind.from_pretrained(out, dtype=wide)
@@ -117,6 +120,10 @@ def export(
         "dtype": str(own),
         "lora": loras,
     }
+
+
+def _lora_folder(out: Path, rank: int) -> Path:
+    return out.with_name(f"{out.name}-lora-r{rank}")
 
 
 def _tokenizer(adapter: str) -> Any:
@@ -204,11 +211,11 @@ def _write_lora(model: PeftModel, folder: Path, rank: int, tokenizer: Any, embed
     if embeddings:
         own = get_peft_model_state_dict(model, save_embedding_layers=True)
         state |= {name: tensor.clone() for name, tensor in own.items() if "clover_" not in name}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / "adapter_model.safetensors")
-    config.save_pretrained(str(folder))
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    with new_folder(folder) as partial:
+        save_file(state, partial / "adapter_model.safetensors")
+        config.save_pretrained(str(partial))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
 
 
 def _distance(this: Tensor, that: Tensor, unit: Tensor) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..convert.stock import check_stock, save_stock
+from ..io.atomic import new_folder
 from ..io.figures import find_pyplot
 from ..io.hub_models import find_model, load_as_saved
 from ..pruning import PruningReport, prune
@@ -58,17 +59,17 @@ def _prune(given: argparse.Namespace) -> tuple[Any, PruningReport]:
         masked=given.masked,
         target_modules=options.target_modules(given),
     )
-    if given.stock:
-        save_stock(model, out)
-    else:
+    if not given.stock:
         _check_loads(model, given.masked)
-        model.save_pretrained(out)
-    if processor is not None:
-        processor.save_pretrained(out)
-    report.save(out / "pruning.json")
-    if not given.no_pictures:
-        report.plot(out / "pruning.png")
-    write_card(out, model, report, source.name, source.license, data, stock=given.stock)
+    with new_folder(out) as folder:
+        save = save_stock if given.stock else type(model).save_pretrained
+        save(model, folder)
+        if processor is not None:
+            processor.save_pretrained(folder)
+        report.save(folder / "pruning.json")
+        if not given.no_pictures:
+            report.plot(folder / "pruning.png")
+        write_card(folder, model, report, source.name, source.license, data, stock=given.stock)
     return model, report
 
 

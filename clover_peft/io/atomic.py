@@ -92,6 +92,23 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
 
 
 @contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder`, which is renamed to it when the context ends without an error.
+
+    Args:
+        folder: the final place, which must be free or an empty folder.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        content = Path(temporary) / folder.name  # cards and pictures may have the folder's name
+        content.mkdir()
+        yield content
+        if folder.is_dir():
+            folder.rmdir()  # which refuses a folder that is not empty
+        content.rename(folder)
+
+
+@contextmanager
 def _partial(path: Path) -> Iterator[Path]:
     """A hidden name beside `path` that no other process uses; a file left under it is deleted."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")

@@ -20,6 +20,22 @@ def is_rows_file(path: Path) -> bool:
     return path.name.endswith((".jsonl", ".jsonl.gz"))
 
 
+def find_text(source: str) -> tuple[Path, str | None]:
+    """A text's file and its kind, ".txt" or ".jsonl"; no kind stands for the name of a data set on the hub.
+
+    Raises:
+        ValueError: the file does not exist, or is of another kind.
+    """
+    path = Path(source).expanduser()
+    kind = next((k for k in (".txt", ".jsonl") if path.name.endswith((k, f"{k}.gz"))), None)
+    if (kind is None and path.exists()) or (kind is not None and not path.is_file()):
+        raise ValueError(
+            f"{source}: expected a .txt or .jsonl file, with .gz or without, or the name of a data set on the hub, "
+            f"found {'no such file' if not path.exists() else 'a folder' if path.is_dir() else 'another file'}"
+        )
+    return path, kind
+
+
 def read_lines(path: Path) -> Iterator[bytes]:
     """Yield the lines of a file of text, uncompressed, each with its newline.
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rows import read_lines, read_rows
+from .rows import find_text, read_lines, read_rows
 
 DEFAULT_ROWS, DEFAULT_LENGTH, DEFAULT_BATCH = 64, 512, 8
 # Fields of a row that hold its text; the first entry whose first field the row has is used.
@@ -182,16 +182,10 @@ def _beginning(texts: Iterable[str], characters: int) -> str:
 
 def _texts(source: str) -> Iterator[str]:
     """Yield the text of a file or a data set piece by piece; the pieces only have to be joined."""
-    path = Path(source).expanduser()
-    kind = next((k for k in (".txt", ".jsonl") if path.name.endswith((k, f"{k}.gz"))), None)
-    if not path.exists() and kind is None:
+    path, kind = find_text(source)
+    if kind is None:
         yield from (_row_text(source, row) for row in _hub_rows(source))
         return
-    if not path.is_file() or kind is None:
-        raise ValueError(
-            f"{source}: expected a .txt or .jsonl file, with .gz or without, or the name of a data set on the hub, "
-            f"found {'no such file' if not path.exists() else 'a folder' if path.is_dir() else 'another file'}"
-        )
     if kind == ".jsonl":
         for where, row, problem in read_rows(path):
             if problem:

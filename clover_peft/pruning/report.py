@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from ..io import atomic
 from ..io.tables import markdown_table
 from .directions import Method
 from .figures import HeatMap, plot_heat_maps
@@ -89,7 +90,7 @@ class PruningReport:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the report as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        atomic.write_text(Path(path), json.dumps(self.to_dict(), indent=2) + "\n")
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Draw heat maps, layer x key-value head, for each kind of pair (needs matplotlib).

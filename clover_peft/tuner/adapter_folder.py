@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+
+from ..io.atomic import write_text
 
 _CARD_HEADING = "## How to load"
 _AUTO_CLASSES = {
@@ -90,5 +93,4 @@ def complete_model_card(path: str, base: str | None, task_type: str | None) -> N
     )
     first = re.search(r"^(##+ |```)", text, flags=re.M)
     above, below = (text[: first.start()], "\n" + text[first.start() :]) if first else (text, "")
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(f"{above.rstrip()}\n\n{recipe}{below}")
+    write_text(Path(path), f"{above.rstrip()}\n\n{recipe}{below}")

@@ -188,7 +188,7 @@ class AdapterTensors(nn.Module):
             drop = self.clover_dropout[name] if dropout and self.training else None
             drop = drop if getattr(drop, "p", 0.0) else None
             for spec in self.specs[name]:
-                matrix, coordinates = self.read(name, spec, partial(_fold, spec, len(names) == 1 and spec.is_staged))
+                matrix, coordinates = self.read(name, spec, partial(_fold, spec, len(names) == 1 and spec.is_factored))
                 place = Place(spec.heads, spec.size, spec.truncate)
                 key = (place, drop and name)  # each adapter draws a dropout mask of its own
                 if key in result:
@@ -302,10 +302,10 @@ class AdapterTensors(nn.Module):
                 tensors[adapter_name].to(target)
 
 
-def _fold(spec: BlockSpec, staged: bool, tensors: BlockTensors) -> tuple[Tensor, Tensor | None]:
+def _fold(spec: BlockSpec, factored: bool, tensors: BlockTensors) -> tuple[Tensor, Tensor | None]:
     """The map of a slice: folded, or its left factor E S, and C."""
     with torch.autocast(device_type=tensors.s.device.type, enabled=False):
-        return (spec.map(tensors._replace(u=None)), tensors.u) if staged else (spec.map(tensors), None)
+        return (spec.map(tensors._replace(u=None)), tensors.u) if factored else (spec.map(tensors), None)
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -88,8 +88,8 @@ class BlockSpec:
         return (self.blocks, self.r, self.r) if self.form == "full" else (self.blocks, self.r)
 
     @property
-    def is_staged(self) -> bool:
-        """Whether to apply C and then E S, because that saves fewer numbers for training or is less work."""
+    def is_factored(self) -> bool:
+        """Whether to keep the map as C and E S, because that saves fewer numbers for training or is less work."""
         saves_nothing = self.output_is_kept and not self.truncate  # training needs only an output that is kept anyway
         return self.r < self.size and (not saves_nothing or self.r <= self.size // 4)
 
@@ -132,18 +132,34 @@ class BlockSpec:
         return folded - torch.eye(self.size, dtype=folded.dtype, device=folded.device) if self.truncate else folded
 
 
-def block_spec(config: CloverConfig, key: str, target: TargetSlice, rank: int | None) -> BlockSpec:
-    """Apply a config to one slice of a target.
+def block_specs(
+    config: CloverConfig, key: str, targets: tuple[TargetSlice, ...], rank: int | None
+) -> tuple[BlockSpec, ...]:
+    """Apply a config to the slices of a target.
 
     Args:
         config: the adapter's config.
         key: path of the target, for messages.
-        target: the slice.
-        rank: directions to train in each block; None for all.
+        targets: its slices.
+        rank: directions to train in each block, all of a block that has fewer; None for all.
 
     Raises:
-        ValueError: if the config does not fit the slice.
+        ValueError: if the config does not fit a slice, or no block has as many directions.
     """
+    specs = tuple(_block_spec(config, key, target, rank) for target in targets)
+    widest = max(specs, key=lambda spec: spec.size)
+    if rank is not None and rank > widest.size:
+        head = "" if widest.part in ("up", "linear") else f", head_dim {widest.heads.dim}"
+        raise ValueError(
+            f"{key}: r={rank} is larger than a block of {widest.size} features ({widest.part}{head}); r counts "
+            "directions inside a block and is not LoRA's rank: leave it out to train whole blocks, lower it, or give "
+            "this module its own with rank_pattern"
+        )
+    return specs
+
+
+def _block_spec(config: CloverConfig, key: str, target: TargetSlice, rank: int | None) -> BlockSpec:
+    """Apply a config to one slice of a target."""
     heads, is_attention = target.heads, target.has_heads
     paired = config.cross_layer and target.partner is not None
     size = config.block_size if is_attention else config.mlp_block_size
@@ -165,16 +181,7 @@ def block_spec(config: CloverConfig, key: str, target: TargetSlice, rank: int | 
             f"{key}: block_size={size} spans several heads of {heads.dim}, but heads of a pair attend with different "
             "weights; pass cross_layer=False or a divisor of the head"
         )
-    r = size if rank is None else rank
-    if target.name != "weight" and is_attention:
-        r = min(r, size)  # a part of a fused projection may be narrower than r
-    if r > size:
-        head = f", head_dim {heads.dim}" if is_attention else ""
-        raise ValueError(
-            f"{key}: r={r} is larger than a block of {size} features ({target.part}{head}); r counts "
-            "directions inside a block and is not LoRA's rank: leave it out to train whole blocks, lower it, or give "
-            "this module its own with rank_pattern"
-        )
+    r = size if rank is None else min(rank, size)
     basis = "pair" if paired else config.basis
     if basis is None:
         basis = "qr" if config.s_matrix == "full" and r == size else "svd"

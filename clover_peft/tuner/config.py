@@ -5,17 +5,20 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import tempfile
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
 from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig
 from peft.config import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers import PretrainedConfig
 
+from ..io.atomic import write_text
 from ..io.user_warning import warn
 from ..runtime.peft_registry import CLOVER
 from . import config_checks
@@ -159,7 +162,11 @@ class CloverConfig(PeftConfig):
             whole: dict[str, Any] = dict(r=None, rank_pattern={}, s_matrix="full", basis=None, truncate=False)
             whole |= dict(from_activations=False, balanced_updates=False, folded=True, inference_mode=True)
             config = replace(self, **whole)
-        PeftConfig.save_pretrained(config, save_directory, **kwargs)
+        with tempfile.TemporaryDirectory() as folder:
+            PeftConfig.save_pretrained(config, folder, **kwargs)
+            text = Path(folder, CONFIG_NAME).read_text(encoding="utf-8")
+        os.makedirs(save_directory, exist_ok=True)
+        write_text(Path(save_directory, CONFIG_NAME), text)
         complete_model_card(os.path.join(save_directory, "README.md"), self.base_model_name_or_path, self.task_type)
 
     @classmethod

@@ -47,8 +47,8 @@ def _check_numbers(values: Mapping[str, Any]) -> None:
     for name in ("r", "block_size", "mlp_block_size", "head_dim", "num_heads"):
         _check_positive(name, values.get(name), optional=True)
     low_rank, dropout = values.get("low_rank", 0), values.get("clover_dropout", 0.0)
-    if low_rank != 0 or isinstance(low_rank, bool):
-        _check_positive("low_rank", low_rank)
+    if not isinstance(low_rank, int) or isinstance(low_rank, bool) or low_rank < 0:
+        raise ValueError(f"CloverConfig.low_rank: expected a positive integer, or 0 for none, found {low_rank!r}")
     pattern = values.get("rank_pattern", {})
     if not isinstance(pattern, dict):
         raise ValueError(f"CloverConfig.rank_pattern: expected a dict of names to ranks, found {pattern!r}")

@@ -13,13 +13,13 @@ from .experts import refuse_experts
 
 @torch.no_grad()
 def lora_errors(
-    model: nn.Module, ranks: Sequence[int] = (16, 64, 256), adapter_name: str = "default"
+    model: nn.Module, ranks: int | Sequence[int] = (16, 64, 256), adapter_name: str = "default"
 ) -> dict[str, dict[int, float]]:
     """The error of `peft.convert_to_lora` at each rank, because CLOVER's update has full rank and a LoRA does not.
 
     Args:
         model: a model with a trained CLOVER adapter.
-        ranks: ranks of the LoRA.
+        ranks: ranks of the LoRA, or one rank. Beyond the smaller side of a module's weight its error is 0.
         adapter_name: the adapter.
 
     Returns:
@@ -28,8 +28,11 @@ def lora_errors(
         every update, one at a time.
 
     Raises:
-        ValueError: if no module has the adapter.
+        ValueError: if no module has the adapter, or a rank is not a positive integer.
     """
+    ranks = [ranks] if isinstance(ranks, int) else list(ranks)
+    if wrong := [rank for rank in ranks if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1]:
+        raise ValueError(f"lora_errors: expected positive integers as ranks, found {wrong[0]!r}")
     lost = {rank: torch.zeros((), dtype=torch.float64) for rank in ranks}
     total = torch.zeros((), dtype=torch.float64)
     result = {}

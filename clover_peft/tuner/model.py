@@ -26,7 +26,7 @@ from .adapter_file import is_untouched, select_for_saving, take_file
 from .adapter_folder import check_folder, read_tensors
 from .adapter_tensors import BASES_CHECKSUM, FROZEN
 from .bases import clover_layers, frozen_tensors, unwrap_empty_layers, warn_of_zero_blocks
-from .block_spec import BlockSpec, block_spec
+from .block_spec import BlockSpec, block_specs
 from .combining import add_up, find_sources
 from .config import CloverConfig
 from .experts import CloverExperts
@@ -34,6 +34,7 @@ from .layer import CloverLayer, CloverLinear
 from .merge_checks import check_merges, warning_of_rounding
 from .merging import check_truncation
 from .mixed_batch import mixed_batch
+from .target_names import check_names
 from .target_parameters import TargetParameters
 from .tied_weights import TiedWeights, refuse_shared, shared_modules, untie_whole
 
@@ -132,6 +133,8 @@ class CloverModel(TargetParameters, TiedWeights):
         if config.awaits_weights and (loads or config.inference_mode):  # without them, inference makes no sense
             check_folder(config.folder)
         self._refuse_experts(config)
+        if state_dict is None and not config.target_parameters:
+            check_names(self.model, config.target_modules)
         refuse_sharded(self.model)
         bases_follow = loads and config.save_bases is not False and not filled_by_rank_0()
         self._injection = _Injection(loads or config.awaits_weights, bases_follow, shared_modules(self.model))
@@ -257,13 +260,7 @@ class CloverModel(TargetParameters, TiedWeights):
             described=config.mlp_block_size is not None,
         )
         rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key), config.r)
-        specs = tuple(block_spec(config, key, target, rank) for target in slices)
-        if rank is not None and rank > (widest := max(spec.size for spec in specs)):
-            raise ValueError(
-                f"{key}: r={rank} is larger than any of its blocks, of at most {widest} features; lower r, or give "
-                "this module its own with rank_pattern"
-            )
-        return specs
+        return block_specs(config, key, slices, rank)
 
     # ------------------------------------------------------------------ merging
 

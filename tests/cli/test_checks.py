@@ -57,6 +57,9 @@ WRONG = [
     (["prune", "m", "--ratio", "0.5", "--rows", "3", "--out", "out"], "--rows: expected --calibration with it"),
     (["prune", "m", "--ratio", "0.5", "--out", "docs"], "--out docs: expected a new or empty folder"),
     (["spectra", "m", "--threshold", "xy=1"], "--threshold xy=1: expected a figure such as 0.5"),
+    (["prune", "m", "--ratio", "0.5", "--calibration", "no.txt", "--out", "out"], "no.txt: expected a .txt or .jsonl"),
+    (["spectra", "m", "--calibration", "docs"], "docs: expected a .txt or .jsonl file, with .gz or without"),
+    (["export", "docs", "out"], "docs: expected an adapter's folder, with adapter_config.json, found none"),
     (["export", "adapter", "docs"], "docs: expected a new or empty folder"),
 ]
 

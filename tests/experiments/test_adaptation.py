@@ -459,7 +459,7 @@ def test_the_command(tmp_path, capsys):
     assert "expected a folder of records, found none" in capsys.readouterr().err
 
 
-def test_the_mechanism_is_measured_on_saved_adapters(tmp_path, capsys):
+def test_the_mechanism_is_measured_on_saved_adapters(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib", reason="needs the plots extra")
     arguments = ["--config", "adaptation_tiny", "--out", str(tmp_path), "--mechanism"]
     arguments.append("arms.lora.rates=[1e-3,3e-3]")
@@ -482,6 +482,12 @@ def test_the_mechanism_is_measured_on_saved_adapters(tmp_path, capsys):
     assert main(arguments) == 0
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     assert len(adapters) == 3
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    capsys.readouterr()
+    assert main(arguments) == 0
+    told = capsys.readouterr()
+    assert "Rank correlations over" in told.out
+    assert 'pip install "clover-peft[plots]"' in told.err
 
 
 def test_a_balanced_lora_starts_as_the_base_and_every_module_gets_one_sensitivity():

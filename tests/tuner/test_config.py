@@ -54,6 +54,13 @@ def test_rank_pattern_with_no_positive_integer_is_refused(rank: object) -> None:
         CloverConfig(rank_pattern={"k_proj": 4, "v_proj": rank})
 
 
+@pytest.mark.parametrize("value", [-1, True, 1.0, "8", None])
+def test_low_rank_that_is_no_rank_is_refused(value: object) -> None:
+    message = f"CloverConfig.low_rank: expected a positive integer, or 0 for none, found {value!r}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        CloverConfig(low_rank=value)
+
+
 @pytest.mark.parametrize("value", [["v_proj"], "v_proj", None, 4])
 def test_rank_pattern_that_is_no_dict_is_refused(value: object) -> None:
     with pytest.raises(ValueError, match=r"CloverConfig\.rank_pattern: expected .*, found "):

@@ -48,3 +48,13 @@ def test_biases_that_change_cannot_become_a_lora():
     model = get_peft_model(build("gpt2"), CloverConfig())
     with pytest.raises(TypeError, match="do not support LoRA conversion"):
         convert_to_lora(model, rank=4)
+
+
+def test_one_rank_and_ranks_beyond_the_modules_and_wrong_ones():
+    model = get_peft_model(build("llama"), CloverConfig())
+    perturb(model)
+    assert lora_errors(model, 4) == lora_errors(model, [4])
+    assert set(lora_errors(model, [10_000])["all"].values()) == {0.0}
+    for wrong in (0, [16, -1], ["16"], [4.0], [True]):
+        with pytest.raises(ValueError, match="lora_errors: expected positive integers as ranks, found"):
+            lora_errors(model, wrong)

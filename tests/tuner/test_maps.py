@@ -27,7 +27,7 @@ LAYOUTS = {
     "shards": (HeadSlice(0, 4, 12, 6, 3, 2, 3), 3, 24),
     "spread shards": (HeadSlice(0, 4, 12, 0, 2, 2, 3), 2, 24),
 }
-KINDS = ["folded", "staged", "replaces", "staged replaces"]
+KINDS = ["folded", "factored", "replaces", "factored replaces"]
 
 
 def random(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -39,7 +39,7 @@ def head_map(layout: str, kind: str = "folded", scale: float = 0.05, dtype: torc
     heads, size, _ = LAYOUTS[layout]
     blocks, r = heads.features // size, max(1, size // 2)
     place = Place(heads, size, "replaces" in kind)
-    if "staged" in kind:
+    if "factored" in kind:
         coordinates = random(blocks, r, size, seed=2, dtype=dtype).detach()
         return HeadMap(place, random(blocks, size, r, scale=scale, seed=1, dtype=dtype), coordinates)
     return HeadMap(place, random(blocks, size, size, scale=scale, seed=1, dtype=dtype))
@@ -90,7 +90,7 @@ def test_autocast_changes_nothing(kind, kept):
             assert torch.equal(apply_maps(z, [m]), expected)
             assert torch.equal(apply_maps(z[:1, :1], [m]), expected[:1, :1])
     assert torch.equal(y, expected)
-    for found in [gradients(y, [z, m.matrix]), *([] if "staged" in kind else [within])]:
+    for found in [gradients(y, [z, m.matrix]), *([] if "factored" in kind else [within])]:
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
@@ -188,7 +188,7 @@ def test_the_output_can_be_written_to(tokens, grad):
 
 
 def test_several_maps_read_the_same_features():
-    maps = [head_map("split heads", "replaces"), head_map("plain"), head_map("plain", "staged")]
+    maps = [head_map("split heads", "replaces"), head_map("plain"), head_map("plain", "factored")]
     z = random(3, 24)
     matrices = [m.matrix for m in maps]
     y, expected = apply_maps(z, maps), formula(z, maps)
@@ -269,7 +269,7 @@ def test_z_is_kept_where_the_coarsest_rounding_of_float32_products_would_be_ampl
 
 
 def test_low_rank_keeps_r_numbers_a_token():
-    z, m = random(7, 24), head_map("plain", "staged")
+    z, m = random(7, 24), head_map("plain", "factored")
     sizes = {t.numel() for t in saved(lambda: apply_maps(z, [m]))}
     assert 7 * 4 * 3 in sizes
     assert 7 * 24 not in sizes

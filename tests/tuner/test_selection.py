@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -10,7 +12,7 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from clover_peft import CloverConfig, CloverLayer
 from clover_peft.tuner.bases import clover_layers
-from tests.support.adapters import layers_by_name, only_spec
+from tests.support.adapters import layers, layers_by_name, only_spec
 from tests.support.tiny import build, logits, relative
 
 
@@ -199,3 +201,18 @@ def test_rank_larger_than_a_part_of_a_fused_projection_trains_that_part_whole() 
     model = get_peft_model(build("gpt_neox"), CloverConfig(r=8, target_modules=["query_key_value"]))
     layer = next(module for module in model.modules() if isinstance(module, CloverLayer))
     assert {spec.part: spec.r for spec in layer.specs["default"]} == {"k_rotary": 4, "k": 8, "v": 8}
+
+
+def test_misspelt_names_are_answered_with_near_ones() -> None:
+    model = build("llama")
+    with pytest.raises(ValueError, match=r"\{'v_porj'\} not found in the base model; v_porj: did you mean v_proj"):
+        get_peft_model(model, CloverConfig(target_modules=["v_porj"]))
+    with pytest.raises(ValueError, match=r"not found in the base model; its linear modules are called down_proj, .*"):
+        get_peft_model(model, CloverConfig(target_modules=["zzz"]))
+    assert not layers(model)
+    with pytest.warns(UserWarning, match=r"no module is called self_attn\.k_porj, the others are adapted; .* k_proj"):
+        adapted = get_peft_model(model, CloverConfig(target_modules=["v_proj", "self_attn.k_porj"]))
+    assert len(layers(adapted)) == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        get_peft_model(build("llama"), CloverConfig(target_modules=["v_proj", "layers.0.self_attn.k_proj", "lm_head"]))

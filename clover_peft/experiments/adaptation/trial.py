@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -239,10 +240,21 @@ class _State:
             "random": torch.get_rng_state(),
             "progress": {"step": self.step, "seconds": self.seconds, "losses": self.losses},
         }
-        atomic.write_by(self.file, lambda partial: torch.save(state, partial))
+
+        def write(partial: Path) -> None:
+            with partial.open("wb") as file:  # with a path, torch's errors do not name it
+                torch.save(state, file)
+
+        atomic.write_by(self.file, write)
 
     def _load(self) -> None:
-        found = torch.load(self.file, map_location="cpu", weights_only=True)
+        try:
+            found = torch.load(self.file, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
+            raise ValueError(
+                f"{self.file}: expected a whole checkpoint, found one that cannot be read ({error}); delete it, and "
+                "the trial begins anew"
+            ) from error
         records.check_same(
             found["settings"], self.settings, str(self.file), "set it as before, or choose another --out"
         )
