@@ -10,7 +10,9 @@ removed, stand beside them. Perplexity is on windows that do not overlap, rows j
 window left out; calibration windows are drawn from the training set by the seed. Widths are multiples of 4, because
 Llama's config wants multiples of the nine heads too: 540, 504 and 432 of 576.
 
-The record holds the share of the second moment that every block's basis keeps.
+The record holds the share of the second moment that every block's basis keeps. With --why it also tells where the loss
+comes from, at the smallest ratio: the spectrum of the shared moment, and the perplexity of the dense model when its
+stream is projected onto d dimensions at one place alone, by the shared basis and by the place's own.
 """
 
 from __future__ import annotations
@@ -31,6 +33,9 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import clover_peft
+from clover_peft.base_model.activations import evaluating
+from clover_peft.convert.slicing import Slicer
+from clover_peft.convert.slicing_checks import check_sliceable, choose_width
 from clover_peft.io import run_record as records
 
 RATIOS = (0.0625, 0.125, 0.25)
@@ -88,13 +93,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
     dense = data.load()
     base = {"perplexity": data.perplexity(dense), "parameters": _parameters(dense)}
     print(f"dense: perplexity {base['perplexity']:.2f}, {base['parameters']:,} parameters", flush=True)
-    rows = [{"rotation": None, "ratio": 0.0, **_with_clover(dense, data, base)}]
+    rows: list[dict[str, Any]] = [{"rotation": None, "ratio": 0.0, **_with_clover(dense, data, base)}]
     del dense
     for ratio in arguments.ratio:
-        for rotation in ROTATIONS:
+        for rotation in arguments.rotation:
             rows.append({"rotation": rotation, "ratio": ratio, **_sliced(data, base, ratio, rotation)})
             print(_line(rows[-1]), flush=True)
     print(table(("", "width", "v dense", "parameters", "s", "with V-O halved"), [_cells(row) for row in rows]))
+    why = _why(data, base, min(arguments.ratio)) if arguments.why else None
     reached = {
         f"{row['rotation']} at {row['ratio']:.2%}": row["v_dense"]
         for row in rows
@@ -109,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             "data": {"calibration_tokens": data.calibration.numel(), "measured_tokens": data.measured.numel()},
             "dense": base,
             "rows": rows,
+            "why": why,
             "targets": at_most(dict.fromkeys(reached, TARGET), reached),
         },
     )
@@ -121,6 +128,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     command.add_argument("--windows", type=int, default=0, help="measured windows; 0: the whole split")
     command.add_argument("--length", type=int, default=1024, help="tokens of a window")
     command.add_argument("--calibration-windows", type=int, default=64)
+    command.add_argument("--rotation", nargs="+", default=list(ROTATIONS), choices=ROTATIONS)
+    command.add_argument("--without-clover", action="store_true", help="leave out what halved heads cost")
+    command.add_argument("--why", action="store_true", help="measure where the loss comes from")
     arguments = command.parse_args(argv)
     if arguments.windows < 0 or arguments.calibration_windows < 1 or arguments.length < 2:
         command.error("--windows must not be negative, --calibration-windows and --length must be positive")
@@ -151,6 +161,8 @@ def _sliced(data: Data, base: dict[str, Any], ratio: float, rotation: Any) -> di
 
 def _with_clover(model: Any, data: Data, base: dict[str, Any]) -> dict[str, Any]:
     """Halve the value heads of a model, and measure it."""
+    if data.arguments.without_clover:
+        return {"halved": None}
     report = clover_peft.prune(model, {"vo": 0.5}, calibration=data.batches(), ranks="uniform")
     perplexity = data.perplexity(model)
     return {
@@ -164,6 +176,29 @@ def _with_clover(model: Any, data: Data, base: dict[str, Any]) -> dict[str, Any]
     }
 
 
+def _why(data: Data, base: dict[str, Any], ratio: float) -> dict[str, Any]:
+    """The spectrum of the stream, and what one place alone loses."""
+    model = data.load()
+    slicer = Slicer(model, check_sliceable(model), choose_width(model, ratio, MULTIPLE, stock=True), data.batches())
+    with evaluating(model):
+        moments = [each.second[0] for each in slicer.moments()]
+    total = torch.stack(moments).sum(0)
+    spectrum = torch.linalg.eigvalsh(total).flip(0)
+    shares = (spectrum.cumsum(0) / spectrum.sum()).tolist()
+    layers, places = model.model.layers, {}
+    for index in sorted({0, len(layers) // 2, len(layers)}):
+        module = model.model.norm if index == len(layers) else layers[index]
+        for name, moment in (("shared", total), ("own", moments[2 * index])):
+            basis = slicer.basis(moment).to(model.dtype)
+            handle = module.register_forward_pre_hook(lambda module, inputs, p=basis: (inputs[0] @ p @ p.mT,))
+            places[f"{name} basis in front of layer {index}"] = data.perplexity(model) / base["perplexity"]
+            handle.remove()
+    for name, figure in places.items():
+        print(f"{name}: {figure:.4f}", flush=True)
+    kept = {size: shares[size - 1] for size in range(len(shares) // 12, len(shares) + 1, len(shares) // 12)}
+    return {"width": slicer.width, "energy_of_leading": kept, "v_dense_of_one_place": places}
+
+
 def _parameters(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -173,11 +208,12 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _cells(row: dict[str, Any]) -> list[object]:
+    halved = row["halved"]["v_dense"] if row["halved"] else "-"
     if row["rotation"] is None:
-        return ["dense", "", 1.0, "", "", row["halved"]["v_dense"]]
+        return ["dense", "", 1.0, "", "", halved]
     width, seconds = row["report"]["width"][1], f"{row['seconds']:.0f}"
     name = f"{row['rotation']} {row['ratio']:.2%}"
-    return [name, width, row["v_dense"], f"{row['parameters']:,}", seconds, row["halved"]["v_dense"]]
+    return [name, width, row["v_dense"], f"{row['parameters']:,}", seconds, halved]
 
 
 if __name__ == "__main__":

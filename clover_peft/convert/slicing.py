@@ -77,7 +77,7 @@ def slice_hidden_size(
     stock = rotation == "shared" and stream.sized
     width = choose_width(model, ratio, multiple, stock)
     before = sum(parameter.numel() for parameter in model.parameters())
-    making = _Making(model, stream, width, calibration)
+    making = Slicer(model, stream, width, calibration)
     with evaluating(model):
         making.per_block() if rotation == "per_block" else making.shared()
     with uninterrupted():
@@ -99,8 +99,8 @@ def slice_hidden_size(
 
 
 @dataclass
-class _Making:
-    """The parts of a sliced model while they are made.
+class Slicer:
+    """Makes the parts of a sliced model, and puts them in place.
 
     Attributes:
         model: the model, which `install` alone changes.
@@ -139,11 +139,11 @@ class _Making:
 
     def shared(self) -> None:
         """One basis from the moments of all norms' inputs, in one pass of the model as it is."""
-        moments = self._all_moments()
+        moments = self.moments()
         total = torch.zeros_like(moments[0].scatter[0])
         for each in moments:
             total += each.second[0]
-        basis = self._basis(total)
+        basis = self.basis(total)
         for name, each in zip(self.names, moments, strict=True):
             self.energy[name] = _share(each.second[0], basis)
         self._start(basis)
@@ -170,10 +170,11 @@ class _Making:
 
     # ------------------------------------------------------------------ bases
 
-    def _all_moments(self) -> list[Moments]:
+    def moments(self) -> list[Moments]:
+        """Second moments of the normalised stream in front of every norm of the model as it is, in one pass."""
         reader = TokenReader(self.model)
         masks: dict[str, Tensor] = {}
-        found = [self._moments() for _ in self.names]
+        found = [self._zero() for _ in self.names]
 
         def add(moments: Moments) -> Callable[..., None]:
             return lambda module, inputs: self._add(moments, inputs[0], masks.get("attention_mask"))
@@ -190,15 +191,15 @@ class _Making:
 
     def _next_basis(self, flow: _Flow) -> Tensor:
         """The basis of the next norm's input."""
-        name, moments = self.names[len(self.energy)], self._moments()
+        name, moments = self.names[len(self.energy)], self._zero()
         for state, mask in zip(flow.states, flow.masks, strict=True):
             self._add(moments, state.to(flow.device), mask)
         self._check(name, moments)
-        basis = self._basis(moments.second[0])
+        basis = self.basis(moments.second[0])
         self.energy[name] = _share(moments.second[0], basis)
         return basis
 
-    def _moments(self) -> Moments:
+    def _zero(self) -> Moments:
         weight = self.old_norm.weight
         at = torch.device("cpu") if weight.device.type == "mps" else weight.device
         zeros = torch.zeros(1, self.size, self.size, dtype=torch.float64, device=at)
@@ -218,7 +219,7 @@ class _Making:
         moments.check_finite(name)
         self.tokens = moments.tokens
 
-    def _basis(self, moment: Tensor) -> Tensor:
+    def basis(self, moment: Tensor) -> Tensor:
         """(D, d) float64 with orthonormal columns: the leading eigenvectors of (D, D). In a centred stream d - 1 of
         them, and nothing along the vector of ones of either space."""
         if not self.stream.centred:
@@ -321,7 +322,7 @@ class _Flow:
         device: where the model is.
     """
 
-    def __init__(self, making: _Making) -> None:
+    def __init__(self, making: Slicer) -> None:
         self.states: list[Tensor] = []
         self.masks: list[Tensor | None] = []
         self.calls: list[list[dict[str, Any]]] = []

@@ -376,7 +376,7 @@ def test_interrupted(when, rotation, monkeypatch):
             interrupt()
 
     if when in ("bases", "layers"):
-        monkeypatch.setattr(slicing._Making, {"bases": "_basis", "layers": "_end"}[when], interrupt)
+        monkeypatch.setattr(slicing.Slicer, {"bases": "basis", "layers": "_end"}[when], interrupt)
     if when == "not finite":
         with torch.no_grad():
             model.model.embed_tokens.weight[5] = torch.inf
