@@ -34,7 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import clover_peft
 from clover_peft.base_model.activations import evaluating
-from clover_peft.convert.slicing import Slicer
+from clover_peft.convert import slicing
 from clover_peft.convert.slicing_checks import check_sliceable, choose_width
 from clover_peft.io import run_record as records
 
@@ -93,18 +93,20 @@ def main(argv: Sequence[str] | None = None) -> Path:
     dense = data.load()
     base = {"perplexity": data.perplexity(dense), "parameters": _parameters(dense)}
     print(f"dense: perplexity {base['perplexity']:.2f}, {base['parameters']:,} parameters", flush=True)
-    rows: list[dict[str, Any]] = [{"rotation": None, "ratio": 0.0, **_with_clover(dense, data, base)}]
+    rows: list[dict[str, Any]] = [{"rotation": None, "pull": None, "ratio": 0.0, **_with_clover(dense, data, base)}]
     del dense
     for ratio in arguments.ratio:
         for rotation in arguments.rotation:
-            rows.append({"rotation": rotation, "ratio": ratio, **_sliced(data, base, ratio, rotation)})
-            print(_line(rows[-1]), flush=True)
+            for pull in arguments.pull if rotation == "per_block" else [None]:
+                row = {"rotation": rotation, "ratio": ratio, "pull": pull}
+                rows.append({**row, **_sliced(data, base, ratio, rotation, pull)})
+                print(_line(rows[-1]), flush=True)
     print(table(("", "width", "v dense", "parameters", "s", "with V-O halved"), [_cells(row) for row in rows]))
     why = _why(data, base, min(arguments.ratio)) if arguments.why else None
     reached = {
         f"{row['rotation']} at {row['ratio']:.2%}": row["v_dense"]
         for row in rows
-        if row["rotation"] and row["ratio"] == min(arguments.ratio)
+        if row["rotation"] and row["ratio"] == min(arguments.ratio) and row["pull"] in (None, arguments.pull[0])
     }
     return finish(
         arguments.out,
@@ -129,6 +131,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     command.add_argument("--length", type=int, default=1024, help="tokens of a window")
     command.add_argument("--calibration-windows", type=int, default=64)
     command.add_argument("--rotation", nargs="+", default=list(ROTATIONS), choices=ROTATIONS)
+    command.add_argument(
+        "--pull", type=float, nargs="+", default=[slicing.PULL], help="per_block: to the shared basis"
+    )
     command.add_argument("--without-clover", action="store_true", help="leave out what halved heads cost")
     command.add_argument("--why", action="store_true", help="measure where the loss comes from")
     arguments = command.parse_args(argv)
@@ -137,9 +142,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _sliced(data: Data, base: dict[str, Any], ratio: float, rotation: Any) -> dict[str, Any]:
+def _sliced(data: Data, base: dict[str, Any], ratio: float, rotation: Any, pull: float | None) -> dict[str, Any]:
     """Slice a fresh model, measure it, and measure it again with halved values."""
     model, reports = data.load(), []
+    slicing.PULL = slicing.PULL if pull is None else pull
 
     def cut() -> None:
         reports.append(
@@ -179,7 +185,9 @@ def _with_clover(model: Any, data: Data, base: dict[str, Any]) -> dict[str, Any]
 def _why(data: Data, base: dict[str, Any], ratio: float) -> dict[str, Any]:
     """The spectrum of the stream, and what one place alone loses."""
     model = data.load()
-    slicer = Slicer(model, check_sliceable(model), choose_width(model, ratio, MULTIPLE, stock=True), data.batches())
+    slicer = slicing.Slicer(
+        model, check_sliceable(model), choose_width(model, ratio, MULTIPLE, stock=True), data.batches()
+    )
     with evaluating(model):
         moments = [each.second[0] for each in slicer.moments()]
     total = torch.stack(moments).sum(0)
@@ -212,7 +220,7 @@ def _cells(row: dict[str, Any]) -> list[object]:
     if row["rotation"] is None:
         return ["dense", "", 1.0, "", "", halved]
     width, seconds = row["report"]["width"][1], f"{row['seconds']:.0f}"
-    name = f"{row['rotation']} {row['ratio']:.2%}"
+    name = f"{row['rotation']} {row['ratio']:.2%}" + (f" pull {row['pull']:g}" if row["pull"] is not None else "")
     return [name, width, row["v_dense"], f"{row['parameters']:,}", seconds, halved]
 
 

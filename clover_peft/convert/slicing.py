@@ -24,6 +24,9 @@ from .slicing_report import SlicingReport
 from .stream import Block, Stream, head_of, norms, present, put, trunk_of
 
 Rotation = Literal["per_block", "shared"]
+# "per_block" adds the mean moment of all blocks to a block's own, this many times. Chosen on validation text with
+# SmolLM2-135M (`benchmarks/slicing.py --pull`).
+PULL = 16.0
 
 
 @torch.inference_mode(False)
@@ -46,13 +49,15 @@ def slice_hidden_size(
 
     "shared": one P for the whole model. The result is of the stock class with another `hidden_size`, and loads without
     `clover_peft`; OPT's class derives the size of heads from it, so that OPT needs `import clover_peft`.
-    "per_block": a P for every block, measured on the outputs of the sliced blocks before it. What passes a block is
-    multiplied by `P_next^T P`, (d, d), which costs 2 d^2 parameters a layer. Load it after `import clover_peft`.
+    "per_block": a P for every block, measured on the outputs of the sliced blocks before it, and drawn to the P of
+    "shared" (ours): bases that differ lose other directions at every block, and all that they lose adds up. What
+    passes a block is multiplied by `P_next^T P`, (d, d), which costs 2 d^2 parameters a layer. Load it after
+    `import clover_peft`.
 
     The head is no longer tied to the embedding, since the last gains are folded into it alone. New layers are made
     beside the old ones and put in their place at the end: an error or an interrupt before that leaves the model as it
-    was. Costs a second copy of the weights, eigenvectors of D x D matrices, and one pass over the data. "shared" keeps
-    a D x D moment in float64 for each block; "per_block" keeps one, and the stream of all tokens, D numbers each.
+    was. Costs a second copy of the weights, eigenvectors of D x D matrices, a D x D moment in float64 for each block,
+    and one pass over the data; "per_block" two, and the stream of all tokens, D numbers each.
 
     Args:
         model: a causal language model of a known family, without adapters and not quantised.
@@ -77,7 +82,7 @@ def slice_hidden_size(
     stock = rotation == "shared" and stream.sized
     width = choose_width(model, ratio, multiple, stock)
     before = sum(parameter.numel() for parameter in model.parameters())
-    making = Slicer(model, stream, width, calibration)
+    making = Slicer(model, stream, width, list(calibration))
     with evaluating(model):
         making.per_block() if rotation == "per_block" else making.shared()
     with uninterrupted():
@@ -118,7 +123,7 @@ class Slicer:
     model: Any
     stream: Stream
     width: int
-    data: Iterable[Mapping[str, Any]]
+    data: Sequence[Mapping[str, Any]]
     layers: list[Any] = field(default_factory=list)
     embeddings: dict[str, nn.Module] = field(default_factory=dict)
     norm: Any = None
@@ -132,6 +137,7 @@ class Slicer:
         self.old_norm = getattr(self.trunk, self.stream.norm)
         self.size = getattr(self.trunk, self.stream.embeddings[0]).weight.shape[-1]
         self.scale = math.sqrt(self.width / self.size)
+        self.drawn_to: Tensor | float = 0.0
         names = {module: name for name, module in self.model.named_modules()}
         self.names = [names[norm] for norm in norms(self.trunk, self.stream)]
 
@@ -140,10 +146,7 @@ class Slicer:
     def shared(self) -> None:
         """One basis from the moments of all norms' inputs, in one pass of the model as it is."""
         moments = self.moments()
-        total = torch.zeros_like(moments[0].scatter[0])
-        for each in moments:
-            total += each.second[0]
-        basis = self.basis(total)
+        basis = self.basis(_mean(moments))
         for name, each in zip(self.names, moments, strict=True):
             self.energy[name] = _share(each.second[0], basis)
         self._start(basis)
@@ -153,6 +156,7 @@ class Slicer:
 
     def per_block(self) -> None:
         """A basis for every block, from the moments of the stream that the sliced blocks before it leave."""
+        self.drawn_to = PULL * _mean(self.moments())
         flow = _Flow(self)
         basis = self._next_basis(flow)
         self._start(basis)
@@ -195,7 +199,7 @@ class Slicer:
         for state, mask in zip(flow.states, flow.masks, strict=True):
             self._add(moments, state.to(flow.device), mask)
         self._check(name, moments)
-        basis = self.basis(moments.second[0])
+        basis = self.basis(moments.second[0] + self.drawn_to)
         self.energy[name] = _share(moments.second[0], basis)
         return basis
 
@@ -386,6 +390,14 @@ def _start(reader: TokenReader, batch: Mapping[str, Any]) -> tuple[dict[str, Any
 def _right(weight: Tensor, matrix: Tensor) -> Tensor:
     """`weight @ matrix` in the matrix's dtype, on the weight's device."""
     return weight.to(matrix.dtype) @ matrix.to(weight.device)
+
+
+def _mean(moments: Sequence[Moments]) -> Tensor:
+    """(D, D) float64, the mean of second moments."""
+    total = torch.zeros_like(moments[0].scatter[0])
+    for each in moments:
+        total += each.second[0]
+    return total / len(moments)
 
 
 def _without_ones(size: int) -> Tensor:

@@ -242,8 +242,9 @@ def test_padding_does_not_count():
         assert relative(logits_of(other), logits_of(plain)) < 1e-4
 
 
-def test_later_blocks_are_measured_behind_sliced_ones():
+def test_later_blocks_are_measured_behind_sliced_ones(monkeypatch):
     """If the last MLP adds nothing, what the sliced blocks leave in front of the last norm fits into their basis."""
+    monkeypatch.setattr(slicing, "PULL", 0.0)
     for rotation, whole in (("per_block", True), ("shared", False)):  # "shared" measures the model as it is
         model = build("llama")
         with torch.no_grad():
@@ -252,6 +253,17 @@ def test_later_blocks_are_measured_behind_sliced_ones():
         assert list(report.energy)[-1] == "model.norm"
         assert (report.energy["model.norm"] > 1 - 1e-6) == whole
         assert report.energy["model.layers.1.post_attention_layernorm"] < 1 - 1e-3
+
+
+def test_bases_are_drawn_to_the_shared_one(monkeypatch):
+    """With a strong pull, a basis for each block is the one for the model; with none, they differ."""
+    shared = logits_of(sliced("llama", 0.25, "shared")[0])
+    distances = []
+    for pull in (0.0, 1e9):
+        monkeypatch.setattr(slicing, "PULL", pull)
+        distances.append(relative(logits_of(sliced("llama", 0.25, "per_block")[0]), shared))
+    assert distances[0] > 0.1
+    assert distances[1] < 1e-4
 
 
 def test_the_report(tmp_path):
