@@ -1,9 +1,10 @@
 """CLOVER (Cross-Layer Orthogonal Vectors, arXiv 2411.17426) as a PEFT method. Importing registers it with peft,
-and lets transformers and diffusers load models that `prune` made narrower."""
+and lets transformers and diffusers load models that `prune` or `slice_hidden_size` made narrower."""
 
 from ._moved import keep_old_paths
 from ._version import __version__
-from .convert import ConversionReport, convert_to_mla, save_stock
+from .convert import ConversionReport, SlicingReport, convert_to_mla, save_stock, slice_hidden_size
+from .convert.sliced_models import install as install_sliced
 from .io.user_warning import warn
 from .pruning import PruningReport, calibrate, prune
 from .pruning.narrow.loading import install
@@ -26,6 +27,7 @@ __all__ = [
     "CloverModel",
     "ConversionReport",
     "PruningReport",
+    "SlicingReport",
     "__version__",
     "balance_updates",
     "broadcast_bases",
@@ -39,10 +41,12 @@ __all__ = [
     "merge_onto",
     "prune",
     "save_stock",
+    "slice_hidden_size",
 ]
 
 register(CloverConfig, CloverModel)
 install()
+install_sliced()
 keep_old_paths()
 if newer := untested():
     warn(newer)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..base_model.attention import WIDTHS
 from ..base_model.plain import check_plain
+from .sliced_models import RECORD
 
 # Models whose layers are Llama's: the same modules, names and order of operations, with plain RMSNorms.
 _CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
@@ -101,6 +102,11 @@ def check_stock(model: Any) -> int:
     if getattr(model, "is_quantized", False):
         raise ValueError("model: expected weights that are not quantised, found some; save it before it is quantised")
     config = model.config
+    if hasattr(config, RECORD):
+        raise ValueError(
+            f"{kind.__name__}: expected layers of its class, found some with matrices on their shortcuts; slice with "
+            'rotation="shared"'
+        )
     if getattr(config, "mlp_bias", False):
         raise ValueError("mlp_bias: expected an MLP without biases, which MiMoV2FlashForCausalLM has, found some")
     window = getattr(config, "sliding_window", None)

@@ -1,0 +1,156 @@
+"""Models whose residual stream is narrower than their config says: the layers, the record, and how they are loaded."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+
+from .stream import STREAMS, Stream, empty, head_of, trunk_of
+
+# The entry of a model's config that says how it was sliced, and its form.
+RECORD = "clover_slicing"
+VERSION = 1
+_IN_MEMORY = " (sliced: save it, and load it from there)"  # behind the name of a model's base
+
+
+class ShortcutNorm(nn.Module):
+    """An RMSNorm without gains, and the matrix of the shortcut past the block behind it.
+
+    The gains are folded into the block. The matrix has their name on disk, so that a class without shortcuts finds a
+    tensor of an unexpected size and stops, instead of computing something else.
+    """
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        """Args:
+        weight: (d, d), from the basis of this block to the basis of the next, any floating dtype.
+        eps: added to the mean square.
+        """
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(weight), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x / sqrt(mean square + eps), (..., d), at least in float32."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        """(..., d), what passes the block, in the next block's basis."""
+        return linear(x, self.weight)
+
+
+def add_shortcuts(layer: Any, stream: Stream, matrices: tuple[Tensor, Tensor]) -> None:
+    """Let a layer multiply what passes its attention and its MLP by a matrix.
+
+    Args:
+        layer: a layer of a stock class, in place.
+        stream: its family's.
+        matrices: (d, d) for each of its two blocks.
+    """
+    for block, matrix in zip(stream.blocks, matrices, strict=True):
+        norm = layer.get_submodule(block.norm)
+        made = ShortcutNorm(matrix, norm.eps if hasattr(norm, "eps") else norm.variance_epsilon)
+        made.weight.requires_grad_(any(parameter.requires_grad for parameter in norm.parameters()))
+        setattr(layer, block.norm, made.train(norm.training))
+    layer.__class__ = _sliced_class(type(layer), stream)  # type: ignore[arg-type]  # a class is hashable
+
+
+@functools.cache
+def _sliced_class(stock: Any, stream: Stream) -> type[nn.Module]:
+    """A layer's class with a matrix on its shortcuts; of the same name, by which transformers splits models."""
+
+    def forward(self: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        for block in stream.blocks:
+            norm = getattr(self, block.norm)
+            hidden_states = norm.shortcut(hidden_states) + block.run(self, norm(hidden_states), **kwargs)
+        return hidden_states
+
+    namespace = {
+        "forward": forward,
+        "__module__": __name__,
+        # No name leads to this class, which copies and pickles need.
+        "__reduce_ex__": lambda self, protocol: (_new, (stock, stream), vars(self)),
+    }
+    return type(stock.__name__, (stock,), namespace)
+
+
+def _new(stock: Any, stream: Stream) -> nn.Module:
+    """A layer with shortcuts and no content, for copies and pickles."""
+    made = _sliced_class(stock, stream)
+    return made.__new__(made)
+
+
+def write_record(model: Any, width: int, rotation: str) -> None:
+    """Enter in a model's config that its residual stream has another width than the config says."""
+    setattr(model.config, RECORD, {"version": VERSION, "width": width, "rotation": rotation})
+
+
+def forget_base(model: Any) -> None:
+    """Let a model's name no longer name a base that adapters could be loaded onto."""
+    name = getattr(model, "name_or_path", "")
+    if name and not name.endswith(_IN_MEMORY):
+        model.name_or_path = name + _IN_MEMORY
+        model.config._name_or_path = model.name_or_path
+
+
+def read_record(config: Any) -> dict[str, Any] | None:
+    """How a model was sliced, from its config; None if it was not, or if its class describes all.
+
+    Raises:
+        ValueError: if the entry is none that `slice_hidden_size` writes.
+    """
+    record = getattr(config, RECORD, None)
+    if record is None:
+        return None
+    if not isinstance(record, dict) or record.get("version") != VERSION:
+        version = record.get("version") if isinstance(record, dict) else record
+        raise ValueError(
+            f"{RECORD} in the config: expected version {VERSION}, found {version!r}; use the clover_peft that the "
+            "model was sliced with"
+        )
+    width, rotation = record.get("width"), record.get("rotation")
+    if not isinstance(width, int) or width < 1 or rotation not in ("shared", "per_block"):
+        raise ValueError(f"{RECORD} in the config: expected a width and a rotation, found {record!r}")
+    if config.model_type not in STREAMS:
+        raise ValueError(f"{RECORD} in the config: expected one of {', '.join(STREAMS)}, found {config.model_type!r}")
+    return record
+
+
+def apply_record(model: Any) -> None:
+    """Give a model the residual stream that its config has an entry for; a part that has it already is left alone."""
+    record = read_record(model.config)
+    if record is None:
+        return
+    stream, width, trunk = STREAMS[model.config.model_type], record["width"], trunk_of(model)
+    if model.base_model is not model and head_of(model) is None:
+        raise ValueError(
+            f"{type(model).__name__}: expected a causal language model or its trunk, because a sliced model's config "
+            "has another hidden size for other heads; load it with AutoModelForCausalLM"
+        )
+    empty(model, stream, width)
+    if record["rotation"] == "per_block":
+        for layer in trunk.layers:
+            if not isinstance(layer.get_submodule(stream.attention.norm), ShortcutNorm):
+                like = layer.get_submodule(stream.attention.norm).weight
+                eye = torch.eye(width, dtype=like.dtype, device=like.device)
+                add_shortcuts(layer, stream, (eye, eye.clone()))
+
+
+def install() -> None:
+    """Let transformers load sliced models; once."""
+    if getattr(PreTrainedModel.post_init, "clover_sliced", False):
+        return
+    post_init = PreTrainedModel.post_init
+
+    @functools.wraps(post_init)
+    def sliced_first(self: PreTrainedModel) -> None:
+        if hasattr(self.config, RECORD):
+            apply_record(self)
+        post_init(self)
+
+    sliced_first.clover_sliced = True  # type: ignore[attr-defined]
+    PreTrainedModel.post_init = sliced_first

@@ -1,0 +1,30 @@
+"""The benchmark of slicing on a tiny model."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.benchmarks import run
+
+
+def test_every_setting_is_measured(benchmark, tmp_path, capsys):
+    pytest.importorskip("trl", reason="needs the train extra")
+    record = run(benchmark("slicing"), tmp_path / "record.json", "--ratio", "0.125", "0.25", "--why")
+    dense, *rows = record["rows"]
+    assert dense["rotation"] is None
+    assert [(row["ratio"], row["rotation"]) for row in rows] == [
+        (ratio, rotation) for ratio in (0.125, 0.25) for rotation in ("shared", "per_block")
+    ]
+    for row in rows:
+        assert row["report"]["width"] == [48, round(48 * (1 - row["ratio"]) / 4) * 4]
+        assert row["report"]["parameters"][1] == row["parameters"]
+        assert row["halved"]["parameters"] < row["parameters"]
+        assert row["v_dense"] == pytest.approx(row["perplexity"] / record["dense"]["perplexity"])
+        assert row["seconds"] > 0
+    assert set(record["targets"]) == {"shared at 12.50%", "per_block at 12.50%"}
+    assert record["data"] == {"calibration_tokens": 512, "measured_tokens": 128}
+    places = record["why"]["v_dense_of_one_place"]
+    assert len(places) == 6
+    assert all(figure != 1 for figure in places.values())
+    assert record["why"]["energy_of_leading"]["48"] == pytest.approx(1)
+    assert "per_block 12.50%" in capsys.readouterr().out
