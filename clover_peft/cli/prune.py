@@ -62,8 +62,10 @@ def _prune(given: argparse.Namespace) -> tuple[Any, PruningReport]:
     if not given.stock:
         _check_loads(model, given.masked)
     with new_folder(out) as folder:
-        save = save_stock if given.stock else type(model).save_pretrained
-        save(model, folder)
+        if given.stock:
+            save_stock(model, folder)
+        else:
+            model.save_pretrained(folder)
         if processor is not None:
             processor.save_pretrained(folder)
         report.save(folder / "pruning.json")

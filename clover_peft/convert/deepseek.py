@@ -8,6 +8,7 @@ same way. A bias of keys that lost their rotation changes no softmax, and a bias
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -225,5 +226,5 @@ def build(source: Source, found: Sequence[Components], slots: Slots, sizes: Sequ
     # Buffers of a model on the meta device have no numbers.
     rotary = type(model.model.rotary_emb)(config=config)
     model.model.rotary_emb = rotary.to(source.model.device)
-    model.generation_config = source.model.generation_config
+    model.generation_config = copy.deepcopy(source.model.generation_config)
     return model.eval()
