@@ -132,16 +132,23 @@ def labels(given: argparse.Namespace) -> list[str]:
 
 def convert(given: argparse.Namespace) -> None:
     _new_folder(given.out)
-    for option in ("mla", "prune"):
+    for option in ("mla", "slice", "prune"):
         share = getattr(given, option)
-        if share and not 0 < share < 1:
+        is_absent = share is None or (option == "mla" and share == 0)  # --mla alone leaves its share out
+        if not is_absent and not 0 < share < 1:
             raise ValueError(f"--{option} {share}: expected a share above 0 and below 1")
-    if bool(given.mla) == (given.kv_lora_rank is not None):
+    others = {"--mla": ("rope_dims", "kv_lora_rank", "method"), "--slice": ("rotation",)}
+    for option in others["--mla" if given.slice is not None else "--slice"]:
+        if getattr(given, option) is not None:
+            owner = "--mla" if given.slice is not None else "--slice"
+            raise ValueError(f"--{option.replace('_', '-')}: expected {owner} with it, found none")
+    if given.slice is None and bool(given.mla) == (given.kv_lora_rank is not None):
         raise ValueError("--mla: expected the share of the cache to remove or --kv-lora-rank, and not both")
     if given.calibration is None:
         raise ValueError("--calibration: expected text, which the conversion needs, found none")
-    if given.prune is None and given.multiple != 1:
-        raise ValueError("--multiple: expected --prune with it, found none")
+    if given.multiple is not None and given.prune is None and given.slice is None:
+        raise ValueError("--multiple: expected --prune or --slice with it, found none")
+    _calibration(given)
 
 
 def _new_folder(out: Path) -> None:

@@ -71,9 +71,44 @@ def test_a_latent_of_a_given_size(folder, tmp_path):
     assert (report["method"], report["kv_lora_rank"]) == ("transmla", 10)
 
 
+@pytest.mark.parametrize("rotation", ["shared", "per_block"])
+def test_a_sliced_and_pruned_folder(folder, tmp_path, capsys, rotation):
+    options = ["--slice", 0.25, "--rotation", rotation, "--multiple", 4, "--prune", 0.5, "--no-pictures"]
+    assert run(folder, tmp_path / "out", *options) == 0
+    out = tmp_path / "out"
+    assert {"slicing.json", "pruning.json", "README.md", "tokenizer.json"} <= {path.name for path in out.iterdir()}
+    report = json.loads((out / "slicing.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.model.layers[0].self_attn.v_proj.in_features == report["width"][1] < report["width"][0]
+    assert torch.isfinite(model(torch.arange(3, 20)[None]).logits).all()
+    assert "import clover_peft  # needed" in (out / "README.md").read_text()
+    assert "load it after `import clover_peft`" in capsys.readouterr().out
+
+
+def test_a_folder_sliced_with_one_basis_is_a_stock_model(folder, tmp_path, capsys):
+    assert run(folder, tmp_path / "out", "--slice", 0.25, "--rotation", "shared", "--multiple", 4) == 0
+    code = (
+        "import sys, torch\nfrom transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "print(model(torch.arange(3, 20)[None]).logits.double().sum().item(), 'clover_peft' in sys.modules)\n"
+    )
+    arguments = [sys.executable, "-c", code, str(tmp_path / "out")]
+    shown = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
+    total, imported = shown.split()[-2:]
+    here = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        assert float(total) == pytest.approx(float(here(torch.arange(3, 20)[None]).logits.double().sum()), rel=1e-6)
+    assert imported == "False"
+    assert "load it with stock transformers" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--slice", "0"], "--slice 0.0: expected a share above 0 and below 1"),
+        (["--slice", "0.25", "--rope-dims", "4"], "--rope-dims: expected --mla with it, found none"),
+        (["--slice", "0.25", "--method", "clover"], "--method: expected --mla with it, found none"),
+        (["--mla", "0.5", "--rotation", "shared"], "--rotation: expected --slice with it, found none"),
         (["--mla", "1.5"], "--mla 1.5: expected a share above 0 and below 1"),
         (["--mla"], "--mla: expected the share of the cache to remove or --kv-lora-rank, and not both"),
         (
@@ -81,7 +116,7 @@ def test_a_latent_of_a_given_size(folder, tmp_path):
             "--mla: expected the share of the cache to remove or --kv-lora-rank",
         ),
         (["--mla", "0.5", "--prune", "2"], "--prune 2.0: expected a share above 0 and below 1"),
-        (["--mla", "0.5", "--multiple", "8"], "--multiple: expected --prune with it"),
+        (["--mla", "0.5", "--multiple", "8"], "--multiple: expected --prune or --slice with it"),
         (["--mla", "0.5", "--rope-dims", "99"], "rope_dims: expected an even number from 2 to 24"),
     ],
 )
