@@ -24,7 +24,7 @@ from ..base_model.activations import TokenReader, evaluating, hooks
 from .rotary import Method
 
 _EVERY = 4  # Of this many predictions one is taken a gradient of: large vocabularies cost more than the rest.
-_DAMPING = 1e-3  # of the eigenvalues of G, as a share of their mean
+_DAMPING = 0.1  # added to the eigenvalues of G, whose mean is 1
 
 
 @dataclass
@@ -109,11 +109,13 @@ def bases(moments: LatentMoments, keys: int, rank: int, method: Method) -> tuple
         u = torch.linalg.eigh(scale[:, None] * second * scale).eigenvectors[:, -rank:]
         a, b = u.T * scale, u / scale[:, None]
     else:
-        values, vectors = torch.linalg.eigh(moments.fisher)
-        values = values.clamp(min=0) + _DAMPING * values.clamp(min=0).mean()
+        # Components have very different units. In units of their own gradients, no direction drowns in the damping.
+        unit = moments.fisher.diagonal().clamp(min=1e-30 * float(moments.fisher.diagonal().max())).sqrt()
+        values, vectors = torch.linalg.eigh(moments.fisher / unit[:, None] / unit)
+        values = values.clamp(min=0) + _DAMPING
         root, inverse = (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T
-        u = torch.linalg.eigh(root @ second @ root).eigenvectors[:, -rank:]
-        a, b = u.T @ root, inverse @ u
+        u = torch.linalg.eigh(root @ (unit[:, None] * second * unit) @ root).eigenvectors[:, -rank:]
+        a, b = u.T @ root * unit, inverse @ u / unit[:, None]
     # Numbers of one size in the cache lose least where a server stores it in few bits.
     size = torch.einsum("rn,nm,rm->r", a, second, a).clamp(min=0).sqrt()
     size = size.clamp(min=1e-6 * float(size.max()))
