@@ -176,19 +176,27 @@ def pictures(found: dict[str, Record], folder: Path) -> list[Path]:
         arms = by_arm(found, domain)
         if not arms:
             continue
-        figure, axes = pyplot.subplots(figsize=(7, 5))
+        figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+        colors = pyplot.get_cmap("tab10" if len(arms) <= 10 else "tab20").colors
         others = [other for other in base["losses"] if other != domain]
-        for arm, rates in arms.items():
+        for i, (arm, rates) in enumerate(arms.items()):
             points = [p for rate, runs in rates.items() if (p := point(base, runs, domain)) is not None]
             if points:
-                axes.plot(*zip(*points, strict=True), "o-", label=arm, markersize=4, linewidth=1)
+                axes.plot(
+                    *zip(*points, strict=True),
+                    "o-",
+                    color=colors[i % len(colors)],
+                    label=arm,
+                    markersize=4,
+                    linewidth=1,
+                )
             for rate, runs in rates.items():
                 if (p := point(base, runs, domain)) is not None:
                     axes.annotate(f"{rate:g}", p, fontsize=6, xytext=(2, 2), textcoords="offset points")
         axes.set_xlabel(f"loss on {domain} after training (learned: left)")
         axes.set_ylabel(f"rise of the loss on {', '.join(others)} (forgot: up)")
         if axes.lines:
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
         save(f"learn_forget_{domain}", figure)
     return made
 
