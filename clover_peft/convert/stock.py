@@ -57,7 +57,7 @@ def save_stock(model: nn.Module, folder: str | PathLike[str], *, hub_keys: bool 
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{folder}: expected a new or empty folder, found files; choose another")
     source: Any = model
-    tensors = dict(source.state_dict())
+    tensors = {name: tensor for name, tensor in source.state_dict().items() if not name.endswith("o_proj.bias")}
     if constants := _constants(source):
         width += 1
         _hold_constants(source, tensors, constants)
@@ -140,7 +140,6 @@ def _hold_constants(model: Any, tensors: dict[str, Tensor], constants: Mapping[i
     heads = model.config.num_key_value_heads
     for i in range(len(model.model.layers)):
         path = f"model.layers.{i}.self_attn."
-        tensors.pop(path + "o_proj.bias", None)
         for name in "qkv":  # the class has all three biases, or none
             weight = tensors[f"{path}{name}_proj.weight"]
             tensors.setdefault(f"{path}{name}_proj.bias", weight.new_zeros(len(weight)))

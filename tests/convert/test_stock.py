@@ -182,3 +182,14 @@ def test_smollm2(tmp_path):
     assert relative(found["logits"], logits) < 1e-5
     assert torch.equal(found["tokens"], tokens)
     assert found["cache"] == size == 0.75 * whole
+
+
+@torch.no_grad()
+def test_biases_of_zeros(tmp_path):
+    """A bias behind attention that is all zeros needs no dimension, and the class has no place for it."""
+    model = build("llama", attention_bias=True)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.bias.zero_()
+    clover_peft.save_stock(model, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert relative(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits) < 1e-5

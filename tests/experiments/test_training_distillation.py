@@ -134,6 +134,11 @@ def test_text_rows_and_text_files_give_the_same_windows(settings, prose, tmp_pat
     [
         ({"teacher": "other"}, "expected the tokens of the model's tokenizer"),
         ({"teacher_weight": 0.0}, "teacher_weight: expected more than 0 and at most 1, found 0.0"),
+        (
+            {"loss_type": "dft"},
+            "teacher: expected a whole model in each process and no other loss, found loss_type=dft",
+        ),
+        ({"label_smoothing_factor": 0.1}, "no other loss, found label_smoothing_factor"),
         ({"teacher_temperature": -1.0}, "teacher_temperature: expected a positive number"),
         ({"data": "mixed.jsonl"}, "expected rows of one kind, found 1 with plain text and 1 with instructions"),
         ({"data": "short.txt"}, "expected at least 32 tokens"),

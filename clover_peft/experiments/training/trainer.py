@@ -27,9 +27,17 @@ class Trainer(SFTTrainer):
         super().__init__(args=settings.sft, **kwargs)
         self.teacher = teacher
         if teacher is not None:
-            if self.is_sharded or getattr(self, "aux_loss_enabled", False):
-                found = "a sharded model" if self.is_sharded else "a router's auxiliary loss"
-                raise ValueError(f"teacher: expected a whole model in each process and one loss, found {found}")
+            others = {
+                "a sharded model": self.is_sharded,
+                "a router's auxiliary loss": getattr(self, "aux_loss_enabled", False),
+                f"loss_type={self.args.loss_type}": self.args.loss_type not in ("nll", "chunked_nll"),
+                "label_smoothing_factor": self.args.label_smoothing_factor > 0,
+            }
+            if found := [what for what, is_there in others.items() if is_there]:
+                raise ValueError(
+                    f"teacher: expected a whole model in each process and no other loss, found {found[0]}; leave it "
+                    "out"
+                )
             if getattr(teacher.model, "hf_device_map", None) is None:
                 teacher.model.to(self.args.device)
         self.muon, self.learning_rate_factors = settings.optimizer == "muon", settings.learning_rate_factors

@@ -60,7 +60,8 @@ def _rewrite(attention: AttentionBlock, changes: Sequence[Change]) -> None:
             rows = _rows(projection).to(at).double()
             if projection.bias is not None:
                 rows = torch.cat([rows, projection.bias.to(rows).unsqueeze(0)])
-            parts |= {part: heads.blocks(rows, heads.dim) for part, heads in layout.items()}
+            # Keys have no part without rotation where latent attention rotates all of them.
+            parts |= {part: heads.blocks(rows, heads.dim) for part, heads in layout.items() if heads.dim}
     output, read = attention.module_of(attention.family.output), None
     bias = None if output.bias is None else output.bias.to(at).double()
     for pair, directions, down, back, width in changes:
@@ -88,6 +89,8 @@ def _rewrite(attention: AttentionBlock, changes: Sequence[Change]) -> None:
         if not changed & set(layout):
             continue
         for part, heads in layout.items():
+            if part not in parts:
+                continue
             rows = _rows(projection)
             place = heads.heads(rows)
             place.copy_(parts[part][: len(rows)].reshape(place.shape))
