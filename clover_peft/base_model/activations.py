@@ -20,6 +20,47 @@ from .slices import HeadSlice
 # With fewer tokens for each feature of a block, a moment is mostly noise.
 TOKENS_PER_FEATURE = 10
 TEXT = "input_ids"  # the main input of models of text
+OF_LOGITS = ("labels", "logits_to_keep")  # keywords that a model's head takes, and its trunk does not
+_NONE = "expected batches to run the model on, found none (a generator that was used up?)"
+
+
+def refuse_one_batch(calibration: Any) -> None:
+    """Check that calibration data are not a single batch.
+
+    Raises:
+        TypeError: if they are.
+    """
+    if isinstance(calibration, Mapping):
+        raise TypeError("calibration: expected batches, found one batch; pass a list of them")
+
+
+def read_batches(calibration: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """All batches of calibration data, for what runs over them more than once.
+
+    Raises:
+        TypeError: if it is a single batch.
+        ValueError: if there is none.
+    """
+    if calibration is None:
+        raise ValueError("calibration: expected batches to run the model on, found None; pass a list of them")
+    refuse_one_batch(calibration)
+    batches = list(calibration)
+    if not batches:
+        raise ValueError(f"calibration: {_NONE}")
+    return batches
+
+
+def warn_if_few(name: str, tokens: int, size: int, what: str) -> None:
+    """Warn where there are too few tokens for a moment of this size.
+
+    Args:
+        name: the module, or "calibration".
+        tokens: that the moment was made of.
+        size: its rows.
+        what: the size in words.
+    """
+    if tokens < (wanted := TOKENS_PER_FEATURE * size):
+        warn(f"{name}: {tokens} tokens for {what} are few; pass at least {wanted}")
 
 
 @dataclass(frozen=True)
@@ -50,8 +91,9 @@ class TokenReader:
     def __init__(self, model: nn.Module) -> None:
         self.device = next(model.parameters()).device
         # A cache of keys and values costs memory, and nothing here reads it.
-        has_cache = "use_cache" in inspect.signature(model.forward).parameters
-        self.defaults: dict[str, Any] = {"use_cache": False} if has_cache else {}
+        known = inspect.signature(model.forward).parameters
+        self.defaults: dict[str, Any] = {"use_cache": False} if "use_cache" in known else {}
+        self.one_logit: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         # BERT also calls its layers an "encoder", and its labels are not a decoder's.
         both = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_encoder")
         encoder: Any = model.get_encoder() if both else None  # type: ignore[operator]
@@ -81,6 +123,11 @@ class TokenReader:
         if self.encoding and decoded is not None:
             masks.setdefault("decoder_attention_mask", torch.ones_like(decoded, dtype=torch.bool))
         return values, masks
+
+    def start_without_logits(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """As `start`, where nobody reads logits or loss: no labels, and one logit a row if the model can."""
+        values, masks = self.start(batch)
+        return {k: v for k, v in values.items() if k not in OF_LOGITS} | self.one_logit, masks
 
     def blocks(self, probe: Probe, x: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
         """(tokens, H, d): a probe's blocks of the activations (..., features), without padding."""
@@ -134,7 +181,7 @@ def collect_moments(
             model(**values)
             count += 1
     if not count:
-        raise ValueError("expected batches to run the model on, found none (a generator that was used up?)")
+        raise ValueError(_NONE)
     if missing := [name for name in probes if name not in found or not found[name].tokens]:
         raise ValueError(f"{missing[0]}: expected activations, found none; pass batches of tokens that reach it")
     for name, moments in found.items():
@@ -142,8 +189,7 @@ def collect_moments(
     few = {name: m.tokens for name, m in found.items() if m.tokens < TOKENS_PER_FEATURE * probes[name].size}
     if few:
         name = min(few, key=few.__getitem__)
-        wanted = TOKENS_PER_FEATURE * probes[name].size
-        warn(f"{name}: {few[name]} tokens for blocks of {probes[name].size} features are few; pass at least {wanted}")
+        warn_if_few(name, few[name], probes[name].size, f"blocks of {probes[name].size} features")
     return found
 
 

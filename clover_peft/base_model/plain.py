@@ -1,4 +1,4 @@
-"""`check_plain`: whether a model's weights are its own and in memory, so that they can be rewritten."""
+"""Whether a model's weights can be rewritten: they are its own, in memory, and not quantised."""
 
 from __future__ import annotations
 
@@ -27,4 +27,20 @@ def check_plain(model: nn.Module) -> None:
         raise ValueError(
             f"{type(model).__name__}: expected all weights in memory, found some offloaded or on the meta device; "
             "load it without offloading"
+        )
+
+
+def check_unquantised(model: nn.Module, what: str) -> None:
+    """Check that a model's weights are not quantised.
+
+    Args:
+        model: the model.
+        what: its name in the error.
+
+    Raises:
+        ValueError: if some are.
+    """
+    if getattr(model, "is_quantized", False) or any(not p.is_floating_point() for p in model.parameters()):
+        raise ValueError(
+            f"{what}: expected weights that are not quantised, found some; use the model as it was before quantisation"
         )

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..base_model.plain import check_unquantised
 from ..io.atomic import new_folder
 from ..io.hub_models import load_processor
 from ..io.model_class import find_class, read_config
@@ -78,8 +79,7 @@ def export(
     tokenizer = trained_with or getattr(processor, "tokenizer", processor)
     kind = find_class(read_config(base), config, model_class)
     model = kind.from_pretrained(base, dtype="auto")
-    if getattr(model, "is_quantized", False):
-        raise ValueError(f"{base}: expected weights that are not quantised, found some; merge into the original model")
+    check_unquantised(model, str(base))
     own, wide = dtype or model.dtype, torch.promote_types(model.dtype, torch.float32)
     del model  # loaded again, not cast: what a model computes while it loads, as Gemma its scale, has its dtype
     model = kind.from_pretrained(base, dtype=wide)

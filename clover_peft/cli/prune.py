@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..base_model.plain import check_unquantised
 from ..convert.stock import check_stock, save_stock
 from ..io.atomic import new_folder
 from ..io.figures import find_pyplot
@@ -44,8 +45,7 @@ def _prune(given: argparse.Namespace) -> tuple[Any, PruningReport]:
         find_pyplot()
     source = find_model(given.model)
     model, processor = load_as_saved(source, given.model_class)
-    if getattr(model, "is_quantized", False):
-        raise ValueError(f"{source.name}: expected weights that are not quantised, found some; prune before that")
+    check_unquantised(model, source.name)
     if given.stock:
         check_stock(model)
     batches, data = options.calibration(given, model, processor)

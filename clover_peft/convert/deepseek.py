@@ -2,8 +2,8 @@
 
 The latent holds the components of the keys that lost their rotation, and the values. Two things stand between in the
 stock class. A norm on the latent: latents so small that its epsilon drowns their mean square pass it linearly, divided
-by sqrt(eps), and its gain restores their size. And no bias of the queries, which passes through a query latent in the
-same way. A bias of keys that lost their rotation changes no softmax, and a bias of values is one of the output.
+by sqrt(eps), and its gain restores their size. The class has no query bias either; it passes through a query latent
+in the same way. A bias of keys that lost their rotation changes no softmax, and a bias of values is one of the output.
 """
 
 from __future__ import annotations
@@ -110,24 +110,24 @@ def attention_weights(
     """
     h, heads, d = source.key_value_heads, source.heads, source.head_dim
     groups, n, _ = found.mix.shape
-    fold = n // h
+    freq_fold = n // h
     device = attention.q_proj.weight.device
     mix, split, factor = (t.to(device) for t in (found.mix, found.split, found.unrotated))
     filled, factors, part = (t.to(device) for t in (filled, factors, part))
 
     def paired(name: str) -> Tensor:
-        """(heads, groups, fold, D + 1) complex128, the pairs' rows with the bias last."""
+        """(heads, groups, freq_fold, D + 1) complex128, the pairs' rows with the bias last."""
         module = getattr(attention, name)
         bias = torch.zeros(module.out_features, device=device) if module.bias is None else module.bias.detach()
-        rows = torch.cat([module.weight.detach(), bias[:, None]], 1).double().unflatten(0, (-1, 2, groups, fold))
+        rows = torch.cat([module.weight.detach(), bias[:, None]], 1).double().unflatten(0, (-1, 2, groups, freq_fold))
         return torch.complex(rows[:, 0], rows[:, 1])
 
     lost = torch.ones(groups * n, dtype=torch.bool, device=device).index_fill(0, filled, False).view(groups, n)
     q, k = paired("q_proj"), paired("k_proj")
     c = split @ k.permute(1, 2, 0, 3).flatten(1, 2)  # (groups, n, D + 1), the components
-    of_head = mix.unflatten(1, (fold, h)).repeat_interleave(source.groups, 2)  # (groups, fold, H, n)
+    of_head = mix.unflatten(1, (freq_fold, h)).repeat_interleave(source.groups, 2)  # (groups, freq_fold, H, n)
     q_rope = torch.einsum("gfan,agfx->agnx", of_head.conj(), q).flatten(1, 2)[:, filled] * factors[..., None]
-    q_nope = (q * factor.unflatten(1, (groups, fold))[..., None])[:, part].flatten(1, 2)
+    q_nope = (q * factor.unflatten(1, (groups, freq_fold))[..., None])[:, part].flatten(1, 2)
     widths = [2 * q_nope.shape[1], 2 * q_rope.shape[1]]
     stretch = source.scale * math.sqrt(sum(widths))
     queries = stretch * torch.cat([_halves(q_nope), _interleaved(q_rope)], 1).flatten(0, 1)  # (H (nope + rope), D + 1)
@@ -141,7 +141,8 @@ def attention_weights(
     column = 0
     for i, row in enumerate(lost[part]):
         width = int(row.sum())
-        place[:, i * fold : (i + 1) * fold, column : column + width] = read[:, i * fold : (i + 1) * fold, row]
+        here = slice(i * freq_fold, (i + 1) * freq_fold)
+        place[:, here, column : column + width] = read[:, here, row]
         column += width
     keys_up = torch.stack([torch.stack([place.real, -place.imag], -1), torch.stack([place.imag, place.real], -1)], 1)
     keys_up = keys_up.flatten(3).flatten(1, 2)  # (H, nope, 2 lost)
@@ -202,8 +203,8 @@ def build(source: Source, found: Sequence[Components], slots: Slots, sizes: Sequ
     `c x / sqrt(mean(c^2 x^2) + EPS)` is what it was.
     """
     _, part = lost_pairs(found, slots)
-    fold = len(source.frequencies) // len(part)
-    config = make_config(source, slots, 2 * fold * int(part.sum()))
+    freq_fold = len(source.frequencies) // len(part)
+    config = make_config(source, slots, 2 * freq_fold * int(part.sum()))
     with torch.device("meta"):
         model = DeepseekV3ForCausalLM(config)
     scale = math.sqrt(EPS / source.eps)
@@ -221,7 +222,13 @@ def build(source: Source, found: Sequence[Components], slots: Slots, sizes: Sequ
         for name, tensor in weights.items():
             tensor = tensor * scale if name.startswith("o_proj") else tensor
             state[f"model.layers.{i}.self_attn.{name}"] = tensor.to(source.model.device, source.model.dtype)
-    model.load_state_dict(state, strict=not config.tie_word_embeddings, assign=True)
+    loaded = model.load_state_dict(state, strict=False, assign=True)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set[str]()
+    if odd := sorted({*loaded.unexpected_keys, *loaded.missing_keys} - tied):
+        raise ValueError(
+            f"{odd[0]}: expected the weights of DeepseekV3ForCausalLM and no others, found {len(odd)} missing or "
+            "unexpected; remove buffers and parameters that the model's class does not have"
+        )
     model.tie_weights()
     # Buffers of a model on the meta device have no numbers.
     rotary = type(model.model.rotary_emb)(config=config)

@@ -1,4 +1,4 @@
-"""Compares a converted model with the original, part by part, on the beginning of one text.
+"""Compares a converted model with the original, part by part, on the beginning of the longest text.
 
 What a class computes between its projections cannot be read off its modules alone. So the original runs once with
 hooks, and each part of the conversion must give what was recorded, before anything is approximated.
@@ -6,7 +6,7 @@ hooks, and each part of the conversion must give what was recorded, before anyth
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base_model.activations import evaluating, hooks
+from ..base_model.activations import TokenReader, evaluating, hooks
 from .rotary import Components
 from .structure import Source
 
 TOKENS = 256  # compared at most
+FEWEST = 16  # compared at least: one token attends to itself alone, whatever its rotation
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
@@ -38,13 +39,41 @@ class Recording:
     layers: list[dict[str, Tensor]] = field(default_factory=list)
 
 
+def longest_text(model: Any, batches: Iterable[Mapping[str, Any]]) -> Tensor:
+    """(1, T) int64: the text with the most tokens that are not padding, `TOKENS` of them at most.
+
+    Raises:
+        ValueError: if a batch has no token numbers, or a mask of another shape, or all texts are too short to compare.
+    """
+    reader, longest = TokenReader(model), torch.empty(0, dtype=torch.long)
+    for batch in batches:
+        values, masks = reader.start(batch)
+        if "input_ids" not in values:
+            raise ValueError(
+                f"calibration: expected batches with input_ids, found {', '.join(batch)}; pass token numbers"
+            )
+        ids = values["input_ids"]
+        real = masks.get("attention_mask", torch.ones_like(ids, dtype=torch.bool))
+        if real.shape != ids.shape:
+            raise ValueError(
+                f"attention_mask: expected the shape of input_ids, {tuple(ids.shape)}, found {tuple(real.shape)}; "
+                "pass the tokenizer's"
+            )
+        for row, mask in zip(ids, real, strict=True):
+            if mask.sum() > len(longest):
+                longest = row[mask]
+    if len(longest) < FEWEST:
+        raise ValueError(
+            f"calibration: expected a text of {FEWEST} tokens or more, to compare the models on, found {len(longest)} "
+            "in the longest; pass longer texts"
+        )
+    return longest[None, :TOKENS]
+
+
 @torch.no_grad()
-def record(source: Source, batch: Mapping[str, Any]) -> Recording:
-    """Run the original on the first row of a batch, up to `TOKENS` tokens that are not padding."""
-    ids = batch["input_ids"][:1].to(source.model.device)
-    if (mask := batch.get("attention_mask")) is not None:
-        ids = ids[mask[:1].bool().to(ids.device)][None]
-    ids, found = ids[:, :TOKENS], [dict[str, Tensor]() for _ in source.layers]
+def record(source: Source, ids: Tensor) -> Recording:
+    """Run the original on one text, (1, T)."""
+    found = [dict[str, Tensor]() for _ in source.layers]
 
     def output(of: dict[str, Tensor], name: str, module: Any, inputs: Any, output: Any) -> None:
         of[name] = output[0] if isinstance(output, tuple) else output
@@ -144,5 +173,7 @@ def _error(found: Tensor, expected: Tensor) -> float:
 
 def _check(error: float, source: Source, path: str, what: str) -> None:
     if not error <= _TOLERANCE[source.model.dtype]:
-        raise ValueError(f"{path}: expected {what} and nothing else, found outputs that differ by {error:.2g}; this "
-                         "class has operations that DeepseekV3 lacks")  # fmt: skip
+        raise ValueError(
+            f"{path}: expected {what} and nothing else, found outputs that differ by {error:.2g}; this "
+            "class has operations that DeepseekV3 lacks"
+        )

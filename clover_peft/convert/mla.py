@@ -11,16 +11,15 @@ import torch
 from torch import Tensor
 from transformers import DeepseekV3ForCausalLM
 
-from ..io.user_warning import warn
+from ..base_model.activations import evaluating, read_batches, warn_if_few
 from . import latent, rotary
 from .deepseek import EPS, build, lost_pairs
-from .exactness import attention_errors, check_rest, record, rotation_errors
+from .exactness import attention_errors, check_rest, longest_text, record, rotation_errors
 from .report import ConversionReport, ConvertedLayer
 from .rotary import Components, Method
 from .structure import Source, read_source
 
-_ROTARY_SHARE = 0.6  # of the cache that remains, at most
-_TOKENS_PER_DIMENSION = 10  # With fewer tokens for each dimension of the latent, a moment is mostly noise.
+_ROTARY_SHARE = 0.6  # of the cache that remains, at most; not tuned
 
 
 @torch.inference_mode(False)
@@ -44,7 +43,7 @@ def convert_to_mla(
         model: a causal language model whose blocks are those of Llama, Mistral or Qwen2. It is not changed, and the
             result shares no memory with it.
         calibration: batches, each of the model's keyword arguments. Pass about ten tokens for each dimension of keys
-            and values, or more. They are read several times.
+            and values, or more; one text must have 16 at least. They are read several times.
         rope_dims: dimensions of the shared rotary key, even; by default those of a head, or 0.6 of the cache that
             remains if that is less.
         kv_lora_rank: dimensions of the latent.
@@ -63,13 +62,8 @@ def convert_to_mla(
     if method not in ("clover", "transmla"):
         raise ValueError(f"method: expected 'clover' or 'transmla', found {method!r}")
     pairs, rank = _sizes(source, rope_dims, kv_lora_rank, cache_reduction, method)
-    if isinstance(calibration, Mapping):
-        raise TypeError("calibration: expected batches, found one batch; pass a list of them")
-    batches = list(calibration)
-    if not batches:
-        raise ValueError(
-            "calibration: expected batches to run the model on, found none (a generator that was used up?)"
-        )
+    batches = read_batches(calibration)
+    text = longest_text(model, batches)
     clock, seconds = time.perf_counter(), {}
 
     def lap(stage: str) -> None:
@@ -77,17 +71,14 @@ def convert_to_mla(
         now = time.perf_counter()
         seconds[stage], clock = now - clock, now
 
-    fold = rotary.fold_of(source, pairs, method)
-    moments = rotary.collect(source, batches, fold)
+    freq_fold = rotary.freq_fold_of(source, pairs, method)
+    moments = rotary.collect(source, batches, freq_fold)
     tokens = moments[0].tokens
-    if tokens < _TOKENS_PER_DIMENSION * 4 * source.pairs:
-        wanted = _TOKENS_PER_DIMENSION * 4 * source.pairs
-        warn(f"calibration: {tokens} tokens for {4 * source.pairs} dimensions of keys and values are few; pass at "
-             f"least {wanted}")  # fmt: skip
+    warn_if_few("calibration", tokens, 4 * source.pairs, f"{4 * source.pairs} dimensions of keys and values")
     found = [rotary.components(source, of_layer, method) for of_layer in moments]
     slots = rotary.choose(source, moments, found, pairs, method)
-    recording = record(source, batches[0])
-    exact = rotation_errors(source, found if fold == 1 else _unmixed(source), recording)
+    recording = record(source, text)
+    exact = rotation_errors(source, found if freq_fold == 1 else _unmixed(source), recording)
     lap("rotation")
     lost, _ = lost_pairs(found, slots)
     sizes = [_size(source, *of_layer) for of_layer in zip(moments, found, lost, strict=True)]
@@ -110,7 +101,7 @@ def convert_to_mla(
             for errors, filled, c in zip(zip(exact, selection, narrow, strict=True), slots.filled, found, strict=True)
         ],
         parameters=(_parameters(model), _parameters(result)),
-        cache_bytes=(_cache_bytes(model, recording.ids), _cache_bytes(result, recording.ids)),
+        cache_bytes=(_cache_bytes(model, text), _cache_bytes(result, text)),
         tokens=tokens,
         seconds=seconds,
     )
@@ -135,8 +126,10 @@ def _sizes(
     if rank is None:
         rank = budget - rope_dims
         if rank < 1:
-            raise ValueError(f"cache_reduction={reduction}: {budget} dimensions of {whole} remain, which leaves no "
-                             f"room for a latent beside rope_dims={rope_dims}; pass fewer")  # fmt: skip
+            raise ValueError(
+                f"cache_reduction={reduction}: {budget} dimensions of {whole} remain, which leaves no "
+                f"room for a latent beside rope_dims={rope_dims}; pass fewer"
+            )
     if not 1 <= rank <= whole - rope_dims:
         raise ValueError(f"kv_lora_rank: expected 1 to {whole - rope_dims} beside rope_dims={rope_dims}, found {rank}")
     return rope_dims // 2, rank
@@ -175,7 +168,6 @@ def _parameters(model: Any) -> int:
 @torch.no_grad()
 def _cache_bytes(model: Any, ids: Tensor) -> int:
     """Bytes of the key-value cache for a token, in the cache that a forward pass fills."""
-    training = model.training
-    cache = model.eval()(input_ids=ids, use_cache=True).past_key_values
-    model.train(training)
+    with evaluating(model):
+        cache = model(input_ids=ids, use_cache=True).past_key_values
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // ids.numel()

@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from ..io import atomic
 from ..io.figures import find_pyplot
 from ..io.tables import markdown_table
 from .rotary import Method
@@ -82,7 +83,7 @@ class ConversionReport:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the report as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        atomic.write_text(Path(path), json.dumps(self.to_dict(), indent=2) + "\n")
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Draw which pairs kept their rotation, and the error of each stage (needs matplotlib).

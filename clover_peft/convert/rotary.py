@@ -2,9 +2,9 @@
 
 A pair of rotated dimensions is one complex number: position t multiplies it by exp(i w t). At one frequency w, the
 keys of all key-value heads are a vector k in C^h, and any invertible complex V commutes with the rotation: `k = V c`,
-and a query reads `Re(conj(q) k) = Re(conj(V^* q) c)`. So the components c can be ordered by what their rotation is
-worth. The stock class rotates the same frequencies in all layers, the slots. Each layer puts components into them, its
-own or of a frequency close by; the others lose their rotation.
+and a query reads `Re(conj(q) k) = Re(conj(V^* q) c)`. V is free, and is chosen so that the components c have an order:
+by what their rotation is worth. The stock class rotates the same frequencies in all layers, the slots. Each layer puts
+components into them, its own or of a frequency close by; the others lose their rotation.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class LayerMoments:
     """Sums over tokens of one layer.
 
     Attributes:
-        keys: (d/2/fold, n, n) complex128, sum of `k k^*` before rotation; n = h fold.
+        keys: (d/2/freq_fold, n, n) complex128, sum of `k k^*` before rotation; n = h freq_fold.
         queries: (H, d/2) float64, sum of `|q|^2`.
         distances: (H, longest text) float64, sum of attention weights by the distance from query to key.
         values: float64, sum of `|v|^2`.
@@ -53,13 +53,13 @@ class LayerMoments:
 class Components:
     """The components of one layer's keys.
 
-    `fold` adjacent frequencies may count as one, as in TransMLA's FreqFold: n = h fold.
+    `freq_fold` adjacent frequencies may count as one, as in TransMLA's FreqFold: n = h freq_fold.
 
     Attributes:
-        mix: V, (d/2/fold, n, n) complex128, columns ordered by worth; rows are frequency by frequency, and in it head
-            by head.
+        mix: V, (d/2/freq_fold, n, n) complex128, columns ordered by worth; rows are frequency by frequency, and in it
+            head by head.
         split: V^-1, rows in order.
-        worth: (d/2/fold, n) float64, what the rotation of each component is worth.
+        worth: (d/2/freq_fold, n) float64, what the rotation of each component is worth.
         gain: (d/2 n, d/2) float64, what it is worth to rotate a component by another frequency of the model.
         unrotated: (H, d/2) complex128, the factor of queries whose pair lost its rotation.
     """
@@ -87,12 +87,12 @@ class Slots:
 
 
 @torch.no_grad()
-def collect(source: Source, batches: Iterable[Mapping[str, Any]], fold: int = 1) -> list[LayerMoments]:
+def collect(source: Source, batches: Iterable[Mapping[str, Any]], freq_fold: int = 1) -> list[LayerMoments]:
     """Run the model once over data and collect each layer's moments. Costs one layer's attention weights at a time."""
     h, heads, half = source.key_value_heads, source.heads, source.head_dim // 2
     sums = [
         LayerMoments(
-            torch.zeros(half // fold, h * fold, h * fold, dtype=torch.complex128),
+            torch.zeros(half // freq_fold, h * freq_fold, h * freq_fold, dtype=torch.complex128),
             torch.zeros(heads, half, dtype=torch.float64),
             torch.zeros(heads, 0, dtype=torch.float64),
         )
@@ -106,7 +106,7 @@ def collect(source: Source, batches: Iterable[Mapping[str, Any]], fold: int = 1)
         return torch.complex(x[..., 0, :], x[..., 1, :])[mask["real"]]
 
     def keys(of: LayerMoments, output: Tensor) -> None:
-        k = pairs(output).permute(2, 1, 0).reshape(half // fold, h * fold, -1)
+        k = pairs(output).permute(2, 1, 0).reshape(half // freq_fold, h * freq_fold, -1)
         of.keys += (k @ k.mH).to(of.keys)
         of.tokens += k.shape[-1]
 
@@ -137,7 +137,7 @@ def collect(source: Source, batches: Iterable[Mapping[str, Any]], fold: int = 1)
             ):
                 hooked.append(module.register_forward_hook(lambda m, i, output, add=add, of=of: add(of, output)))
         for batch in tqdm(batches, desc="CLOVER rotation", unit=" batches", delay=3, leave=False):
-            values_, masks = reader.start(batch)
+            values_, masks = reader.start_without_logits(batch)
             ids = values_["input_ids"]
             mask["real"] = masks.get("attention_mask", torch.ones_like(ids, dtype=torch.bool))
             source.model(**values_)
@@ -183,7 +183,7 @@ def components(source: Source, moments: LayerMoments, method: Method) -> Compone
     return Components(mix, vectors.mH * root[:, None, :], values, gain, a)
 
 
-def fold_of(source: Source, pairs: int, method: Method) -> int:
+def freq_fold_of(source: Source, pairs: int, method: Method) -> int:
     """How many adjacent frequencies count as one: TransMLA has one component for each frequency, or for several."""
     half = source.head_dim // 2
     return half // pairs if method == "transmla" and pairs < half else 1
@@ -198,11 +198,11 @@ def choose(
     any method that keeps all pairs, takes the first components of every frequency.
     """
     groups, n = found[0].worth.shape
-    fold = len(source.frequencies) // groups
+    freq_fold = len(source.frequencies) // groups
     if method == "transmla" or pairs == groups * n:
         counts = torch.tensor([pairs // groups + (i < pairs % groups) for i in range(groups)])
         slots = torch.cat([i * n + torch.arange(int(count)) for i, count in enumerate(counts)])
-        frequencies = source.frequencies[::fold].repeat_interleave(counts)
+        frequencies = source.frequencies[::freq_fold].repeat_interleave(counts)
         ones = torch.ones(source.heads, pairs, dtype=torch.complex128)
         return Slots(frequencies, [slots] * len(found), [ones] * len(found))
     gain = torch.stack([c.gain for c in found])  # (layers, components, frequencies)

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..base_model.activations import TOKENS_PER_FEATURE, TokenReader, evaluating, hooks
-from ..io.user_warning import warn
+from ..base_model.activations import TokenReader, evaluating, hooks, read_batches, warn_if_few
 from ..linalg.moments import Moments
 from ..runtime.interrupts import uninterrupted
 from .sliced_models import add_shortcuts, forget_base, write_record
@@ -76,29 +75,25 @@ def slice_hidden_size(
     started = time.perf_counter()
     if rotation not in ("per_block", "shared"):
         raise ValueError(f"rotation: expected 'per_block' or 'shared', found {rotation!r}")
-    if isinstance(calibration, Mapping):
-        raise TypeError("calibration: expected batches, found one batch; pass a list of them")
     stream = check_sliceable(model)
     stock = rotation == "shared" and stream.sized
     width = choose_width(model, ratio, multiple, stock)
     before = sum(parameter.numel() for parameter in model.parameters())
-    making = Slicer(model, stream, width, list(calibration))
+    slicer = Slicer(model, stream, width, read_batches(calibration))
     with evaluating(model):
-        making.per_block() if rotation == "per_block" else making.shared()
+        slicer.per_block() if rotation == "per_block" else slicer.shared()
     with uninterrupted():
-        hidden_size = making.install(stock)
+        hidden_size = slicer.install(stock)
         if not stock:
             write_record(model, width, rotation)
-    if making.tokens < TOKENS_PER_FEATURE * hidden_size:
-        wanted = TOKENS_PER_FEATURE * hidden_size
-        warn(f"{making.tokens} tokens for {hidden_size} dimensions are few; pass at least {wanted}")
+    warn_if_few("calibration", slicer.tokens, hidden_size, f"{hidden_size} dimensions")
     return SlicingReport(
         rotation=rotation,
         stock=stock,
         width=(hidden_size, width),
-        energy=making.energy,
+        energy=slicer.energy,
         parameters=(before, sum(parameter.numel() for parameter in model.parameters())),
-        tokens=making.tokens,
+        tokens=slicer.tokens,
         seconds=time.perf_counter() - started,
     )
 
@@ -149,17 +144,17 @@ class Slicer:
         basis = self.basis(_mean(moments))
         for name, each in zip(self.names, moments, strict=True):
             self.energy[name] = _share(each.second[0], basis)
-        self._start(basis)
+        self._slice_embeddings(basis)
         for old in tqdm(self.trunk.layers, desc="CLOVER slicing", unit=" layers", delay=3, leave=False):
             self.layers.append(self._layer(old, [basis] * 3))
-        self._end(basis)
+        self._slice_head(basis)
 
     def per_block(self) -> None:
         """A basis for every block, from the moments of the stream that the sliced blocks before it leave."""
         self.drawn_to = PULL * _mean(self.moments())
         flow = _Flow(self)
         basis = self._next_basis(flow)
-        self._start(basis)
+        self._slice_embeddings(basis)
         for i, old in enumerate(tqdm(self.trunk.layers, desc="CLOVER slicing", unit=" layers", delay=3, leave=False)):
             bases = [basis]
             for block in self.stream.blocks:
@@ -170,7 +165,7 @@ class Slicer:
             first, second = ((after.mT @ before).to(like) for before, after in pairwise(bases))
             add_shortcuts(new, self.stream, (first, second))
             self.layers.append(new)
-        self._end(basis)
+        self._slice_head(basis)
 
     # ------------------------------------------------------------------ bases
 
@@ -187,7 +182,7 @@ class Slicer:
             for norm, moments in zip(norms(self.trunk, self.stream), found, strict=True):
                 hooked.append(norm.register_forward_pre_hook(add(moments)))
             for batch in tqdm(self.data, desc="CLOVER moments", unit=" batches", delay=3, leave=False):
-                values, masks = _start(reader, batch)
+                values, masks = reader.start_without_logits(batch)
                 self.model(**values)
         for name, moments in zip(self.names, found, strict=True):
             self._check(name, moments)
@@ -210,7 +205,7 @@ class Slicer:
         return Moments(zeros, zeros[:, 0].clone())
 
     def _add(self, moments: Moments, x: Tensor, mask: Tensor | None) -> None:
-        """Add what a norm without gains makes of its input (batch, tokens, D); tokens with a zero in the mask not."""
+        """Add what a norm without gains makes of the tokens that the mask keeps, of (batch, tokens, D)."""
         rows = x[mask] if mask is not None and mask.shape == x.shape[:2] else x.flatten(0, -2)
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         if self.stream.centred:
@@ -219,7 +214,7 @@ class Slicer:
 
     def _check(self, name: str, moments: Moments) -> None:
         if not moments.tokens:
-            raise ValueError("calibration: expected batches of tokens, found none (a generator that was used up?)")
+            raise ValueError("calibration: expected tokens, found only padding; check their attention_mask")
         moments.check_finite(name)
         self.tokens = moments.tokens
 
@@ -242,13 +237,13 @@ class Slicer:
     def _put(self, module: nn.Module, name: str, tensor: Tensor) -> None:
         put(module, name, tensor.to(getattr(module, name)), self.width)
 
-    def _start(self, basis: Tensor) -> None:
+    def _slice_embeddings(self, basis: Tensor) -> None:
         for name in self.stream.embeddings:
             new: Any = self._copy(getattr(self.trunk, name))
             self._put(new, "weight", _right(new.weight, self.scale * basis))
             self.embeddings[name] = new
 
-    def _end(self, basis: Tensor) -> None:
+    def _slice_head(self, basis: Tensor) -> None:
         self.norm, self.head = self._copy(self.old_norm), self._copy(self.old_head)
         gain = self.norm.weight.to(basis)
         weight = _right(self.head.weight, gain.unsqueeze(-1) * basis / self.scale)
@@ -326,26 +321,26 @@ class _Flow:
         device: where the model is.
     """
 
-    def __init__(self, making: Slicer) -> None:
+    def __init__(self, slicer: Slicer) -> None:
         self.states: list[Tensor] = []
         self.masks: list[Tensor | None] = []
         self.calls: list[list[dict[str, Any]]] = []
-        reader = TokenReader(making.model)
+        reader = TokenReader(slicer.model)
         self.device = reader.device
-        layers = making.trunk.layers
+        layers = slicer.trunk.layers
         recorders = [_Recorder(layer, last=layer is layers[-1]) for layer in layers]
         try:
-            making.trunk.layers = nn.ModuleList(recorders)
-            for batch in making.data:
-                values, masks = _start(reader, batch)
+            slicer.trunk.layers = nn.ModuleList(recorders)
+            for batch in slicer.data:
+                values, masks = reader.start_without_logits(batch)
                 try:
-                    making.model(**values)
+                    slicer.model(**values)
                 except _Stopped as stopped:
                     self.states.append(stopped.args[0].cpu())
                 self.masks.append(masks.get("attention_mask"))
                 self.calls.append([recorder.seen for recorder in recorders])
         finally:
-            making.trunk.layers = layers
+            slicer.trunk.layers = layers
 
     def run(self, layer: Any, index: int, block: Block, basis: Tensor) -> None:
         """Let a block add to the part of the stream that its basis (D, d) has; the rest of the stream is lost.
@@ -378,13 +373,6 @@ class _Recorder(nn.Module):
         if self.last:
             raise _Stopped(hidden_states)
         return hidden_states
-
-
-def _start(reader: TokenReader, batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A batch for a model whose logits nobody reads, and its masks."""
-    values, masks = reader.start(batch)
-    values.pop("labels", None)
-    return {"logits_to_keep": 1, **values}, masks
 
 
 def _right(weight: Tensor, matrix: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..base_model.plain import check_plain
+from ..base_model.plain import check_plain, check_unquantised
 from .sliced_models import RECORD
 from .stream import REASONS, STREAMS, Stream, head_of, norms, present, strangers, trunk_of
 
@@ -31,8 +31,7 @@ def check_sliceable(model: Any) -> Stream:
         raise ValueError(f"{kind}: expected one of {', '.join(sorted(STREAMS))}, found {model_type!r}: {reason}")
     if hasattr(config, RECORD):
         raise ValueError(f"{kind}: expected a model that was not sliced yet, found one; slice the original again")
-    if getattr(model, "is_quantized", False):
-        raise ValueError(f"{kind}: expected weights that are not quantised, found some; slice before that")
+    check_unquantised(model, kind)
     stream, trunk, head = STREAMS[str(model_type)], trunk_of(model), head_of(model)
     if head is None:
         raise ValueError(f"{kind}: expected a causal language model with lm_head, found none; load it with its head")
@@ -87,7 +86,7 @@ def choose_width(model: Any, ratio: float, multiple: int, stock: bool) -> int:
     Args:
         model: the model.
         ratio: share to remove.
-        multiple: of what.
+        multiple: the new size is a multiple of this.
         stock: whether the model's config is to have it, which may demand a multiple of the number of heads.
 
     Raises:

@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from ..io import atomic
 from ..io.tables import markdown_table
 
 
@@ -51,4 +52,4 @@ class SlicingReport:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the report as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        atomic.write_text(Path(path), json.dumps(self.to_dict(), indent=2) + "\n")

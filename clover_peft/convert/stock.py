@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base_model.attention import WIDTHS
-from ..base_model.plain import check_plain
+from ..base_model.plain import check_plain, check_unquantised
 from .sliced_models import RECORD
 
 # Models whose layers are Llama's: the same modules, names and order of operations, with plain RMSNorms.
@@ -99,8 +99,7 @@ def check_stock(model: Any) -> int:
             "MiMoV2FlashForCausalLM, found another class; save it with save_pretrained, and import clover_peft before "
             "it is loaded"
         )
-    if getattr(model, "is_quantized", False):
-        raise ValueError("model: expected weights that are not quantised, found some; save it before it is quantised")
+    check_unquantised(model, kind.__name__)
     config = model.config
     if hasattr(config, RECORD):
         raise ValueError(

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from ..base_model.plain import check_plain, check_unquantised
 
 _CHILDREN = {
     "": {"model", "lm_head"},
@@ -63,12 +63,14 @@ def read_source(model: Any) -> Source:
     Raises:
         ValueError, TypeError: if it cannot be converted, with the reason.
     """
-    _check_plain(model)
+    _check_weights(model)
     config, name = model.config, type(model).__name__
     for fact in _CAPS:
         if getattr(config, fact, None) is not None:
-            raise ValueError(f"{name}: expected plain logits, found {fact}={getattr(config, fact)}, which latent "
-                             "attention in its stock class lacks")  # fmt: skip
+            raise ValueError(
+                f"{name}: expected plain logits, found {fact}={getattr(config, fact)}, which latent "
+                "attention in its stock class lacks"
+            )
     _check_children(model, "", name)
     _check_children(model.model, "model", "model")
     layers = list(model.model.layers)
@@ -93,13 +95,17 @@ def read_source(model: Any) -> Source:
     kind = parameters.get("rope_type")
     changing = kind == "longrope" and parameters.get("short_factor") != parameters.get("long_factor")
     if not isinstance(frequencies, Tensor) or kind not in _SCALINGS or changing:
-        raise ValueError(f"model.rotary_emb: expected frequencies that do not depend on a text's length, found "
-                         f"rope_type={kind!r}, which DeepseekV3 cannot rotate by")  # fmt: skip
+        raise ValueError(
+            f"model.rotary_emb: expected frequencies that do not depend on a text's length, found "
+            f"rope_type={kind!r}, which DeepseekV3 cannot rotate by"
+        )
     if 2 * len(frequencies) != head_dim:
-        raise ValueError(f"model.rotary_emb: expected rotation of all {head_dim} dimensions of a head, found "
-                         f"{2 * len(frequencies)}")  # fmt: skip
+        raise ValueError(
+            f"model.rotary_emb: expected rotation of all {head_dim} dimensions of a head, found {2 * len(frequencies)}"
+        )
     eps = {n.variance_epsilon for layer in layers for n in (layer.input_layernorm, layer.post_attention_layernorm)}
-    if len(eps | {model.model.norm.variance_epsilon}) > 1:
+    eps.add(model.model.norm.variance_epsilon)
+    if len(eps) > 1:
         raise ValueError(f"{name}: expected norms with one epsilon, found {sorted(eps)}")
     return Source(
         model=model,
@@ -113,22 +119,20 @@ def read_source(model: Any) -> Source:
     )
 
 
-def _check_plain(model: Any) -> None:
+def _check_weights(model: Any) -> None:
+    check_plain(model)
     name = type(model).__name__
-    for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
-        if isinstance(module, (PeftModel, BaseTunerLayer)):
-            raise ValueError(f"{path or 'model'}: expected a model without adapters, found {type(module).__name__}; "
-                             "call merge_and_unload() first")  # fmt: skip
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: expected a causal language model of transformers, found {name}")
-    if getattr(model, "is_quantized", False) or any(not p.is_floating_point() for p in model.parameters()):
-        raise ValueError(f"{name}: expected weights that are not quantised, found some; convert the model before that")
-    if any(p.is_meta for p in model.parameters()) or getattr(model, "hf_device_map", None):
-        raise ValueError(f"{name}: expected all weights on one device, found offloaded or spread ones; load it whole")
+    check_unquantised(model, name)
+    if getattr(model, "hf_device_map", None):
+        raise ValueError(f"{name}: expected all weights on one device, found them spread; load it without device_map")
     kinds = {p.dtype for p in model.parameters()}
     if torch.float16 in kinds:
-        raise ValueError(f"{name}: expected bfloat16 or float32 weights, found float16, whose range is too small to "
-                         "make the latent's norm linear; load it with dtype=torch.bfloat16")  # fmt: skip
+        raise ValueError(
+            f"{name}: expected bfloat16 or float32 weights, found float16, whose range is too small to "
+            "make the latent's norm linear; load it with dtype=torch.bfloat16"
+        )
     if len(kinds) > 1:
         raise ValueError(f"{name}: expected weights of one dtype, found {', '.join(sorted(map(str, kinds)))}")
 
@@ -137,8 +141,10 @@ def _check_children(module: Any, kind: str, path: str) -> None:
     expected, found = _CHILDREN[kind], {name for name, _ in module.named_children()}
     if odd := sorted(found ^ expected) or [name for name, _ in module.named_parameters(recurse=False)]:
         what = "lacks" if odd[0] in expected else "has"
-        raise ValueError(f"{path}: expected {', '.join(sorted(expected))} and nothing else, but it {what} {odd[0]}, "
-                         "so it is no plain rotary model that DeepseekV3 can compute")  # fmt: skip
+        raise ValueError(
+            f"{path}: expected {', '.join(sorted(expected))} and nothing else, but it {what} {odd[0]}, "
+            "so it is no plain rotary model that DeepseekV3 can compute"
+        )
 
 
 def _check_attention(attention: Any, config: Any, path: str) -> None:
@@ -151,8 +157,9 @@ def _check_attention(attention: Any, config: Any, path: str) -> None:
     if "sliding_attention" in kinds or (
         window is not None and not kinds and window < getattr(config, "max_position_embeddings", window + 1)
     ):
-        raise ValueError(f"{path}: expected attention to all tokens, found a sliding window of {window}, which "
-                         "DeepseekV3 lacks")  # fmt: skip
+        raise ValueError(
+            f"{path}: expected attention to all tokens, found a sliding window of {window}, which DeepseekV3 lacks"
+        )
     if not getattr(attention, "use_rope", True):
         raise ValueError(f"{path}: expected rotated queries and keys in every layer, found a layer without rotation")
     scaling = getattr(attention, "scaling", None)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..base_model.activations import collect_moments
+from ..base_model.activations import collect_moments, refuse_one_batch
 from ..base_model.plain import check_plain
 from ..linalg.moments import Moments
 from .pairs import Pair, find_pairs, probes, select_pairs
@@ -98,8 +98,7 @@ def measure(
         return Calibration()
     wanted, weighted = probes(pairs), [pair for pair in pairs if pair.kind == "vo"] if gradients else []
     if not isinstance(calibration, Calibration):
-        if isinstance(calibration, Mapping):
-            raise TypeError("calibration: expected batches, found one batch; pass a list of them")
+        refuse_one_batch(calibration)
         if gradients:
             calibration = list(calibration)
         moments = collect_moments(model, wanted, calibration)

@@ -6,15 +6,18 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import MethodType
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 
 import clover_peft
-from clover_peft.convert import convert_to_mla
+from clover_peft.convert import convert_to_mla, deepseek, latent, mla
+from clover_peft.convert.exactness import longest_text
 from tests.support.tiny import VOCAB, build, relative
 
 pytestmark = [
@@ -160,12 +163,12 @@ REFUSED = {
     "a multiplier of the residual": (
         "granite",
         {"attention_multiplier": 12**-0.5, "residual_multiplier": 0.5},
-        "plain",
+        "expected embeddings, plain residual connections",
     ),
     "a sliding window": ("mistral", {"sliding_window": 8}, "sliding window of 8"),
     "biases of the MLP": ("llama", {"mlp_bias": True}, "expected no biases"),
     "a model without rotation": ("gpt2", {}, "expected lm_head, model and nothing else"),
-    "partial rotation": ("glm", {}, "expected"),
+    "one projection for gate and up": ("glm", {}, "expected act_fn, down_proj, gate_proj, up_proj and nothing else"),
     "dynamic frequencies": ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, **ROPE}}, "dynamic"),
     "float16": ("llama", {"dtype": torch.float16}, "found float16"),
 }
@@ -186,7 +189,67 @@ def test_what_is_in_the_way_is_named_and_nothing_changes(case):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_partial_rotation_is_refused():
+    model = build("llama")
+    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq[:4]
+    with pytest.raises(ValueError, match="expected rotation of all 12 dimensions of a head, found 8"):
+        convert_to_mla(model, batches(), cache_reduction=0.5)
+
+
+def test_norms_of_different_epsilon_are_refused_with_all_values():
+    model = build("llama")
+    model.model.norm.variance_epsilon = 0.25
+    with pytest.raises(ValueError, match=r"expected norms with one epsilon, found \[1e-06, 0.25\]"):
+        convert_to_mla(model, batches(), cache_reduction=0.5)
+
+
+@pytest.mark.parametrize("first", ["one token", "all padding"])
+def test_the_longest_text_is_compared_whatever_stands_first(first):
+    """A class that computes rotary embeddings of its own: no sine."""
+    model, short = build("llama"), {"input_ids": torch.full((1, 20), 5), "attention_mask": torch.zeros(1, 20).long()}
+    if first == "one token":
+        short = {"input_ids": torch.full((1, 1), 5)}
+    data = [short, *batches()]
+    assert torch.equal(longest_text(model, data), batches()[0]["input_ids"][:1])
+    convert_to_mla(model, data, cache_reduction=0.5, rope_dims=4)
+    original = type(model.model.rotary_emb).forward
+
+    def without_sine(self, *args, **kwargs):
+        cos, sin = original(self, *args, **kwargs)
+        return cos, 0 * sin
+
+    model.model.rotary_emb.forward = MethodType(without_sine, model.model.rotary_emb)
+    with pytest.raises(ValueError, match=r"self_attn: expected softmax\(rotated q k\^T"):
+        convert_to_mla(model, data, cache_reduction=0.5, rope_dims=4)
+
+
+@pytest.mark.parametrize("change", ["a weight is lost", "a weight is too many"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_weight_of_the_stock_class_is_loaded_and_no_other(change, tied, monkeypatch):
+    made = deepseek.attention_weights
+
+    def changed(*args):
+        weights = made(*args)
+        if change == "a weight is lost":
+            del weights["o_proj.weight"]
+        else:
+            weights["o_proj.scale"] = torch.ones(1)
+        return weights
+
+    monkeypatch.setattr(deepseek, "attention_weights", changed)
+    with pytest.raises(ValueError, match=r"self_attn.o_proj.*expected the weights of DeepseekV3ForCausalLM"):
+        convert_to_mla(build("llama", tie_word_embeddings=tied), batches(), cache_reduction=0.5)
+
+
 def test_adapters_and_other_objects_are_refused():
+    saved = build("llama")
+    saved.lm_head = ModulesToSaveWrapper(saved.lm_head, "default")
+    with pytest.raises(ValueError, match="expected a model without adapters, found ModulesToSaveWrapper"):
+        convert_to_mla(saved, batches())
+    quantised = build("llama")
+    quantised.is_quantized = True
+    with pytest.raises(ValueError, match="expected weights that are not quantised, found some; use the model as it"):
+        convert_to_mla(quantised, batches())
     with pytest.raises(ValueError, match="expected a model without adapters"):
         convert_to_mla(get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"])), batches())
     with pytest.raises(TypeError, match="expected a causal language model"):
@@ -225,11 +288,85 @@ def test_bad_data():
         convert_to_mla(model, batches()[0], cache_reduction=0.5)
     with pytest.raises(ValueError, match="expected batches to run the model on, found none"):
         convert_to_mla(model, [], cache_reduction=0.5)
+    with pytest.raises(ValueError, match="expected batches to run the model on, found None; pass a list"):
+        convert_to_mla(model, None, cache_reduction=0.5)
+    with pytest.raises(ValueError, match=r"expected a text of 16 tokens or more.*found 15 in the longest"):
+        convert_to_mla(model, batches(2, 15), cache_reduction=0.5)
+    with pytest.raises(ValueError, match="expected batches with input_ids, found inputs_embeds"):
+        convert_to_mla(model, [{"inputs_embeds": torch.randn(1, 20, 48)}], cache_reduction=0.5)
+    mask = torch.ones(2, 1, 40, 40)
+    with pytest.raises(ValueError, match="attention_mask: expected the shape of input_ids"):
+        convert_to_mla(model, [{**batches()[0], "attention_mask": mask}], cache_reduction=0.5)
     with pytest.warns(UserWarning, match="tokens .* are few"):
-        convert_to_mla(model, batches(1, 8), cache_reduction=0.5)
+        convert_to_mla(model, batches(1, 16), cache_reduction=0.5)
 
 
-def test_an_interrupt_leaves_the_model_as_it_was():
+def state(model) -> list:
+    """All that a conversion could change but the weights."""
+    return [
+        [module.training for module in model.modules()],
+        [parameter.requires_grad for parameter in model.parameters()],
+        model.config.to_dict(),
+        model.config._attn_implementation,
+        model.generation_config.to_dict(),
+    ]
+
+
+def mixed_up():
+    """A model in training, but for one layer, of which some parameters are frozen."""
+    model = build("llama").train()
+    model.model.layers[0].eval()
+    model.model.layers[1].requires_grad_(True)
+    return model
+
+
+@pytest.mark.parametrize(
+    "broken", [None, "collect", "record", "rotation_errors", "build", "attention_errors", "_cache_bytes", "narrow"]
+)
+def test_the_source_is_as_it_was_also_after_an_error(broken, monkeypatch):
+    model = mixed_up()
+    before, numbers = state(model), snapshot(model)
+    if broken is None:
+        convert_to_mla(model, batches(), cache_reduction=0.5)
+    else:
+        where = {"collect": mla.rotary, "narrow": latent}.get(broken, mla)
+        real = getattr(where, broken)
+
+        def fail(*args, **kwargs):
+            real(*args, **kwargs)
+            raise RuntimeError("broken")
+
+        monkeypatch.setattr(where, broken, fail)
+        with pytest.raises(RuntimeError, match="broken"):
+            convert_to_mla(model, batches(), cache_reduction=0.5)
+    assert state(model) == before
+    assert all(torch.equal(tensor, numbers[name]) for name, tensor in model.state_dict().items())
+
+
+def test_labels_cost_no_logits_and_unknown_keywords_reach_the_model(monkeypatch):
+    """Only what the trunk has no use for is left out."""
+    model, seen, sizes = build("llama"), [], []
+    model.register_forward_hook(lambda module, args, output: sizes.append((output.loss, output.logits.shape[1])))
+    made = deepseek.DeepseekV3ForCausalLM.__init__
+
+    def watched(self, *args, **kwargs):
+        made(self, *args, **kwargs)
+        self.model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(set(kwargs)), with_kwargs=True)
+
+    monkeypatch.setattr(deepseek.DeepseekV3ForCausalLM, "__init__", watched)
+    data = [{**batch, "labels": batch["input_ids"], "token_type_ids": batch["input_ids"] * 0} for batch in batches()]
+    found, _ = convert_to_mla(model, data, cache_reduction=0.5)
+    assert sizes[: len(data)] == [(None, 1)] * len(data)
+    assert all(loss is None for loss, _ in sizes)
+    of_data = [names for names in seen if "token_type_ids" in names]
+    assert len(of_data) == len(data)
+    assert not any({"labels", "logits_to_keep"} & names for names in seen if "token_type_ids" in names)
+    plain, _ = convert_to_mla(model, batches(), cache_reduction=0.5)
+    assert torch.equal(logits(found), logits(plain))
+
+
+@pytest.mark.parametrize("after", [2, 6, 10])
+def test_an_interrupt_leaves_the_model_as_it_was(after):
     model = build("llama").train()
     before = snapshot(model)
 
@@ -238,7 +375,7 @@ def test_an_interrupt_leaves_the_model_as_it_was():
 
         def items(self):
             Interrupting.seen += 1
-            if Interrupting.seen > 6:
+            if Interrupting.seen > after:
                 raise KeyboardInterrupt
             return super().items()
 

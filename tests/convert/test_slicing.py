@@ -10,6 +10,8 @@ import warnings
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -308,13 +310,9 @@ def quantised() -> nn.Module:
     return model
 
 
-def hooked() -> nn.Module:
-    from accelerate import cpu_offload
-
-    return cpu_offload(build("llama"))
-
-
 def refusals() -> list:
+    flagged = build("llama")
+    flagged.is_quantized = True
     adapted = clover_peft.CloverModel(build("llama"), {"default": clover_peft.CloverConfig()}, "default")
     return [
         (build("bloom"), "BloomForCausalLM: expected one of .* not in the table"),
@@ -328,6 +326,7 @@ def refusals() -> list:
         (with_parameter("llama"), r"layers\.1\.layer_scale: expected no parameters but those"),
         (quantised(), r"layers\.1: expected nn.Linear, found Linear8bit"),
         (adapted, "expected a model without adapters"),
+        (flagged, "LlamaForCausalLM: expected weights that are not quantised, found some; use the model as it was"),
         (build("llama").to("meta"), "expected all weights in memory"),
     ]
 
@@ -339,8 +338,12 @@ def test_what_cannot_be_sliced_is_refused_before_data_are_read():
     twice, _ = sliced("llama", 0.25, "per_block")
     with pytest.raises(ValueError, match="expected a model that was not sliced yet"):
         cut(twice, 0.25, "per_block", iter_fails())
-    with pytest.raises(ValueError, match=r"expected all weights in memory|found a hook on it"):
-        cut(hooked(), 0.25, "per_block", iter_fails())
+    with pytest.raises(ValueError, match="expected all weights in memory"):
+        cut(cpu_offload(build("llama")), 0.25, "per_block", iter_fails())
+    hooked = build("llama")
+    add_hook_to_module(hooked.model.layers[1].mlp, ModelHook())
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp: .* found a hook on it"):
+        cut(hooked, 0.25, "per_block", iter_fails())
 
 
 @pytest.mark.parametrize(
@@ -354,9 +357,14 @@ def test_what_cannot_be_sliced_is_refused_before_data_are_read():
         ({"multiple": 0}, ValueError, "multiple: expected a positive whole number"),
         ({"rotation": "each"}, ValueError, "rotation: expected 'per_block' or 'shared', found 'each'"),
         ({"calibration": {"input_ids": IDS}}, TypeError, "found one batch; pass a list"),
-        ({"calibration": []}, ValueError, "expected batches of tokens, found none"),
+        ({"calibration": []}, ValueError, "expected batches to run the model on, found none"),
         ({"calibration": ["text"]}, TypeError, "expected a list of batches"),
-        ({"calibration": None}, TypeError, "NoneType"),
+        ({"calibration": None}, ValueError, "expected batches to run the model on, found None"),
+        (
+            {"calibration": [{"input_ids": IDS, "attention_mask": 0 * IDS}]},
+            ValueError,
+            "expected tokens, found only padding",
+        ),
     ],
 )
 @pytest.mark.parametrize("rotation", ROTATIONS)
@@ -388,7 +396,7 @@ def test_interrupted(when, rotation, monkeypatch):
             interrupt()
 
     if when in ("bases", "layers"):
-        monkeypatch.setattr(slicing.Slicer, {"bases": "basis", "layers": "_end"}[when], interrupt)
+        monkeypatch.setattr(slicing.Slicer, {"bases": "basis", "layers": "_slice_head"}[when], interrupt)
     if when == "not finite":
         with torch.no_grad():
             model.model.embed_tokens.weight[5] = torch.inf
