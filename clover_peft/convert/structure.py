@@ -18,6 +18,12 @@ _CHILDREN = {
     "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"},
     "mlp": {"gate_proj", "up_proj", "down_proj", "act_fn"},
 }
+# What transformers' rotary embeddings read; another key, such as a scale of queries by position, is read elsewhere.
+_ROPE_KEYS = {
+    *("rope_type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor", "type"),
+    *("beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim", "short_factor", "long_factor"),
+    *("low_freq_factor", "high_freq_factor", "partial_rotary_factor"),
+}
 _SCALINGS = ("default", "linear", "llama3", "yarn", "longrope")
 _CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 
@@ -98,6 +104,11 @@ def read_source(model: Any) -> Source:
         raise ValueError(
             f"model.rotary_emb: expected frequencies that do not depend on a text's length, found "
             f"rope_type={kind!r}, which DeepseekV3 cannot rotate by"
+        )
+    if unknown := sorted(key for key, value in parameters.items() if key not in _ROPE_KEYS and value):
+        raise ValueError(
+            f"model.rotary_emb: expected settings of rotary embeddings alone, found {unknown[0]}="
+            f"{parameters[unknown[0]]}, which may depend on a text's length"
         )
     if 2 * len(frequencies) != head_dim:
         raise ValueError(

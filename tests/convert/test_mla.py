@@ -170,6 +170,16 @@ REFUSED = {
     "a model without rotation": ("gpt2", {}, "expected lm_head, model and nothing else"),
     "one projection for gate and up": ("glm", {}, "expected act_fn, down_proj, gate_proj, up_proj and nothing else"),
     "dynamic frequencies": ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, **ROPE}}, "dynamic"),
+    "a scale of queries by position": (
+        "ministral3",
+        {
+            "rope_parameters": {
+                **{"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 300, **ROPE},
+                **{"beta_fast": 32.0, "beta_slow": 1.0, "llama_4_scaling_beta": 0.5},
+            }
+        },
+        "found llama_4_scaling_beta=0.5, which may depend on a text's length",
+    ),
     "float16": ("llama", {"dtype": torch.float16}, "found float16"),
 }
 
