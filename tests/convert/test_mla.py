@@ -174,8 +174,13 @@ REFUSED = {
         "ministral3",
         {
             "rope_parameters": {
-                **{"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 300, **ROPE},
-                **{"beta_fast": 32.0, "beta_slow": 1.0, "llama_4_scaling_beta": 0.5},
+                "rope_type": "yarn",
+                "factor": 2.0,
+                "original_max_position_embeddings": 300,
+                **ROPE,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "llama_4_scaling_beta": 0.5,
             }
         },
         "found llama_4_scaling_beta=0.5, which may depend on a text's length",
