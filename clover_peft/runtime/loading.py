@@ -50,7 +50,7 @@ def loaded_by_transformers() -> str | None:
                 warnings.warn(
                     f"transformers {transformers.__version__}: expected a variable {_SOURCE} in "
                     f"{frame.f_code.co_name}, found none, so the adapter's file is not checked before it is "
-                    "loaded; load it with PeftModel.from_pretrained, or use a transformers that clover_peft is tested on",
+                    "loaded; load it with PeftModel.from_pretrained, or use a version that clover_peft is tested on",
                     stacklevel=2,
                 )
             return frame.f_locals.get(_SOURCE)

@@ -266,7 +266,10 @@ class CloverModel(TargetParameters, TiedWeights):
     # ------------------------------------------------------------------ merging
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As in peft, but adapters that cannot be merged are refused before any is merged."""
+        """As in peft, but adapters that cannot be merged are refused before any is merged.
+
+        With `safe_merge`, every result is computed as a trial first, which costs one more merge.
+        """
         check_merges(self.model, adapter_names, safe_merge)
         with warning_of_rounding(self.model):
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
@@ -278,6 +281,7 @@ class CloverModel(TargetParameters, TiedWeights):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:
+        """As `merge_adapter`, for `merge_and_unload` and `unload`; `safe_merge` costs one more merge here too."""
         if merge:
             check_merges(self.model, adapter_names, safe_merge)
         else:
