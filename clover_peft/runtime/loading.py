@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import traceback
-from functools import wraps
-from typing import Any
+import inspect
+import warnings
+from collections.abc import Iterator
+from types import FrameType
 
+import transformers
 from peft import PeftModel
 from torch import empty, nn
 from transformers.integrations import PeftAdapterMixin
-from transformers.integrations import peft as integration
 
 # The functions that make an adapter and then load its weights. Peft gives a tuner no sign of them: no argument, and
 # `get_peft_model` makes a new adapter from a config that was read from a file as well.
@@ -18,6 +19,15 @@ _LOADERS = {
     _TRANSFORMERS,
     *(getattr(function, "__code__", None) for function in (PeftModel.from_pretrained, PeftModel.load_adapter)),
 }
+_SOURCE = "peft_model_id"  # the variable of transformers' `load_adapter` that holds the adapter's name or folder
+
+
+def _callers() -> Iterator[FrameType]:
+    """The frames on the call stack, from the innermost one."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 def weights_follow() -> bool:
@@ -25,36 +35,26 @@ def weights_follow() -> bool:
 
     Other callers get False. Their bases are then computed although a file may replace them, which costs time only.
     """
-    return any(frame.f_code in _LOADERS for frame, _ in traceback.walk_stack(None))
+    return any(frame.f_code in _LOADERS for frame in _callers())
 
 
 def loaded_by_transformers() -> str | None:
     """The name or folder of the adapter that transformers loads next, without letting the tuner see its weights.
 
-    None if something else loads, or if transformers was given a state dict.
+    None if something else loads, or if transformers was given a state dict. Read from the local variable `_SOURCE` of
+    transformers' `load_adapter`: a warning tells if that has no such variable.
     """
-    frames = (frame for frame, _ in traceback.walk_stack(None) if frame.f_code is _TRANSFORMERS)
-    return next((frame.f_locals.get("peft_model_id") for frame in frames), None)
-
-
-def leave_out_of_report(model: nn.Module, missing: str, unexpected: str) -> None:
-    """Keep keys that match these regular expressions out of what transformers reports about loads of this model.
-
-    Models of transformers have attributes for this, which its `from_pretrained` follows and its `load_adapter` does
-    not.
-    """
-    for name, pattern in (("missing", missing), ("unexpected", unexpected)):
-        attribute = f"_keys_to_ignore_on_load_{name}"
-        setattr(model, attribute, {*(getattr(model, attribute, None) or ()), pattern})
-    report: Any = getattr(integration, "log_state_dict_report", None)
-    if report is not None and not hasattr(report, "__wrapped__"):
-
-        @wraps(report)
-        def of_the_rest(*args: Any, **kwargs: Any) -> None:
-            kwargs["model"]._adjust_missing_and_unexpected_keys(kwargs["loading_info"])
-            report(*args, **kwargs)
-
-        integration.log_state_dict_report = of_the_rest
+    for frame in _callers():
+        if frame.f_code is _TRANSFORMERS:
+            if _SOURCE not in frame.f_locals:
+                warnings.warn(
+                    f"transformers {transformers.__version__}: expected a variable {_SOURCE} in "
+                    f"{frame.f_code.co_name}, found none, so the adapter's file is not checked before it is "
+                    "loaded; load it with PeftModel.from_pretrained, or use a version that clover_peft is tested on",
+                    stacklevel=2,
+                )
+            return frame.f_locals.get(_SOURCE)
+    return None
 
 
 def makes_meta_tensors() -> bool:

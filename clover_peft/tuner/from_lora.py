@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import MISSING, fields
 from itertools import product
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import get_pattern_key
+from peft import LoraConfig, LoraModel
 from torch import nn
 from transformers import PretrainedConfig
 
 from ..base_model.experts import experts_slice
-from ..base_model.families import find_suffix
 from ..base_model.resolve import resolve
 from ..base_model.slices import TargetSlice
-from ..base_model.weight import base_of, feature_counts
 from ..io.model_class import class_of, make_empty
 from ..io.user_warning import warn
 from .lora_options import CORRESPONDING
@@ -51,10 +48,12 @@ def options_like(lora: LoraConfig, model: nn.Module | PretrainedConfig | None) -
         model: the base model, or its config; None leaves the sizes of blocks at CLOVER's defaults.
 
     Returns:
-        Names and values for `CloverConfig(...)`. A warning reports both counts and what has no counterpart.
+        Names and values for `CloverConfig(...)`. Both counts are logged at level INFO. A warning replaces this if
+        options have no counterpart, the counts differ by more than 10 %, or no model is given.
 
     Raises:
-        ValueError: for options that change what is computed (`REFUSED`), or modules that cannot be found.
+        ValueError: for options that change what is computed (`REFUSED`), modules that cannot be found, or a target
+            parameter that is no stack of experts' weights.
         TypeError: for a module that is no linear projection, such as an embedding.
     """
     changed = [each.name for each in fields(lora) if getattr(lora, each.name) != _default(each)]
@@ -69,65 +68,68 @@ def options_like(lora: LoraConfig, model: nn.Module | PretrainedConfig | None) -
     if lora.bias != "none":
         options["bias"] = "clover_only" if lora.bias == "lora_only" else lora.bias
     left_out = {name: CORRESPONDING.get(name, "no counterpart") for name in changed if name not in {*SAME, *SILENT}}
-    left_out.pop("lora_dropout", None)
     if "rank_pattern" in left_out and model is not None:
         left_out["rank_pattern"] = "counted, but all modules get blocks of one size"
     if model is None:
-        said = "no model is given, so blocks have CLOVER's sizes whatever the LoRA's r; pass the model or its config"
+        near, said = (
+            False,
+            "no model is given, so blocks have CLOVER's sizes whatever the LoRA's r; pass the model or its config",
+        )
     else:
-        said = _choose_sizes(lora, model, options)
+        near, said = _choose_sizes(lora, model, options)
     if left_out:
         said += "; left out: " + ", ".join(f"{name} ({why})" for name, why in left_out.items())
-    warn(f"CloverConfig.from_lora: {said}")
+    said = f"CloverConfig.from_lora: {said}"
+    if left_out or not near:
+        warn(said)
+    else:
+        logging.getLogger(__name__).info(said)
     return options
 
 
-def _choose_sizes(lora: LoraConfig, model: nn.Module | PretrainedConfig, options: dict[str, Any]) -> str:
-    """Add the sizes of blocks to the options, and describe the choice in one clause."""
-    lora, of_default = deepcopy(lora), ""
+def _choose_sizes(lora: LoraConfig, model: nn.Module | PretrainedConfig, options: dict[str, Any]) -> tuple[bool, str]:
+    """Add the sizes of blocks to the options; returns whether the counts are near, and the choice in one clause."""
     if isinstance(model, PretrainedConfig):
         with torch.device("meta"):
             model = make_empty(class_of(model, lora), model)
+    tuner = _adapted(lora, model)
+    of_default = ""
     if lora.target_modules is None and not lora.target_parameters:
-        model_type = str(getattr(getattr(model, "config", None), "model_type", None))
-        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type)
-        if known is None:
+        options["target_modules"] = sorted(tuner.peft_config["default"].target_modules)
+        of_default = f" for peft's default modules {options['target_modules']}"
+    slices = [each for path in tuner.targeted_module_names for each in resolve(model, path, described=True)]
+    for path in tuner.targeted_parameter_names:
+        if len(shape := model.get_parameter(path).shape) != 3:
             raise ValueError(
-                f"CloverConfig.from_lora: expected target_modules in the LoraConfig, found none, and peft has no "
-                f"default for the model type {model_type!r}; name them"
+                f"{path}: expected target_parameters to name stacks of experts' weights, with three dimensions, found "
+                f"the shape {tuple(shape)}; name its module in target_modules"
             )
-        lora.target_modules = options["target_modules"] = list(known)
-        of_default = f" for peft's default modules {sorted(known)}"
-    lora = _maybe_include_all_linear_layers(lora, model)
-    targets = list(_targets(lora, model))
-    if not targets:
-        raise ValueError(
-            "CloverConfig.from_lora: expected names of the model's modules in target_modules, found "
-            f"{lora.target_modules}, which match none; correct them"
-        )
-    budget, slices = sum(numbers for numbers, _ in targets), [each for _, found in targets for each in found]
+        slices.append(experts_slice(model, path)[0])
+    budget = sum(parameter.numel() for name, parameter in tuner.named_parameters() if "lora_" in name)
     sizes = _nearest(budget, slices)
     options |= sizes
     off = (count := _count(slices, **sizes)) / budget - 1
     chosen = ", ".join(f"{name}={size}" for name, size in sizes.items()) or "CLOVER's own sizes of blocks"
     far = "" if abs(off) <= NEAR else ", the nearest that blocks of these modules reach"
-    return f"chose {chosen}{of_default}: {count:,} trained numbers where the LoRA has {budget:,} ({off:+.1%}{far})"
+    said = f"chose {chosen}{of_default}: {count:,} trained numbers where the LoRA has {budget:,} ({off:+.1%}{far})"
+    return not far, said
 
 
-def _targets(lora: LoraConfig, model: nn.Module) -> Iterator[tuple[int, list[TargetSlice]]]:
-    """For each target, the numbers that the LoRA trains and the slices that get a map."""
-    ranks = lora.rank_pattern or {}
-    for path, module in model.named_modules():
-        if path and check_target_module_exists(lora, path):
-            slices = list(resolve(model, path, described=True))
-            inputs, outputs = feature_counts(base_of(module), path)
-            r = ranks.get(get_pattern_key(list(ranks), path), lora.r)
-            yield r * (inputs + outputs) + outputs * (lora.use_dora + lora.lora_bias), slices
-    for path, parameter in model.named_parameters():
-        if find_suffix(path, lora.target_parameters or ()):
-            experts, inputs, outputs = parameter.shape
-            r = ranks.get(get_pattern_key(list(ranks), path), lora.r)
-            yield r * experts * (inputs + outputs), [experts_slice(model, path)[0]]
+def _adapted(lora: LoraConfig, model: nn.Module) -> LoraModel:
+    """A copy of the model with the LoRA, whose floating-point numbers are on the meta device: peft counts for us."""
+    lora = deepcopy(lora)
+    lora.init_lora_weights = False  # other ways read the weights
+    lora.modules_to_save = lora.trainable_token_indices = None  # both adapters train the same ones
+    copied = {}
+    for parameter in model.parameters():  # quantised weights are shared with the copy: they have no requires_grad
+        plain = type(parameter) is nn.Parameter and parameter.is_floating_point()
+        copied[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), False) if plain else parameter
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they concern the LoRA
+        try:
+            return LoraModel(deepcopy(model, copied), lora, "default", low_cpu_mem_usage=True)
+        except ValueError as error:
+            raise ValueError(f"CloverConfig.from_lora: expected a LoRA that fits the model, found: {error}") from error
 
 
 def _nearest(budget: int, slices: list[TargetSlice]) -> dict[str, int]:

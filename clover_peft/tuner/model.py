@@ -20,7 +20,8 @@ from ..base_model.families import FAMILIES, family_of, unknown_family_message
 from ..base_model.resolve import default_targets, resolve
 from ..base_model.slices import TargetSlice
 from ..io.user_warning import warn
-from ..runtime.loading import leave_out_of_report, loaded_by_transformers, makes_meta_tensors, weights_follow
+from ..runtime.load_report import leave_out_of_report
+from ..runtime.loading import loaded_by_transformers, makes_meta_tensors, weights_follow
 from ..runtime.sharding import filled_by_rank_0, forget_spared, refuse_sharded, spare_broadcasts
 from .adapter_file import is_untouched, select_for_saving, take_file
 from .adapter_folder import check_folder, read_tensors
@@ -265,7 +266,10 @@ class CloverModel(TargetParameters, TiedWeights):
     # ------------------------------------------------------------------ merging
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As in peft, but adapters that cannot be merged are refused before any is merged."""
+        """As in peft, but adapters that cannot be merged are refused before any is merged.
+
+        With `safe_merge`, every result is computed as a trial first, which costs one more merge.
+        """
         check_merges(self.model, adapter_names, safe_merge)
         with warning_of_rounding(self.model):
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
@@ -277,6 +281,7 @@ class CloverModel(TargetParameters, TiedWeights):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:
+        """As `merge_adapter`, for `merge_and_unload` and `unload`; `safe_merge` costs one more merge here too."""
         if merge:
             check_merges(self.model, adapter_names, safe_merge)
         else:

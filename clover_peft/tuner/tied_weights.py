@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers import PreTrainedModel
@@ -27,7 +26,20 @@ class TiedWeights(BaseTuner):
     def _check_merge_allowed(self) -> None:
         """As in peft, but without its warning of tied weights: a merge leaves the other modules' weights alone."""
 
-    _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
+    def _add_modules_to_save_to_tie(self, peft_config: CloverConfig, tied_weight_keys: list[str]) -> None:
+        """Have the embedding trained, and the modules tied to it share its copy: peft reads `modules_to_tie` for that.
+
+        Args:
+            peft_config: gets `modules_to_tie`, the paths of those modules; in `modules_to_save`, their names give way
+                to the embedding's path.
+            tied_weight_keys: the paths, without the embedding's.
+        """
+        paths = {module: path for path, module in self.model.named_modules()}
+        embedding = paths[self.model.get_input_embeddings()]
+        saved = peft_config.modules_to_save or []
+        others = [name for name in saved if not any(f".{key}".endswith(f".{name}") for key in tied_weight_keys)]
+        peft_config.modules_to_save = list(dict.fromkeys([*others, embedding]))
+        peft_config.modules_to_tie = set(tied_weight_keys)
 
     def _add_targets_to_tie(self, peft_config: CloverConfig, tied_weight_keys: list[str]) -> None:
         raise ValueError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import warnings
 from typing import Any
 
 import pytest
@@ -43,16 +45,28 @@ def trained(name: str, config: Any) -> int:
     return sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
+def reported(lora: LoraConfig, model: Any, caplog: pytest.LogCaptureFixture) -> tuple[CloverConfig, str, bool]:
+    """The config, the report, and whether it was a warning."""
+    caplog.set_level(logging.INFO, logger="clover_peft")
+    caplog.clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        config = CloverConfig.from_lora(lora, model)
+    said = [str(each.message) for each in caught if "from_lora" in str(each.message)]
+    (only,) = [*said, *(message for message in caplog.messages if "from_lora" in message)]
+    return config, only, bool(said)
+
+
 @pytest.mark.parametrize("r", [8, 32])
 @pytest.mark.parametrize("targets", [None, "all-linear"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_counts_are_those_of_real_adapters_and_near(name: str, targets: str | None, r: int) -> None:
+def test_counts_are_those_of_real_adapters_and_near(name: str, targets: str | None, r: int, caplog) -> None:
     if name == "whisper" and targets is None:
         targets = r".*(q|v)_proj"  # peft has no default for it
     lora = LoraConfig(r=r, target_modules=targets)
-    with pytest.warns(UserWarning, match=r"CloverConfig\.from_lora: chose ") as caught:
-        config = CloverConfig.from_lora(lora, SHAPES[name])
-    said = str(caught[0].message)
+    config, said, warned = reported(lora, SHAPES[name], caplog)
+    assert said.startswith("CloverConfig.from_lora: chose ")
+    assert warned == ("the nearest that blocks of these modules reach" in said)
     here, there = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+)(?: trained numbers| \([-+])", said))
     assert trained(name, config) == here
     assert trained(name, lora) == there
@@ -78,14 +92,49 @@ def test_what_has_a_counterpart_is_mapped_and_the_rest_is_named() -> None:
     assert sum("clover_S" in name for name, _ in adapted.named_parameters()) == 3
 
 
-def test_experts_are_counted() -> None:
+def test_experts_are_counted(caplog) -> None:
     model = build("mixtral")
     lora = LoraConfig(r=4, target_modules=[], target_parameters=["experts.down_proj"])
-    with pytest.warns(UserWarning, match="trained numbers where the LoRA has") as caught:
-        config = CloverConfig.from_lora(lora, model)
-    here = int(re.findall(r"([\d,]+) trained numbers", str(caught[0].message))[0].replace(",", ""))
+    config, said, _ = reported(lora, model, caplog)
+    here = int(re.findall(r"([\d,]+) trained numbers", said)[0].replace(",", ""))
     adapted = get_peft_model(model, config)
     assert here == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
+COUNTED: list[dict[str, Any]] = [
+    dict(use_dora=True),
+    dict(lora_bias=True),
+    dict(rank_pattern={"v_proj": 16}),
+    dict(init_lora_weights="pissa", modules_to_save=["lm_head"]),
+]
+
+
+@pytest.mark.parametrize("options", COUNTED, ids=str)
+def test_the_count_is_that_of_peft(options: dict[str, Any], caplog) -> None:
+    lora = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], **options)
+    _, said, _ = reported(lora, build("llama"), caplog)
+    adapted = get_peft_model(build("llama"), lora)
+    there = sum(p.numel() for n, p in adapted.named_parameters() if p.requires_grad and "modules_to_save" not in n)
+    assert f"where the LoRA has {there:,} (" in said
+
+
+def test_a_parameter_of_one_module_is_refused() -> None:
+    lora = LoraConfig(target_modules=[], target_parameters=["gate.weight"])
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.gate\.weight: expected .* found the shape \(4, 48\)"):
+        CloverConfig.from_lora(lora, build("mixtral"))
+
+
+def test_a_quantised_model_is_counted_and_left_alone(caplog) -> None:
+    bnb = pytest.importorskip("bitsandbytes", reason="needs the quant extra: pip install clover-peft[quant]")
+    lora, plain = LoraConfig(r=8, target_modules=["q_proj", "v_proj"]), build("llama")
+    _, expected, _ = reported(lora, plain, caplog)
+    attention = plain.model.layers[0].self_attn
+    attention.q_proj = bnb.nn.Linear4bit(48, 48, bias=False).to("cpu")
+    weight = attention.q_proj.weight.clone()
+    _, said, _ = reported(lora, plain, caplog)
+    assert said == expected
+    assert torch.equal(attention.q_proj.weight, weight)
+    assert not any("lora" in name for name, _ in plain.named_modules())
 
 
 def test_without_a_model_the_count_is_open() -> None:
@@ -99,7 +148,7 @@ def test_without_a_model_the_count_is_open() -> None:
     [
         (LoraConfig(layer_replication=[(0, 1)]), "found layer_replication"),
         (LoraConfig(alora_invocation_tokens=[1], task_type="CAUSAL_LM"), "found alora_invocation_tokens"),
-        (LoraConfig(target_modules=["no_such"]), "found {'no_such'}, which match none"),
+        (LoraConfig(target_modules=["no_such"]), "found: Target modules {'no_such'} not found in the base model"),
     ],
 )
 def test_what_cannot_be_mapped_is_refused(lora: LoraConfig, message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 import transformers as hf
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 import clover_peft
-from clover_peft import CloverConfig
+from clover_peft import CloverConfig, CloverModel
 from tests.support.adapters import adapted
 from tests.support.tiny import TOLERANCE, build, logits, perturb, relative
 
@@ -161,6 +163,27 @@ def test_trained_modules_stay_tied_as_with_lora() -> None:
         inner = model.get_base_model()
         head, embedding = (m.modules_to_save["default"] for m in (inner.lm_head, inner.model.embed_tokens))
         assert head.weight is embedding.weight
+
+
+def test_peft_asks_a_tuner_which_modules_to_tie_with_these_arguments() -> None:
+    for name in ("_add_modules_to_save_to_tie", "_add_targets_to_tie"):
+        expected = list(inspect.signature(getattr(BaseTuner, name)).parameters)
+        assert list(inspect.signature(getattr(CloverModel, name)).parameters) == expected
+
+
+@pytest.mark.parametrize(
+    "names", [["lm_head"], ["lm_head", "embed_tokens"], ["model.embed_tokens"], ["o_proj", "lm_head"]]
+)
+def test_modules_are_tied_and_trained_as_peft_does_for_lora(names: list[str]) -> None:
+    found = []
+    for kind in (CloverConfig, LoraConfig):
+        config = kind(target_modules=["v_proj"], modules_to_save=list(names), ensure_weight_tying=True)
+        model = get_peft_model(tied_head(), config)
+        trained = {n for n, p in model.named_parameters() if p.requires_grad and "modules_to_save" in n}
+        groups = {group for group in shared(model) if any("modules_to_save" in name for name in group)}
+        found.append((trained, groups, set(config.modules_to_save), config.modules_to_tie))
+    assert found[0] == found[1]
+    assert found[0][1]
 
 
 def test_tied_trained_modules_are_saved_and_loaded(tmp_path) -> None:
