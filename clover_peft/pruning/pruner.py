@@ -119,6 +119,8 @@ def prune(
             mask(model, found, kept)
     else:
         new_widths = {pair.name: padded_width(pair.attention, pair.kind, int(kept[pair.name].max())) for pair in pairs}
+        if rule.name == "uniform":
+            new_widths = _one_width(pairs, new_widths)
         step = {"method": method, **rule.to_dict(), "multiple": multiple, "calibrated": calibration is not None}
         _rewrite_all(model, attentions, found, kept, new_widths, step)
     after = _sizes(model, attentions)
@@ -285,6 +287,15 @@ def _recorded(
         if getattr(config, "is_encoder_decoder", False) and not hasattr(relative_base(model), "decoder"):
             record = {**record, "tower": type(model).__name__}  # The whole model shares this config.
         write_record(model, {**record, "blocks": known, "steps": [*record["steps"], dict(step)]})
+
+
+def _one_width(pairs: Sequence[Pair], widths: Mapping[str, int]) -> dict[str, int]:
+    """The widest of all pairs with heads of one size: one rank stays one width where a layer has fewer directions."""
+    widest: dict[tuple[Kind, int], int] = {}
+    for pair in pairs:
+        key = (pair.kind, pair.heads.dim)
+        widest[key] = max(widest.get(key, 0), widths[pair.name])
+    return {pair.name: widest[pair.kind, pair.heads.dim] for pair in pairs}
 
 
 def _summary(pair: Pair, directions: Directions, kept: Tensor, width: int) -> PrunedPair:

@@ -53,7 +53,7 @@ def load_data(
     held_out: int,
     seed: int,
     protocol: Protocol | None,
-    cut: Callable[[str], list[list[int]]],
+    cut: Callable[[str], list[list[int]]] | None = None,
     skip_bad_rows: bool = False,
 ) -> Split:
     """Read, check and split instruction data or plain text.
@@ -68,7 +68,7 @@ def load_data(
         held_out: how many rows to set aside first.
         seed: the seed of the draw.
         protocol: the prompt around instructions; None converts every row to chat messages, for a chat template.
-        cut: cuts a text into windows of token ids.
+        cut: cuts a text into windows of token ids; None refuses plain text.
         skip_bad_rows: leave bad rows out instead of raising.
 
     Raises:
@@ -159,12 +159,14 @@ def _is_text(row: Row) -> bool:
 
 
 def _format(
-    rows: list[Row], protocol: Protocol | None, cut: Callable[[str], list[list[int]]], source: str
+    rows: list[Row], protocol: Protocol | None, cut: Callable[[str], list[list[int]]] | None, source: str
 ) -> list[Row]:
     """Convert checked rows: instructions one by one, texts joined and cut."""
     texts = [row["text"] for row in rows if _is_text(row)]
     if not texts:
         return [format_row(row, protocol) for row in rows]
+    if cut is None:
+        raise ValueError(f"{source}: expected instructions, found plain text")
     if len(texts) < len(rows):
         raise ValueError(
             f"{source}: expected rows of one kind, found {len(texts)} with plain text and {len(rows) - len(texts)} "
