@@ -18,8 +18,8 @@ MUCH_ROUNDED = 0.1
 def check_merges(model: nn.Module, adapter_names: list[str] | None, safe_merge: bool) -> None:
     """Refuse adapters that cannot be merged. With `safe_merge`, compute every result, as a trial.
 
-    The trial costs one more merge, and the memory of one layer's result. The merge itself checks again, because it also
-    reaches layers of other tuners, such as trained tokens.
+    The trial costs one more merge, and the memory of one layer's result. The merge itself checks again, because it
+    also reaches layers of other tuners, such as trained tokens.
 
     Args:
         model: the bare model.
