@@ -189,7 +189,8 @@ def _latent(model: Any, tokenizer: Any, folder: Path, share: float | None = None
     batches = _calibration(tokenizer)
     converted, report = convert_to_mla(model, batches, cache_reduction=0.6875)
     if share is not None:
-        prune(converted, share, calibration=batches, ranks="uniform")
+        # vLLM's kernels know some widths of keys; these are a rotary key of 64 and a multiple of 16.
+        prune(converted, share, calibration=batches, ranks="uniform", multiple=16)
     converted.save_pretrained(folder / "model")
     # The native class has biases nowhere, and takes every list of frequencies for YaRN.
     native = report.rope_type == "default"

@@ -120,7 +120,7 @@ def prune(
     else:
         new_widths = {pair.name: padded_width(pair.attention, pair.kind, int(kept[pair.name].max())) for pair in pairs}
         if rule.name == "uniform":
-            new_widths = _one_width(pairs, new_widths)
+            new_widths = _one_width(pairs, new_widths, multiple)
         step = {"method": method, **rule.to_dict(), "multiple": multiple, "calibrated": calibration is not None}
         _rewrite_all(model, attentions, found, kept, new_widths, step)
     after = _sizes(model, attentions)
@@ -289,12 +289,13 @@ def _recorded(
         write_record(model, {**record, "blocks": known, "steps": [*record["steps"], dict(step)]})
 
 
-def _one_width(pairs: Sequence[Pair], widths: Mapping[str, int]) -> dict[str, int]:
-    """The widest of all pairs with heads of one size: one rank stays one width where a layer has fewer directions."""
+def _one_width(pairs: Sequence[Pair], widths: Mapping[str, int], multiple: int) -> dict[str, int]:
+    """The widest of all pairs with heads of one size, as a multiple: where a layer has fewer directions than the rank,
+    its heads are padded, so that one rank stays one width that kernels like."""
     widest: dict[tuple[Kind, int], int] = {}
     for pair in pairs:
-        key = (pair.kind, pair.heads.dim)
-        widest[key] = max(widest.get(key, 0), widths[pair.name])
+        key, width = (pair.kind, pair.heads.dim), -(-widths[pair.name] // multiple) * multiple
+        widest[key] = max(widest.get(key, 0), min(width, pair.heads.dim))
     return {pair.name: widest[pair.kind, pair.heads.dim] for pair in pairs}
 
 

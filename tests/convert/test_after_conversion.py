@@ -14,6 +14,7 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.*tokens for .* are few"),
     pytest.mark.filterwarnings("ignore:qk. not pruned"),
+    pytest.mark.filterwarnings("ignore:.*ranks are rounded to multiples"),
 ]
 BATCHES = [{"input_ids": torch.randint(3, VOCAB, (2, 40), generator=torch.Generator().manual_seed(3))}]
 
@@ -34,13 +35,15 @@ def test_a_converted_model_is_pruned_and_adapted(rope_dims):
     assert kinds == ({"vo"} if rope_dims == 24 else {"qk", "vo"})
 
 
+@pytest.mark.parametrize("multiple", [1, 4])
 @pytest.mark.parametrize("rank", [3, 6])
-def test_uniform_ranks_keep_the_stock_class_where_heads_have_fewer_directions(rank):
+def test_uniform_ranks_keep_the_stock_class_where_heads_have_fewer_directions(rank, multiple):
     """A narrow latent leaves some heads fewer directions than the rank: these are padded, not made narrower."""
     model, _ = convert_to_mla(build("llama"), BATCHES, rope_dims=8, kv_lora_rank=rank)
-    report = clover_peft.prune(model, 0.5, ranks="uniform", calibration=BATCHES)
+    report = clover_peft.prune(model, 0.5, ranks="uniform", multiple=multiple, calibration=BATCHES)
     assert len({tuple(layer.self_attn.kv_b_proj.weight.shape) for layer in model.model.layers}) == 1
     assert not model.config.clover_pruning["blocks"]
     widths = {(pair.kind, pair.width) for pair in report.pairs.values()}
     assert widths == {("qk", model.config.qk_nope_head_dim), ("vo", model.config.v_head_dim)}
+    assert all(width % multiple == 0 for _, width in widths)
     assert torch.isfinite(model(input_ids=BATCHES[0]["input_ids"]).logits).all()
