@@ -45,8 +45,8 @@ __all__ = [
 ]
 
 register(CloverConfig, CloverModel)
+install_sliced()  # The stream first: the width of a head's input follows it.
 install()
-install_sliced()
 keep_old_paths()
 if newer := untested():
     warn(newer)

@@ -71,7 +71,10 @@ class AttentionBlock:
         )
 
     def layout(self, path: str, name: str) -> dict[str, HeadSlice]:
-        """Part -> its whole heads, in the projection at `path` with this name in the table."""
+        """Part -> its whole heads, in the projection at `path` with this name in the table.
+
+        A part without features is left out: keys without rotation, where latent attention rotates all of them.
+        """
         layout = self.layout_of(name)
         _, features = self._features(path)
         dims = {part: self.dim(part, path) for part in layout.parts}
@@ -85,7 +88,8 @@ class AttentionBlock:
                     "target_modules=[...]"
                 )
             starts = accumulate(sizes.values(), initial=0)
-            return {p: HeadSlice.plain(counts[p], dims[p], start) for p, start in zip(sizes, starts, strict=False)}
+            parts = [(part, start) for part, start in zip(sizes, starts, strict=False) if dims[part]]
+            return {part: HeadSlice.plain(counts[part], dims[part], start) for part, start in parts}
         # A shard holds `inner` heads of every part.
         inner = dict.fromkeys(layout.parts, 1)
         if layout.grouped:
@@ -98,6 +102,8 @@ class AttentionBlock:
         result = {}
         for part, offset in zip(sizes, accumulate(sizes.values(), initial=0), strict=False):
             dim, heads = dims[part], inner[part]
+            if not dim:
+                continue
             result[part] = HeadSlice(0, shards * heads, stride, offset, dim, heads, dim if heads > 1 else 0)
         return result
 

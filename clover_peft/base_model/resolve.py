@@ -81,8 +81,7 @@ def resolve(
 
     attention = AttentionBlock(model, path.removesuffix(name), family, config, head_dim)
     layout = attention.layout(path, name)
-    # A part may have no features: keys without rotation, where latent attention rotates all of them.
-    adapted = [part for part, heads in layout.items() if part in ("k", "v") and heads.dim] or ["q"]
+    adapted = [part for part in layout if part in ("k", "v")] or ["q"]
     slices = [target for part in adapted for target in attention.slices(part, layout[part])]
     return (replace(slices[0], name="weight"),) if len(slices) == 1 else tuple(slices)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..experiments import settings
+from ..io.atomic import check_new_folder
 from ..io.configs import find_config
 from ..io.overrides import apply_override, load_yaml
 from ..io.rows import find_text
@@ -131,18 +132,17 @@ def labels(given: argparse.Namespace) -> list[str]:
 
 
 def convert(given: argparse.Namespace) -> None:
-    _new_folder(given.out)
+    check_new_folder(given.out, "--out ")
     for option in ("mla", "slice", "prune"):
         share = getattr(given, option)
         is_absent = share is None or (option == "mla" and share == 0)  # --mla alone leaves its share out
         if not is_absent and not 0 < share < 1:
             raise ValueError(f"--{option} {share}: expected a share above 0 and below 1")
-    others = {"--mla": ("rope_dims", "kv_lora_rank", "method"), "--slice": ("rotation",)}
-    for option in others["--mla" if given.slice is not None else "--slice"]:
+    absent = "mla" if given.mla is None else "slice"
+    for option in {"mla": ("rope_dims", "kv_lora_rank", "method"), "slice": ("rotation",)}[absent]:
         if getattr(given, option) is not None:
-            owner = "--mla" if given.slice is not None else "--slice"
-            raise ValueError(f"--{option.replace('_', '-')}: expected {owner} with it, found none")
-    if given.slice is None and bool(given.mla) == (given.kv_lora_rank is not None):
+            raise ValueError(f"--{option.replace('_', '-')}: expected --{absent} with it, found none")
+    if given.mla is not None and bool(given.mla) == (given.kv_lora_rank is not None):
         raise ValueError("--mla: expected the share of the cache to remove or --kv-lora-rank, and not both")
     if given.calibration is None:
         raise ValueError("--calibration: expected text, which the conversion needs, found none")
@@ -151,13 +151,8 @@ def convert(given: argparse.Namespace) -> None:
     _calibration(given)
 
 
-def _new_folder(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out}: expected a new or empty folder, found files; choose another")
-
-
 def prune(given: argparse.Namespace) -> None:
-    _new_folder(given.out)
+    check_new_folder(given.out, "--out ")
     if given.ranks is not None and given.ratio is None:
         raise ValueError(f"--ranks {given.ranks}: expected --ratio with it, which it spreads, found none")
     for name in ("ratio", "threshold", "energy"):
@@ -215,8 +210,7 @@ def export(given: argparse.Namespace) -> None:
     if Path(given.adapter).is_dir() and not Path(given.adapter, "adapter_config.json").is_file():
         found = "a whole model" if Path(given.adapter, "config.json").is_file() else "none"
         raise ValueError(f"{given.adapter}: expected an adapter's folder, with adapter_config.json, found {found}")
-    if given.out.exists() and (not given.out.is_dir() or any(given.out.iterdir())):
-        raise ValueError(f"{given.out}: expected a new or empty folder, found files; choose another")
+    check_new_folder(given.out)
 
 
 def _fields(module: str, name: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..base_model.plain import check_unquantised
-from ..io.atomic import new_folder
+from ..io.atomic import check_new_folder, new_folder
 from ..io.hub_models import load_processor
 from ..io.model_class import find_class, read_config
 from ..tuner.adapter_file import embedding_of
@@ -62,8 +62,7 @@ def export(
             made of it.
     """
     for each in (out, *(_lora_folder(out, rank) for rank in lora_ranks or ())):
-        if each.exists() and (not each.is_dir() or any(each.iterdir())):
-            raise ValueError(f"{each}: expected a new or empty folder, found files; choose another")
+        check_new_folder(each)
     config = PeftConfig.from_pretrained(adapter)
     base = base or config.base_model_name_or_path
     if not base:

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers import PreTrainedModel
 
+from ..base_model.rewritten import apply_when_made, check_version
 from .stream import STREAMS, Stream, empty, head_of, trunk_of
 
 # The entry of a model's config that says how it was sliced, and its form.
 RECORD = "clover_slicing"
 VERSION = 1
-_IN_MEMORY = " (sliced: save it, and load it from there)"  # behind the name of a model's base
 
 
 class ShortcutNorm(nn.Module):
@@ -23,13 +22,13 @@ class ShortcutNorm(nn.Module):
 
     The gains are folded into the block. The matrix has their name on disk, so that a class without shortcuts finds a
     tensor of an unexpected size and stops, instead of computing something else.
+
+    Args:
+        weight: (d, d), from the basis of this block to the basis of the next, any floating dtype.
+        eps: added to the mean square.
     """
 
     def __init__(self, weight: Tensor, eps: float) -> None:
-        """Args:
-        weight: (d, d), from the basis of this block to the basis of the next, any floating dtype.
-        eps: added to the mean square.
-        """
         super().__init__()
         self.weight, self.eps = nn.Parameter(weight), eps
 
@@ -89,14 +88,6 @@ def write_record(model: Any, width: int, rotation: str) -> None:
     setattr(model.config, RECORD, {"version": VERSION, "width": width, "rotation": rotation})
 
 
-def forget_base(model: Any) -> None:
-    """Let a model's name no longer name a base that adapters could be loaded onto."""
-    name = getattr(model, "name_or_path", "")
-    if name and not name.endswith(_IN_MEMORY):
-        model.name_or_path = name + _IN_MEMORY
-        model.config._name_or_path = model.name_or_path
-
-
 def read_record(config: Any) -> dict[str, Any] | None:
     """How a model was sliced, from its config; None if it was not, or if its class describes all.
 
@@ -106,12 +97,7 @@ def read_record(config: Any) -> dict[str, Any] | None:
     record = getattr(config, RECORD, None)
     if record is None:
         return None
-    if not isinstance(record, dict) or record.get("version") != VERSION:
-        version = record.get("version") if isinstance(record, dict) else record
-        raise ValueError(
-            f"{RECORD} in the config: expected version {VERSION}, found {version!r}; use the clover_peft that the "
-            "model was sliced with"
-        )
+    record = check_version(record, RECORD, VERSION, "sliced")
     width, rotation = record.get("width"), record.get("rotation")
     if not isinstance(width, int) or width < 1 or rotation not in ("shared", "per_block"):
         raise ValueError(f"{RECORD} in the config: expected a width and a rotation, found {record!r}")
@@ -142,15 +128,4 @@ def apply_record(model: Any) -> None:
 
 def install() -> None:
     """Let transformers load sliced models; once."""
-    if getattr(PreTrainedModel.post_init, "clover_sliced", False):
-        return
-    post_init = PreTrainedModel.post_init
-
-    @functools.wraps(post_init)
-    def sliced_first(self: PreTrainedModel) -> None:
-        if hasattr(self.config, RECORD):
-            apply_record(self)
-        post_init(self)
-
-    sliced_first.clover_sliced = True  # type: ignore[attr-defined]
-    PreTrainedModel.post_init = sliced_first
+    apply_when_made(RECORD, apply_record)

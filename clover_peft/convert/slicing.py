@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..base_model.activations import TokenReader, evaluating, hooks, read_batches, warn_if_few
+from ..base_model.rewritten import forget_base
 from ..linalg.moments import Moments
 from ..runtime.interrupts import uninterrupted
-from .sliced_models import add_shortcuts, forget_base, write_record
+from .sliced_models import add_shortcuts, write_record
 from .slicing_checks import check_sliceable, choose_width
 from .slicing_report import SlicingReport
 from .stream import Block, Stream, head_of, norms, present, put, trunk_of
@@ -307,7 +308,7 @@ class Slicer:
             if hasattr(attention, "head_dim") and getattr(config, "head_dim", None) is None:
                 config.head_dim = attention.head_dim  # no longer hidden_size / num_attention_heads
             config.hidden_size = self.width
-        forget_base(self.model)
+        forget_base(self.model, "sliced")
         return int(self.size)
 
 

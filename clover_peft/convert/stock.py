@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..base_model.attention import WIDTHS
 from ..base_model.plain import check_plain, check_unquantised
+from ..io.atomic import check_new_folder
 from .sliced_models import RECORD
 
 # Models whose layers are Llama's: the same modules, names and order of operations, with plain RMSNorms.
@@ -54,8 +55,7 @@ def save_stock(model: nn.Module, folder: str | PathLike[str], *, hub_keys: bool 
 
     width = check_stock(model)
     path = Path(folder)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{folder}: expected a new or empty folder, found files; choose another")
+    check_new_folder(path)
     source: Any = model
     tensors = {name: tensor for name, tensor in source.state_dict().items() if not name.endswith("o_proj.bias")}
     if constants := _constants(source):

@@ -91,6 +91,20 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     return folder
 
 
+def check_new_folder(folder: Path, where: str = "") -> None:
+    """Check that a folder is free to be written.
+
+    Args:
+        folder: the folder.
+        where: what the error says before its name, such as an option.
+
+    Raises:
+        ValueError: if there are files in it, or in its place.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{where}{folder}: expected a new or empty folder, found files; choose another")
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder beside `folder`, which is renamed to it when the context ends without an error.

@@ -86,7 +86,7 @@ def find_pairs(model: nn.Module) -> list[Pair]:
             continue
         attention = attentions.setdefault(attention.path, attention)
         for part, heads in attention.layout(path, name).items():
-            for target in attention.slices(part, heads) if part in ("k", "v") and heads.dim else ():
+            for target in attention.slices(part, heads) if part in ("k", "v") else ():
                 if target.partner is not None:
                     kind: Kind = "vo" if part == "v" else "qk"
                     pair = Pair(kind, path, target.heads, target.partner, attention)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 import clover_peft
+from clover_peft.base_model import rewritten
 from clover_peft.cli.checks import figures
 from clover_peft.io.text_windows import batches_for, text_batches
 from clover_peft.pruning import decompose, find_pairs, global_ratio
@@ -300,7 +301,7 @@ def test_a_mask_whose_constant_has_no_place_is_not_saved(tmp_path, text, capsys)
 
 def test_a_folder_that_would_not_load_is_not_written(tmp_path, monkeypatch, capsys):
     source, out = save("opt", tmp_path / "model"), tmp_path / "out"
-    monkeypatch.setattr(loading, "apply_record", lambda model: None)
+    monkeypatch.setitem(rewritten._APPLIES, loading.RECORD, lambda model: None)
     assert run(prune_script, source, "--ratio", "0.5", "--ranks", "uniform", "--out", out) == 2
     error = capsys.readouterr().err
     assert (

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from types import MethodType
 
@@ -18,6 +16,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 import clover_peft
 from clover_peft.convert import convert_to_mla, deepseek, latent, mla
 from clover_peft.convert.exactness import longest_text
+from tests.support.other_process import stock_answers
 from tests.support.tiny import VOCAB, build, relative
 
 pytestmark = [
@@ -84,20 +83,11 @@ def test_a_saved_model_loads_without_the_package_and_generates_the_same(tmp_path
     result, _ = convert_to_mla(build("qwen2"), batches(), cache_reduction=0.5, rope_dims=8, method=method)
     result.save_pretrained(tmp_path)
     ids = batches()[0]["input_ids"]
-    expected = result.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
-    code = (
-        "import json, sys, torch\n"
-        "from transformers import AutoModelForCausalLM\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "ids = torch.tensor(json.loads(sys.argv[2]))\n"
-        "found = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)\n"
-        "assert 'clover_peft' not in sys.modules\n"
-        "print(json.dumps([type(model).__name__, found.tolist()]))\n"
-    )
-    given = [sys.executable, "-c", code, str(tmp_path), json.dumps(ids.tolist())]
-    kind, found = json.loads(subprocess.run(given, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-    assert kind == "DeepseekV3ForCausalLM"
-    assert found == expected.tolist()
+    (found,) = stock_answers([tmp_path], ids)
+    same = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0)
+    tokens = [result.generate(ids, use_cache=cached, **same) for cached in (True, False)]
+    assert found["kind"] == "DeepseekV3ForCausalLM"
+    assert torch.equal(found["tokens"], torch.cat(tokens))
 
 
 def test_the_cache_holds_what_the_config_says():

@@ -42,6 +42,12 @@ def test_rows_without_a_chat_template():
     assert "chat template" in data.check_row({"messages": CHAT}, chat=False)
 
 
+def test_plain_text_is_refused_where_it_cannot_be_cut(tmp_path):
+    path = write_jsonl(tmp_path / "train.jsonl", [{"text": "some prose"}])
+    with pytest.raises(ValueError, match="expected instructions, found plain text"):
+        data.load_data(str(path), rows=None, held_out=0, seed=0, protocol=None)
+
+
 @pytest.mark.parametrize(
     ("row", "problem"),
     [

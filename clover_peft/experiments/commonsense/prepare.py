@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...io.atomic import write_json
+from ...io.atomic import check_new_folder, write_json
 from ...io.rows import Row, write_rows
 from . import sources
 from .tasks import TASKS, Task, options, task_of
@@ -229,8 +229,7 @@ def write(suite: Suite, folder: Path, options: dict[str, Any]) -> dict[str, Any]
     Raises:
         ValueError: the folder has files in it.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: expected a new or empty folder, found files; choose another")
+    check_new_folder(folder)
     (folder / "test").mkdir(parents=True, exist_ok=True)
     files = {"train.jsonl.gz": _joined(suite.train)}
     if suite.validation:

@@ -8,25 +8,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin
 
 from ...base_model.attention import WIDTHS, AttentionBlock
 from ...base_model.resolve import attention_block
+from ...base_model.rewritten import apply_when_made, check_version, forget_base
 from ...base_model.weight import has_module
 from .modules import check_supported, narrow, widths
 
 # The entry of a model's config that says how it was pruned, and its form.
 RECORD = "clover_pruning"
 VERSION = 1
-_IN_MEMORY = " (pruned: save it, and load it from there)"  # behind the name of a model's base
 
 
 def write_record(model: Any, record: Mapping[str, Any]) -> None:
     """Enter how a model was pruned in its config, which no longer names a base that adapters could be loaded onto."""
-    name = getattr(model, "name_or_path", "")
-    if name and hasattr(model, "config") and not name.endswith(_IN_MEMORY):
-        model.name_or_path = name + _IN_MEMORY
-        model.config._name_or_path = model.name_or_path
+    forget_base(model, "pruned")
     if hasattr(model, "register_to_config"):
         model.register_to_config(**{RECORD: dict(record)})
     else:
@@ -43,12 +40,7 @@ def read_record(model: Any) -> dict[str, Any] | None:
     record = config.get(RECORD) if isinstance(config, Mapping) else getattr(config, RECORD, None)
     if record is None:
         return None
-    if not isinstance(record, dict) or record.get("version") != VERSION:
-        version = record.get("version") if isinstance(record, dict) else record
-        raise ValueError(
-            f"{RECORD} in the config: expected version {VERSION}, found {version!r}; use the clover_peft that the "
-            "model was pruned with"
-        )
+    record = check_version(record, RECORD, VERSION, "pruned")
     blocks = record.get("blocks")
     if not isinstance(blocks, dict) or not isinstance(record.get("steps"), list):
         raise ValueError(f"{RECORD} in the config: expected blocks and steps, found {sorted(record)}")
@@ -141,16 +133,7 @@ def _refuse_continuous_batching() -> None:
 
 def install() -> None:
     """Let transformers and diffusers load pruned models; once."""
-    if not getattr(PreTrainedModel.post_init, "clover", False):
-        post_init = PreTrainedModel.post_init
-
-        @functools.wraps(post_init)
-        def narrow_first(self: PreTrainedModel) -> None:
-            apply_record(self)
-            post_init(self)
-
-        narrow_first.clover = True  # type: ignore[attr-defined]
-        PreTrainedModel.post_init = narrow_first
+    apply_when_made(RECORD, apply_record)
     _install_lazy_caches()
     _refuse_continuous_batching()
     if importlib.util.find_spec("diffusers") is None:

@@ -60,8 +60,7 @@ def _rewrite(attention: AttentionBlock, changes: Sequence[Change]) -> None:
             rows = _rows(projection).to(at).double()
             if projection.bias is not None:
                 rows = torch.cat([rows, projection.bias.to(rows).unsqueeze(0)])
-            # Keys have no part without rotation where latent attention rotates all of them.
-            parts |= {part: heads.blocks(rows, heads.dim) for part, heads in layout.items() if heads.dim}
+            parts |= {part: heads.blocks(rows, heads.dim) for part, heads in layout.items()}
     output, read = attention.module_of(attention.family.output), None
     bias = None if output.bias is None else output.bias.to(at).double()
     for pair, directions, down, back, width in changes:
@@ -81,16 +80,14 @@ def _rewrite(attention: AttentionBlock, changes: Sequence[Change]) -> None:
             parts[part] = torch.cat([first, torch.einsum("nhd,hdw->nhw", middle, factor), last], dim=-1)
     if output.bias is None and bias is not None and not bool(bias.any()):
         bias = None
-    dims = {part: parts[part].shape[-1] if part in parts else slices[part].dim for part in "kv"}
-    narrow(attention, dims["k"], dims["v"], bias is not None)
+    dims = {part: heads.dim for part, heads in slices.items()} | {part: rows.shape[-1] for part, rows in parts.items()}
+    narrow(attention, dims.get("k", 0), dims["v"], bias is not None)  # no keys, where all of them are rotated
     for name in attention.present():
         layout = attention.layout(attention.prefix + name, name)
         projection = attention.module_of(name)
         if not changed & set(layout):
             continue
         for part, heads in layout.items():
-            if part not in parts:
-                continue
             rows = _rows(projection)
             place = heads.heads(rows)
             place.copy_(parts[part][: len(rows)].reshape(place.shape))
