@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
-from ..io import atomic
 from ..io.figures import find_pyplot
+from ..io.report import Report
 from ..io.tables import markdown_table
 from .rotary import Method
 
@@ -37,7 +35,7 @@ class ConvertedLayer:
 
 
 @dataclass(frozen=True)
-class ConversionReport:
+class ConversionReport(Report):
     """The result of `convert_to_mla`.
 
     Attributes:
@@ -64,10 +62,6 @@ class ConversionReport:
     tokens: int
     seconds: dict[str, float]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
-        return asdict(self)
-
     def summary(self) -> str:
         """A Markdown table: the sizes before and after, and the error of each stage."""
         rows = [[f"{self.method}, {self.rope_dims} rotary dimensions, latent of {self.kv_lora_rank}", "", "", ""]]
@@ -80,10 +74,6 @@ class ConversionReport:
             )
         rows.append(["seconds", "", f"{sum(self.seconds.values()):.1f}", ""])
         return markdown_table(["", "before", "after", "removed"], rows)
-
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write the report as JSON."""
-        atomic.write_text(Path(path), json.dumps(self.to_dict(), indent=2) + "\n")
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Draw which pairs kept their rotation, and the error of each stage (needs matplotlib).

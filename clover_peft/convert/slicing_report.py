@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-from os import PathLike
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
-from ..io import atomic
+from ..io.report import Report
 from ..io.tables import markdown_table
 
 
 @dataclass(frozen=True)
-class SlicingReport:
+class SlicingReport(Report):
     """The result of `slice_hidden_size`.
 
     Attributes:
@@ -35,10 +31,6 @@ class SlicingReport:
     tokens: int
     seconds: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
-        return asdict(self)
-
     def summary(self) -> str:
         """A Markdown table: sizes before and after, and the energy kept."""
         shares = list(self.energy.values())
@@ -49,7 +41,3 @@ class SlicingReport:
             ["energy, mean and least of all blocks", "", f"{sum(shares) / len(shares):.2%}, {min(shares):.2%}", ""]
         )
         return markdown_table(["", "before", "after", "removed"], rows)
-
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write the report as JSON."""
-        atomic.write_text(Path(path), json.dumps(self.to_dict(), indent=2) + "\n")

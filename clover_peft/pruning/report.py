@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
-from ..io import atomic
+from ..io.report import Report
 from ..io.tables import markdown_table
 from .directions import Method
 from .figures import HeatMap, plot_heat_maps
@@ -38,7 +36,7 @@ class PrunedPair:
 
 
 @dataclass(frozen=True)
-class PruningReport:
+class PruningReport(Report):
     """The result of `prune`.
 
     Attributes:
@@ -63,10 +61,6 @@ class PruningReport:
     cache_bytes: tuple[int, int]
     seconds: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
-        return asdict(self)
-
     def summary(self) -> str:
         """A Markdown table: the rule for the ranks, the directions removed, and the sizes before and after."""
         rule = ", ".join(f"{name} {value}" for name, value in self.rule.items())
@@ -87,10 +81,6 @@ class PruningReport:
             least = f"{sum(energy) / len(energy):.1%}, {min(energy):.1%}"
             rows.append([f"{kind} energy, mean and least", "", least, ""])
         return markdown_table(["", "before", "after", "removed"], rows)
-
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write the report as JSON."""
-        atomic.write_text(Path(path), json.dumps(self.to_dict(), indent=2) + "\n")
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Draw heat maps, layer x key-value head, for each kind of pair (needs matplotlib).
