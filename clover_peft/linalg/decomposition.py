@@ -46,6 +46,12 @@ class Bases:
             self.singular_values[:, :r].clone(),
         )
 
+    def scaled(self, factors: Tensor) -> Bases:
+        """C times the factors, (H,) and positive, and S0 divided by them."""
+        return Bases(
+            self.coordinates * factors.view(-1, 1, 1), self.back, self.singular_values / factors.unsqueeze(-1)
+        )
+
 
 def gram(blocks: Tensor, bias: Tensor | None = None) -> Tensor:
     """Gram matrix `sum_t w_t w_t^T` of every block; with a bias, the Gram matrix of `[W b]`. Costs D H d^2.

@@ -123,7 +123,8 @@ def compute_bases(
 ) -> Bases:
     """Bases of one slice: of the pair, from the Gram matrices of both projections, or of the projection alone.
 
-    Moments of activations replace the Grams of the weights that compute them (`pair_grams`).
+    Moments of activations replace the Grams of the weights that compute them (`pair_grams`). Each block's C then has
+    the strength that it has without them, so that learning rates carry over.
     """
 
     def limited(g: Tensor) -> Tensor:
@@ -131,15 +132,18 @@ def compute_bases(
 
     g_in = gram(spec.heads.blocks(weight, spec.size), None if bias is None else spec.heads.blocks(bias, spec.size))
     if spec.partner is None:
-        if own is not None:
-            g_in = shrink(own.second.to(g_in.device), g_in, own.tokens)
-        bases = (qr_bases if spec.basis == "qr" else svd_bases)(limited(g_in))
-        return bases if spec.r == spec.size else bases.leading(spec.r)
-    heads, reads = spec.partner.heads, spec.partner.reads
-    with partner_weight(model, spec.partner) as (rows, partner_bias):
-        g_out = gram(
-            heads.blocks(rows, spec.size), None if partner_bias is None else heads.blocks(partner_bias, spec.size)
-        )
-    grams = pair_grams(g_in, g_out, spec.heads.count, reads=reads, own=own, partner=partner)
-    bases = pair_bases(limited(grams.g_in), limited(grams.g_out))
+        g = g_in if own is None else shrink(own.second.to(g_in.device), g_in, own.tokens)
+        bases = (qr_bases if spec.basis == "qr" else svd_bases)(limited(g))
+    else:
+        heads, reads = spec.partner.heads, spec.partner.reads
+        with partner_weight(model, spec.partner) as (rows, partner_bias):
+            g_out = gram(
+                heads.blocks(rows, spec.size), None if partner_bias is None else heads.blocks(partner_bias, spec.size)
+            )
+        grams = pair_grams(g_in, g_out, spec.heads.count, reads=reads, own=own, partner=partner)
+        bases = pair_bases(limited(grams.g_in), limited(grams.g_out))
+    if own is not None or partner is not None:
+        # The mean square of the rows of C W, which is 1 without moments.
+        strength = (bases.coordinates @ g_in * bases.coordinates).sum(-1).mean(-1)
+        bases = bases.scaled(torch.where(strength > 0, strength, 1).rsqrt())
     return bases if spec.r == spec.size else bases.leading(spec.r)

@@ -353,6 +353,7 @@ def test_all_kinds_of_arms_learn(tmp_path):
     arms = [
         replace(arm, name="full", peft="full", rates=(1e-3,)),
         replace(arm, name="muon", peft={"peft_type": "CLOVER"}, rates=(0.02,), optimizer="muon"),
+        replace(arm, name="data", peft={"peft_type": "CLOVER"}, rates=(0.02,), initialize_from_activations=3),
         replace(arm, name="plus", peft={"peft_type": "LORA", "target_modules": targets}, rate_factors={"lora_B": 4.0}),
         replace(arm, name="dora", peft={"peft_type": "LORA", "use_dora": True, "target_modules": targets}),
         replace(
@@ -368,7 +369,9 @@ def test_all_kinds_of_arms_learn(tmp_path):
     running.run(experiment, tmp_path)
     found = report.load(tmp_path / "records")
     base = report.mean_loss([found["base"]], "asyncio")
-    assert len(found) == 8
+    assert len(found) == 9
+    config = json.loads((tmp_path / "adapters/asyncio-data-lr0.02-seed0/adapter_config.json").read_text())
+    assert config["from_activations"]
     for name, made in found.items():
         if name != "base":
             assert report.mean_loss([made], "asyncio") < base, name
@@ -417,6 +420,10 @@ def test_seeds_and_epochs_have_orders_of_their_own():
         (
             "arms.full={peft: full, rates: [1e-4], balance_updates: 3}",
             "expected peft_type: CLOVER, or a LORA that starts with B = 0",
+        ),
+        (
+            "arms.full={peft: full, rates: [1e-4], initialize_from_activations: 3}",
+            "arms.full.initialize_from_activations: expected peft_type: CLOVER",
         ),
         ("arms.base={}", "arms: expected blocks by name, none called base"),
         ("seeds=[]", "seeds: expected different whole numbers"),

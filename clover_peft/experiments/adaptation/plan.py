@@ -77,7 +77,8 @@ class Arm:
         peft: an adapter's config as a block with `peft_type`, or "full".
         rates: those tried.
         rate_factors: see `optimizer.scale_learning_rates`.
-        balance_updates: windows by which updates of CLOVER or of a LoRA are balanced; 0 for none.
+        initialize_from_activations: batches by which the bases of CLOVER are computed; 0 for none.
+        balance_updates: batches by which updates of CLOVER or of a LoRA are balanced; 0 for none.
         optimizer: "adamw" or "muon".
     """
 
@@ -85,6 +86,7 @@ class Arm:
     peft: dict[str, Any] | str
     rates: tuple[float, ...]
     rate_factors: dict[str, float] = field(default_factory=dict)
+    initialize_from_activations: int = 0
     balance_updates: int = 0
     optimizer: str = "adamw"
 
@@ -163,6 +165,8 @@ class Experiment:
         if trial.arm == BASE:
             return shared
         arm = {key: value for key, value in asdict(self.arm(trial.arm)).items() if key != "rates"}
+        if not arm["initialize_from_activations"]:
+            del arm["initialize_from_activations"]  # earlier records do not have it
         return {**shared, "training": training, "arm": arm}
 
 
@@ -233,6 +237,8 @@ def _arm(name: str, block: Any) -> Arm:
         raise ValueError(f"arms.{name}.optimizer: expected adamw or muon, found {arm.optimizer!r}")
     config = arm.config()
     kind, starts_at_zero = getattr(config, "peft_type", None), getattr(config, "init_lora_weights", None) is True
+    if arm.initialize_from_activations and kind != "CLOVER":
+        raise ValueError(f"arms.{name}.initialize_from_activations: expected peft_type: CLOVER, found {kind}")
     if arm.balance_updates and kind != "CLOVER" and not (kind == "LORA" and starts_at_zero):
         raise ValueError(f"arms.{name}.balance_updates: expected peft_type: CLOVER, or a LORA that starts with B = 0")
     return arm

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, get_scheduler, set_seed
 from transformers.models.byt5 import ByT5Tokenizer
 
-from ... import balance_updates
+from ... import balance_updates, initialize_from_activations
 from ...io import atomic
 from ...io import run_record as records
 from ...io.hub_models import ModelSource, accelerator, find_model, weights_digest
@@ -114,10 +114,14 @@ class Laboratory:
         started = time.perf_counter()
         model = adapt(base, arm)
         with restricted_head(model, windows.vocabulary) as labels:
+            order = drawn(windows, training.batch_size, trial.seed)
+            count = max(arm.initialize_from_activations, arm.balance_updates)
+            first = [self._batch(next(order), labels) for _ in range(count)]
+            if arm.initialize_from_activations:
+                initialize_from_activations(model, first[: arm.initialize_from_activations])
             if arm.balance_updates:
-                statistics = drawn(windows, training.batch_size, trial.seed)
-                batches = (self._batch(next(statistics), labels) for _ in range(arm.balance_updates))
-                (balance_lora if model.peft_type == "LORA" else balance_updates)(model, batches)
+                balance = balance_lora if model.peft_type == "LORA" else balance_updates
+                balance(model, first[: arm.balance_updates])
             init_seconds = time.perf_counter() - started
             trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
             state = _State(model, arm, trial, self)
