@@ -60,6 +60,17 @@ def test_update_scale(benchmark, tmp_path, capsys):
     assert "10 % of blocks" in capsys.readouterr().out
 
 
+def test_input_dimensions(benchmark, tmp_path, capsys):
+    """Bases from activations see as many dimensions as a block has features, up to the shrinking of moments."""
+    record = run(benchmark("input_dimensions"), tmp_path / "record.json", "--windows", "8", "--block-size", "16")
+    figures = record["figures"]
+    assert figures.keys() == {"LoRA", "CLOVER", "CLOVER from activations", "HiRA"}
+    for kind in ("v_proj", "up_proj", "down_proj"):
+        assert all(1 <= figure[kind] <= 128 for figure in figures.values())
+        assert figures["CLOVER"][kind] < figures["CLOVER from activations"][kind] <= 16 + 1e-6
+    assert "dimensions on asyncio" in capsys.readouterr().out
+
+
 def test_kernel_count(benchmark, tmp_path, capsys):
     """The count does not depend on the machine: a higher one is a step backwards."""
     figures = run(benchmark("kernel_count"), tmp_path / "record.json")["figures"]
