@@ -10,7 +10,7 @@ split if not all are measured; calibrated on windows of the training set, drawn 
 share of the key-value cache, by each method, and is measured alone and with its heads halved (Q-K without rotation and
 V-O, uniform ranks, CLOVER with the same calibration). Nothing is trained. The figure to compare is the logarithm of
 the perplexity over the original's. Bytes of the cache are measured in the cache that a forward pass fills. A
-conversion's memory is the process's peak above what it held before the model was loaded; this and the seconds of
+conversion's memory is the process's peak above what it held before, and the model's weights; this and the seconds of
 processor time (a thread's share) stand beside what `clover plan --mla` estimates. WikiText-2 and the questions are
 read from CLOVER_DATA.
 
@@ -58,7 +58,6 @@ class Benchmark:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
-        self.resting = _resident_bytes()
         self.model, self.tokenizer, self.train, self.test = _subject(arguments)
         self.calibration = [{"input_ids": window.unsqueeze(0)} for window in self.train]
 
@@ -76,11 +75,12 @@ class Benchmark:
         made: list[Any] = []
         gc.collect()
         reset_peak_memory()
+        before = _resident_bytes() - sum(p.nbytes for p in self.model.parameters())
         work = partial(convert_to_mla, self.model, self.calibration, method=method, **sizes)
         started = time.process_time()
         seconds = clock(lambda: made.append(work()), arguments.device)
         cpu = (time.process_time() - started) / torch.get_num_threads()
-        held = records.peak_gpu_bytes() or records.peak_memory_bytes() - self.resting
+        held = records.peak_gpu_bytes() or records.peak_memory_bytes() - before
         result, report = made[0]
         with torch.device("meta"):
             empty = type(self.model)(self.model.config)

@@ -194,8 +194,7 @@ decompositions and copies take on this machine, and estimates seconds from that.
         nargs="?",
         const=0.0,
         metavar="SHARE",
-        help="plan `clover convert --mla` instead; SHARE of the cache to remove, or leave it out and pass "
-        "--kv-lora-rank",
+        help="plan `clover convert` with this option instead; SHARE of the cache to remove",
     )
     add_latent(parser)
     add_windows(parser)

@@ -47,7 +47,7 @@ def run(given: argparse.Namespace, config: transformers.PretrainedConfig) -> int
 def summary(plan: MlaPlan, seconds: dict[str, float] | None) -> str:
     """The plan for people: a line of sizes, and a table of stages."""
     (cache, less), (before, after) = plan.cache_bytes, plan.parameters
-    header = ["stage", "GFLOP", "float64 GFLOP", "eigen n^3", "GB moved", "peak GiB", "most of it"]
+    header = ["stage", "GFLOP", "float64 GFLOP", "eigh, 1e9 n^3", "GB moved", "peak GiB", "most of it"]
     rows: list[list[Any]] = []
     for name, stage in plan.stages.items():
         most = sorted(stage.held, key=lambda kind: -stage.held[kind])[:2]
