@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 import time
@@ -15,6 +16,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from clover_peft.io import atomic
 from clover_peft.io import run_record as records
 
 RESULTS = Path(__file__).parent / "results"
@@ -199,6 +201,49 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         for row in cells
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+class Rows:
+    """The rows of a record, each written as soon as it is measured, so that an interrupted run can go on.
+
+    They are kept beside the record to write, as `mla.rows.json` for `mla.json`, until `finish` is done.
+
+    Args:
+        out: the record to write.
+        common: settings that all rows share. A row of other settings is not taken.
+    """
+
+    def __init__(self, out: Path, common: Mapping[str, Any]) -> None:
+        self.path = out.with_name(f"{out.stem}.rows.json")
+        self.common, self._revision = dict(common), records.environment()["git_revision"]
+        remedy = "move it away to measure all rows again"
+        self._kept = records.read_json(self.path, remedy)["rows"] if self.path.exists() else []
+
+    def find(self, **settings: Any) -> dict[str, Any] | None:
+        """The row that was measured with these settings and the common ones; None if there is none."""
+        wanted = self._settings(settings)
+        return next((kept["row"] for kept in self._kept if kept["settings"] == wanted), None)
+
+    def add(self, row: dict[str, Any], **settings: Any) -> dict[str, Any]:
+        """Write a row down; it also names the revision that measured it."""
+        row = {**settings, **row, "git_revision": self._revision}
+        self._kept.append({"settings": self._settings(settings), "row": row})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write_json(self.path, {"rows": self._kept})
+        return row
+
+    def get(self, make: Callable[[], dict[str, Any]], **settings: Any) -> dict[str, Any]:
+        """The row of these settings, measured now if it was not before."""
+        return self.find(**settings) or self.add(make(), **settings)
+
+    def finish(self, record: dict[str, Any], out: Path) -> Path:
+        """As `finish` of a record, whose rows need no file of their own then."""
+        path = finish(out, record)
+        self.path.unlink(missing_ok=True)
+        return path
+
+    def _settings(self, settings: Mapping[str, Any]) -> Any:
+        return json.loads(json.dumps({**self.common, **settings}, default=str))  # as they are read again
 
 
 def finish(out: Path, record: dict[str, Any]) -> Path:

@@ -1,6 +1,7 @@
 """What a small language model loses when its attention becomes latent attention, by TransMLA's rule and by ours.
 
     python benchmarks/mla.py                                          # the whole test set: hours on a CPU
+    python benchmarks/mla.py --zeroshot 200                           # and 200 questions of each of seven sets
     python benchmarks/mla.py --windows 16 --calibration-windows 16    # a look
     python benchmarks/mla.py --split validation --windows 6           # for choosing options
 
@@ -8,20 +9,30 @@ SmolLM2-135M-Instruct, perplexity on windows of 1024 tokens of WikiText-2 that d
 split if not all are measured; calibrated on windows of the training set, drawn by the seed. Each setting removes a
 share of the key-value cache, by each method, and is measured alone and with its heads halved (Q-K without rotation and
 V-O, uniform ranks, CLOVER with the same calibration). Nothing is trained. The figure to compare is the logarithm of
-the perplexity over the original's. Bytes of the cache are measured in the cache that a forward pass fills.
-WikiText-2 is read from CLOVER_DATA.
+the perplexity over the original's. Bytes of the cache are measured in the cache that a forward pass fills. A
+conversion's memory is the process's peak above what it held before, and the model's weights; this and the seconds of
+processor time (a thread's share) stand beside what `clover plan --mla` estimates. WikiText-2 and the questions are
+read from CLOVER_DATA.
+
+Every row is written as soon as it is measured (`mla.rows.json` beside the record), and the same command goes on where
+an interrupted one stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import math
+import os
+import time
 from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import clock, finish, options, parser, table
+from harness import Rows, clock, options, parser, table
 from pruning import windows_of
 from real_models import smollm2
 from torch import Tensor
@@ -30,65 +41,150 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import clover_peft
 from clover_peft.convert import convert_to_mla
+from clover_peft.convert.plan import measure_rates, plan_mla
+from clover_peft.experiments.adaptation.trial import reset_peak_memory
+from clover_peft.experiments.adaptation.zeroshot import SETS, score
 from clover_peft.io import run_record as records
 
 REDUCTIONS = (0.5, 0.6875, 0.85, 0.9297)
 WANTED = 0.5  # of TransMLA's logarithm of the perplexity ratio, at most, with half of the cache
+# What no row depends on.
+_OF_ALL_ROWS = {"reductions", "methods", "prune"}
+Row = dict[str, Any]
+
+
+class Benchmark:
+    """The model, the data, and what is measured of one model."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.model, self.tokenizer, self.train, self.test = _subject(arguments)
+        self.calibration = [{"input_ids": window.unsqueeze(0)} for window in self.train]
+
+    def measure(self, model: Any) -> Row:
+        """Perplexity, accuracy and size of a model."""
+        found: Row = {"perplexity": perplexity(model, self.test), "parameters": _parameters(model)}
+        if self.arguments.zeroshot:
+            answers = score(model, self.tokenizer, self.arguments.zeroshot * len(SETS))
+            found["zeroshot"] = answers and {name: sum(a.values()) / len(a) for name, a in answers.items()}
+        return found
+
+    def convert(self, method: Any, reduction: float) -> tuple[Any, Row]:
+        """A converted model, and what its conversion took, beside the estimate."""
+        arguments, sizes = self.arguments, {"cache_reduction": reduction, "rope_dims": self.arguments.rope_dims}
+        made: list[Any] = []
+        gc.collect()
+        reset_peak_memory()
+        before = _resident_bytes() - sum(p.nbytes for p in self.model.parameters())
+        work = partial(convert_to_mla, self.model, self.calibration, method=method, **sizes)
+        started = time.process_time()
+        seconds = clock(lambda: made.append(work()), arguments.device)
+        cpu = (time.process_time() - started) / torch.get_num_threads()
+        held = records.peak_gpu_bytes() or records.peak_memory_bytes() - before
+        result, report = made[0]
+        with torch.device("meta"):
+            empty = type(self.model)(self.model.config)
+        shape = {"windows": len(self.train), "length": self.train.shape[1], "batch_size": 1}
+        plan = plan_mla(empty, dtype=self.model.dtype, method=method, **shape, **sizes)
+        planned = asdict(plan) | {"bytes": max(stage.peak for stage in plan.stages.values())}
+        if arguments.device == "cpu":
+            rates = measure_rates(self.model.dtype, plan.largest)
+            planned |= {"rates": rates, "seconds": {n: stage.seconds(rates) for n, stage in plan.stages.items()}}
+        took = {"convert_seconds": seconds, "convert_cpu_seconds": cpu, "convert_bytes": held}
+        return result, {**took, "report": report.to_dict(), "planned": planned}
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
     arguments = _arguments(argv)
     environment = records.environment()
-    model, train, test = _subject(arguments)
-    calibration = [{"input_ids": window.unsqueeze(0)} for window in train]
-    base = perplexity(model, test)
-    rows: list[dict[str, Any]] = []
-    printed = [["original", base, 0.0, "", "", ""]]
+    given = options(arguments)
+    rows = Rows(arguments.out, {name: value for name, value in given.items() if name not in _OF_ALL_ROWS})
+    benchmark = Benchmark(arguments)
+    base = rows.get(lambda: benchmark.measure(benchmark.model), method=None)
+    found: list[Row] = []
     for reduction in arguments.reductions:
         for method in arguments.methods:
-            made: list[Any] = []
-            seconds = clock(
-                lambda m=method, r=reduction, made=made: made.append(  # type: ignore[misc]
-                    convert_to_mla(model, calibration, rope_dims=arguments.rope_dims, cache_reduction=r, method=m)
-                ),
-                arguments.device,
-            )
-            result, report = made[0]
-            for halved in (False, True) if arguments.prune else (False,):
-                if halved:
-                    clover_peft.prune(result, 0.5, ranks="uniform", calibration=calibration)
-                found = perplexity(result, test)
-                rows.append(
-                    {
-                        "method": method,
-                        "reduction": reduction,
-                        "halved": halved,
-                        "perplexity": found,
-                        "log_ratio": math.log(found / base),
-                        "parameters": sum(p.numel() for p in result.parameters()),
-                        "convert_seconds": seconds,
-                        "report": report.to_dict(),
-                    }
-                )
-                name = f"{method} -{reduction:.2%}{', heads halved' if halved else ''}"
-                sizes = (report.rope_dims, report.kv_lora_rank, report.cache_bytes[1])
-                printed.append([name, found, rows[-1]["log_ratio"], *map(str, sizes)])
-                tqdm.write("  ".join(str(cell) for cell in printed[-1]))
-    print(table(["", "perplexity", "log ratio", "rope", "latent", "cache bytes"], printed))
-    target = _judge(rows)
+            settings = [{"method": method, "reduction": reduction, "halved": h} for h in (False, True)]
+            settings = settings if arguments.prune else settings[:1]
+            if not all(rows.find(**each) for each in settings):
+                _measure(benchmark, rows, settings, base["perplexity"])
+            found += [row for each in settings if (row := rows.find(**each)) is not None]
+            for row in found[-len(settings) :]:
+                tqdm.write("  ".join(str(cell) for cell in _cells(row)))
+    header = ["", "perplexity", "log ratio", "rope", "latent", "cache bytes", "parameters", "s", "GiB", "zero-shot"]
+    before = next((row["report"]["cache_bytes"][0] for row in found), "")
+    print(table(header, [_original(base, before), *map(_cells, found)]))
+    target = _judge(found)
     print(f"log ratio over TransMLA's at -50 %: {target['reached']} (wanted at most {WANTED})")
-    return finish(
-        arguments.out,
+    for row in found:
+        if not row["halved"]:
+            print(f"{_name(row)}, measured over planned: {_over_planned(row)}")
+    return rows.finish(
         {
             "benchmark": "mla",
-            "options": options(arguments),
+            "options": given,
             "environment": environment,
-            "data": {"windows": len(test), "window": test.shape[1], "calibration_windows": len(train)},
-            "original": {"perplexity": base, "parameters": sum(p.numel() for p in model.parameters())},
-            "converted": rows,
+            "data": {
+                "windows": len(benchmark.test),
+                "window": benchmark.test.shape[1],
+                "calibration_windows": len(benchmark.train),
+            },
+            "original": base,
+            "converted": found,
             "targets": {"log ratio v TransMLA's at -50 %": target},
         },
+        arguments.out,
     )
+
+
+def _measure(benchmark: Benchmark, rows: Rows, settings: Sequence[Row], base: float) -> None:
+    """Convert once, and measure the result alone and with its heads halved, unless that was done before."""
+    model, facts = benchmark.convert(settings[0]["method"], settings[0]["reduction"])
+    for each in settings:
+        if each["halved"]:
+            clover_peft.prune(model, 0.5, ranks="uniform", calibration=benchmark.calibration)
+        if rows.find(**each) is None:
+            found = benchmark.measure(model)
+            rows.add({**found, "log_ratio": math.log(found["perplexity"] / base), **facts}, **each)
+
+
+def _name(row: Row) -> str:
+    return f"{row['method']} -{row['reduction']:.2%}{', heads halved' if row['halved'] else ''}"
+
+
+def _cells(row: Row) -> list[object]:
+    report = row["report"]
+    sizes = (report["rope_dims"], report["kv_lora_rank"], report["cache_bytes"][1], row["parameters"])
+    took = (f"{row['convert_seconds']:.0f}", f"{row['convert_bytes'] / 2**30:.2f}", _accuracy(row))
+    return [_name(row), row["perplexity"], row["log_ratio"], *map(str, sizes), *took]
+
+
+def _original(row: Row, cache: object) -> list[object]:
+    return ["original", row["perplexity"], 0.0, "", "", str(cache), str(row["parameters"]), "", "", _accuracy(row)]
+
+
+def _accuracy(row: Row) -> str:
+    """The mean over the sets."""
+    found = row.get("zeroshot")
+    return f"{sum(found.values()) / len(found):.3f}" if found else "-"
+
+
+def _over_planned(row: Row) -> str:
+    planned = row["planned"]
+    ratios = {"memory": row["convert_bytes"] / planned["bytes"]}
+    if "seconds" in planned:  # of processor time: others may share the machine
+        ratios["seconds"] = row["convert_cpu_seconds"] / sum(planned["seconds"].values())
+    return ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+
+
+def _resident_bytes() -> int:
+    """Bytes of memory that this process holds now; 0 where the system does not tell."""
+    status = Path("/proc/self/statm")
+    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.exists() else 0
+
+
+def _parameters(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def _judge(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -106,20 +202,25 @@ def perplexity(model: Any, windows: Tensor) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
-def _subject(arguments: argparse.Namespace) -> tuple[Any, Tensor, Tensor]:
-    """The model, the windows to calibrate with, and the windows to measure on."""
+def _subject(arguments: argparse.Namespace) -> tuple[Any, Any, Tensor, Tensor]:
+    """The model, its tokenizer, the windows to calibrate with, and the windows to measure on."""
     generator = torch.Generator().manual_seed(arguments.seed)
     if arguments.fast:
         torch.manual_seed(arguments.seed)
         shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
         config = LlamaConfig(vocab_size=64, hidden_size=48, intermediate_size=64, **shape)
         train, test = torch.randint(3, 64, (2, 8, 64), generator=generator)
-        return LlamaForCausalLM(config).to(arguments.device).eval(), train, test
-    model = smollm2()[0].to(arguments.device)
+        return LlamaForCausalLM(config).to(arguments.device).eval(), _read_bytes, train, test
+    model, tokenizer = smollm2()
     train, test = windows_of("train", arguments.calibration_window), windows_of(arguments.split)
     train = train[torch.randperm(len(train), generator=generator)[: arguments.calibration_windows]]
     count = min(arguments.windows or len(test), len(test))
-    return model, train, test[[i * len(test) // count for i in range(count)]]
+    return model.to(arguments.device), tokenizer, train, test[[i * len(test) // count for i in range(count)]]
+
+
+def _read_bytes(text: str, **_: Any) -> dict[str, list[int]]:
+    """The tokenizer of a tiny model."""
+    return {"input_ids": [3 + byte % 61 for byte in text.encode()]}
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -131,6 +232,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     command.add_argument("--reductions", type=float, nargs="+", default=REDUCTIONS, help="shares of the cache")
     command.add_argument("--methods", nargs="+", default=["clover", "transmla"], choices=["clover", "transmla"])
     command.add_argument("--rope-dims", type=int, help="by default what the method chooses")
+    command.add_argument("--zeroshot", type=int, default=0, help="questions of each of seven sets; 0: none")
     command.add_argument("--no-prune", dest="prune", action="store_false", help="leave out halved heads")
     return command.parse_args(argv)
 

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         steps: dict[str, list[float]] = {name: [] for name in models}
         for _ in tqdm(range(arguments.rounds + 1), desc=f"batch {batch}, context {context}", unit="round"):
             for name, model in models.items():
-                steps[name].append(_step(model, caches[name], batch, arguments.device))
+                steps[name].append(step(model, caches[name], batch, arguments.device))
         for name, cache in caches.items():
             size = cache_bytes(cache)
             seconds = steps[name][1:]  # the first is a warm-up
@@ -100,7 +100,7 @@ def _filled(model: nn.Module, batch: int, context: int) -> DynamicCache:
 
 
 @torch.no_grad()
-def _step(model: nn.Module, cache: DynamicCache, batch: int, device: str) -> float:
+def step(model: Any, cache: DynamicCache, batch: int, device: str) -> float:
     """Seconds for the next token of every sequence; the cache is as before afterwards."""
     ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
     seconds = clock(lambda: model(ids, past_key_values=cache, use_cache=True), device)

@@ -10,9 +10,11 @@ removed, stand beside them. Perplexity is on windows that do not overlap, rows j
 window left out; calibration windows are drawn from the training set by the seed. Widths are multiples of 4, because
 Llama's config wants multiples of the nine heads too: 540, 504 and 432 of 576.
 
-The record holds the share of the second moment that every block's basis keeps. With --why it also tells where the loss
-comes from, at the smallest ratio: the spectrum of the shared moment, and the perplexity of the dense model when its
-stream is projected onto d dimensions at one place alone, by the shared basis and by the place's own.
+Every row is written as soon as it is measured (`slicing.rows.json` beside the record), and the same command goes on
+where an interrupted one stopped. The record holds the share of the second moment that every block's basis keeps. With
+--why it also tells where the loss comes from, at the smallest ratio: the spectrum of the shared moment, and the
+perplexity of the dense model when its stream is projected onto d dimensions at one place alone, by the shared basis
+and by the place's own.
 """
 
 from __future__ import annotations
@@ -22,11 +24,12 @@ import math
 import random
 import resource
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import at_most, clock, finish, options, parser, table
+from harness import Rows, at_most, clock, options, parser, table
 from real_models import smollm2, wikitext2
 from torch import Tensor
 from tqdm import tqdm
@@ -41,6 +44,7 @@ from clover_peft.io import run_record as records
 RATIOS = (0.0625, 0.125, 0.25)
 ROTATIONS = ("shared", "per_block")
 MULTIPLE = 4
+_OF_ALL_ROWS = {"ratio", "rotation", "pull", "why"}  # what no row depends on
 TARGET = 1.15  # perplexity against the dense model's, at the smallest ratio
 
 
@@ -89,30 +93,30 @@ class Data:
 def main(argv: Sequence[str] | None = None) -> Path:
     arguments = _arguments(argv)
     environment = records.environment()
-    data = Data(arguments)
-    dense = data.load()
-    base = {"perplexity": data.perplexity(dense), "parameters": _parameters(dense)}
+    given, data = options(arguments), Data(arguments)
+    kept = Rows(arguments.out, {name: value for name, value in given.items() if name not in _OF_ALL_ROWS})
+    base = kept.get(lambda: _dense(data), part="dense")
     print(f"dense: perplexity {base['perplexity']:.2f}, {base['parameters']:,} parameters", flush=True)
-    rows: list[dict[str, Any]] = [{"rotation": None, "pull": None, "ratio": 0.0, **_with_clover(dense, data, base)}]
-    del dense
+    settings: dict[str, Any] = {"rotation": None, "pull": None, "ratio": 0.0}
+    rows = [kept.get(lambda: _with_clover(data.load(), data, base), **settings)]
     for ratio in arguments.ratio:
         for rotation in arguments.rotation:
             for pull in arguments.pull if rotation == "per_block" else [None]:
                 row = {"rotation": rotation, "ratio": ratio, "pull": pull}
-                rows.append({**row, **_sliced(data, base, ratio, rotation, pull)})
+                rows.append(kept.get(partial(_sliced, data, base, **row), **row))
                 print(_line(rows[-1]), flush=True)
     print(table(("", "width", "v dense", "parameters", "s", "with V-O halved"), [_cells(row) for row in rows]))
-    why = _why(data, base, min(arguments.ratio)) if arguments.why else None
+    smallest = min(arguments.ratio)
+    why = kept.get(partial(_why, data, base, smallest), part="why", ratio=smallest) if arguments.why else None
     reached = {
         f"{row['rotation']} at {row['ratio']:.2%}": row["v_dense"]
         for row in rows
         if row["rotation"] and row["ratio"] == min(arguments.ratio) and row["pull"] in (None, arguments.pull[0])
     }
-    return finish(
-        arguments.out,
+    return kept.finish(
         {
             "benchmark": "slicing",
-            "options": options(arguments),
+            "options": given,
             "environment": environment,
             "data": {"calibration_tokens": data.calibration.numel(), "measured_tokens": data.measured.numel()},
             "dense": base,
@@ -120,6 +124,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             "why": why,
             "targets": at_most(dict.fromkeys(reached, TARGET), reached),
         },
+        arguments.out,
     )
 
 
@@ -140,6 +145,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.windows < 0 or arguments.calibration_windows < 1 or arguments.length < 2:
         command.error("--windows must not be negative, --calibration-windows and --length must be positive")
     return arguments
+
+
+def _dense(data: Data) -> dict[str, Any]:
+    model = data.load()
+    return {"perplexity": data.perplexity(model), "parameters": _parameters(model)}
 
 
 def _sliced(data: Data, base: dict[str, Any], ratio: float, rotation: Any, pull: float | None) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ..io.rows import find_text
 from ..io.static_fields import static_fields
 from ..tuner import config_checks
 
+_WINDOWS = ("rows", "max_length", "batch_size")
 _UNUSED_BY_HARNESS = ("data", "split", "tasks", "mode", "prompt", "beams", "new_tokens", "merge", "vllm")
 
 
@@ -40,7 +41,21 @@ def sft(given: argparse.Namespace) -> None:
 
 
 def plan(given: argparse.Namespace) -> None:
-    adapter_settings(given.overrides)
+    of_adapter, of_mla = ("match", "overrides"), ("rope_dims", "kv_lora_rank", "method", *_WINDOWS, "dtype")
+    for option in of_mla if given.mla is None else of_adapter:
+        if getattr(given, option):
+            name = "fields of CloverConfig" if option == "overrides" else f"--{option.replace('_', '-')}"
+            wanted = "--mla with it" if given.mla is None else "no --mla with it, which plans no adapter"
+            raise ValueError(f"{name}: expected {wanted}, found {'none' if given.mla is None else 'it'}")
+    if given.mla is None:
+        adapter_settings(given.overrides)
+        return
+    if given.mla and not 0 < given.mla < 1:
+        raise ValueError(f"--mla {given.mla}: expected a share above 0 and below 1")
+    _one_size(given)
+    for option in _WINDOWS:
+        if (value := getattr(given, option)) is not None and value < 1:
+            raise ValueError(f"--{option.replace('_', '-')}: expected a positive number, found {value}")
 
 
 def adapter_settings(overrides: Sequence[str]) -> dict[str, Any]:
@@ -142,13 +157,18 @@ def convert(given: argparse.Namespace) -> None:
     for option in {"mla": ("rope_dims", "kv_lora_rank", "method"), "slice": ("rotation",)}[absent]:
         if getattr(given, option) is not None:
             raise ValueError(f"--{option.replace('_', '-')}: expected --{absent} with it, found none")
-    if given.mla is not None and bool(given.mla) == (given.kv_lora_rank is not None):
-        raise ValueError("--mla: expected the share of the cache to remove or --kv-lora-rank, and not both")
+    if given.mla is not None:
+        _one_size(given)
     if given.calibration is None:
         raise ValueError("--calibration: expected text, which the conversion needs, found none")
     if given.multiple is not None and given.prune is None and given.slice is None:
         raise ValueError("--multiple: expected --prune or --slice with it, found none")
     _calibration(given)
+
+
+def _one_size(given: argparse.Namespace) -> None:
+    if bool(given.mla) == (given.kv_lora_rank is not None):
+        raise ValueError("--mla: expected the share of the cache to remove or --kv-lora-rank, and not both")
 
 
 def prune(given: argparse.Namespace) -> None:
@@ -179,7 +199,7 @@ def spectra(given: argparse.Namespace) -> None:
 
 
 def _calibration(given: argparse.Namespace) -> None:
-    chosen = [name for name in ("rows", "max_length", "batch_size") if getattr(given, name) is not None]
+    chosen = [name for name in _WINDOWS if getattr(given, name) is not None]
     if given.calibration is None and chosen:
         raise ValueError(f"--{chosen[0].replace('_', '-')}: expected --calibration with it, found none")
     if given.calibration is not None:

@@ -28,7 +28,7 @@ def run(given: argparse.Namespace) -> int:
     if not given.no_pictures:
         find_pyplot()
     source = find_model(given.model)
-    model, processor = load_as_saved(source, given.model_class)
+    model, processor = load_as_saved(source, given.model_class, given.dtype)
     batches, data = options.calibration(given, model, processor)
     result, converted, seconds = _convert(given, model, batches or [])
     del model

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from .parsing import add_calibration, add_model_class, new_parser
+from .parsing import add_calibration, add_latent, add_model_class, add_model_dtype, new_parser
 
 
 def convert(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -42,19 +42,12 @@ report. The model is not trained.
         choices=["per_block", "shared"],
         help="of --slice: a basis for every block, or one for the model, which keeps its class; by default per_block",
     )
-    parser.add_argument(
-        "--rope-dims",
-        type=int,
-        help="dimensions of the rotary key; by default a head's, if they are at most 0.6 of the cache",
-    )
-    parser.add_argument("--kv-lora-rank", type=int, help="dimensions of the latent")
-    parser.add_argument(
-        "--method", choices=["clover", "transmla"], help="of --mla: transmla is the published baseline"
-    )
+    add_latent(parser)
     parser.add_argument("--prune", type=float, metavar="RATIO", help="then prune this share of every head")
     parser.add_argument("--multiple", type=int, help="round pruned ranks, or the sliced size, to multiples of this")
     add_calibration(parser, pairs=False)
     parser.add_argument("--no-pictures", action="store_true", help="leave out the pictures, which need matplotlib")
     add_model_class(parser)
+    add_model_dtype(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
     return parser.parse_args(arguments)

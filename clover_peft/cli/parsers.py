@@ -11,7 +11,7 @@ from pathlib import Path
 from ..experiments.commonsense.tasks import TASKS
 from ..io.configs import config_names
 from .convert_parser import convert
-from .parsing import add_calibration, add_model_class, new_parser
+from .parsing import add_calibration, add_latent, add_model_class, add_model_dtype, add_windows, new_parser
 
 Arguments = Sequence[str]
 DTYPES = ("float32", "bfloat16", "float16")
@@ -165,22 +165,40 @@ def plan(arguments: Arguments | None = None) -> argparse.Namespace:
     parser = new_parser(
         "plan",
         """\
-Counts what a CLOVER adapter of a model takes: parameters, bytes and the work of making it, without the weights.
+Counts what a CLOVER adapter of a model takes: parameters, bytes and the work of making it, without the weights. With
+--mla, counts what its conversion to latent attention takes.
 
     clover plan --model meta-llama/Llama-2-70b-hf
     clover plan --model my_model/config.json r=64 s_matrix=diagonal --measure
     clover plan --model my_model --match q_proj k_proj v_proj up_proj down_proj   # ranks of a LoRA as large
+    clover plan --model meta-llama/Llama-2-7b-hf --mla 0.6875 --dtype bfloat16 --measure
 
 Keys are fields of CloverConfig, with values in YAML. Nothing of the model is allocated, except with --measure: that
-allocates the weights from which one layer's bases are made.
+allocates the weights from which one layer's bases are made. With --mla, --measure times what matrix products,
+decompositions and copies take on this machine, and estimates seconds from that.
 """,
     )
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", help="the base model: its hub name, folder or config.json")
     model.add_argument("--config-name", dest="model", help=argparse.SUPPRESS)  # its name up to 0.1.0
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
-    parser.add_argument("--measure", action="store_true", help="also time the bases of one layer on this machine")
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="also time one layer's bases on this machine; of --mla, estimate seconds",
+    )
     add_model_class(parser)
+    parser.add_argument(
+        "--mla",
+        type=float,
+        nargs="?",
+        const=0.0,
+        metavar="SHARE",
+        help="plan `clover convert` with this option instead; SHARE of the cache to remove",
+    )
+    add_latent(parser)
+    add_windows(parser)
+    add_model_dtype(parser)
     parser.add_argument("--match", nargs="+", metavar="module", help="ranks of low-rank methods on these, as large")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     given = parser.parse_intermixed_args(arguments)

@@ -24,6 +24,31 @@ def add_model_class(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_latent(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that choose the sizes of latent attention, besides --mla itself."""
+    parser.add_argument(
+        "--rope-dims",
+        type=int,
+        help="dimensions of the rotary key; by default a head's, if they are at most 0.6 of the cache",
+    )
+    parser.add_argument("--kv-lora-rank", type=int, help="dimensions of the latent")
+    parser.add_argument(
+        "--method", choices=["clover", "transmla"], help="of --mla: transmla is the published baseline"
+    )
+
+
+def add_model_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="of the weights; by default the one they were saved in"
+    )
+
+
+def add_windows(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rows", type=int, help="windows of calibration text, at most; 64 by default")
+    parser.add_argument("--max-length", type=int, help="tokens of a window; by default 512, or the model's limit")
+    parser.add_argument("--batch-size", type=int, help="windows at a time, 8 by default")
+
+
 def add_calibration(parser: argparse.ArgumentParser, pairs: bool = True) -> None:
     """Adds the options that choose calibration data and, with `pairs`, the pairs to prune."""
     parser.add_argument(
@@ -32,9 +57,7 @@ def add_calibration(parser: argparse.ArgumentParser, pairs: bool = True) -> None
         help="a .txt or .jsonl file, .gz too, or a data set on the hub (name or name:configuration); rows have text, "
         "content, messages, prompt and completion, or instruction and output",
     )
-    parser.add_argument("--rows", type=int, help="windows of that text, at most; 64 by default")
-    parser.add_argument("--max-length", type=int, help="tokens of a window; by default 512, or the model's limit")
-    parser.add_argument("--batch-size", type=int, help="windows at a time, 8 by default")
+    add_windows(parser)
     if not pairs:
         return
     parser.add_argument(

@@ -24,7 +24,7 @@ from ..tuner.block_spec import BlockSpec
 from ..tuner.config import CloverConfig
 from ..tuner.experts import refuse_experts
 from ..tuner.layer import CloverLayer
-from . import checks, parsers
+from . import checks, parsers, plan_mla
 from .errors import reports_errors
 
 BYTES = 4  # S and the bases are float32, whatever the base model is
@@ -207,10 +207,13 @@ def _size(count: float) -> str:
     raise AssertionError
 
 
-@reports_errors()
+@reports_errors(TypeError)
 def run(given: argparse.Namespace) -> int:
+    checks.plan(given)
     adapter = checks.adapter_settings(given.overrides)
     config = read_config(given.model if Path(given.model).is_file() else find_model(given.model).path)
+    if given.mla is not None:
+        return plan_mla.run(given, config)
     result = plan(config, CloverConfig(**adapter), given.model_class)
     kind = find_class(config, name=result["model_class"])
     if given.match:

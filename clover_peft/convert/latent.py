@@ -23,7 +23,7 @@ from ..base_model.activations import OF_LOGITS, TokenReader, evaluating, hooks
 from .rotary import Method
 
 # Of this many predictions one is taken a gradient of, because large vocabularies cost more than the rest. Not tuned.
-_EVERY = 4
+EVERY = 4
 # Added to the eigenvalues of G, whose mean is 1. Chosen on validation text of SmolLM2-135M.
 _DAMPING = 0.1
 
@@ -86,7 +86,7 @@ def collect(model: Any, batches: Iterable[Mapping[str, Any]], gradients: bool) -
             hidden = model.model(**of_trunk).last_hidden_state[real["mask"]]
             if gradients:
                 chosen = torch.randperm(len(hidden), generator=generator, device=hidden.device)
-                logits = model.lm_head(hidden[chosen[: -(-len(hidden) // _EVERY)]])
+                logits = model.lm_head(hidden[chosen[: -(-len(hidden) // EVERY)]])
                 logs = logits.float().log_softmax(-1)
                 drawn = torch.multinomial(logs.detach().exp(), 1, generator=generator)
                 logs.gather(-1, drawn).sum().neg().backward()

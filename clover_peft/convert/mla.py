@@ -61,7 +61,7 @@ def convert_to_mla(
     source = read_source(model)
     if method not in ("clover", "transmla"):
         raise ValueError(f"method: expected 'clover' or 'transmla', found {method!r}")
-    pairs, rank = _sizes(source, rope_dims, kv_lora_rank, cache_reduction, method)
+    pairs, rank = choose_sizes(source, rope_dims, kv_lora_rank, cache_reduction, method)
     batches = read_batches(calibration)
     text = longest_text(model, batches)
     clock, seconds = time.perf_counter(), {}
@@ -108,7 +108,7 @@ def convert_to_mla(
     return result, report
 
 
-def _sizes(
+def choose_sizes(
     source: Source, rope_dims: int | None, rank: int | None, reduction: float | None, method: Method
 ) -> tuple[int, int]:
     """The number of rotated pairs, and the rank of the latent."""

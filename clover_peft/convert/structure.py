@@ -70,6 +70,17 @@ def read_source(model: Any) -> Source:
         ValueError, TypeError: if it cannot be converted, with the reason.
     """
     _check_weights(model)
+    source = read_structure(model)
+    _check_untied(model, source.layers)
+    return source
+
+
+def read_structure(model: Any) -> Source:
+    """As `read_source`, for a model whose weights may be on the meta device.
+
+    Raises:
+        ValueError: if it cannot be converted, with the reason.
+    """
     config, name = model.config, type(model).__name__
     for fact in _CAPS:
         if getattr(config, fact, None) is not None:
@@ -93,9 +104,10 @@ def read_source(model: Any) -> Source:
     _check_norm(model.model.norm, "model.norm")
     if model.lm_head.bias is not None:
         raise ValueError("lm_head: expected no bias, found one, for which DeepseekV3 has no place")
-    _check_untied(model, layers)
     head_dim = layers[0].self_attn.head_dim
     rotary = model.model.rotary_emb
+    if any(buffer.is_meta for buffer in rotary.buffers()):
+        rotary = type(rotary)(config=config)
     frequencies = getattr(rotary, "inv_freq", None)
     parameters = getattr(config, "rope_parameters", None) or {}
     kind = parameters.get("rope_type")
@@ -142,7 +154,7 @@ def _check_weights(model: Any) -> None:
     if torch.float16 in kinds:
         raise ValueError(
             f"{name}: expected bfloat16 or float32 weights, found float16, whose range is too small to "
-            "make the latent's norm linear; load it with dtype=torch.bfloat16"
+            "make the latent's norm linear; load it with dtype=torch.bfloat16 (--dtype bfloat16 in the shell)"
         )
     if len(kinds) > 1:
         raise ValueError(f"{name}: expected weights of one dtype, found {', '.join(sorted(map(str, kinds)))}")

@@ -181,12 +181,13 @@ def weights_digest(folder: str | Path) -> str | None:
     return records.digest(files) if files else None
 
 
-def load_as_saved(source: ModelSource, model_class: str | None = None) -> tuple[Any, Any]:
+def load_as_saved(source: ModelSource, model_class: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
     """Load a whole model in the class and the dtype it was saved with, and its tokenizer or processor.
 
     Args:
         source: the model.
         model_class: see `model_class.find_class`.
+        dtype: of the weights, if another.
 
     Returns:
         The model in evaluation mode, on the accelerator where there is one, and its tokenizer or processor. If neither
@@ -196,7 +197,7 @@ def load_as_saved(source: ModelSource, model_class: str | None = None) -> tuple[
         ValueError: the model's configuration does not name a class of transformers.
     """
     kind = find_class(read_config(source.path), name=model_class)
-    model = kind.from_pretrained(source.path, dtype="auto").to(accelerator()).eval()
+    model = kind.from_pretrained(source.path, dtype=dtype or "auto").to(accelerator()).eval()
     return model, load_processor(source.path)
 
 

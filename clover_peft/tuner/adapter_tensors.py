@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -65,6 +65,19 @@ class AdapterTensors(nn.Module):
     def below(self) -> nn.Module:
         """What this layer adapts: the projection, or another tuner's layer around it."""
         return self.base_layer
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """As in torch, but with `remove_duplicate=False` without the dictionaries of adapters, which hold no tensors.
+
+        Peft lists modules so to wrap those whose names end in one of `modules_to_save` or `trainable_token_indices`.
+        "norm" is the end of `clover_norm` too.
+        """
+        own = {id(getattr(self, attribute)) for attribute in (*TRAINED, *FROZEN, "clover_dropout")}
+        for name, module in super().named_modules(memo, prefix, remove_duplicate):
+            if remove_duplicate or id(module) not in own:
+                yield name, module
 
     def create_tensors(
         self,

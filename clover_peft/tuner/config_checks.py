@@ -39,8 +39,22 @@ def check(values: Mapping[str, Any]) -> None:
     parameters = values.get("target_parameters")
     if isinstance(parameters, str) or not all(isinstance(name, str) for name in parameters or ()):
         raise ValueError(f"CloverConfig.target_parameters: expected None or a list of names, found {parameters!r}")
+    _check_saved_modules(values.get("modules_to_save"), values.get("trainable_token_indices"))
     _check_numbers(values)
     _check_combinations(values)
+
+
+def _check_saved_modules(modules: Any, tokens: Any) -> None:
+    """Peft wraps every module whose path ends in one of the names, also inside of adapted layers."""
+    if isinstance(modules, str):
+        raise ValueError(f"CloverConfig.modules_to_save: expected a list of names, found {modules!r}")
+    for field, names in {"modules_to_save": modules, "trainable_token_indices": tokens}.items():
+        for name in names or ():
+            if isinstance(name, str) and "base_layer".endswith(name):
+                raise ValueError(
+                    f"CloverConfig.{field}: {name!r} also ends 'base_layer', as every adapted projection is called; "
+                    f"pass a longer end of the module's path, such as 'encoder.{name}'"
+                )
 
 
 def _check_numbers(values: Mapping[str, Any]) -> None:

@@ -69,7 +69,7 @@ def test_what_parsers_repeat_is_what_the_package_has():
     assert set(parsers.SPREADS) == set(SPREADS)
     help_text = start("prune", "--help").stdout
     for number, text in (
-        (text_windows.DEFAULT_ROWS, "windows of that text, at most; {} by default"),
+        (text_windows.DEFAULT_ROWS, "windows of calibration text, at most; {} by default"),
         (text_windows.DEFAULT_LENGTH, "tokens of a window; by default {}"),
         (text_windows.DEFAULT_BATCH, "windows at a time, {} by default"),
     ):

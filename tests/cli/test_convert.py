@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,3 +119,16 @@ def test_files_are_not_overwritten_and_text_is_needed(folder, tmp_path, capsys):
     assert "expected a new or empty folder" in capsys.readouterr().err
     assert script.main([folder, "--mla", "0.5", "--out", str(tmp_path / "new")]) == 2
     assert "--calibration: expected text" in capsys.readouterr().err
+
+
+def test_a_checkpoint_in_float16_is_converted_in_another_dtype(folder, tmp_path, capsys):
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).save_pretrained(half)
+    for name in ("text.txt", "tokenizer.json", "tokenizer_config.json"):
+        (half / name).write_bytes((Path(folder) / name).read_bytes())
+    assert run(str(half), tmp_path / "out", "--mla", 0.5, "--rope-dims", 4) == 2
+    assert "found float16, whose range is too small" in capsys.readouterr().err
+    assert (
+        run(str(half), tmp_path / "out", "--mla", 0.5, "--rope-dims", 4, "--dtype", "bfloat16", "--no-pictures") == 0
+    )
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"

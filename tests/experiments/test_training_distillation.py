@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gzip
 import json
+import shutil
 
 import pytest
 import torch
@@ -73,6 +74,46 @@ def test_a_model_is_its_own_perfect_pupil(tiny):
     student = AutoModelForCausalLM.from_pretrained(tiny.model).eval()
     total, _ = Teacher(copy.deepcopy(student), 1.0, 1.0).loss(student, batch(student))
     assert total.abs() < 1e-4
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_a_teacher_makes_logits_only_where_some_row_has_labels(tiny, can, monkeypatch):
+    student, teacher = models(tiny)
+    if not can:  # as in a class of its own
+        forward = teacher.forward
+        monkeypatch.setattr(teacher, "forward", lambda input_ids, use_cache: forward(input_ids, use_cache=use_cache))
+    made = []
+    teacher.lm_head.register_forward_hook(lambda module, inputs, output: made.append(output.shape[1]))
+    inputs = batch(student)
+    inputs["labels"][:, 7] = -100
+    Teacher(teacher, 1.0, 1.0).loss(student, inputs)
+    assert made == [13 - 4 - 1 if can else 13]  # without the prompt, and the token that no row has a label for
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_teacher_with_code_of_its_own_is_loaded_where_the_model_may_be(settings, tiny, prose, tmp_path):
+    shutil.copytree(tiny.model, tmp_path / "own")
+    (tmp_path / "own" / "own.py").write_text(CODE)
+    path = tmp_path / "own" / "config.json"
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "own", "auto_map": names}))
+    chosen = {"data": prose, "teacher": tmp_path / "own", "max_length": 32, "max_steps": 1, "questions": 0}
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        run(settings("lora", out="refused", **chosen))
+    record = run(settings("lora", out="allowed", **chosen, trust_remote_code=True))
+    assert record["loss"]["first"] > 0
 
 
 @pytest.mark.parametrize("method", ["clover_full", "lora", "full"])

@@ -52,7 +52,7 @@ def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, di
         with gzip.open(tmp_path / "zeroshot" / f"{name}.jsonl.gz", "wt") as file:
             file.write(json.dumps(row) + "\n")
         monkeypatch.setenv("CLOVER_DATA", str(tmp_path))
-        monkeypatch.setattr(zeroshot, "_SETS", {name: zeroshot._SETS[name]})
+        monkeypatch.setattr(zeroshot, "SETS", {name: zeroshot.SETS[name]})
         return zeroshot.score(model, spelling, 1)[name]["0"]
 
     return ask

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tests.support.benchmarks import run
@@ -28,3 +30,25 @@ def test_every_setting_is_measured(benchmark, tmp_path, capsys):
     assert all(figure != 1 for figure in places.values())
     assert record["why"]["energy_of_leading"]["48"] == pytest.approx(1)
     assert "per_block 12.50%" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_goes_on_with_the_rows_that_are_missing(benchmark, tmp_path, monkeypatch):
+    pytest.importorskip("trl", reason="needs the train extra")
+    module, path = benchmark("slicing"), tmp_path / "record.json"
+    sliced, slice_ = [], module.clover_peft.slice_hidden_size
+
+    def interrupt(*args, **kwargs):
+        sliced.append(kwargs["rotation"])
+        if len(sliced) == 2:
+            raise KeyboardInterrupt
+        return slice_(*args, **kwargs)
+
+    monkeypatch.setattr(module.clover_peft, "slice_hidden_size", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(module, path, "--ratio", "0.25")
+    kept = json.loads((tmp_path / "record.rows.json").read_text())["rows"]
+    assert len(kept) == 3
+    record = run(module, path, "--ratio", "0.25")
+    assert sliced == ["shared", "per_block", "per_block"]
+    assert record["rows"][:2] == [each["row"] for each in kept[1:]]
+    assert not (tmp_path / "record.rows.json").exists()

@@ -73,6 +73,17 @@ def test_dropout_that_is_no_probability_below_one_is_refused(value: float) -> No
         CloverConfig(clover_dropout=value)
 
 
+@pytest.mark.parametrize(
+    "choice", [{"modules_to_save": ["norm", "layer"]}, {"trainable_token_indices": {"layer": [1]}}]
+)
+def test_names_that_meet_the_base_layers_are_refused(choice: dict) -> None:
+    with pytest.raises(ValueError, match=r"CloverConfig\.\w+: 'layer' also ends 'base_layer', .*; pass a longer end"):
+        CloverConfig(**choice)
+    with pytest.raises(ValueError, match=r"CloverConfig\.modules_to_save: expected a list of names, found 'lm_head'"):
+        CloverConfig(modules_to_save="lm_head")
+    CloverConfig(modules_to_save=["encoder.layer"], trainable_token_indices=[1])
+
+
 @pytest.mark.parametrize("value", ["0.1", None, [0.1], True])
 def test_dropout_that_is_no_number_is_refused(value: object) -> None:
     with pytest.raises(ValueError, match=r"CloverConfig\.clover_dropout: expected .*, found "):

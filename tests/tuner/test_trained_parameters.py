@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
 import transformers as hf
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 
 from clover_peft import CloverConfig
+from clover_peft.tuner.adapter_tensors import FROZEN, TRAINED
 from clover_peft.tuner.bases import clover_layers
 from tests.support.adapters import activate, adapted, same, several
+from tests.support.saved_adapters import WEIGHTS, load, save_trained, trained_model
 from tests.support.tiny import TOLERANCE, build, inputs, logits, perturb, relative
 
 
@@ -97,6 +101,68 @@ def test_modules_to_save_are_trained_saved_loaded_and_merged(tmp_path):
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(build("llama"), tmp_path), "llama"), expected)
     assert relative(logits(model.merge_and_unload(), "llama"), expected) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("name", "modules"),
+    [("norm", 5), ("layernorm", 4), ("model.norm", 1)],  # peft takes every module whose name ends so
+)
+def test_norms_in_modules_to_save_are_trained_saved_loaded_and_merged(name, modules, tmp_path):
+    save_trained(tmp_path / "plain")
+    expected = save_trained(tmp_path / "norms", modules_to_save=[name])
+    names, plain = (set(load_file(tmp_path / folder / WEIGHTS)) for folder in ("norms", "plain"))
+    assert plain < names
+    assert len(names - plain) == modules
+    model = load(build("llama"), tmp_path / "norms")
+    assert torch.equal(logits(model, "llama"), expected)
+    model.add_adapter("other", CloverConfig(modules_to_save=[name]))
+    model.delete_adapter("other")
+    assert torch.equal(logits(model, "llama"), expected)
+    assert relative(logits(model.merge_and_unload(), "llama"), expected) < TOLERANCE[torch.float32]
+
+
+class Named(torch.nn.Module):
+    """A model whose last module has a name of choice, and a width of its own."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.name = torch.nn.Linear(8, 8), name
+        setattr(self, name, torch.nn.Embedding(8, 8))
+
+    def forward(self, x):
+        return self.first(x) @ getattr(self, self.name)(torch.arange(8))
+
+
+@pytest.mark.parametrize("option", ["modules_to_save", "trainable_token_indices"])
+@pytest.mark.parametrize("attribute", [*TRAINED, *FROZEN, "clover_dropout"])
+def test_a_module_may_be_called_as_what_a_layer_holds(attribute, option, tmp_path):
+    name = attribute.removeprefix("clover_")
+    choices = {"modules_to_save": [name], "trainable_token_indices": {name: [1, 3]}}
+    config = {"target_modules": ["first"], "mlp_block_size": 4, "low_rank": 2, option: choices[option]}
+    x = torch.eye(8)
+    model = trained_model(Named(name), **config)
+    expected = model(x).detach()
+    assert not torch.equal(expected, Named(name)(x))
+    assert any(f".{name}." in n and p.requires_grad for n, p in model.named_parameters())
+    model.save_pretrained(tmp_path)
+    assert torch.equal(load(Named(name), tmp_path)(x), expected)
+    assert relative(model.merge_and_unload()(x).detach(), expected) < TOLERANCE[torch.float32]
+
+
+def test_the_head_of_a_classifier_and_its_norms_are_trained_and_saved(tmp_path):
+    base = build("llama").config
+    make = partial(hf.AutoModelForSequenceClassification.from_config, base)
+    torch.manual_seed(0)
+    states = make().state_dict()
+    model = make()
+    model.load_state_dict(states)
+    model = trained_model(model, task_type="SEQ_CLS", modules_to_save=["norm"])
+    expected = model(**inputs("llama")).logits
+    model.save_pretrained(tmp_path)
+    again = make()
+    again.load_state_dict(states)
+    assert torch.equal(load(again, tmp_path).eval()(**inputs("llama")).logits, expected)
 
 
 def test_merging_a_head_trained_apart_from_tied_embeddings_unties_the_config(tmp_path):

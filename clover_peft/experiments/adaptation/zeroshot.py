@@ -51,7 +51,7 @@ def _mmlu(row: dict[str, Any]) -> Question:
     return _ask(f"{about}{row['question'].strip()}\n{options}Answer:", letters, row["answer"])
 
 
-_SETS: dict[str, Callable[[dict[str, Any]], Question]] = {
+SETS: dict[str, Callable[[dict[str, Any]], Question]] = {
     "arc_easy_test": _choices,
     "arc_challenge_test": _choices,
     "openbookqa_test": _choices,
@@ -80,13 +80,13 @@ def score(model: Any, tokenizer: Any, questions: int) -> dict[str, dict[str, int
         return None
     model.eval()
     result = {}
-    for name, read in _SETS.items():
+    for name, read in SETS.items():
         rows = []
         for place, row, problem in read_rows(folder / f"{name}.jsonl.gz"):
             if problem is not None:
                 raise ValueError(f"{place}: {problem}; copy the file again")
             rows.append(row)
-        chosen = sorted(random.Random(0).sample(range(len(rows)), min(len(rows), questions // len(_SETS))))
+        chosen = sorted(random.Random(0).sample(range(len(rows)), min(len(rows), questions // len(SETS))))
         result[name] = {str(i): int(_is_right(model, tokenizer, *read(rows[i]))) for i in chosen}
     return result
 

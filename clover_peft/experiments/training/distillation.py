@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +52,7 @@ class Teacher:
         scored = labels != -100
         behind = slice(-1 - labels.shape[1], -1)  # Methods with virtual tokens have logits in front of these.
         with torch.no_grad():
-            target = self.model(**given).logits[:, behind][scored]
+            target = self._logits(given, scored)
         logits = student(**given).logits[:, behind][scored]
         if logits.shape != target.shape:
             raise ValueError(
@@ -62,6 +63,13 @@ class Teacher:
         sums = [checkpoint(self._sum, *part, use_reentrant=False) for part in parts]
         return torch.stack(sums).sum(), scored.sum()
 
+    def _logits(self, given: Mapping[str, Any], scored: Tensor) -> Tensor:
+        """(tokens, vocabulary): the teacher's logits where `scored` (B, L - 1), in front of tokens with labels."""
+        if "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
+            return self.model(**given).logits[:, :-1][scored]
+        kept = scored.any(0).nonzero()[:, 0]  # none of positions that are a prompt's in every row
+        return self.model(**given, logits_to_keep=kept).logits[scored[:, kept]]
+
     def _sum(self, logits: Tensor, target: Tensor, labels: Tensor) -> Tensor:
         logits, target = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logits, target))
         hard = cross_entropy(logits, labels, reduction="sum")
@@ -70,13 +78,16 @@ class Teacher:
         return (1 - self.weight) * hard + self.weight * self.temperature**2 * soft
 
 
-def load_teacher(job: JobArguments, init_kwargs: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Teacher | None:
+def load_teacher(
+    job: JobArguments, init_kwargs: dict[str, Any], tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False
+) -> Teacher | None:
     """Load the teacher of a run; None without one.
 
     Args:
         job: names the teacher.
         init_kwargs: those that the model is loaded with, such as its dtype; the revision is the model's own.
         tokenizer: the model's tokenizer.
+        trust_remote_code: run code that the teacher brings with it, as for the model.
 
     Raises:
         ValueError: the teacher reads other tokens than the model.
@@ -84,12 +95,12 @@ def load_teacher(job: JobArguments, init_kwargs: dict[str, Any], tokenizer: PreT
     if job.teacher is None:
         return None
     source = find_model(job.teacher)
-    vocabulary = AutoTokenizer.from_pretrained(source.path).get_vocab()
+    vocabulary = AutoTokenizer.from_pretrained(source.path, trust_remote_code=trust_remote_code).get_vocab()
     if vocabulary != tokenizer.get_vocab():
         raise ValueError(
             f"teacher={job.teacher}: expected the tokens of the model's tokenizer ({len(tokenizer.get_vocab())}), "
             f"found others ({len(vocabulary)}); choose the model that this one was made from"
         )
     kwargs = {name: value for name, value in init_kwargs.items() if name != "revision"}
-    model = load_model(source, kwargs).eval().requires_grad_(False)
+    model = load_model(source, kwargs, trust_remote_code).eval().requires_grad_(False)
     return Teacher(model, job.teacher_weight, job.teacher_temperature)

@@ -75,7 +75,7 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
     say(f"data: {len(split.train)} rows to train on, {len(split.held_out)} held out")
     init_kwargs = dict(sft.model_init_kwargs or {})
     model = load_model(source, init_kwargs, sft.trust_remote_code)
-    teacher = load_teacher(job, init_kwargs, tokenizer)
+    teacher = load_teacher(job, init_kwargs, tokenizer, sft.trust_remote_code)
     sft.model_init_kwargs = None  # These were used above; TRL would warn that it ignores them.
 
     set_seed(sft.seed)

@@ -1,0 +1,322 @@
+"""What a conversion to latent attention takes: sizes, memory and work of each stage, from a configuration alone.
+
+The counts follow the code of `convert_to_mla`: leading terms of matrix products and decompositions, the element-wise
+passes that move most bytes, and the tensors that are held at once. Layers are alike, so that one is counted.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PretrainedConfig, PreTrainedModel
+
+from .deepseek import make_config
+from .exactness import TOKENS
+from .latent import EVERY
+from .mla import choose_sizes, convert_to_mla
+from .rotary import Method, Slots, freq_fold_of
+from .structure import Source, read_structure
+
+_WEIGHTS = 9  # float32 copies of one layer's attention weights that live at once, from the scores to the skewed sum
+
+
+@dataclass
+class Stage:
+    """The work and the memory of one stage.
+
+    Attributes:
+        matmul: floating-point operations of matrix products in the model's dtype.
+        double: those in float64, complex ones included.
+        eigen: sum of n^3 over eigendecompositions of n x n matrices, in float64.
+        moved: bytes that element-wise operations read and write.
+        held: what is held at its peak -> bytes.
+    """
+
+    matmul: float = 0.0
+    double: float = 0.0
+    eigen: float = 0.0
+    moved: float = 0.0
+    held: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def peak(self) -> float:
+        """Bytes at the peak, without those of Python and its libraries."""
+        return sum(self.held.values())
+
+    def seconds(self, rates: dict[str, float]) -> float:
+        """The duration at rates that `measure_rates` returns."""
+        return sum(getattr(self, name) / rate for name, rate in rates.items())
+
+
+@dataclass(frozen=True)
+class MlaPlan:
+    """The plan of a conversion.
+
+    Attributes:
+        method: "clover" or "transmla".
+        dtype: of the weights.
+        tokens: of calibration data.
+        rope_dims: dimensions of the shared rotary key.
+        kv_lora_rank: dimensions of the latent.
+        cache_bytes: bytes of the key-value cache for a token, before and after.
+        parameters: before, and after at most: the weights decide whether at some frequency the components of all
+            heads keep their rotation in all layers, which makes it less.
+        largest: rows of the largest matrix that is decomposed.
+        layer_moments: bytes of a layer's moments in the stage that holds most of them.
+        stages: name -> what it takes.
+    """
+
+    method: Method
+    dtype: str
+    tokens: int
+    rope_dims: int
+    kv_lora_rank: int
+    cache_bytes: tuple[int, int]
+    parameters: tuple[int, int]
+    largest: int
+    layer_moments: float
+    stages: dict[str, Stage]
+
+
+def plan_mla(
+    model: PreTrainedModel,
+    *,
+    dtype: torch.dtype = torch.float32,
+    windows: int = 64,
+    length: int = 512,
+    batch_size: int = 8,
+    rope_dims: int | None = None,
+    kv_lora_rank: int | None = None,
+    cache_reduction: float | None = None,
+    method: Method = "clover",
+) -> MlaPlan:
+    """Count what `convert_to_mla` takes.
+
+    Args:
+        model: the original, on the meta device.
+        dtype: of its weights.
+        windows: of calibration data.
+        length: tokens of a window.
+        batch_size: windows of a batch.
+        rope_dims: as for the conversion, as all that follow.
+        kv_lora_rank: as there.
+        cache_reduction: as there.
+        method: as there.
+
+    Raises:
+        ValueError, TypeError: the conversion would refuse the model or an argument.
+    """
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"{type(model).__name__}: expected bfloat16 or float32 weights, found {dtype}; choose one")
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{type(model).__name__}: expected weights that are not quantised, found a quantization_config; plan the "
+            "model as it was before quantisation"
+        )
+    source = read_structure(model)
+    pairs, rank = choose_sizes(source, rope_dims, kv_lora_rank, cache_reduction, method)
+    _try_small(model)
+    configs = [_config(source, pairs, each, method) for each in (None, rank)]
+    with torch.device("meta"):
+        full, final = map(DeepseekV3ForCausalLM, configs)
+    count = _Counts(source, full, final, dtype.itemsize, length, min(batch_size, windows), windows * length, method)
+    layers, size = len(source.layers), dtype.itemsize
+    stages = {"rotation": count.rotation(), "selection": count.selection()}
+    if rank < full.config.kv_lora_rank:
+        stages["latent"] = count.latent()
+    return MlaPlan(
+        method=method,
+        dtype=str(dtype).removeprefix("torch."),
+        tokens=windows * length,
+        rope_dims=2 * pairs,
+        kv_lora_rank=rank,
+        cache_bytes=(4 * source.pairs * layers * size, (2 * pairs + rank) * layers * size),
+        parameters=(_parameters(model), _parameters(final)),
+        largest=max(count.n if "latent" in stages else 0, count.of_group),
+        layer_moments=max(stage.held.get("moments", 0) for stage in stages.values()) / layers,
+        stages=stages,
+    )
+
+
+def measure_rates(dtype: torch.dtype, largest: int) -> dict[str, float]:
+    """What this machine does in a second, in the units of `Stage`, with torch's threads. Takes a few seconds.
+
+    Args:
+        dtype: of the weights.
+        largest: rows of the largest matrix that is decomposed.
+    """
+    n = min(largest, 512)
+    x, y = torch.randn(1024, 1024, dtype=dtype), torch.randn(512, 512, dtype=torch.float64)
+    symmetric, many = torch.randn(n, n, dtype=torch.float64), torch.randn(2**22)
+    work = {
+        "matmul": (2 * 1024**3, lambda: x @ x),
+        "double": (2 * 512**3, lambda: y @ y),
+        "eigen": (n**3, lambda: torch.linalg.eigh(symmetric + symmetric.mT)),
+        "moved": (2 * many.nbytes, lambda: many + 1),
+    }
+    rates = {}
+    for name, (amount, run) in work.items():
+        seconds = []
+        for _ in range(4):  # the first one warms up
+            started = time.process_time()  # other processes may share the processor
+            run()
+            seconds.append((time.process_time() - started) / torch.get_num_threads())
+        rates[name] = amount / min(seconds[1:])
+    return rates
+
+
+class _Counts:
+    """Counts the stages of one conversion; n is the width of the full latent, T the tokens of a window."""
+
+    def __init__(
+        self, source: Source, full: Any, final: Any, size: int, length: int, batch: int, tokens: int, method: Method
+    ) -> None:
+        self.source, self.full, self.size, self.method = source, full, size, method
+        self.final_config, config = final.config, full.config
+        self.length, self.batch, self.tokens = length, batch, tokens
+        self.layers, self.heads, self.d = len(source.layers), source.heads, source.head_dim
+        self.hidden, self.vocabulary = config.hidden_size, config.vocab_size
+        self.n, self.key = config.kv_lora_rank, config.qk_nope_head_dim + config.qk_rope_head_dim
+        self.mlp = config.intermediate_size
+        # Components of a group of frequencies, and their squares over all groups, in complex products of 8 operations.
+        self.of_group = source.key_value_heads * freq_fold_of(source, config.qk_rope_head_dim // 2, method)
+        self.components = source.pairs * self.of_group
+        self.weights = size * _parameters(source.model)
+
+    def _forward(self, model: Any, tokens: float, length: int, key: int) -> float:
+        """Operations of the trunk over windows of `length` tokens whose keys have `key` dimensions."""
+        attention = 2 * self.layers * self.heads * (key + self.d) * length
+        return tokens * (2 * _linear(model.model) + attention)
+
+    def _elementwise(self, tokens: float) -> float:
+        """Bytes that norms, residuals, rotations and the gates of the MLP move."""
+        numbers = 20 * self.hidden + 8 * self.mlp + 12 * self.heads * self.d
+        return tokens * self.layers * self.size * numbers
+
+    def _logits(self, tokens: float) -> float:
+        return 2 * tokens * self.vocabulary * self.hidden
+
+    def _recording(self) -> float:
+        """Bytes of what is kept of the original's pass over one short text."""
+        text = min(self.length, TOKENS)
+        widths = 2 * self.hidden + 2 * self.heads * self.d + 4 * self.source.pairs
+        return text * self.size * (self.layers * widths + self.vocabulary)
+
+    def rotation(self) -> Stage:
+        text, heads, half = min(self.length, TOKENS), self.heads, self.d // 2
+        weights = self.layers * heads * self.length * 4  # bytes a token, of all layers
+        checked = (
+            self.layers * text * 8 * (self.components * (1 + self.source.groups) + heads * self.source.pairs * text)
+        )
+        moments = self.layers * (16 * self.components + 8 * heads * (self.length + half))
+        layer = self.batch * self.length * self.size * (10 * self.hidden + 3 * self.mlp + 4 * heads * self.d)
+        return Stage(
+            matmul=self._forward(self.source.model, self.tokens + text, self.length, self.d)
+            + self._logits(text)
+            + 8 * self.layers * self.components * self.tokens,
+            double=checked,
+            eigen=self.layers * self.components * self.of_group,
+            moved=self._elementwise(self.tokens) + 2 * _WEIGHTS * weights * self.tokens,
+            held={
+                "original": self.weights,
+                "moments": moments,
+                "activations": layer + self.batch * heads * self.length**2 * 4 * _WEIGHTS,
+                "recording": self._recording(),
+            },
+        )
+
+    def selection(self) -> Stage:
+        text, up = min(self.length, TOKENS), self.heads * (self.key - self.full.config.qk_rope_head_dim + self.d)
+        built = 8 * self.components * (self.hidden + 1) * (1 + self.source.groups)
+        return Stage(
+            matmul=2 * self._forward(self.full, text, text, self.key) + self._logits(text),
+            double=self.layers * built,
+            moved=self.layers * 8 * 10 * up * self.n,
+            held={
+                "original": self.weights,
+                "result": self.size * _parameters(self.full),
+                "one layer in float64": 8 * 4 * up * self.n,
+                "recording": self._recording(),
+            },
+        )
+
+    def latent(self) -> Stage:
+        n, rank, learned = self.n, self.final_config.kv_lora_rank, self.method == "clover"
+        up = self.heads * (self.key - self.full.config.qk_rope_head_dim + self.d)
+        passes = 2 if learned else 1  # A backward pass is for inputs alone: weights get no gradients.
+        # A causal kernel computes half of the scores. Its backward pass is two forward passes, that of the rest one.
+        half = self.layers * self.heads * (self.key + self.d) * self.length * self.tokens
+        matmul = passes * 2 * _linear(self.full.model) * self.tokens + (2 * passes - 1) * half
+        matmul += passes * 2 * self.layers * n * n * self.tokens + (passes - 1) * 2 * self._logits(self.tokens / EVERY)
+        layer = (2 + 8 * learned) * n**3 + 2 * n * rank * (2 * n + self.hidden + up)
+        saved = 3 * self.mlp + 6 * self.hidden + 2 * self.heads * (self.key + self.d) + 3 * n
+        batch = self.batch * self.length
+        return Stage(
+            matmul=matmul,
+            double=self.layers * layer,
+            eigen=self.layers * passes * n**3,
+            moved=(2 * passes - 1) * self._elementwise(self.tokens),
+            held={
+                "original": self.weights,
+                "result": self.size * _parameters(self.full),
+                "moments": self.layers * 2 * 8 * n * n,
+                "activations": batch * self.size * saved * (self.layers if learned else 1)
+                + learned * batch / EVERY * self.vocabulary * 4 * 4,
+                "one layer in float64": 8 * 8 * n * n,
+                "recording": self._recording(),
+            },
+        )
+
+
+def result_config(model: PreTrainedModel, cache_reduction: float, method: Method = "clover") -> DeepseekV3Config:
+    """The configuration that a conversion gives a model, which may be on the meta device; see `MlaPlan.parameters`."""
+    source = read_structure(model)
+    return _config(source, *choose_sizes(source, None, None, cache_reduction, method), method)
+
+
+def _config(source: Source, pairs: int, rank: int | None, method: Method) -> DeepseekV3Config:
+    """The result's, with a latent of this rank or, without one, of full rank."""
+    freq_fold = freq_fold_of(source, pairs, method)
+    folded = source.head_dim // 2 // freq_fold * freq_fold
+    slots = Slots(torch.ones(pairs, dtype=torch.float64), [], [])
+    config = make_config(source, slots, 0 if pairs == source.pairs else 2 * folded)
+    config.kv_lora_rank = config.kv_lora_rank if rank is None else rank
+    return config
+
+
+def _try_small(model: PreTrainedModel) -> None:
+    """Convert a small model of the same class: what a class computes between its modules shows only when it runs."""
+    config: PretrainedConfig = copy.deepcopy(model.config)
+    sizes: dict[str, Any] = {
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 64,
+    }
+    sizes |= {"hidden_size": 64, "intermediate_size": 64, "pad_token_id": None}
+    sizes["head_dim"] = model.model.layers[0].self_attn.head_dim
+    for name, value in {**sizes, "dtype": torch.float32}.items():
+        setattr(config, name, value)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1]
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of few tokens
+        torch.manual_seed(0)
+        ids = torch.randint(64, (1, 32), generator=generator)
+        convert_to_mla(type(model)(config).float(), [{"input_ids": ids}], rope_dims=2, kv_lora_rank=1)
+
+
+def _linear(module: nn.Module) -> int:
+    """Numbers in the weights that a token is multiplied by."""
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def _parameters(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
