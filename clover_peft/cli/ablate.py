@@ -31,8 +31,10 @@ def run(given: argparse.Namespace) -> int:
     checks.ablate(given)
     if given.table is not None:
         if adaptation.load(given.table):
-            print(running.show(given.table, given.pictures))
+            print(running.show(given.table, given.pictures, given.reference))
             return 0
+        if given.reference is not None:
+            raise ValueError(f"--reference: expected records of an adaptation experiment, found none in {given.table}")
         return _show(given.table, given.pictures)
     given.jobs = 1 if given.jobs is None else given.jobs
     if plan.is_experiment(given.config):
@@ -62,7 +64,7 @@ def _adapt(given: argparse.Namespace) -> int:
         if given.mechanism:
             mechanism.measure_all(Laboratory(experiment, given.out))
     pictures = given.pictures or given.out / "pictures"
-    print(running.show(given.out / "records", pictures))
+    print(running.show(given.out / "records", pictures, given.reference))
     if given.mechanism:
         print(mechanism.markdown(given.out / "records", given.out / "mechanism"))
         try:

@@ -93,7 +93,13 @@ def ablate(given: argparse.Namespace) -> None:
         raise ValueError(f"{path}: expected keys and values, found {values!r}")
     if "domains" in values:
         _refuse(given, "an adaptation experiment", ("records", "minutes", "step"))
+        if given.reference is not None and given.reference not in (values.get("arms") or {}):
+            raise ValueError(
+                f"--reference {given.reference}: expected one of the arms {', '.join(values.get('arms') or {})}"
+            )
         module, name = "clover_peft.experiments.adaptation.plan", "Experiment"
+    elif given.reference is not None:
+        raise ValueError("--reference: expected an adaptation experiment, found a grid")
     elif given.mechanism:
         raise ValueError("--mechanism: expected an adaptation experiment, found a grid; use clover analyze")
     else:

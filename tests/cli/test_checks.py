@@ -46,6 +46,14 @@ WRONG = [
     (["ablate", "--config", "smollm2", "--out", "out", "zzz=3"], "expected the keys base, settings"),
     (["ablate", "--config", "adaptation_probe", "--out", "out", "zzz=3"], "expected the keys model, dtype"),
     (["ablate", "--config", "smollm2"], "expected --config and --out, or --table"),
+    (
+        ["ablate", "--config", "adaptation_tiny", "--out", "x", "--reference", "lora_r64"],
+        "--reference lora_r64: expected one of the arms ",
+    ),
+    (
+        ["ablate", "--config", "smollm2", "--out", "x", "--reference", "lora"],
+        "--reference: expected an adaptation experiment, found a grid",
+    ),
     (["ablate", "--table", ".", "--mechanism"], "mechanism: expected none beside --table, which does not use it"),
     (["plan", "--model", "m", "r=0"], "CloverConfig.r: expected a positive integer or None, found 0"),
     (["plan", "--model", "m", "s_matrx=full"], "did you mean s_matrix?"),

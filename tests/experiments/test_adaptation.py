@@ -240,6 +240,12 @@ def test_forgetting_at_equal_learning_is_interpolated_between_rates():
         one["trial"]["rate"] = 0.0 if name == "base" else float(name[1:])
     shown = report.markdown(found)
     assert "| x | +0.1000 (0.0000) | +0.5000 (0.0000) |" in shown
+    assert report.markdown(found, "y") == shown
+    other = report.markdown(found, "x")
+    assert "Loss less that of x at 0.002" in other
+    assert other.index("| y |") < other.index("| x |", other.index("no adapter"))  # the rows keep their order
+    with pytest.raises(ValueError, match="reference: expected one of x, y, found 'z'"):
+        report.markdown(found, "z")
 
 
 def test_curves_are_of_the_seeds_that_all_rates_have():

@@ -152,8 +152,19 @@ def _between(before: list[Record], after: list[Record], share: float) -> list[Re
     ]
 
 
-def markdown(found: dict[str, Record]) -> str:
-    """All tables."""
+def markdown(found: dict[str, Record], reference: str | None = None) -> str:
+    """All tables.
+
+    Args:
+        found: records by name.
+        reference: the arm that the others are compared with; None for the first.
+
+    Raises:
+        ValueError: there is no such arm.
+    """
+    known = [record["trial"]["arm"] for record in found.values() if record["trial"]["arm"] != BASE]
+    if reference is not None and reference not in known:
+        raise ValueError(f"reference: expected one of {', '.join(sorted(set(known)))}, found {reference!r}")
     base = found.get(BASE)
     if base is None:
         return f"no record of the model without an adapter yet ({len(found)} records)"
@@ -162,6 +173,8 @@ def markdown(found: dict[str, Record]) -> str:
         arms = by_arm(found, domain)
         if arms:
             parts += [f"## Adapted to {domain}\n", _table(base, arms, domain)]
+            if reference in arms:
+                arms = {reference: arms[reference], **arms}
             if len(arms) > 1:
                 others = [other for other in base["losses"] if other != domain]
                 parts += [_differences(arms, domain, others), _at_equal_learning(base, arms, domain, others)]

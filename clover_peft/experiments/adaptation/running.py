@@ -89,16 +89,21 @@ def _run_in_one_thread(experiment: Experiment, out: Path) -> None:
         sys.exit(1)
 
 
-def show(results: Path, folder: Path | None) -> str:
+def show(results: Path, folder: Path | None, reference: str | None = None) -> str:
     """The tables of a folder of records, also written to a folder with the pictures.
 
+    Args:
+        results: the records.
+        folder: for tables and pictures; None for neither.
+        reference: the arm that the others are compared with; None for the first.
+
     Raises:
-        ValueError: there are none.
+        ValueError: there are no records, or no such arm.
     """
     found = report.load(results)
     if not found:
         raise ValueError(f"{results}: expected a folder of records, found none")
-    shown = report.markdown(found)
+    shown = report.markdown(found, reference)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "table.md").write_text(shown + "\n", encoding="utf-8")
