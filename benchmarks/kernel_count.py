@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import PAPER_LORA_TARGETS, decoder_of, finish, llama, options, parser, randomise, table
+from harness import PAPER_LORA_TARGETS, finish, llama, options, parser, randomise, table
 from peft import LoraConfig, PeftConfig, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -117,15 +117,15 @@ def _per_layer(config: PeftConfig | None, arguments: Any) -> collections.Counter
 def _step(config: PeftConfig | None, layers: int, arguments: Any) -> collections.Counter[str]:
     torch.manual_seed(arguments.seed)
     model: Any = llama(64, 4, 128, layers, arguments.seed, torch.float32, arguments.device).requires_grad_(False)
+    model.lm_head = nn.Identity()
     if config is not None:
         model = get_peft_model(model, config)
         randomise(model, arguments.seed, std=1e-3)
-    decoder = decoder_of(model.train())
     x = torch.randn(2, 24, 64, device=arguments.device, requires_grad=True)
 
     def step() -> Tensor:
-        model.zero_grad()
-        loss: Tensor = decoder(inputs_embeds=x, use_cache=False).last_hidden_state.square().mean()
+        model.train().zero_grad()
+        loss: Tensor = model(inputs_embeds=x, use_cache=False).logits.square().mean()
         loss.backward()
         return loss
 
