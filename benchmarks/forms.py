@@ -42,7 +42,6 @@ from train_step import saved_bytes
 
 from clover_peft import CloverConfig, CloverLayer
 from clover_peft.io import run_record as records
-from clover_peft.tuner.execution import output_is_kept
 from clover_peft.tuner.fused_maps import apply_maps
 from clover_peft.tuner.maps import formula
 
@@ -114,7 +113,7 @@ def _literal(layer: CloverLayer, z: Tensor) -> Tensor:
 
 def _training(layer: CloverLayer, arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     forms: dict[str, Form] = {
-        "as it is": lambda layer, z: apply_maps(z, layer.maps(ACTIVE), output_is_kept(layer, ACTIVE)),
+        "as it is": lambda layer, z: apply_maps(z, layer.maps(ACTIVE), layer.output_is_kept(ACTIVE)),
         "keeps z": lambda layer, z: apply_maps(z, layer.maps(ACTIVE)),
         "plain operations": lambda layer, z: formula(z, layer.maps(ACTIVE)),
         "unfolded": lambda layer, z: formula(z, layer.staged_maps(ACTIVE)),
@@ -124,7 +123,7 @@ def _training(layer: CloverLayer, arguments: argparse.Namespace) -> dict[str, di
     cotangent = torch.randn_like(z)
     found = _race({name: partial(_pass, form, layer, z, cotangent) for name, form in forms.items()}, arguments)
     for name, form in forms.items():  # of values and up projections y is kept by what follows in any case
-        found[name]["kept_bytes"] = saved_bytes(layer, partial(form, layer, z), output_is_kept(layer, ACTIVE))
+        found[name]["kept_bytes"] = saved_bytes(layer, partial(form, layer, z), layer.output_is_kept(ACTIVE))
     return found
 
 

@@ -33,7 +33,6 @@ from harness import (
     at_most,
     clock,
     compile_decoders,
-    decoder_of,
     fill_out,
     fill_shape,
     finish,
@@ -98,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         device,
         key_value_heads=arguments.key_value_heads,
     ).requires_grad_(False)
+    base.lm_head = nn.Identity()
     contenders = _contenders(base, arguments.methods)
     x = torch.randn(arguments.batch_size, arguments.tokens, arguments.hidden_size, device=device).to(dtype)
     x.requires_grad_(True)
@@ -195,9 +195,10 @@ def _oft_block_size(budget: int, model: nn.Module, targets: Sequence[str]) -> in
 
 
 def decode(model: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Run the decoder layers, without the language-model head; `x` is (batch, tokens, hidden size)."""
+    """Run the whole model, for which CLOVER folds all maps together; `x` is (batch, tokens, hidden size)."""
     with torch.autocast(x.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        return decoder_of(model)(inputs_embeds=x, use_cache=False).last_hidden_state
+        logits: torch.Tensor = model(inputs_embeds=x, use_cache=False).logits
+        return logits
 
 
 def step(contender: Contender, x: torch.Tensor, cotangent: torch.Tensor, dtype: torch.dtype) -> None:

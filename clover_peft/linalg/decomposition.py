@@ -260,3 +260,21 @@ def fold(s: Tensor, coordinates: Tensor | None, back: Tensor | None) -> Tensor:
         coordinates = None
     result = s if coordinates is None else torch.bmm(s, coordinates)
     return result if back is None else torch.bmm(back, result)
+
+
+def fold_gradient(gradient: Tensor, coordinates: Tensor | None, back: Tensor | None, is_diagonal: bool) -> Tensor:
+    """The gradient of `s` from that of `fold`'s result M: `E^T (dL/dM) C^T` of every block, or its diagonal.
+
+    Args:
+        gradient: (H, d, d).
+        coordinates: (H, r, d), or None for the identity.
+        back: (H, d, r), or None for the identity.
+        is_diagonal: S is (H, r).
+
+    Returns:
+        (H, r, r), or (H, r).
+    """
+    rows = gradient if back is None else torch.bmm(back.mT, gradient)
+    if is_diagonal:
+        return rows.diagonal(dim1=-2, dim2=-1) if coordinates is None else (rows * coordinates).sum(-1)
+    return rows if coordinates is None else torch.bmm(rows, coordinates.mT)

@@ -89,6 +89,13 @@ class GuardedTensors(nn.Module):
             self._keep()
 
 
+def is_plain(tensor: Tensor | None) -> bool:
+    """Whether a tensor is one of torch's own, with its numbers here and whole: not sharded or offloaded."""
+    if tensor is None or type(tensor) not in (Tensor, nn.Parameter):
+        return False
+    return not (tensor.is_meta or hasattr(tensor, "ds_id"))
+
+
 def has_meta(module: nn.Module) -> bool:
     """Whether a parameter or buffer is on the meta device."""
     return any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))

@@ -33,6 +33,17 @@ def is_captured(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def saved_tensors_hooks() -> object:
+    """The functions that pack and unpack what autograd saves now, which gradient checkpointing sets; None for none."""
+    hooks: object = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks
+
+
+def stream_of(tensor: Tensor) -> object:
+    """The stream that operations on the tensor go to; None on a CPU."""
+    return torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
+
+
 def shares_state(module: nn.Module) -> bool:
     """Whether the module is a replica of `nn.DataParallel`, whose plain attributes are those of the original."""
     return bool(module.__dict__.get("_is_replica"))

@@ -178,12 +178,30 @@ class AdapterTensors(nn.Module):
                 module: GuardedTensors = getattr(self, attributes[0])[adapter_name]
                 return module(spec.name, lambda tensor: read(attributes[1:], {**found, attributes[0]: tensor}))
             tensors = BlockTensors.of(found)
-            # Without peft's `autocast_adapter_dtype`, S has the dtype of the base weights.
-            norm, scale = self.tensors(adapter_name, spec).norm, self.scaling[adapter_name]
-            s = tensors.s if norm is None else tensors.s.to(norm.dtype)
-            return use(tensors._replace(s=s if scale == 1 else scale * s))
+            return use(self.scaled(adapter_name, tensors._replace(norm=self.tensors(adapter_name, spec).norm)))
 
         return read(held, {})
+
+    def scaled(self, adapter_name: str, tensors: BlockTensors) -> BlockTensors:
+        """With S in the dtype of the bases and multiplied by the adapter's scale."""
+        # Without peft's `autocast_adapter_dtype`, S has the dtype of the base weights.
+        s = tensors.s if tensors.norm is None else tensors.s.to(tensors.norm.dtype)
+        scale = self.scaling[adapter_name]
+        return tensors._replace(s=s if scale == 1 else scale * s)
+
+    def registered(self, adapter_name: str, spec: BlockSpec) -> dict[str, Tensor | None]:
+        """What the map of a slice depends on by attribute; None for what a runtime put something else in place of."""
+        attributes = ("clover_S", *spec.base_shapes)
+        return {a: getattr(self, a)[adapter_name].registered(spec.name) for a in attributes}
+
+    def output_is_kept(self, adapter_names: Iterable[str]) -> bool:
+        """Whether the next operation may keep the maps' output for its backward pass.
+
+        A low-rank part changes the output first.
+        """
+        names = list(adapter_names)
+        specs = (spec for name in names for spec in self.specs[name])
+        return any(spec.output_is_kept for spec in specs) and not any(name in self.clover_A for name in names)
 
     def maps(self, adapter_names: Iterable[str], dropout: bool = False) -> list[HeadMap]:
         """The adapters' maps, one a slice, in the precision of S and outside of autocast.

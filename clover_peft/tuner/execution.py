@@ -15,6 +15,7 @@ from .adapter_tensors import AdapterTensors
 from .fused_maps import apply_maps
 from .map_cache import MapCache
 from .maps import HeadMap
+from .model_maps import maps_of_model
 
 
 class Form(enum.Enum):
@@ -23,24 +24,29 @@ class Form(enum.Enum):
     Attributes:
         CACHED: with `E dS C`, folded in the last pass of several tokens a sequence.
         FOLDED: with `E dS C`, folded for this pass.
+        TOGETHER: with `E dS C`, folded for this pass together with the maps of the model's other layers.
         STAGED: with C, dS and E one after the other, which is less work for a few tokens.
     """
 
     CACHED = "cached"
     FOLDED = "folded"
+    TOGETHER = "together"
     STAGED = "staged"
 
 
-def choose_form(*, has_kept_maps: bool, is_decoding: bool, has_dropout: bool) -> Form:
+def choose_form(*, has_kept_maps: bool, has_model_maps: bool, is_decoding: bool, has_dropout: bool) -> Form:
     """The form of a pass.
 
     Args:
         has_kept_maps: folded maps of frozen adapters were kept, and the pass continues a sequence.
+        has_model_maps: the maps of the model's layers were folded together, and this layer's are among them.
         is_decoding: no gradients, and one token a sequence, fewer of them than a block has features.
         has_dropout: dropout is applied to the maps' input.
     """
     if has_kept_maps:
         return Form.CACHED
+    if has_model_maps:
+        return Form.TOGETHER
     # A pass of few tokens that is not decoding is folded too: it then rounds like the same adapter in training.
     return Form.STAGED if is_decoding and not has_dropout else Form.FOLDED
 
@@ -60,7 +66,7 @@ def apply_adapters(layer: AdapterTensors, z: Tensor, adapter_names: Sequence[str
     names = [name for name in adapter_names if name in layer.specs]
     traced, differentiated = is_traced(), layer.training or torch.is_grad_enabled()
     is_replica = shares_state(layer)
-    kept = folded = None
+    kept = folded = together = None
     if not (differentiated or traced or is_replica or is_captured(z)):
         if z.ndim > 2 and z.shape[-2] == 1:
             kept = cache.find(*_sources(layer, names, z.dtype))
@@ -71,16 +77,22 @@ def apply_adapters(layer: AdapterTensors, z: Tensor, adapter_names: Sequence[str
     elif differentiated and not torch.compiler.is_exporting():
         cache.is_stale = True
     dropouts = (layer.clover_dropout[name] for name in names) if layer.training else ()
+    has_dropout = any(getattr(dropout, "p", 0.0) for dropout in dropouts)
+    if torch.is_grad_enabled() and not (has_dropout or traced or is_replica or is_captured(z)):
+        together = maps_of_model(layer, names)
     form = choose_form(
         has_kept_maps=kept is not None,
+        has_model_maps=together is not None,
         is_decoding=kept is None and not torch.is_grad_enabled() and _is_decoding(layer, z, names, traced),
-        has_dropout=any(getattr(dropout, "p", 0.0) for dropout in dropouts),
+        has_dropout=has_dropout,
     )
     if form is Form.STAGED:
         wide = z.to(torch.promote_types(z.dtype, torch.float32))  # cheaper than casting the larger E, S and C
         return apply_maps(wide, layer.staged_maps(names)).to(z.dtype)
     if form is Form.FOLDED and folded is None:
-        return apply_maps(z, layer.maps(names, dropout=True), output_is_kept(layer, names))
+        together = layer.maps(names, dropout=True)
+    if together is not None:
+        return apply_maps(z, together, layer.output_is_kept(names))
     return apply_maps(z, kept or folded or ())
 
 
@@ -101,20 +113,9 @@ def _sources(
     layer: AdapterTensors, names: Sequence[str], dtype: torch.dtype
 ) -> tuple[Hashable, list[Tensor | None], list[float]]:
     """What folded maps depend on: the key that they are kept under, the tensors, and the scales."""
-    tensors = [
-        getattr(layer, attribute)[name].registered(spec.name)
-        for name in names
-        for spec in layer.specs[name]
-        for attribute in ("clover_S", *spec.base_shapes)
-    ]
+    tensors = [t for name in names for spec in layer.specs[name] for t in layer.registered(name, spec).values()]
     return (*names, dtype), tensors, [layer.scaling[name] for name in names]
 
 
 def _folded_maps(layer: AdapterTensors, names: Sequence[str], dtype: torch.dtype) -> list[HeadMap]:
     return [m.to(dtype) for m in layer.maps(names)]
-
-
-def output_is_kept(layer: AdapterTensors, names: Sequence[str]) -> bool:
-    """Whether the next operation may keep the maps' output for its backward pass; a low-rank part changes it first."""
-    specs = (spec for name in names for spec in layer.specs[name])
-    return any(spec.output_is_kept for spec in specs) and not any(name in layer.clover_A for name in names)

@@ -15,7 +15,8 @@ needs only y. The d x d system is solved after the sum over tokens, so its cost 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -23,12 +24,21 @@ import torch
 from torch import Tensor
 
 from ..runtime.tracing import is_captured, is_traced
-from .maps import HeadMap, Place, UnfoldedMap, formula
+from .maps import HeadMap, Inversion, Place, UnfoldedMap, formula
 
 # The coarsest rounding of a product: torch may be set to round factors of float32 products to TF32 or bfloat16.
 _EPS = torch.finfo(torch.bfloat16).eps
 # The largest rounding error of z solved for from y, relative to z.
 _MUCH_AMPLIFIED = 0.1
+
+
+class _BackwardPasses:
+    """Counts backward passes through maps."""
+
+    count = 0
+
+
+backward_passes = _BackwardPasses()
 
 
 def apply_maps(z: Tensor, maps: Sequence[HeadMap | UnfoldedMap], output_is_kept: bool = False) -> Tensor:
@@ -54,16 +64,18 @@ def apply_maps(z: Tensor, maps: Sequence[HeadMap | UnfoldedMap], output_is_kept:
         return z
     places, matrices = [m.place for m in folded], [m.matrix for m in folded]
     if torch.is_grad_enabled() and (z.requires_grad or any(matrix.requires_grad for matrix in matrices)):
-        return _ApplyMaps.apply(z, places, output_is_kept, *matrices)
+        may_invert = output_is_kept and not any(place.replaces for place in places)
+        return _ApplyMaps.apply(z, places, _inversions(folded) if may_invert else None, *matrices)
     return _add_up(z, places, matrices)
 
 
 def _add_up(z: Tensor, places: Sequence[Place], matrices: Sequence[Tensor]) -> Tensor:
     """`y` of maps at places that are apart."""
-    if z.numel() == z.shape[-1] and places[0].heads.covers(z.shape[-1]) and not places[0].replaces:
-        # The blocks of a single token need no copy of z first, which is a third faster in decoding.
-        own, y = z.reshape(-1, 1, places[0].size), torch.empty_like(z, memory_format=torch.contiguous_format)
-        torch.baddbmm(own, own, matrices[0].to(z.dtype).mT, out=y.view(own.shape))  # y itself must not be a view
+    [place, *others] = places
+    if not others and place.heads.covers(z.shape[-1]) and not place.replaces:
+        # One operation, which needs no copy of z first: a third faster for the blocks of a single token.
+        y, tokens = torch.empty_like(z, memory_format=torch.contiguous_format), place.tokens(z)
+        torch.baddbmm(tokens, tokens, matrices[0].to(z.dtype).mT, out=place.tokens(y))  # y itself must not be a view
         return y
     y = z.clone(memory_format=torch.contiguous_format)
     for place, matrix in zip(places, matrices, strict=True):
@@ -75,21 +87,20 @@ class _ApplyMaps(torch.autograd.Function):
     """`_add_up`, which saves y for its backward pass if that is safe, and otherwise z. Twice differentiable."""
 
     @staticmethod
-    def forward(z: Tensor, places: Sequence[Place], output_is_kept: bool, *matrices: Any) -> Tensor:
+    def forward(
+        z: Tensor, places: Sequence[Place], inversions: list[Inversion | None] | None, *matrices: Any
+    ) -> Tensor:
         return _add_up(z, places, matrices)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        z, places, output_is_kept, *matrices = inputs
-        trained = {i: matrix for i, matrix in enumerate(matrices) if ctx.needs_input_grad[3 + i]}
-        ctx.places, ctx.squares = places, None
-        if trained and output_is_kept and not any(place.replaces for place in places):
-            ctx.squares = _squares_if_safe(trained)
-        kept = None if not trained else z if ctx.squares is None else output
+        z, ctx.places, ctx.inversions, *matrices = inputs
+        kept = None if not any(ctx.needs_input_grad[3:]) else z if ctx.inversions is None else output
         ctx.save_for_backward(kept, *matrices)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        backward_passes.count += 1
         saved = ctx.saved_tensors  # gradient checkpointing computes them now, under autocast if that is on
         with torch.autocast(gradient.device.type, enabled=False):
             return _ApplyMaps._gradients(ctx, gradient, *saved)
@@ -100,12 +111,17 @@ class _ApplyMaps(torch.autograd.Function):
         for_matrices: list[Tensor | None] = [None] * len(matrices)
         for i, (place, matrix) in enumerate(zip(ctx.places, matrices, strict=True)):
             of_y, weight = place.tokens(gradient), matrix.to(gradient.dtype)
-            if ctx.needs_input_grad[3 + i] and ctx.squares is None:
+            if ctx.needs_input_grad[3 + i] and ctx.inversions is None:
                 for_matrices[i] = torch.bmm(of_y.mT, place.tokens(kept)).to(matrix.dtype)
             elif ctx.needs_input_grad[3 + i]:
                 # Invert the map as it was applied, rounded, but sum in its own dtype: otherwise a feature with a large
                 # mean drowns the others in rounding error.
-                inverse = inverse_of_one_plus(weight.to(matrix.dtype), ctx.squares[i])
+                square, shared = ctx.inversions[i]
+                if shared is None or torch.is_grad_enabled():
+                    inverse = inverse_of_one_plus(weight.to(matrix.dtype), square)
+                else:
+                    inverse = shared(gradient.dtype)
+                ctx.inversions[i] = Inversion(square)  # lets go of the other layers' inverses
                 for_matrices[i] = torch.bmm(_sum_over_tokens(of_y, place.tokens(kept), matrix.dtype), inverse.mT)
             if for_z is not None:
                 place.add_(for_z, of_y, weight)
@@ -126,25 +142,34 @@ def _are_apart(places: tuple[Place, ...]) -> bool:
     return len(features) == len(set(features))
 
 
-def _squares_if_safe(matrices: Mapping[int, Tensor]) -> dict[int, float] | None:
-    """The largest `||M_h^2||` of each map; None if y does not determine z well enough for one of them.
+def _inversions(maps: Sequence[HeadMap]) -> list[Inversion | None] | None:
+    """How each of the trained maps is inverted; None if y does not determine z well enough for one of them.
 
-    The condition of I + M is at most (1 + ||M||)^2 / (1 - ||M^2||). Reading the norms waits for the device once; if
-    they cannot be read now, the answer is None.
+    Finding out waits for the device once, unless it is known; if the norms cannot be read now, the answer is None.
     """
-    some = next(iter(matrices.values()))
-    if type(some) is not Tensor or some.is_meta or is_captured(some):
-        return None
-    norms = [
-        torch.linalg.vector_norm(m, dim=(-2, -1)).amax()
-        for matrix in matrices.values()
-        for m in (matrix, matrix @ matrix)
-    ]
-    figures = torch.stack(norms).tolist()
-    once, twice = figures[::2], figures[1::2]
-    if all(b < 1 and (1 + a) ** 2 / (1 - b) * _EPS <= _MUCH_AMPLIFIED for a, b in zip(once, twice, strict=True)):
-        return dict(zip(matrices, twice, strict=True))
-    return None
+    result = [m.inversion if m.matrix.requires_grad else None for m in maps]
+    unknown = [i for i, m in enumerate(maps) if m.matrix.requires_grad and m.inversion is None]
+    if unknown:
+        some = maps[unknown[0]].matrix
+        if type(some) is not Tensor or some.is_meta or is_captured(some):
+            return None
+        figures = torch.stack([norms(maps[i].matrix.detach()) for i in unknown]).tolist()
+        for i, (once, twice) in zip(unknown, figures, strict=True):
+            result[i] = Inversion(twice if is_invertible(once, twice) else math.inf)
+    return None if any(one is not None and one.square == math.inf for one in result) else result
+
+
+def norms(matrix: Tensor) -> Tensor:
+    """The largest `||M_h||` and `||M_h^2||` of maps, (..., H, d, d): (..., 2)."""
+    return torch.stack([torch.linalg.vector_norm(m, dim=(-2, -1)).amax(-1) for m in (matrix, matrix @ matrix)], -1)
+
+
+def is_invertible(once: float, twice: float) -> bool:
+    """Whether y determines z well enough, from the norms of M and M^2.
+
+    The condition of I + M is at most (1 + ||M||)^2 / (1 - ||M^2||).
+    """
+    return twice < 1 and (1 + once) ** 2 / (1 - twice) * _EPS <= _MUCH_AMPLIFIED
 
 
 def inverse_of_one_plus(matrix: Tensor, square: float) -> Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..runtime.tensors import is_plain
 from .maps import HeadMap
 
 
@@ -93,7 +94,6 @@ def _is_same(seen: _Seen, now: Tensor | None) -> bool:
 
 def _can_watch(tensor: Tensor | None) -> bool:
     """Whether changes of a tensor can be noticed: it is frozen, here, whole, and of one process only."""
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor is None or tensor.is_inference() or tensor.requires_grad:
+    if tensor is None or not is_plain(tensor) or tensor.is_inference() or tensor.requires_grad:
         return False
-    shared = tensor.device.type == "cpu" and tensor.is_shared()
-    return not (shared or tensor.is_meta or hasattr(tensor, "ds_id"))
+    return not (tensor.device.type == "cpu" and tensor.is_shared())

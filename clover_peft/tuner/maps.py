@@ -47,6 +47,18 @@ class Place(NamedTuple):
             heads.copy_(target.transpose(0, 1).reshape(heads.shape))
 
 
+class Inversion(NamedTuple):
+    """How I + M is inverted, if that does not amplify rounding too much.
+
+    Attributes:
+        square: a bound on the norms of M^2, infinite if I + M must not be inverted.
+        shared: the inverse for M rounded to a dtype, (H, d, d), where it is computed with those of other layers.
+    """
+
+    square: float
+    shared: Callable[[torch.dtype], Tensor] | None = None
+
+
 class HeadMap(NamedTuple):
     """A map M of every block of a place.
 
@@ -55,12 +67,14 @@ class HeadMap(NamedTuple):
         matrix: (H, d, d), M; with coordinates (H, d, r), its left factor E S.
         coordinates: (H, r, d), C, of a map in two stages, M = (E S) C; None for a folded map.
         dropout: a module that is applied to the map's input.
+        inversion: of a folded map; None if that is not known.
     """
 
     place: Place
     matrix: Tensor
     coordinates: Tensor | None = None
     dropout: nn.Module | None = None
+    inversion: Inversion | None = None
 
     def to(self, dtype: torch.dtype) -> HeadMap:
         """The map with its matrices in `dtype`."""

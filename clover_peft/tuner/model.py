@@ -35,6 +35,7 @@ from .layer import CloverLayer, CloverLinear
 from .merge_checks import check_merges, warning_of_rounding
 from .merging import check_truncation
 from .mixed_batch import mixed_batch
+from .model_maps import fold_together
 from .target_names import check_names
 from .target_parameters import TargetParameters
 from .tied_weights import TiedWeights, refuse_shared, shared_modules, untie_whole
@@ -147,6 +148,7 @@ class CloverModel(TargetParameters, TiedWeights):
             warn_of_zero_blocks(self._injection.zero_blocks)
             self._check_file(adapter_name, config, loaded_by_transformers())
             layers = clover_layers(self.model)
+            fold_together(self.model, [layer for _, layer in layers if isinstance(layer, CloverLinear)])
             bases = (f"{path}.{name}" for path, layer in layers for name, _ in layer.named_buffers())
             spare_broadcasts(self.model, (name for name in bases if set(name.split(".")) & set(FROZEN)))
         except BaseException:  # also Ctrl-C
@@ -288,6 +290,7 @@ class CloverModel(TargetParameters, TiedWeights):
             for module in self.model.modules():  # also another tuner's layers, as for trained tokens
                 if isinstance(module, BaseTunerLayer) and module.merged:
                     module.unmerge()
+        fold_together(self.model, [])
         is_tied = self.get_model_config(self.model).get("tie_word_embeddings")
         with warning_of_rounding(self.model):
             result: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)

@@ -19,20 +19,24 @@ from tests.support.tiny import TOLERANCE, build, inputs, perturb, relative
 
 
 @pytest.mark.parametrize(
-    ("has_kept_maps", "is_decoding", "has_dropout", "form"),
+    ("has_kept_maps", "has_model_maps", "is_decoding", "has_dropout", "form"),
     [
-        (True, False, False, Form.CACHED),
-        (True, False, True, Form.CACHED),
-        (True, True, False, Form.CACHED),
-        (True, True, True, Form.CACHED),
-        (False, True, False, Form.STAGED),
-        (False, True, True, Form.FOLDED),
-        (False, False, False, Form.FOLDED),
-        (False, False, True, Form.FOLDED),
+        (True, False, False, False, Form.CACHED),
+        (True, False, False, True, Form.CACHED),
+        (True, False, True, False, Form.CACHED),
+        (True, False, True, True, Form.CACHED),
+        (False, True, False, False, Form.TOGETHER),
+        (False, False, True, False, Form.STAGED),
+        (False, False, True, True, Form.FOLDED),
+        (False, False, False, False, Form.FOLDED),
+        (False, False, False, True, Form.FOLDED),
     ],
 )
-def test_the_choice_of_a_form(has_kept_maps, is_decoding, has_dropout, form):
-    assert choose_form(has_kept_maps=has_kept_maps, is_decoding=is_decoding, has_dropout=has_dropout) is form
+def test_the_choice_of_a_form(has_kept_maps, has_model_maps, is_decoding, has_dropout, form):
+    found = choose_form(
+        has_kept_maps=has_kept_maps, has_model_maps=has_model_maps, is_decoding=is_decoding, has_dropout=has_dropout
+    )
+    assert found is form
 
 
 # One row a kind of pass: the adapter is frozen or trained, what the pass is like, and the form that it takes.
