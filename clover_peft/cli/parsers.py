@@ -294,7 +294,7 @@ With --mechanism it also measures the updates of the saved adapters, and how eac
     parser.add_argument("--table", type=Path, metavar="RECORDS", help="only print the table of a folder of records")
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="for pictures, table.md and table.csv")
     parser.add_argument("--mechanism", action="store_true", help="of an adaptation experiment: measure the updates")
-    parser.add_argument("--reference", help="of an adaptation experiment: the arm to compare with; by default the first")
+    parser.add_argument("--reference", help="of an adaptation experiment: the arm to compare others with")
     parser.add_argument("--step", help="make only this record: <method>-lr<rate>-seed<seed>, or the same with .test")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="on top of the file: seeds=[0,1]")
     return parser.parse_intermixed_args(arguments)
