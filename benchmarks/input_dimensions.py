@@ -27,6 +27,7 @@ from clover_peft.experiments.adaptation.plan import read_experiment
 from clover_peft.experiments.adaptation.trial import Laboratory, drawn
 from clover_peft.io import run_record as records
 from clover_peft.tuner.bases import clover_layers
+from clover_peft.tuner.layer import CloverLayer
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -40,20 +41,22 @@ def main(argv: Sequence[str] | None = None) -> Path:
     laboratory = Laboratory(experiment, Path())
     config = CloverConfig(target_modules=arguments.targets, mlp_block_size=arguments.block_size)
     model = get_peft_model(laboratory.load(torch.float32), config).eval()
+    layers = dict(clover_layers(model))
     name, *_ = laboratory.windows
     order = drawn(laboratory.windows[name], 1, arguments.seed)
     batches = [{"input_ids": next(order)} for _ in range(arguments.windows)]
     moments = _input_moments(model, batches)
     found = {label: dict[str, list[float]]() for label in ("LoRA", "CLOVER", "CLOVER from activations", "HiRA")}
     for path, moment in moments.items():
-        kind, weight = path.rpartition(".")[2], model.get_submodule(path).base_layer.weight.detach().double()
+        kind, layer = path.rpartition(".")[2], layers[path]
+        weight = layer.base_weight.transposed().detach().double().T
         found["LoRA"].setdefault(kind, []).append(float(_dimensions(moment)))
         found["HiRA"].setdefault(kind, []).append(float(_of_rows(weight, moment).mean()))
     for label in ("CLOVER", "CLOVER from activations"):
         if label != "CLOVER":
             initialize_from_activations(model, batches)
         for path, moment in moments.items():
-            found[label].setdefault(path.rpartition(".")[2], []).append(_of_blocks(model.get_submodule(path), moment))
+            found[label].setdefault(path.rpartition(".")[2], []).append(_of_blocks(layers[path], moment))
     figures = {label: {k: statistics.median(v) for k, v in kinds.items()} for label, kinds in found.items()}
     kinds = list(figures["LoRA"])
     print(
@@ -107,7 +110,7 @@ def _of_rows(weight: Tensor, moment: Tensor) -> Tensor:
     return (squares @ moment.diagonal()) ** 2 / ((squares @ moment.square()) * squares).sum(-1)
 
 
-def _of_blocks(layer: Any, moment: Tensor) -> float:
+def _of_blocks(layer: CloverLayer, moment: Tensor) -> float:
     """The mean over blocks of that of `C W M W^T C^T`."""
     found = []
     weight = layer.base_weight.transposed().detach()  # (in_features, out_features)
