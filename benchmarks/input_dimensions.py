@@ -115,9 +115,9 @@ def _of_blocks(layer: CloverLayer, moment: Tensor) -> float:
     found = []
     weight = layer.base_weight.transposed().detach()  # (in_features, out_features)
     for spec in layer.specs["default"]:
-        rows = (
-            layer.tensors("default", spec).u.double() @ spec.heads.blocks(weight, spec.size).permute(1, 2, 0).double()
-        )
+        coordinates = layer.tensors("default", spec).u
+        assert coordinates is not None  # the bases are not folded
+        rows = coordinates.double() @ spec.heads.blocks(weight, spec.size).permute(1, 2, 0).double()
         found.append(_dimensions(rows @ moment @ rows.mT))
     return float(torch.cat(found).mean())
 
