@@ -165,6 +165,7 @@ def _runners(point: Point, arguments: argparse.Namespace) -> dict[str, Runner]:
         device,
         head_dim=point.head_dim,
     ).requires_grad_(False)
+    base.lm_head = torch.nn.Identity()  # only the decoder layers are measured
     clover = get_peft_model(copy.deepcopy(base), CloverConfig(r=point.r))
     x = torch.randn(1, point.tokens, point.hidden_size, device=device).to(dtype).requires_grad_(True)
     cotangent = torch.randn_like(x)

@@ -133,14 +133,15 @@ def test_inputs_are_those_of_the_base_model_and_hooks_come_off():
     perturb(model)
     batch = inputs("llama")
     names = model.base_model.targeted_module_names
+    before = [list(module._forward_pre_hooks.values()) for module in model.modules()]
     found = collect_inputs(model, names, [batch, batch], tokens=6)
     assert all(rows.shape[0] == 6 for rows in found.values())
     plain = collect_inputs(build("llama"), names, [batch, batch], tokens=6)
     assert all(torch.equal(found[name], plain[name]) for name in names)
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert [list(module._forward_pre_hooks.values()) for module in model.modules()] == before
     with pytest.raises(ValueError, match="input_ids"):
         collect_inputs(model, names, [{"nonsense": torch.zeros(1)}])
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert [list(module._forward_pre_hooks.values()) for module in model.modules()] == before
 
 
 @pytest.mark.parametrize("size", [1e-2, 1e-4, 3e-6])
