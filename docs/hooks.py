@@ -24,7 +24,11 @@ def on_files(files: Files, config: Any) -> Files:
         for link in _LINK.findall(page.content_string):
             path = _linked(page.src_uri, link, docs.name)
             source = docs.parent / path
-            if path.startswith(f"{docs.name}/") or not source.is_file() or f"{_FOLDER}/{path}" in files.src_uris:
+            if (
+                path.startswith((f"{docs.name}/", "../"))
+                or not source.is_file()
+                or f"{_FOLDER}/{path}" in files.src_uris
+            ):
                 continue
             copy = File.generated(
                 config, f"{_FOLDER}/{path}", content=source.read_bytes(), inclusion=InclusionLevel.NOT_IN_NAV

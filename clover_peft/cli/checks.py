@@ -43,10 +43,14 @@ def sft(given: argparse.Namespace) -> None:
 def plan(given: argparse.Namespace) -> None:
     of_adapter, of_mla = ("match", "overrides"), ("rope_dims", "kv_lora_rank", "method", *_WINDOWS, "dtype")
     for option in of_mla if given.mla is None else of_adapter:
-        if getattr(given, option):
+        if getattr(given, option) not in (None, [], False):
             name = "fields of CloverConfig" if option == "overrides" else f"--{option.replace('_', '-')}"
-            wanted = "--mla with it" if given.mla is None else "no --mla with it, which plans no adapter"
-            raise ValueError(f"{name}: expected {wanted}, found {'none' if given.mla is None else 'it'}")
+            problem = (
+                "expected --mla with it, found none"
+                if given.mla is None
+                else "expected none beside --mla, which plans no adapter"
+            )
+            raise ValueError(f"{name}: {problem}")
     if given.mla is None:
         adapter_settings(given.overrides)
         return

@@ -46,11 +46,30 @@ class Bases:
             self.singular_values[:, :r].clone(),
         )
 
-    def scaled(self, factors: Tensor) -> Bases:
-        """C times the factors, (H,) and positive, and S0 divided by them."""
+    def as_strong_as(self, other: Bases, g_in: Tensor, g_out: Tensor | None = None) -> Bases:
+        """C, and E if there is a `g_out`, each times a number for every block, and S0 divided by these.
+
+        Args:
+            other: the bases whose `tr(C G_in C^T)` and `tr(E^T G_out E)` the result has.
+            g_in: (H, d, d) float64, the Gram matrix of the weights that compute z.
+            g_out: (H, d, d) float64, that of the weights that read z, for a pair.
+        """
+        rows = [_trace(bases.coordinates, g_in) for bases in (self, other)]
+        columns = [torch.ones_like(rows[0])] * 2
+        if g_out is not None and self.back is not None and other.back is not None:
+            columns = [_trace(back.mT, g_out) for back in (self.back, other.back)]
+        # A block of zeros stays as it is.
+        first, second = (torch.where((a > 0) & (b > 0), b / a, 1).sqrt() for a, b in (rows, columns))
         return Bases(
-            self.coordinates * factors.view(-1, 1, 1), self.back, self.singular_values / factors.unsqueeze(-1)
+            self.coordinates * first.view(-1, 1, 1),
+            None if self.back is None else self.back * second.view(-1, 1, 1),
+            self.singular_values / (first * second).unsqueeze(-1),
         )
+
+
+def _trace(rows: Tensor, g: Tensor) -> Tensor:
+    """`tr(A G A^T)` of (H, r, d) and (H, d, d): (H,)."""
+    return (rows @ g * rows).sum((-2, -1))
 
 
 def gram(blocks: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -33,10 +33,14 @@ def is_captured(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+# Private, so it may be missing in another version of torch.
+_hooks_of_saved_tensors = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+KNOWS_SAVED_TENSORS_HOOKS = _hooks_of_saved_tensors is not None
+
+
 def saved_tensors_hooks() -> object:
     """The functions that pack and unpack what autograd saves now, which gradient checkpointing sets; None for none."""
-    hooks: object = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks
+    return None if _hooks_of_saved_tensors is None else _hooks_of_saved_tensors(True)
 
 
 def stream_of(tensor: Tensor) -> object:

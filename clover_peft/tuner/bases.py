@@ -123,27 +123,30 @@ def compute_bases(
 ) -> Bases:
     """Bases of one slice: of the pair, from the Gram matrices of both projections, or of the projection alone.
 
-    Moments of activations replace the Grams of the weights that compute them (`pair_grams`). Each block's C then has
-    the strength that it has without them, so that learning rates carry over.
+    Moments of activations replace the Grams of the weights that compute them (`pair_grams`). Each block's C and E then
+    have the size that they have without moments, so that learning rates carry over.
     """
 
-    def limited(g: Tensor) -> Tensor:
-        return g if spec.max_condition is None else limit_condition(g, spec.max_condition)
+    def decompose(grams: tuple[Tensor, ...]) -> Bases:
+        if spec.max_condition is not None:
+            grams = tuple(limit_condition(g, spec.max_condition) for g in grams)
+        alone = qr_bases if spec.basis == "qr" else svd_bases
+        bases = pair_bases(*grams) if len(grams) > 1 else alone(*grams)
+        return bases if spec.r == spec.size else bases.leading(spec.r)
 
     g_in = gram(spec.heads.blocks(weight, spec.size), None if bias is None else spec.heads.blocks(bias, spec.size))
+    plain: tuple[Tensor, ...] = (g_in,)
+    found: tuple[Tensor, ...] | None = None
     if spec.partner is None:
-        g = g_in if own is None else shrink(own.second.to(g_in.device), g_in, own.tokens)
-        bases = (qr_bases if spec.basis == "qr" else svd_bases)(limited(g))
+        if own is not None:
+            found = (shrink(own.second.to(g_in.device), g_in, own.tokens),)
     else:
-        heads, reads = spec.partner.heads, spec.partner.reads
+        heads, reads, count = spec.partner.heads, spec.partner.reads, spec.heads.count
         with partner_weight(model, spec.partner) as (rows, partner_bias):
             g_out = gram(
                 heads.blocks(rows, spec.size), None if partner_bias is None else heads.blocks(partner_bias, spec.size)
             )
-        grams = pair_grams(g_in, g_out, spec.heads.count, reads=reads, own=own, partner=partner)
-        bases = pair_bases(limited(grams.g_in), limited(grams.g_out))
-    if own is not None or partner is not None:
-        # The mean square of the rows of C W, which is 1 without moments.
-        strength = (bases.coordinates @ g_in * bases.coordinates).sum(-1).mean(-1)
-        bases = bases.scaled(torch.where(strength > 0, strength, 1).rsqrt())
-    return bases if spec.r == spec.size else bases.leading(spec.r)
+        plain = pair_grams(g_in, g_out, count, reads=reads)[:2]
+        if own is not None or partner is not None:
+            found = pair_grams(g_in, g_out, count, reads=reads, own=own, partner=partner)[:2]
+    return decompose(plain) if found is None else decompose(found).as_strong_as(decompose(plain), *plain)

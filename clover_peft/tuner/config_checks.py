@@ -53,7 +53,7 @@ def _check_saved_modules(modules: Any, tokens: Any) -> None:
             if isinstance(name, str) and "base_layer".endswith(name):
                 raise ValueError(
                     f"CloverConfig.{field}: {name!r} also ends 'base_layer', as every adapted projection is called; "
-                    f"pass a longer end of the module's path, such as 'encoder.{name}'"
+                    f"pass a longer end of the module's path"
                 )
 
 

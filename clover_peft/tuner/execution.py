@@ -89,11 +89,10 @@ def apply_adapters(layer: AdapterTensors, z: Tensor, adapter_names: Sequence[str
     if form is Form.STAGED:
         wide = z.to(torch.promote_types(z.dtype, torch.float32))  # cheaper than casting the larger E, S and C
         return apply_maps(wide, layer.staged_maps(names)).to(z.dtype)
-    if form is Form.FOLDED and folded is None:
-        together = layer.maps(names, dropout=True)
-    if together is not None:
-        return apply_maps(z, together, layer.output_is_kept(names))
-    return apply_maps(z, kept or folded or ())
+    if (frozen := kept or folded) is not None:
+        return apply_maps(z, frozen)
+    maps = layer.maps(names, dropout=True) if together is None else together
+    return apply_maps(z, maps, layer.output_is_kept(names))
 
 
 def _is_decoding(layer: AdapterTensors, z: Tensor, names: Sequence[str], traced: bool) -> bool:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..linalg.decomposition import fold_gradient
 from ..runtime.tensors import is_plain
-from ..runtime.tracing import is_traced, saved_tensors_hooks, stream_of
+from ..runtime.tracing import KNOWS_SAVED_TENSORS_HOOKS, is_traced, saved_tensors_hooks, stream_of
 from .adapter_tensors import AdapterTensors
 from .block_spec import BlockSpec, BlockTensors
 from .fused_maps import backward_passes, inverse_of_one_plus, is_invertible, norms
@@ -38,7 +38,7 @@ def fold_together(model: nn.Module, layers: Sequence[Any]) -> None:
     for hook in list(model._forward_pre_hooks.values()):
         if isinstance(owner := getattr(hook, "__self__", None), _Hooks):
             owner.remove()
-    if layers:
+    if layers and KNOWS_SAVED_TENSORS_HOOKS:  # without these, gradient checkpointing could not be noticed
         _Hooks(model, layers)
 
 

@@ -5,7 +5,7 @@ W stands for a batch of heads (H, d, D): rows of value or key weights, or transp
 
 from __future__ import annotations
 
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import pytest
 import torch
@@ -594,3 +594,26 @@ def test_weights_that_are_not_finite_are_refused_and_their_heads_named(method, v
     w[1, 0, 0] = w[3, 2, 1] = value
     with pytest.raises(ValueError, match=r"head\(s\) 1, 3 contain NaN or infinite"):
         METHODS[method](gram_of(w), gram_of(randn(5, D_HEAD, WIDTH, seed=2)))
+
+
+def test_bases_as_strong_as_others():
+    generator = torch.Generator().manual_seed(0)
+    grams = []
+    for _ in range(4):
+        rows = torch.randn(3, 8, 24, generator=generator, dtype=torch.float64)
+        grams.append(rows @ rows.mT)
+    one, other = pair_bases(*grams[:2]), pair_bases(*grams[2:])
+    found = other.as_strong_as(one, *grams[:2])
+    for rows, wanted, g in (
+        (found.coordinates, one.coordinates, grams[0]),
+        (found.back.mT, one.back.mT, grams[1]),
+    ):
+        sizes = [(a @ g @ a.mT).diagonal(dim1=-2, dim2=-1).sum(-1) for a in (rows, wanted)]
+        torch.testing.assert_close(*sizes)
+    torch.testing.assert_close(
+        found.back @ (found.singular_values.unsqueeze(-1) * found.coordinates),
+        torch.eye(8, dtype=torch.float64).expand(3, 8, 8),
+    )
+    assert not torch.allclose(found.back, other.back, rtol=1e-2)
+    zero = replace(other, coordinates=torch.zeros_like(other.coordinates))
+    assert torch.equal(zero.as_strong_as(one, *grams[:2]).coordinates, zero.coordinates)

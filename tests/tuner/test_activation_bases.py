@@ -102,6 +102,36 @@ def test_padding_does_not_count(one_thread):
             assert relative(a.tensors("default", spec).s0, b.tensors("default", spec).s0) < 1e-4
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"r": 4}, {"basis": "svd", "cross_layer": False}, {"max_condition": 1.5}, {"s_matrix": "diagonal"}]
+)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # without rotary embeddings, keys meet queries
+def test_blocks_keep_their_strength(family, options, one_thread):
+    """C and E have the size that they have without data, measured by the weights before and behind them."""
+    plain, made = (adapted(family, torch.float64, **options) for _ in range(2))
+    initialize_from_activations(made, batches())
+    changed = 0
+    for (path, one), (_, other) in zip(clover_layers(plain), clover_layers(made), strict=True):
+        weight = one.base_weight.transposed().detach()
+        for spec in one.specs["default"]:
+            blocks = spec.heads.blocks(weight, spec.size).permute(1, 2, 0).double()
+            (_, u, v, *_), (_, u2, v2, s02, _) = (layer.tensors("default", spec) for layer in (one, other))
+            bias = one.base_weight.bias
+            if bias is not None:
+                blocks = torch.cat([blocks, spec.heads.blocks(bias, spec.size).unsqueeze(-1).double()], -1)
+            before, after = ((c @ blocks).square().sum((1, 2)) for c in (u, u2))
+            assert relative(after, before) < 1e-6, path
+            changed += not torch.allclose(u, u2, rtol=1e-2)
+            if v is None:
+                continue
+            if spec.partner is None:
+                assert relative(v2.norm(dim=(1, 2)), v.norm(dim=(1, 2))) < 1e-6, path
+            if spec.r == spec.size:
+                identity = v2 @ (s02.unsqueeze(-1) * u2)
+                assert relative(identity, torch.eye(spec.size).double().expand_as(identity)) < 1e-6
+    assert changed
+
+
 @pytest.mark.parametrize("options", [{}, {"s_matrix": "diagonal"}, {"r": 4}])
 def test_saved_and_reloaded_under_another_seed(options, tmp_path, one_thread):
     model = adapted("llama", **options)
