@@ -90,10 +90,13 @@ class GuardedTensors(nn.Module):
 
 
 def is_plain(tensor: Tensor | None) -> bool:
-    """Whether a tensor is one of torch's own, with its numbers here and whole: not sharded or offloaded."""
+    """Whether a tensor is one of torch's own, whose numbers are here and whole, not sharded or offloaded.
+
+    Torch does not count writes to inference tensors, so these are not plain.
+    """
     if tensor is None or type(tensor) not in (Tensor, nn.Parameter):
         return False
-    return not (tensor.is_meta or hasattr(tensor, "ds_id"))
+    return not (tensor.is_meta or tensor.is_inference() or hasattr(tensor, "ds_id"))
 
 
 def has_meta(module: nn.Module) -> bool:

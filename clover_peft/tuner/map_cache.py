@@ -94,6 +94,6 @@ def _is_same(seen: _Seen, now: Tensor | None) -> bool:
 
 def _can_watch(tensor: Tensor | None) -> bool:
     """Whether changes of a tensor can be noticed: it is frozen, here, whole, and of one process only."""
-    if tensor is None or not is_plain(tensor) or tensor.is_inference() or tensor.requires_grad:
+    if tensor is None or not is_plain(tensor) or tensor.requires_grad:
         return False
     return not (tensor.device.type == "cpu" and tensor.is_shared())

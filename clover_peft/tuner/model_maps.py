@@ -165,6 +165,12 @@ class _Slice:
         matrix = self.layer.read(self.adapter_name, self.spec, partial(_tied, self.matrix))
         return HeadMap(place, matrix, inversion=self.inversion)
 
+    @property
+    def has_hooks(self) -> bool:
+        """Whether code of others runs before the layer reads its tensors, which may write to them without a trace."""
+        held = (getattr(self.layer, attribute)[self.adapter_name] for attribute in self.tensors)
+        return any(module._forward_pre_hooks for module in (self.layer, *held))
+
 
 def _slices(layer: Any) -> list[_Slice]:
     """The slices of a layer, if it takes part."""
@@ -179,7 +185,7 @@ def _slices(layer: Any) -> list[_Slice]:
         if spec.is_factored or not whole or not tensors["clover_S"].requires_grad:
             return []
         result.append(_Slice(layer, name, spec, tensors))
-    return result
+    return [] if any(one.has_hooks for one in result) else result
 
 
 @torch.no_grad()
@@ -197,7 +203,7 @@ def _fold(slices: Iterable[_Slice]) -> None:
             matrices = matrices.unflatten(0, (len(group), -1))
             for one, matrix in zip(group, matrices, strict=True):
                 one.matrix = matrix
-            if may_invert:
+            if may_invert and type(matrices) is Tensor:  # not a stand-in without numbers
                 asked[matrices.device].append((group, matrices, norms(matrices)))
     for found in asked.values():
         figures = torch.cat([figure for *_, figure in found]).tolist()

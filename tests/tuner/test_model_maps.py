@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from clover_peft import CloverConfig, CloverLayer
@@ -542,3 +543,43 @@ def test_tensors_that_are_elsewhere_are_left_to_the_layer(forms):
     last.register_forward_pre_hook(bring)
     loss(model).backward()
     assert forms == ["together", "alone"]
+
+
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("place", ["layer", "holder"])
+def test_layers_with_hooks_in_front_fold_alone(place, counted, forms, by_formula):
+    """A hook may write to S after the maps of all layers were folded, and torch may not count it."""
+
+    def trained() -> dict[str, Tensor]:
+        model = adapted()
+        perturb(model)
+        for layer in layers(model):
+            holder = layer.clover_S["default"]
+            (s,) = holder.parameters()
+
+            def scale(*_, s=s):
+                with torch.no_grad():
+                    (s if counted else s.data).mul_(1.5)
+
+            (layer if place == "layer" else holder).register_forward_pre_hook(scale)
+        loss(model).backward()
+        return grads(model)
+
+    found = trained()
+    assert set(forms) == {"alone"}
+    agree(found, by_formula(trained))
+
+
+def test_inference_tensors_fold_alone(forms):
+    with torch.inference_mode():
+        model = adapted()
+    loss(model)
+    assert set(forms) == {"alone"}
+
+
+def test_shapes_alone_can_be_computed():
+    model = adapted()
+    perturb(model)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        batch = {name: mode.from_tensor(value) for name, value in inputs("llama").items()}
+        model(**batch).logits.sum().backward()
