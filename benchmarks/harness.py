@@ -22,6 +22,8 @@ from clover_peft.io import run_record as records
 RESULTS = Path(__file__).parent / "results"
 PAPER_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")  # appendix A.2, arXiv 2411.17426
 
+FAST_SHAPES = [(1, 8), (2, 16)]  # of --fast: batch size and context
+
 
 def parser(description: str, name: str) -> argparse.ArgumentParser:
     """Argument parser with the options that every benchmark has."""
@@ -251,6 +253,17 @@ def finish(out: Path, record: dict[str, Any]) -> Path:
     path = records.write(out, record)
     print(f"\nrecord: {path}")
     return path
+
+
+def add_shapes(command: argparse.ArgumentParser, default: Sequence[tuple[int, int]]) -> None:
+    """Adds --shapes, batch sizes and contexts to decode at; `--fast` takes `FAST_SHAPES` instead."""
+    command.add_argument(
+        "--shapes",
+        nargs="+",
+        type=lambda text: tuple(map(int, text.split("x"))),
+        default=default,
+        metavar="BATCHxCONTEXT",
+    )
 
 
 def options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import finish, measured, options, parser, ratios, synchronise, table, told
+from harness import FAST_SHAPES, add_shapes, finish, measured, options, parser, ratios, synchronise, table, told
 from pruned_decode import step
 from pruning import cache_bytes
 from torch import nn
@@ -43,6 +43,7 @@ SMOLLM2 = {
 }
 TINY = SMOLLM2 | {"hidden_size": 36, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
 SHAPES = [(batch, context) for batch in (1, 16) for context in (512, 4096, 16384)]
+REDUCTIONS = [0.5, 0.6875, 0.9297]
 WANTED = 1.5  # times the original's tokens a second at a context of 16,384, at least
 
 
@@ -150,17 +151,13 @@ def _in_expansion(model: nn.Module, cache: DynamicCache, batch: int, device: str
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     command = parser("Decoding with latent attention", "mla_decode")
     command.add_argument("--rounds", type=int, default=12)
-    command.add_argument("--reductions", type=float, nargs="+", default=[0.5, 0.6875, 0.9297], help="of the cache")
-    command.add_argument(
-        "--shapes",
-        nargs="+",
-        type=lambda text: tuple(map(int, text.split("x"))),
-        default=SHAPES,
-        metavar="BATCHxCONTEXT",
-    )
+    command.add_argument("--reductions", type=float, nargs="+", help=f"of the cache; by default {REDUCTIONS}")
+    add_shapes(command, SHAPES)
     arguments = command.parse_args(argv)
     if arguments.fast:
-        arguments.rounds, arguments.shapes = 2, [(1, 8), (2, 16)]
+        arguments.rounds, arguments.shapes = 2, FAST_SHAPES
+    # The last of them leaves no room for a latent in a tiny model's cache.
+    arguments.reductions = arguments.reductions or ([0.5, 0.75] if arguments.fast else REDUCTIONS)
     return arguments
 
 

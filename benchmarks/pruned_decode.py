@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import clock, finish, options, parser, ratio, table
+from harness import FAST_SHAPES, add_shapes, clock, finish, options, parser, ratio, table
 from pruning import cache_bytes
 from torch import nn
 from tqdm import tqdm
@@ -111,16 +111,10 @@ def step(model: Any, cache: DynamicCache, batch: int, device: str) -> float:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     command = parser("Decoding with narrower heads", "pruned_decode")
     command.add_argument("--rounds", type=int, default=20)
-    command.add_argument(
-        "--shapes",
-        nargs="+",
-        type=lambda text: tuple(map(int, text.split("x"))),
-        default=[(1, 128), (1, 2048), (16, 2048)],
-        metavar="BATCHxCONTEXT",
-    )
+    add_shapes(command, [(1, 128), (1, 2048), (16, 2048)])
     arguments = command.parse_args(argv)
     if arguments.fast:
-        arguments.rounds, arguments.shapes = 2, [(1, 8), (2, 16)]
+        arguments.rounds, arguments.shapes = 2, FAST_SHAPES
     return arguments
 
 

@@ -210,10 +210,10 @@ def _size(count: float) -> str:
 @reports_errors(TypeError)
 def run(given: argparse.Namespace) -> int:
     checks.plan(given)
-    adapter = checks.adapter_settings(given.overrides)
     config = read_config(given.model if Path(given.model).is_file() else find_model(given.model).path)
     if given.mla is not None:
         return plan_mla.run(given, config)
+    adapter = checks.adapter_settings(given.overrides)
     result = plan(config, CloverConfig(**adapter), given.model_class)
     kind = find_class(config, name=result["model_class"])
     if given.match:

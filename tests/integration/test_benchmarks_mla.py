@@ -88,7 +88,7 @@ def rows_of(path: Path) -> Path:
 def test_decoding_is_compared_in_rounds(benchmark, tmp_path, capsys):
     benchmark("pruning")
     benchmark("pruned_decode")
-    record = run(benchmark("mla_decode"), tmp_path / "record.json", "--reductions", "0.5", "0.75")
+    record = run(benchmark("mla_decode"), tmp_path / "record.json")
     found = {(row["batch"], row["context"], row["model"]): row for row in record["results"]}
     assert len(found) == 2 * 3
     for (batch, context, model), row in found.items():
