@@ -106,7 +106,7 @@ def _features(layer: CloverLayer, tokens: int) -> Tensor:
 def _literal(layer: CloverLayer, z: Tensor) -> Tensor:
     """`(I + M) z`, the textbook's form of the product: one operation, whose rounding is that of all of y."""
     (m,) = layer.maps(ACTIVE)
-    matrix = m.matrix if m.coordinates is None else m.matrix @ m.coordinates
+    matrix = m.matrix if m.c is None else m.matrix @ m.c
     matrix = matrix + torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     return torch.bmm(m.place.tokens(z), matrix.to(z.dtype).mT).transpose(0, 1).reshape(z.shape)
 

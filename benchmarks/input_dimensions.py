@@ -115,7 +115,7 @@ def _of_blocks(layer: CloverLayer, moment: Tensor) -> float:
     found = []
     weight = layer.base_weight.transposed().detach()  # (in_features, out_features)
     for spec in layer.specs["default"]:
-        coordinates = layer.tensors("default", spec).u
+        coordinates = layer.tensors("default", spec).c
         assert coordinates is not None  # the bases are not folded
         rows = coordinates.double() @ spec.heads.blocks(weight, spec.size).permute(1, 2, 0).double()
         found.append(_dimensions(rows @ moment @ rows.mT))

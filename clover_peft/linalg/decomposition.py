@@ -29,20 +29,20 @@ class Bases:
     if no direction was cut or dropped.
 
     Attributes:
-        coordinates: (H, r, d) float64, C. A dropped direction is a zero row.
-        back: (H, d, r) float64, E, or None for the identity (QR basis).
+        c: (H, r, d) float64, C. A dropped direction is a zero row.
+        e: (H, d, r) float64, E, or None for the identity (QR basis).
         singular_values: (H, r) float64, S0, descending; for the QR basis those of R, whose S0 = R^T is not diagonal.
     """
 
-    coordinates: Tensor
-    back: Tensor | None
+    c: Tensor
+    e: Tensor | None
     singular_values: Tensor
 
     def leading(self, r: int) -> Bases:
         """Bases of the first `r` directions alone. Dropped directions come last, so they are the first to go."""
         return Bases(
-            self.coordinates[:, :r].contiguous(),
-            None if self.back is None else self.back[..., :r].contiguous(),
+            self.c[:, :r].contiguous(),
+            None if self.e is None else self.e[..., :r].contiguous(),
             self.singular_values[:, :r].clone(),
         )
 
@@ -54,15 +54,15 @@ class Bases:
             g_in: (H, d, d) float64, the Gram matrix of the weights that compute z.
             g_out: (H, d, d) float64, that of the weights that read z, for a pair.
         """
-        rows = [_trace(bases.coordinates, g_in) for bases in (self, other)]
+        rows = [_trace(bases.c, g_in) for bases in (self, other)]
         columns = [torch.ones_like(rows[0])] * 2
-        if g_out is not None and self.back is not None and other.back is not None:
-            columns = [_trace(back.mT, g_out) for back in (self.back, other.back)]
+        if g_out is not None and self.e is not None and other.e is not None:
+            columns = [_trace(e.mT, g_out) for e in (self.e, other.e)]
         # A block of zeros stays as it is.
         first, second = (torch.where((a > 0) & (b > 0), b / a, 1).sqrt() for a, b in (rows, columns))
         return Bases(
-            self.coordinates * first.view(-1, 1, 1),
-            None if self.back is None else self.back * second.view(-1, 1, 1),
+            self.c * first.view(-1, 1, 1),
+            None if self.e is None else self.e * second.view(-1, 1, 1),
             self.singular_values / (first * second).unsqueeze(-1),
         )
 
@@ -167,12 +167,12 @@ def _factor(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return root, inverse, dropped
 
 
-def _fix_signs(coordinates: Tensor) -> Tensor:
-    """Signs (H, r) that make the largest entry of each row of `coordinates` (H, r, d) positive.
+def _fix_signs(c: Tensor) -> Tensor:
+    """Signs (H, r) that make the largest entry of each row of `c` (H, r, d) positive.
 
     Singular vectors are defined up to sign; with a convention, another machine finds the same ones.
     """
-    largest = coordinates.gather(-1, coordinates.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    largest = c.gather(-1, c.abs().argmax(-1, keepdim=True)).squeeze(-1)
     return torch.where(largest < 0, -1.0, 1.0).to(largest)
 
 
@@ -201,16 +201,16 @@ def pair_bases(g_in: Tensor, g_out: Tensor) -> Bases:
     root_in, inverse_in, dropped_in = _factor(g_in)
     root_out, inverse_out, dropped_out = _factor(g_out)
     x, s0, yt = torch.linalg.svd(root_out @ root_in.mT)
-    coordinates = yt @ inverse_in.mT
-    back = inverse_out @ x
+    c = yt @ inverse_in.mT
+    e = inverse_out @ x
     degenerate = (dropped_in > 0) | (dropped_out > 0)
     # Both factors of a degenerate pair were cut relative to their norms, so its singular values are cut likewise.
     scale = torch.linalg.matrix_norm(root_in) * torch.linalg.matrix_norm(root_out)
     alive = ~degenerate.unsqueeze(-1) | (s0 > DROP_BELOW**2 * scale.unsqueeze(-1))
-    sign = _fix_signs(coordinates) * alive
+    sign = _fix_signs(c) * alive
     return Bases(
-        coordinates * sign.unsqueeze(-1),
-        back * sign.unsqueeze(-2),
+        c * sign.unsqueeze(-1),
+        e * sign.unsqueeze(-2),
         s0 * alive,
     )
 
@@ -225,7 +225,7 @@ def qr_bases(g: Tensor) -> Bases:
         g: (H, d, d) float64, the Gram matrix of the projection, with its bias if it has one.
 
     Returns:
-        `Bases` with r = d, `back` None and the singular values of R. Costs H d^3.
+        `Bases` with r = d, `e` None and the singular values of R. Costs H d^3.
 
     Raises:
         ValueError: if the Gram is not finite.
@@ -238,16 +238,16 @@ def qr_bases(g: Tensor) -> Bases:
 def svd_bases(g: Tensor) -> Bases:
     """Bases of one projection from its singular vectors: `W = L Sigma N^T`, `C = Sigma^-1 L^T`, `E = L`.
 
-    Argument, cost and errors as in `qr_bases`; `back` is E, and the singular values are Sigma.
+    Argument, cost and errors as in `qr_bases`; `e` is E, and the singular values are Sigma.
     """
     _check(g)
     root, _, dropped = _factor(g)
     left, sigma, _ = torch.linalg.svd(root.mT)
     keep = (dropped.unsqueeze(-1) == 0) | (sigma > DROP_BELOW * sigma[:, :1])
     reciprocal = torch.where(keep, 1 / sigma, 0)
-    coordinates = reciprocal.unsqueeze(-1) * left.mT
-    sign = _fix_signs(coordinates) * keep
-    return Bases(coordinates * sign.unsqueeze(-1), left * sign.unsqueeze(-2), sigma * keep)
+    c = reciprocal.unsqueeze(-1) * left.mT
+    sign = _fix_signs(c) * keep
+    return Bases(c * sign.unsqueeze(-1), left * sign.unsqueeze(-2), sigma * keep)
 
 
 def _check(g: Tensor) -> None:
@@ -263,37 +263,37 @@ def _shorten(items: Sequence[object]) -> str:
     return ", ".join(map(str, items[:8])) + (f" and {len(items) - 8} more" if len(items) > 8 else "")
 
 
-def fold(s: Tensor, coordinates: Tensor | None, back: Tensor | None) -> Tensor:
+def fold(s: Tensor, c: Tensor | None, e: Tensor | None) -> Tensor:
     """The d x d map `E S C` of every block, in the dtype of `s`.
 
     Args:
         s: (H, r, r) for a full matrix, (H, r) for a diagonal.
-        coordinates: (H, r, d), or None for the identity.
-        back: (H, d, r), or None for the identity.
+        c: (H, r, d), or None for the identity.
+        e: (H, d, r), or None for the identity.
 
     Returns:
         (H, d, d).
     """
     if s.ndim == 2:
-        s = torch.diag_embed(s) if coordinates is None else s.unsqueeze(-1) * coordinates
-        coordinates = None
-    result = s if coordinates is None else torch.bmm(s, coordinates)
-    return result if back is None else torch.bmm(back, result)
+        s = torch.diag_embed(s) if c is None else s.unsqueeze(-1) * c
+        c = None
+    result = s if c is None else torch.bmm(s, c)
+    return result if e is None else torch.bmm(e, result)
 
 
-def fold_gradient(gradient: Tensor, coordinates: Tensor | None, back: Tensor | None, is_diagonal: bool) -> Tensor:
+def fold_gradient(gradient: Tensor, c: Tensor | None, e: Tensor | None, is_diagonal: bool) -> Tensor:
     """The gradient of `s` from that of `fold`'s result M: `E^T (dL/dM) C^T` of every block, or its diagonal.
 
     Args:
         gradient: (H, d, d).
-        coordinates: (H, r, d), or None for the identity.
-        back: (H, d, r), or None for the identity.
+        c: (H, r, d), or None for the identity.
+        e: (H, d, r), or None for the identity.
         is_diagonal: S is (H, r).
 
     Returns:
         (H, r, r), or (H, r).
     """
-    rows = gradient if back is None else torch.bmm(back.mT, gradient)
+    rows = gradient if e is None else torch.bmm(e.mT, gradient)
     if is_diagonal:
-        return rows.diagonal(dim1=-2, dim2=-1) if coordinates is None else (rows * coordinates).sum(-1)
-    return rows if coordinates is None else torch.bmm(rows, coordinates.mT)
+        return rows.diagonal(dim1=-2, dim2=-1) if c is None else (rows * c).sum(-1)
+    return rows if c is None else torch.bmm(rows, c.mT)

@@ -177,9 +177,9 @@ def decompose_pair(pair: Pair, method: Method, moments: Mapping[str, Moments]) -
     if method == "vanilla":
         return replace(_coordinates(g_in, g_out), bias=bias)
     bases = pair_bases(g_in, g_out)
-    assert bases.back is not None  # Only the basis of a single projection is the identity.
+    assert bases.e is not None  # Only the basis of a single projection is the identity.
     root = bases.singular_values.sqrt()
-    down, back = root.unsqueeze(-1) * bases.coordinates, bases.back * root.unsqueeze(-2)
+    down, back = root.unsqueeze(-1) * bases.c, bases.e * root.unsqueeze(-2)
     return Directions(bases.singular_values, down, back, read if pair.groups > 1 else None, bias)
 
 

@@ -42,8 +42,8 @@ def select_for_saving(name: str, layer: CloverLayer, adapter_name: str, config: 
         if config.save_bases == "folded":
             del state[keys["clover_S0"]]
             state[keys["clover_S"]] = spec.residual_map(tensors)
-        elif tensors.u is not None:
-            state[keys[BASES_CHECKSUM]] = _checksum(tensors.u)
+        elif tensors.c is not None:
+            state[keys[BASES_CHECKSUM]] = _checksum(tensors.c)
 
 
 def take_file(
@@ -99,8 +99,8 @@ def _take_layer(
             check_fingerprint(layer.base_weight, spec, config, here, state[keys["clover_norm"]].to(here))
         if checksum is None:
             continue
-        _, u, v, *_ = layer.tensors(adapter_name, spec)
-        if u is None or not layer.has_bases(adapter_name):
+        _, c, e, *_ = layer.tensors(adapter_name, spec)
+        if c is None or not layer.has_bases(adapter_name):
             computed = computed or frozen_tensors(inner, layer, layer.specs[adapter_name])
             if computed is None:
                 source = "a base model without weights; load it first"
@@ -110,13 +110,13 @@ def _take_layer(
                     f"{layer.name}: the adapter was saved without its bases, and they cannot be computed from "
                     f"{source}, or save the adapter with save_bases=True"
                 )
-            u, v = computed[spec.name]["clover_U"], computed[spec.name].get("clover_V")
+            c, e = computed[spec.name]["clover_U"], computed[spec.name].get("clover_V")
         if config.check_base:
-            _check_checksum(layer, spec, u, checksum.to(u))
+            _check_checksum(layer, spec, c, checksum.to(c))
         dtype = state[keys["clover_S0"]].dtype
-        state[keys["clover_U"]] = u.to(dtype)
-        if v is not None:
-            state[keys["clover_V"]] = v.to(dtype)
+        state[keys["clover_U"]] = c.to(dtype)
+        if e is not None:
+            state[keys["clover_V"]] = e.to(dtype)
 
 
 def is_untouched(layers: dict[str, CloverLayer], adapter_name: str) -> bool:

@@ -26,7 +26,7 @@ BASES_CHECKSUM = "clover_probe"  # a file that leaves out the bases has a checks
 class AdapterTensors(nn.Module):
     """The tensors of a layer's adapters.
 
-    A map is `E dS C`. The bases C and E are `Bases.coordinates` and `Bases.back` where they are computed, and
+    A map is `E dS C`. The bases C and E are `Bases.c` and `Bases.e` where they are computed, and
     `clover_U` and `clover_V` here and on disk, because they stand for the paper's U and V (`C z = U^T x`,
     `W_o E = V`). `clover_S` is the trained dS, and `clover_S0` the frozen singular values. `clover_norm` is the
     fingerprint of the base weights. `clover_A` and `clover_B` are the low-rank part.
@@ -219,12 +219,12 @@ class AdapterTensors(nn.Module):
             drop = self.clover_dropout[name] if dropout and self.training else None
             drop = drop if getattr(drop, "p", 0.0) else None
             for spec in self.specs[name]:
-                matrix, coordinates = self.read(name, spec, partial(_fold, spec, len(names) == 1 and spec.is_factored))
+                matrix, c = self.read(name, spec, partial(_fold, spec, len(names) == 1 and spec.is_factored))
                 place = Place(spec.heads, spec.size, spec.truncate)
                 key = (place, drop and name)  # each adapter draws a dropout mask of its own
                 if key in result:
                     matrix = result[key].matrix + matrix
-                result[key] = HeadMap(place, matrix, coordinates, drop)
+                result[key] = HeadMap(place, matrix, c, drop)
         return list(result.values())
 
     def staged_maps(self, adapter_names: Iterable[str]) -> list[UnfoldedMap]:
@@ -334,9 +334,9 @@ class AdapterTensors(nn.Module):
 
 
 def _fold(spec: BlockSpec, factored: bool, tensors: BlockTensors) -> tuple[Tensor, Tensor | None]:
-    """The map of a slice: folded, or its left factor E S, and C."""
+    """The map of a slice: folded, or its left factor E dS, and C."""
     with torch.autocast(device_type=tensors.s.device.type, enabled=False):
-        return (spec.map(tensors._replace(u=None)), tensors.u) if factored else (spec.map(tensors), None)
+        return (spec.map(tensors._replace(c=None)), tensors.c) if factored else (spec.map(tensors), None)
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ def frozen_tensors(
 
 def stored_bases(bases: Bases) -> dict[str, Tensor]:
     """The tensors of bases by the names that a layer has for them; an identity is not stored."""
-    found = {"clover_U": bases.coordinates, "clover_S0": bases.singular_values, "clover_V": bases.back}
+    found = {"clover_U": bases.c, "clover_S0": bases.singular_values, "clover_V": bases.e}
     return {attribute: tensor for attribute, tensor in found.items() if tensor is not None}
 
 

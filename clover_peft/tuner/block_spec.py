@@ -20,30 +20,30 @@ class BlockTensors(NamedTuple):
 
     Attributes:
         s: (H, r, r) or (H, r), the trained offset dS. In an adapter that was saved folded: (H, d, d), the whole map.
-        u: (H, r, d), C; None in a folded adapter.
-        v: (H, d, r), E; None for the identity.
+        c: (H, r, d), C, stored as `clover_U`; None in a folded adapter.
+        e: (H, d, r), E, stored as `clover_V`; None for the identity.
         s0: (H, r), the frozen singular values; None in a folded adapter.
         norm: (H, d), the fingerprint of the base weights (`base_check.row_norms`).
     """
 
     s: Tensor
-    u: Tensor | None
-    v: Tensor | None
+    c: Tensor | None
+    e: Tensor | None
     s0: Tensor | None
     norm: Tensor | None
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> BlockTensors:
         """From a layer's names to tensors."""
-        u, v, s0, norm = (found.get(name) for name in ("clover_U", "clover_V", "clover_S0", "clover_norm"))
-        return cls(found["clover_S"], u, v, s0, norm)
+        c, e, s0, norm = (found.get(name) for name in ("clover_U", "clover_V", "clover_S0", "clover_norm"))
+        return cls(found["clover_S"], c, e, s0, norm)
 
 
 @dataclass(frozen=True)
 class BlockSpec:
     """How one slice of a target is adapted: everything except the numbers.
 
-    Two specs are equal, and their adapters can share bases, whatever their `partner` and `output_is_kept`.
+    Equality ignores `partner` and `output_is_kept`. Adapters with equal specs can share bases.
 
     Attributes:
         name: name of the slice's tensors ("weight" for the only slice of a target).
@@ -89,9 +89,9 @@ class BlockSpec:
 
     @property
     def is_factored(self) -> bool:
-        """Whether to keep the map as C and E S, because that saves fewer numbers for training or is less work."""
-        saves_nothing = self.output_is_kept and not self.truncate  # training needs only an output that is kept anyway
-        return self.r < self.size and (not saves_nothing or self.r <= self.size // 4)
+        """Whether to keep the map as C and E dS: autograd then keeps fewer numbers, or it is less work."""
+        keeps_nothing = self.output_is_kept and not self.truncate  # training needs only an output that is kept anyway
+        return self.r < self.size and (not keeps_nothing or self.r <= self.size // 4)
 
     @property
     def base_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -107,17 +107,17 @@ class BlockSpec:
     def map(self, tensors: BlockTensors) -> Tensor:
         """The folded map of each block, (H, d, d): `E dS C`, or with `truncate` `E (S0 + dS) C`.
 
-        Without `u`, its left factor alone, (H, d, r).
+        Without `c`, its left factor alone, (H, d, r).
         """
-        s, u, v, *_ = self._with_frozen_part(tensors)
-        return fold(s, u, v)
+        s, c, e, *_ = self._with_frozen_part(tensors)
+        return fold(s, c, e)
 
     def mapped(self, tensors: BlockTensors, tokens: Tensor) -> Tensor:
-        """The map of features, (H, tokens, d), as `E (S (C z))`, computed in the dtype of the tensors."""
-        s, u, v, *_ = self._with_frozen_part(tensors)
-        result = tokens.to(s.dtype) if u is None else torch.bmm(tokens.to(s.dtype), u.mT)
+        """The map of features, (H, tokens, d), as `E (dS (C z))`, computed in the dtype of the tensors."""
+        s, c, e, *_ = self._with_frozen_part(tensors)
+        result = tokens.to(s.dtype) if c is None else torch.bmm(tokens.to(s.dtype), c.mT)
         result = result * s.unsqueeze(1) if s.ndim == 2 else torch.bmm(result, s.mT)
-        return (result if v is None else torch.bmm(result, v.mT)).to(tokens.dtype)
+        return (result if e is None else torch.bmm(result, e.mT)).to(tokens.dtype)
 
     def _with_frozen_part(self, tensors: BlockTensors) -> BlockTensors:
         """With `truncate`, S0 + dS in the place of dS."""

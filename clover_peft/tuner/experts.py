@@ -147,5 +147,5 @@ def _mapped(stack: Tensor, rows_of: Callable[[Tensor], Tensor], maps: Sequence[H
 
 def _mapped_by_output(m: HeadMap, tokens: Tensor) -> Tensor:
     """`m.mapped(tokens)`, (H, D, d), laid out as weights mostly are: one output feature after the other."""
-    rows = tokens.mT if m.coordinates is None else torch.bmm(m.coordinates.to(tokens.dtype), tokens.mT)
+    rows = tokens.mT if m.c is None else torch.bmm(m.c.to(tokens.dtype), tokens.mT)
     return torch.bmm(m.matrix.to(tokens.dtype), rows).mT

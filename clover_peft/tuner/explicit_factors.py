@@ -70,7 +70,7 @@ def explicit_factors(model: nn.Module, target: str, adapter_name: str = "default
     result = {}
     for spec in layer.specs[adapter_name]:
         tensors = layer.tensors(adapter_name, spec)
-        if tensors.u is None:
+        if tensors.c is None:
             raise ValueError(
                 f"{layer.name}: the adapter was saved folded and has no bases; save it with save_bases=True"
             )
@@ -80,14 +80,14 @@ def explicit_factors(model: nn.Module, target: str, adapter_name: str = "default
                 "orthonormal; make the adapter without initialize_from_activations"
             )
         rows = spec.heads.blocks(_with_bias(weight, bias), spec.size).transpose(0, 1)
-        u, ds = rows @ tensors.u.double().mT, layer.scaling[adapter_name] * tensors.s.double()
+        u, ds = rows @ tensors.c.double().mT, layer.scaling[adapter_name] * tensors.s.double()
         if spec.balanced_updates:  # which scaled C
-            unscaled = compute_bases(inner, spec, weight, bias).coordinates.to(u)
+            unscaled = compute_bases(inner, spec, weight, bias).c.to(u)
             norms = torch.linalg.matrix_norm(unscaled)
-            scale = torch.linalg.matrix_norm(tensors.u.double()) / torch.where(norms > 0, norms, 1.0)
+            scale = torch.linalg.matrix_norm(tensors.c.double()) / torch.where(norms > 0, norms, 1.0)
             scale = torch.where(scale > 0, scale, 1.0)
             u, ds = u / scale.view(-1, 1, 1), ds * scale.view(-1, *[1] * (ds.ndim - 1))
-        v = torch.eye(spec.size).to(u) if tensors.v is None else tensors.v.double()
+        v = torch.eye(spec.size).to(u) if tensors.e is None else tensors.e.double()
         v = v.expand(spec.blocks, -1, -1)
         product = rows.mT @ pinv(u).mT
         if spec.partner is not None:

@@ -57,7 +57,7 @@ def apply_maps(z: Tensor, maps: Sequence[HeadMap | UnfoldedMap], output_is_kept:
             return apply_maps(z, maps, output_is_kept)
     if is_traced() or (len(maps) > 1 and not _are_apart(tuple(m.place for m in maps))):
         return formula(z, maps)
-    folded = [m for m in maps if isinstance(m, HeadMap) and m.coordinates is None and m.dropout is None]
+    folded = [m for m in maps if isinstance(m, HeadMap) and m.c is None and m.dropout is None]
     if others := [m for m in maps if all(m is not one for one in folded)]:
         z = formula(z, others)  # maps of different features may be applied one after the other
     if not folded:

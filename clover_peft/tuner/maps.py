@@ -64,28 +64,28 @@ class HeadMap(NamedTuple):
 
     Attributes:
         place: the features, (H, d).
-        matrix: (H, d, d), M; with coordinates (H, d, r), its left factor E S.
-        coordinates: (H, r, d), C, of a map in two stages, M = (E S) C; None for a folded map.
+        matrix: (H, d, d), M; with `c` (H, d, r), its left factor E dS.
+        c: (H, r, d), C, of a map in two stages, M = (E dS) C; None for a folded map.
         dropout: a module that is applied to the map's input.
         inversion: of a folded map; None if that is not known.
     """
 
     place: Place
     matrix: Tensor
-    coordinates: Tensor | None = None
+    c: Tensor | None = None
     dropout: nn.Module | None = None
     inversion: Inversion | None = None
 
     def to(self, dtype: torch.dtype) -> HeadMap:
         """The map with its matrices in `dtype`."""
-        coordinates = None if self.coordinates is None else self.coordinates.to(dtype)
-        return self._replace(matrix=self.matrix.to(dtype), coordinates=coordinates)
+        c = None if self.c is None else self.c.to(dtype)
+        return self._replace(matrix=self.matrix.to(dtype), c=c)
 
     def mapped(self, tokens: Tensor) -> Tensor:
         """`M z`, (H, tokens, d), of features of the same shape."""
         tokens = tokens if self.dropout is None else self.dropout(tokens)
-        if self.coordinates is not None:
-            tokens = torch.bmm(tokens, self.coordinates.to(tokens.dtype).mT)
+        if self.c is not None:
+            tokens = torch.bmm(tokens, self.c.to(tokens.dtype).mT)
         return torch.bmm(tokens, self.matrix.to(tokens.dtype).mT)
 
 

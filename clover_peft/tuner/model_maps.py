@@ -241,7 +241,7 @@ class _Tied(torch.autograd.Function):
     """A map that was folded before, as a function of S."""
 
     @staticmethod
-    def forward(s: Tensor, matrix: Tensor, coordinates: Tensor | None, back: Tensor | None) -> Tensor:
+    def forward(s: Tensor, matrix: Tensor, c: Tensor | None, e: Tensor | None) -> Tensor:
         return matrix.view_as(matrix)
 
     @staticmethod
@@ -252,11 +252,11 @@ class _Tied(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        coordinates, back = ctx.saved_tensors
+        c, e = ctx.saved_tensors
         with torch.autocast(gradient.device.type, enabled=False):
-            return fold_gradient(gradient, coordinates, back, ctx.is_diagonal), None, None, None
+            return fold_gradient(gradient, c, e, ctx.is_diagonal), None, None, None
 
 
 def _tied(matrix: Tensor, tensors: BlockTensors) -> Tensor:
-    result: Tensor = _Tied.apply(tensors.s, matrix, tensors.u, tensors.v)
+    result: Tensor = _Tied.apply(tensors.s, matrix, tensors.c, tensors.e)
     return result

@@ -68,10 +68,10 @@ def balance_updates(model: nn.Module, batches: Iterable[Mapping[str, Any]], adap
             # A block that nothing depends on needs no scale.
             scale = torch.where(kappa > 0, SENSITIVITY / kappa, torch.ones_like(kappa))
             with torch.no_grad():
-                _, u, _, s0, _ = layer.tensors(adapter_name, spec)
-                assert u is not None
+                _, c, _, s0, _ = layer.tensors(adapter_name, spec)
+                assert c is not None
                 assert s0 is not None
-                u.mul_(scale.to(u).view(-1, 1, 1))
+                c.mul_(scale.to(c).view(-1, 1, 1))
                 s0.div_(scale.to(s0).view(-1, 1))
         layer.forget_maps()
         layer.specs[adapter_name] = tuple(replace(s, balanced_updates=True) for s in layer.specs[adapter_name])
@@ -156,8 +156,8 @@ class _Watch:
 
     def add_output(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
         def squares(spec: BlockSpec, z: Tensor) -> Tensor:
-            u = self.layer.tensors(self.adapter_name, spec).u
-            return z if u is None else z.to(u) @ u.mT
+            c = self.layer.tensors(self.adapter_name, spec).c
+            return z if c is None else z.to(c) @ c.mT
 
         for key, count, found in self._sums_of_squares(output, squares):
             before = self.sums[key]
@@ -169,8 +169,8 @@ class _Watch:
 
     def _add_gradient(self, gradient: Tensor) -> None:
         def squares(spec: BlockSpec, g: Tensor) -> Tensor:
-            v = self.layer.tensors(self.adapter_name, spec).v
-            return g.float() if v is None else g.to(v) @ v
+            e = self.layer.tensors(self.adapter_name, spec).e
+            return g.float() if e is None else g.to(e) @ e
 
         for key, _, found in self._sums_of_squares(gradient, squares):
             before = self.sums[key]

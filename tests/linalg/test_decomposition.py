@@ -92,11 +92,11 @@ def off_identity(x: Tensor) -> float:
 
 def dropped(bases: Bases) -> Tensor:
     """(H,), the directions that each block lacks: zero rows of C."""
-    return (bases.coordinates == 0).all(-1).sum(-1)
+    return (bases.c == 0).all(-1).sum(-1)
 
 
 def back_of(bases: Bases) -> Tensor:
-    return torch.eye(bases.coordinates.shape[-1], dtype=torch.float64) if bases.back is None else bases.back
+    return torch.eye(bases.c.shape[-1], dtype=torch.float64) if bases.e is None else bases.e
 
 
 # ---------------------------------------------------------------------- pairs
@@ -106,7 +106,7 @@ def back_of(bases: Bases) -> Tensor:
 @given(weights(sides=2))
 def test_pair_maps_into_the_bases_and_back_to_the_identity(sides):
     bases = pair_bases(*map(gram_of, sides))
-    assert off_identity(fold(bases.singular_values, bases.coordinates, bases.back)) <= IDENTITY
+    assert off_identity(fold(bases.singular_values, bases.c, bases.e)) <= IDENTITY
     assert not dropped(bases).any()
 
 
@@ -115,7 +115,7 @@ def test_pair_maps_into_the_bases_and_back_to_the_identity(sides):
 def test_pair_bases_are_orthonormal_on_both_sides(sides):
     inner, outer = sides
     bases = pair_bases(gram_of(inner), gram_of(outer))
-    u, v = inner.mT @ bases.coordinates.mT, outer.mT @ bases.back
+    u, v = inner.mT @ bases.c.mT, outer.mT @ bases.e
     assert off_identity(u.mT @ u) <= ORTHONORMAL
     assert off_identity(v.mT @ v) <= ORTHONORMAL
 
@@ -126,7 +126,7 @@ def test_pair_factors_multiply_to_the_dense_product_with_its_singular_values(sid
     inner, outer = sides
     bases = pair_bases(gram_of(inner), gram_of(outer))
     product = outer.mT @ inner  # (H, D_out, D_in)
-    factors = Factors(inner.mT @ bases.coordinates.mT, torch.diag_embed(bases.singular_values), outer.mT @ bases.back)
+    factors = Factors(inner.mT @ bases.c.mT, torch.diag_embed(bases.singular_values), outer.mT @ bases.e)
     expected = torch.linalg.svdvals(product)[:, : inner.shape[1]]
     for head in range(len(product)):
         assert relative(factors.product()[head], product[head]) <= CLOSE
@@ -138,10 +138,10 @@ def test_pair_with_a_bias_has_it_as_the_last_row_of_U():
     inner, bias, outer = randn(3, 5, 16, seed=1), randn(3, 5, seed=2), randn(3, 5, 16, seed=3)
     bases = pair_bases(gram(inner.permute(2, 0, 1), bias), gram_of(outer))
     extended = torch.cat([inner, bias.unsqueeze(-1)], -1)
-    u = extended.mT @ bases.coordinates.mT
+    u = extended.mT @ bases.c.mT
     assert u.shape == (3, 17, 5)
     assert off_identity(u.mT @ u) <= ORTHONORMAL
-    product = Factors(u, torch.diag_embed(bases.singular_values), outer.mT @ bases.back).product()
+    product = Factors(u, torch.diag_embed(bases.singular_values), outer.mT @ bases.e).product()
     assert relative(product, outer.mT @ extended) <= CLOSE
 
 
@@ -158,15 +158,15 @@ def test_pair_refuses_grams_of_different_shapes():
 def test_qr_coordinates_are_the_inverse_of_a_triangular_factor_with_positive_diagonal(sides):
     (w,) = sides
     bases = qr_bases(gram_of(w))
-    assert bases.back is None
+    assert bases.e is None
     q, r = torch.linalg.qr(w.mT)
     sign = torch.diagonal(r, dim1=-2, dim2=-1).sign()
     q, r = q * sign.unsqueeze(-2), sign.unsqueeze(-1) * r
-    assert not bases.coordinates.triu(1).any()
-    assert (torch.diagonal(bases.coordinates, dim1=-2, dim2=-1) > 0).all()
-    assert off_identity(bases.coordinates @ r.mT) <= ORTHONORMAL  # C = R^-T
-    assert largest(w.mT @ bases.coordinates.mT - q) <= ORTHONORMAL  # C W = Q^T
-    u = w.mT @ bases.coordinates.mT
+    assert not bases.c.triu(1).any()
+    assert (torch.diagonal(bases.c, dim1=-2, dim2=-1) > 0).all()
+    assert off_identity(bases.c @ r.mT) <= ORTHONORMAL  # C = R^-T
+    assert largest(w.mT @ bases.c.mT - q) <= ORTHONORMAL  # C W = Q^T
+    u = w.mT @ bases.c.mT
     assert off_identity(u.mT @ u) <= ORTHONORMAL
 
 
@@ -174,7 +174,7 @@ def test_qr_coordinates_are_the_inverse_of_a_triangular_factor_with_positive_dia
 @given(weights())
 def test_svd_maps_into_the_bases_and_back_to_the_identity(sides):
     bases = svd_bases(gram_of(*sides))
-    assert off_identity(fold(bases.singular_values, bases.coordinates, bases.back)) <= IDENTITY
+    assert off_identity(fold(bases.singular_values, bases.c, bases.e)) <= IDENTITY
     assert not dropped(bases).any()
 
 
@@ -183,10 +183,10 @@ def test_svd_maps_into_the_bases_and_back_to_the_identity(sides):
 def test_svd_bases_are_the_singular_vectors_of_the_weight(sides):
     (w,) = sides
     bases = svd_bases(gram_of(w))
-    u = w.mT @ bases.coordinates.mT
+    u = w.mT @ bases.c.mT
     assert off_identity(u.mT @ u) <= ORTHONORMAL
-    assert off_identity(bases.back.mT @ bases.back) <= ORTHONORMAL
-    product = Factors(u, torch.diag_embed(bases.singular_values), bases.back).product()
+    assert off_identity(bases.e.mT @ bases.e) <= ORTHONORMAL
+    product = Factors(u, torch.diag_embed(bases.singular_values), bases.e).product()
     for head in range(len(w)):
         assert relative(product[head], w[head]) <= CLOSE
 
@@ -214,7 +214,7 @@ def _every_bases(w: Tensor, outer: Tensor) -> dict[str, Bases]:
 def test_the_largest_coordinate_of_every_singular_direction_is_positive(sides):
     for name, bases in _every_bases(*sides).items():
         if name != "qr":
-            assert (bases.coordinates.amax(-1) == bases.coordinates.abs().amax(-1)).all()
+            assert (bases.c.amax(-1) == bases.c.abs().amax(-1)).all()
 
 
 @pytest.mark.parametrize("name", ["pair", "qr", "svd"])
@@ -233,7 +233,7 @@ def test_bases_in_head_space_do_not_change_under_a_rotation_of_the_hidden_space(
     for seed in range(5):
         rotation = orthonormal(32, 32, 1, seed=seed)
         second = _every_bases(w @ rotation, outer @ rotation)[name]
-        assert relative(second.coordinates, first.coordinates) <= ORTHONORMAL
+        assert relative(second.c, first.c) <= ORTHONORMAL
         assert relative(back_of(second), back_of(first)) <= ORTHONORMAL
 
 
@@ -242,22 +242,22 @@ def test_bases_in_head_space_do_not_change_under_a_rotation_of_the_hidden_space(
 def test_leading_keeps_the_first_directions_and_leaves_out_the_others(name, r):
     whole = _every_bases(randn(2, 6, 16, seed=1), randn(2, 6, 16, seed=2))[name]
     bases = whole.leading(r)
-    assert torch.equal(bases.coordinates, whole.coordinates[:, :r])
+    assert torch.equal(bases.c, whole.c[:, :r])
     assert torch.equal(bases.singular_values, whole.singular_values[:, :r])
     assert torch.equal(dropped(bases), dropped(whole))
-    assert bases.coordinates.is_contiguous()
+    assert bases.c.is_contiguous()
     if name == "qr":
-        assert bases.back is None
+        assert bases.e is None
     else:
-        assert torch.equal(bases.back, whole.back[:, :, :r])
-        assert bases.back.is_contiguous()
+        assert torch.equal(bases.e, whole.e[:, :, :r])
+        assert bases.e.is_contiguous()
 
 
 def test_leading_directions_are_the_best_approximation_of_the_product():
     inner, outer = randn(3, 6, 16, seed=1), randn(3, 6, 16, seed=2)
     bases = pair_bases(gram_of(inner), gram_of(outer)).leading(4)
     product = outer.mT @ inner
-    cut = outer.mT @ fold(bases.singular_values, bases.coordinates, bases.back) @ inner
+    cut = outer.mT @ fold(bases.singular_values, bases.c, bases.e) @ inner
     rest = torch.linalg.svdvals(product)[:, 4:]
     error = torch.linalg.matrix_norm(product - cut)
     assert largest(error / torch.linalg.vector_norm(rest, dim=-1) - 1) <= CLOSE  # Eckart-Young
@@ -394,7 +394,7 @@ def _healthy() -> Tensor:
 
 
 def _assert_finite(bases: Bases) -> None:
-    for tensor in (bases.coordinates, back_of(bases), bases.singular_values):
+    for tensor in (bases.c, back_of(bases), bases.singular_values):
         assert torch.isfinite(tensor).all()
 
 
@@ -407,11 +407,11 @@ def test_a_degenerate_head_loses_its_dead_directions_and_nothing_else(kind, meth
     assert dropped(bases).tolist() == [0, expected, 0]
     alive = D_HEAD - expected
     # Dropped directions are the last ones, and exactly zero.
-    rows = bases.coordinates[1].abs().amax(-1)
+    rows = bases.c[1].abs().amax(-1)
     assert (rows[:alive] > 0).all()
     assert not rows[alive:].any()
-    if bases.back is not None:
-        columns = bases.back[1].abs().amax(-2)
+    if bases.e is not None:
+        columns = bases.e[1].abs().amax(-2)
         assert (columns[:alive] > 0).all()
         assert not columns[alive:].any()
         assert (bases.singular_values[1, :alive] > 0).all()
@@ -426,18 +426,18 @@ def test_the_directions_that_a_degenerate_head_keeps_are_orthonormal_and_carry_i
     bases = METHODS[method](gram_of(w), gram_of(healthy))
     alive = D_HEAD - dropped
     inner = healthy[1] if method == "pair, outer" else w[1]
-    u = (inner.mT @ bases.coordinates[1].mT)[:, :alive]
+    u = (inner.mT @ bases.c[1].mT)[:, :alive]
     assert alive == 0 or off_identity(u.mT @ u) <= ORTHONORMAL
     if method == "qr":
         return
     outer = torch.eye(D_HEAD, dtype=torch.float64)
     if method != "svd":
         outer = w[1] if method == "pair, outer" else healthy[1]
-    v = (outer.mT @ bases.back[1])[:, :alive]
+    v = (outer.mT @ bases.e[1])[:, :alive]
     assert alive == 0 or off_identity(v.mT @ v) <= ORTHONORMAL
     # What was dropped is less than 1e-5 of the head, and zero where the head is singular.
     product = outer.mT @ inner
-    error = product - outer.mT @ fold(bases.singular_values, bases.coordinates, bases.back)[1] @ inner
+    error = product - outer.mT @ fold(bases.singular_values, bases.c, bases.e)[1] @ inner
     scale = torch.linalg.matrix_norm(outer) * torch.linalg.matrix_norm(inner)
     assert float(error.norm()) <= 1e-6 * float(scale)
 
@@ -459,7 +459,7 @@ def test_an_ill_conditioned_head_below_the_limit_drops_nothing(method, condition
     bases = METHODS[method](gram_of(_batch(_with_condition(condition))), gram_of(_healthy()))
     assert not dropped(bases).any()
     if method == "qr":
-        assert not bases.coordinates.triu(1).any()  # still R^-T, from Cholesky
+        assert not bases.c.triu(1).any()  # still R^-T, from Cholesky
 
 
 @pytest.mark.parametrize("width", [1, 3, 7])
@@ -468,7 +468,7 @@ def test_a_block_with_fewer_inputs_than_features_keeps_as_many_directions_as_inp
     bases = function(gram_of(randn(3, D_HEAD, width, seed=1)))
     _assert_finite(bases)
     assert dropped(bases).tolist() == [D_HEAD - width] * 3
-    assert (bases.coordinates.abs().amax(-1) > 0).sum(-1).tolist() == [width] * 3
+    assert (bases.c.abs().amax(-1) > 0).sum(-1).tolist() == [width] * 3
 
 
 @pytest.mark.parametrize(("inner", "outer"), [(3, 24), (24, 3), (3, 5), (5, 3), (4, 4)])
@@ -478,7 +478,7 @@ def test_a_pair_with_few_inputs_or_outputs_keeps_as_many_directions_as_the_narro
     _assert_finite(bases)
     rank = min(inner, outer)
     assert dropped(bases).tolist() == [D_HEAD - rank] * 3
-    product = Factors(w.mT @ bases.coordinates.mT, torch.diag_embed(bases.singular_values), o.mT @ bases.back)
+    product = Factors(w.mT @ bases.c.mT, torch.diag_embed(bases.singular_values), o.mT @ bases.e)
     assert relative(product.product(), o.mT @ w) <= ORTHONORMAL
 
 
@@ -507,10 +507,10 @@ def test_a_pair_degenerate_on_both_sides_keeps_the_rank_of_the_product(kind, rot
     _assert_finite(bases)
     rank = len(set(writes) & set(reads))
     assert dropped(bases).tolist() == [0, D_HEAD - rank, 0]
-    assert not bases.coordinates[1, rank:].any()
-    assert not bases.back[1, :, rank:].any()
+    assert not bases.c[1, rank:].any()
+    assert not bases.e[1, :, rank:].any()
     assert not bases.singular_values[1, rank:].any()
-    u, v = w.mT @ bases.coordinates.mT, o.mT @ bases.back
+    u, v = w.mT @ bases.c.mT, o.mT @ bases.e
     product = Factors(u, torch.diag_embed(bases.singular_values), v).product()
     scale = torch.linalg.matrix_norm(inner) * torch.linalg.matrix_norm(outer)
     assert float((product[1] - outer.mT @ inner).norm()) <= ORTHONORMAL * float(scale)
@@ -551,8 +551,8 @@ def test_bases_of_a_limited_head_do_not_depend_on_rounding(method):
     g, healthy = gram_of(_batch((left * sigma) @ right.mT)), gram_of(_healthy())
     noise = 1e-15 * randn(*g.shape, seed=9) * torch.linalg.matrix_norm(g, ord=2).view(-1, 1, 1)
     bases, other = (METHODS[method](limit_condition(x, 100.0), healthy) for x in (g, g + noise + noise.mT))
-    assert relative(other.coordinates, bases.coordinates) <= 1e-7
-    assert relative(other.back, bases.back) <= 1e-7
+    assert relative(other.c, bases.c) <= 1e-7
+    assert relative(other.e, bases.e) <= 1e-7
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -570,10 +570,10 @@ def test_limited_bases_of_a_degenerate_head_drop_nothing_and_map_to_the_identity
     bases = METHODS[method](g, healthy)
     assert not dropped(bases).any()
     if method == "qr":
-        assert off_identity(bases.coordinates @ g @ bases.coordinates.mT) <= IDENTITY
+        assert off_identity(bases.c @ g @ bases.c.mT) <= IDENTITY
     else:
-        assert off_identity(fold(bases.singular_values, bases.coordinates, bases.back)) <= IDENTITY
-    for tensor in (bases.coordinates, bases.back):
+        assert off_identity(fold(bases.singular_values, bases.c, bases.e)) <= IDENTITY
+    for tensor in (bases.c, bases.e):
         values = torch.linalg.svdvals(back_of(bases)[None] if tensor is None else tensor)
         assert (values[:, 0] / values[:, -1] <= most * (1 + 1e-6)).all()
 
@@ -605,15 +605,15 @@ def test_bases_as_strong_as_others():
     one, other = pair_bases(*grams[:2]), pair_bases(*grams[2:])
     found = other.as_strong_as(one, *grams[:2])
     for rows, wanted, g in (
-        (found.coordinates, one.coordinates, grams[0]),
-        (found.back.mT, one.back.mT, grams[1]),
+        (found.c, one.c, grams[0]),
+        (found.e.mT, one.e.mT, grams[1]),
     ):
         sizes = [(a @ g @ a.mT).diagonal(dim1=-2, dim2=-1).sum(-1) for a in (rows, wanted)]
         torch.testing.assert_close(*sizes)
     torch.testing.assert_close(
-        found.back @ (found.singular_values.unsqueeze(-1) * found.coordinates),
+        found.e @ (found.singular_values.unsqueeze(-1) * found.c),
         torch.eye(8, dtype=torch.float64).expand(3, 8, 8),
     )
-    assert not torch.allclose(found.back, other.back, rtol=1e-2)
-    zero = replace(other, coordinates=torch.zeros_like(other.coordinates))
-    assert torch.equal(zero.as_strong_as(one, *grams[:2]).coordinates, zero.coordinates)
+    assert not torch.allclose(found.e, other.e, rtol=1e-2)
+    zero = replace(other, c=torch.zeros_like(other.c))
+    assert torch.equal(zero.as_strong_as(one, *grams[:2]).c, zero.c)

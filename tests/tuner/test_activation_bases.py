@@ -29,7 +29,7 @@ def adapted(family: str, dtype: torch.dtype = torch.float32, **options) -> PeftM
 def test_the_function_stays_the_base_models_bit_for_bit(family, one_thread):
     base, model = build(family).eval(), adapted(family)
     before = {
-        name: layer.tensors("default", layer.specs["default"][0]).u.clone() for name, layer in clover_layers(model)
+        name: layer.tensors("default", layer.specs["default"][0]).c.clone() for name, layer in clover_layers(model)
     }
     with pytest.warns(UserWarning, match="tokens for blocks of"):
         initialize_from_activations(model, [inputs(family, batch=2, length=24)])
@@ -41,7 +41,7 @@ def test_the_function_stays_the_base_models_bit_for_bit(family, one_thread):
                 identity = v @ (s0.unsqueeze(-1) * u)
                 assert relative(identity, torch.eye(spec.size).expand_as(identity)) < 1e-3
             assert spec.from_activations
-        assert not torch.equal(before[name], layer.tensors("default", layer.specs["default"][0]).u)
+        assert not torch.equal(before[name], layer.tensors("default", layer.specs["default"][0]).c)
     perturb(model)
     assert relative(logits(model, family), logits(base, family)) > 1e-4
     trained = logits(model, family)
@@ -77,7 +77,7 @@ def test_coordinates_are_uncorrelated_on_the_data(one_thread):
         weight = getattr(block, name).weight.detach().unflatten(0, (kv, dim))
         g = shrink(moment, weight @ weight.mT, len(z))
         layer = layers[f"model.layers.1.self_attn.{name}"]
-        u = layer.tensors("default", layer.specs["default"][0]).u
+        u = layer.tensors("default", layer.specs["default"][0]).c
         white = u @ g @ u.mT
         variance = white.diagonal(dim1=-2, dim2=-1).mean(-1)
         assert not variance.isclose(torch.ones_like(variance), rtol=1e-2).any()
@@ -174,7 +174,7 @@ def test_leading_directions_are_those_of_the_data(one_thread):
                 plain(**batch)
         hook.remove()
         z = torch.cat([r.flatten(0, -2) for r in rows]).unflatten(-1, (-1, 16))
-        e = layer.tensors("default", layer.specs["default"][0]).v.double()
+        e = layer.tensors("default", layer.specs["default"][0]).e.double()
         q, _ = torch.linalg.qr(e)
         shares.append(float(torch.einsum("nhd,hdr->nhr", z, q).square().sum() / z.square().sum()))
     assert shares[0] > shares[1]

@@ -77,7 +77,7 @@ def test_adapters_in_other_bases_are_not_combined():
     model = two_trained()
     _, layer = clover_layers(model)[0]
     with torch.no_grad():
-        layer.tensors("b", layer.specs["b"][0]).u.mul_(1.5)
+        layer.tensors("b", layer.specs["b"][0]).c.mul_(1.5)
     with pytest.raises(ValueError, match="different bases"):
         model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum")
 

@@ -181,7 +181,7 @@ def test_weak_directions_amplify_rounding_by_no_more_than_the_limit(name, dtype)
     for path, module in layers_of(model).items():
         (spec,) = module.specs["default"]
         tensors = module.tensors("default", spec)
-        for basis in (tensors.u, tensors.v):
+        for basis in (tensors.c, tensors.e):
             values = None if basis is None else torch.linalg.svdvals(basis.double())
             assert values is None or (values[:, 0] <= 1.01 * MAX_CONDITION * values[:, -1]).all(), path
 
@@ -217,12 +217,12 @@ def test_directions_that_are_not_trained_anyway_are_not_mentioned() -> None:
     whole = svd_bases(gram(weight))
 
     def dropped(bases):
-        return (bases.coordinates == 0).all(-1).sum(-1)
+        return (bases.c == 0).all(-1).sum(-1)
 
     assert dropped(whole).tolist() == [4]
     assert dropped(whole.leading(8)).tolist() == [0]
     assert dropped(whole.leading(10)).tolist() == [2]
-    assert (whole.leading(10).coordinates.abs().sum(-1) > 0).sum() == 8
+    assert (whole.leading(10).c.abs().sum(-1) > 0).sum() == 8
 
 
 @pytest.mark.parametrize("name", CASES)

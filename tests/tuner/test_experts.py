@@ -124,7 +124,7 @@ def test_bases_are_those_of_each_experts_own_rows(family):
     model = get_peft_model(build(family, torch.float64), CloverConfig(**ONLY, basis="svd", max_condition=1e4))
     for layer in stacks(model).values():
         spec = only_spec(layer)
-        u = layer.tensors("default", spec).u
+        u = layer.tensors("default", spec).c
         weight = layer.weight.mT if family == "gpt_oss" else layer.weight
         rows = weight[:, adapted_features(family, layer)].reshape(spec.blocks, spec.size, -1)
         biases = layer.base_weight.own_biases

@@ -372,13 +372,13 @@ def test_diagonal_clover_follows_the_literal_model_with_trained_singular_values(
 
 
 def _transpose_coordinates(bases):
-    return replace(bases, coordinates=bases.coordinates.mT.contiguous())
+    return replace(bases, c=bases.c.mT.contiguous())
 
 
 def _swap(bases):
-    eye = torch.eye(bases.coordinates.shape[-1], dtype=torch.float64)
-    back = eye.expand_as(bases.coordinates) if bases.back is None else bases.back
-    return replace(bases, coordinates=back.contiguous(), back=bases.coordinates)
+    eye = torch.eye(bases.c.shape[-1], dtype=torch.float64)
+    back = eye.expand_as(bases.c) if bases.e is None else bases.e
+    return replace(bases, c=back.contiguous(), e=bases.c)
 
 
 def _change_bases(function: str, change: Callable) -> Callable[[pytest.MonkeyPatch], None]:

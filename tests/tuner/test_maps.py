@@ -53,7 +53,7 @@ def dense(m: HeadMap, features: int) -> Tensor:
         for i in range(h.count)
         for j in range(h.dim)
     ]
-    blocks = torch.block_diag(*(m.matrix if m.coordinates is None else m.matrix @ m.coordinates))
+    blocks = torch.block_diag(*(m.matrix if m.c is None else m.matrix @ m.c))
     one = torch.eye(features, dtype=blocks.dtype)
     own = one[:, index]
     return one + own @ blocks @ own.mT - (own @ own.mT if replaces else 0)
