@@ -26,8 +26,8 @@ from clover_peft import CloverConfig, initialize_from_activations
 from clover_peft.experiments.adaptation.plan import read_experiment
 from clover_peft.experiments.adaptation.trial import Laboratory, drawn
 from clover_peft.io import run_record as records
-from clover_peft.tuner.bases import clover_layers
 from clover_peft.tuner.layer import CloverLayer
+from clover_peft.tuner.layers import clover_layers
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

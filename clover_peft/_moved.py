@@ -31,6 +31,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     ),
     "bases": (
         "tuner.bases",
+        "tuner.layers",
         "tuner.base_check",
         "tuner.activation_bases",
         "tuner.broadcasting",

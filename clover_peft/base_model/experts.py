@@ -93,6 +93,7 @@ class ExpertsWeight(BaseWeight):
         self.owner, self.path, self.layout = owner, path, layout
         self.parameter = path.rpartition(".")[2]
         self.backend, self.fan_in_fan_out, self._original = None, False, None
+        self.rounding = (0.0, 0.0)
         self.in_features = self.stored.shape[3 - layout.dim]
         self.out_features = len(self.stored) * (self.stored.shape[layout.dim] // layout.parts)
 
@@ -129,7 +130,7 @@ class ExpertsWeight(BaseWeight):
         biases = self.own_biases
         return None if biases is None else self.layout.bias(biases)
 
-    def write(self, weight: Tensor, bias: Tensor | None) -> tuple[float, float]:
+    def write(self, weight: Tensor, bias: Tensor | None) -> None:
         """Replace the parameter, and the biases by these of the adapted part; see `BaseWeight.write`."""
         module, biases = self.module, self.own_biases
         if self._original is None:
@@ -139,7 +140,6 @@ class ExpertsWeight(BaseWeight):
             values[f"{self.parameter}_bias"] = self.layout.with_bias(biases.data, bias)
         for name, value in values.items():
             setattr(module, name, nn.Parameter(value, requires_grad=getattr(module, name).requires_grad))
-        return 0.0, 0.0
 
     def restore(self) -> None:
         """Put the base model's own tensors back, bit for bit."""

@@ -54,6 +54,10 @@ class BaseWeight:
         owner: the projection, or a tuner layer around it.
         path: its path in the model, for messages.
         quantization_kwargs: arguments of peft's quantisation backends (`get_quantization_kwargs(model)`).
+
+    Attributes:
+        rounding: squared norms of the change by the last `write`, and of the rounding error of its quantised result;
+            zeros for plain weights.
     """
 
     def __init__(self, owner: nn.Module, path: str = "", quantization_kwargs: dict[str, Any] | None = None) -> None:
@@ -62,6 +66,7 @@ class BaseWeight:
         self.in_features, self.out_features = feature_counts(self.module, path)
         self.fan_in_fan_out = isinstance(self.module, Conv1D)
         self.backend = resolve_quantization_backend(self.module, **(quantization_kwargs or {}))
+        self.rounding = (0.0, 0.0)
         self._original: Original | None = None
 
     @property
@@ -94,9 +99,10 @@ class BaseWeight:
         return str(self.stored.dtype).removeprefix("torch.") if self.backend is None else self.backend.backend_name
 
     @property
-    def compute_dtype(self) -> torch.dtype:
-        """The dtype that the projection computes in: the weight's own, or bfloat16 for a quantised weight."""
-        return self.stored.dtype if self.stored.is_floating_point() else torch.bfloat16
+    def merge_dtype(self) -> torch.dtype:
+        """The dtype that `write` takes a weight in: its own, or float32 for one that is stored in few bits."""
+        stored = self.stored.dtype
+        return stored if stored.is_floating_point and stored.itemsize > 1 else torch.float32
 
     @property
     def is_readable(self) -> bool:
@@ -158,32 +164,38 @@ class BaseWeight:
         """Whether another weight was written over the base model's own."""
         return self._original is not None
 
-    def write(self, weight: Tensor, bias: Tensor | None) -> tuple[float, float]:
+    def write(self, weight: Tensor, bias: Tensor | None) -> None:
         """Replace weight and bias; the first call keeps the base model's own for `restore`.
 
         Args:
             weight: in the projection's own layout; a quantised projection quantises it again.
             bias: (out_features,) or None.
 
-        Returns:
-            Squared norms of the change, and of the rounding error of the quantised result; zeros for plain weights.
+        Raises:
+            TypeError: if a quantisation backend wrote into the packed weight, which `restore` could not put back.
         """
         module = self.module
         if self._original is None:
             own = getattr(module, "weight", None)
             self._original = Original(module, own, module.bias, copy.copy(getattr(module, "state", None)))
-        rounding = (0.0, 0.0)
+        self.rounding = (0.0, 0.0)
         if self.backend is None:
             module.weight = _like(module.weight, weight)
         else:
-            before = self.as_stored(self.transposed())
+            before, packed = self.as_stored(self.transposed()), self.stored
             self.backend.set_base_weight(self.owner, weight)
+            if self.module is module and self.stored is packed:
+                self._original = None
+                raise TypeError(
+                    f"{self.path}: expected peft's {self.backend.backend_name} backend to put a new weight or a new "
+                    "module in place, found that it wrote into the old one, which unmerging could not restore; the "
+                    "module is merged now, load the base model again"
+                )
             error = self.backend.get_base_weight(self.module) - weight
-            rounding = (float((weight - before).float().square().sum()), float(error.float().square().sum()))
+            self.rounding = (float((weight - before).float().square().sum()), float(error.float().square().sum()))
         if bias is not None:
             module = self.module
             module.bias = bias if module.bias is None else _like(module.bias, bias)  # None in a new module
-        return rounding
 
     def restore(self) -> None:
         """Put the base model's own tensors back, bit for bit."""

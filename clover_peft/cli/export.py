@@ -21,9 +21,9 @@ from ..io.atomic import check_new_folder, new_folder
 from ..io.hub_models import load_processor
 from ..io.model_class import find_class, read_config
 from ..tuner.adapter_file import embedding_of
-from ..tuner.bases import clover_layers
 from ..tuner.config import CloverConfig
 from ..tuner.experts import refuse_experts
+from ..tuner.layers import clover_layers
 from ..tuner.lora_approximation import lora_errors
 from . import checks, parsers
 from .errors import reports_errors

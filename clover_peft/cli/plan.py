@@ -16,14 +16,15 @@ from peft import get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..base_model.weight import base_of, out_features
+from ..base_model.weight import BaseWeight, base_of, out_features
 from ..io.hub_models import find_model
 from ..io.model_class import class_of, find_class, make_empty, read_config
-from ..tuner.bases import clover_layers, frozen_tensors, inner_model
+from ..tuner.bases import frozen_tensors
 from ..tuner.block_spec import BlockSpec
 from ..tuner.config import CloverConfig
 from ..tuner.experts import refuse_experts
 from ..tuner.layer import CloverLayer
+from ..tuner.layers import clover_layers, inner_model
 from . import checks, parsers, plan_mla
 from .errors import reports_errors
 
@@ -154,7 +155,7 @@ def measure(config: transformers.PretrainedConfig, kind: Any, adapter: CloverCon
             for parameter in module.parameters():
                 nn.init.normal_(parameter.data, std=0.02)
         started = time.perf_counter()
-        frozen_tensors(model, CloverLayer(model.get_submodule(path), "default", path), specs)
+        frozen_tensors(model, BaseWeight(model.get_submodule(path), path), specs)
         seconds += time.perf_counter() - started
         for name in dict.fromkeys([path, *partners]):
             model.get_submodule(name).to("meta")

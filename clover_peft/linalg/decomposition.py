@@ -25,13 +25,13 @@ _CHUNK_ELEMENTS = 1_048_576
 class Bases:
     """Frozen bases of H blocks, which read and write the projection's own output z (ours).
 
-    With the paper's orthonormal U and V (Eq. 3, arXiv 2411.17426): `C z = U^T x`, `W_o E = V`, and `E diag(S0) C = I`
-    if no direction was cut or dropped.
+    With the paper's orthonormal U and V (Eq. 3, arXiv 2411.17426): `C z = U^T x`, `W_o E = V`, and `E S0 C = I` if no
+    direction was cut or dropped. From Grams that `limit_condition` changed, U and V are not orthonormal.
 
     Attributes:
         c: (H, r, d) float64, C. A dropped direction is a zero row.
         e: (H, d, r) float64, E, or None for the identity (QR basis).
-        singular_values: (H, r) float64, S0, descending; for the QR basis those of R, whose S0 = R^T is not diagonal.
+        singular_values: (H, r) float64, those of S0, descending. S0 is their diagonal matrix, in the QR basis R^T.
     """
 
     c: Tensor
@@ -47,7 +47,7 @@ class Bases:
         )
 
     def as_strong_as(self, other: Bases, g_in: Tensor, g_out: Tensor | None = None) -> Bases:
-        """C, and E if there is a `g_out`, each times a number for every block, and S0 divided by these.
+        """These bases, with C and E of each block rescaled to the size of `other`'s, and S0 so that E S0 C stays.
 
         Args:
             other: the bases whose `tr(C G_in C^T)` and `tr(E^T G_out E)` the result has.
@@ -73,7 +73,9 @@ def _trace(rows: Tensor, g: Tensor) -> Tensor:
 
 
 def gram(blocks: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Gram matrix `sum_t w_t w_t^T` of every block; with a bias, the Gram matrix of `[W b]`. Costs D H d^2.
+    """Gram matrix of every block: the sum over the D hidden features of `w w^T`, w the block's d weights of a feature.
+
+    A bias is one more hidden feature, which is always 1. Costs D H d^2.
 
     Args:
         blocks: (D, H, d), any floating dtype. For a projection `W` (out, in): `W^T`, its outputs cut into blocks. For
@@ -96,7 +98,7 @@ def gram(blocks: Tensor, bias: Tensor | None = None) -> Tensor:
     return result
 
 
-def norms(blocks: Tensor) -> Tensor:
+def feature_norms(blocks: Tensor) -> Tensor:
     """The norm of every feature, (D, H, d) to (H, d), in at least float32 on the device of `blocks`."""
     dtype = torch.promote_types(blocks.dtype, torch.float32)
     if blocks.device.type != "cpu":
@@ -117,9 +119,9 @@ def per_key_value_head(g: Tensor, heads: int, groups: int) -> Tensor:
 def limit_condition(g: Tensor, most: float) -> Tensor:
     """Gram matrices with as much of the identity added as limits their condition numbers (ours).
 
-    Bases of the result satisfy `E S0 C = I` as those of `g` do, with its singular vectors in their order, but each of
-    C and E has at most this condition number. A block within the limit keeps its bits; a block of zeros becomes the
-    identity.
+    Bases of the result satisfy `E S0 C = I` as those of `g` do, but each of C and E has at most this condition number.
+    A single projection keeps its singular vectors in their order; those of a pair mix. A block within the limit keeps
+    its bits; a block of zeros becomes the identity.
 
     Args:
         g: (H, d, d) float64, symmetric positive semi-definite.

@@ -10,10 +10,11 @@ from torch import nn
 
 from ..base_model.activations import Probe, collect_moments
 from ..base_model.weight import base_of
-from .bases import compute_bases, inner_model, layers_with, stored_bases
+from .bases import compute_bases, own_side, partner_side, stored_bases
 from .block_spec import BlockSpec
 from .experts import refuse_experts
 from .layer import CloverLayer
+from .layers import inner_model, layers_with
 
 
 def initialize_from_activations(
@@ -54,9 +55,10 @@ def initialize_from_activations(
     made = []
     for path, layer in layers:
         with layer.base_weight.whole():
-            weight, bias = layer.base_weight.transposed(), layer.base_weight.bias
+            side = own_side(layer.base_weight)
             for spec in layer.specs[adapter_name]:
-                bases = compute_bases(inner, spec, weight, bias, *map(found.get, _names(path, spec)))
+                with partner_side(inner, spec) as partner:
+                    bases = compute_bases(spec, side, partner, *map(found.get, _names(path, spec)))
                 made.append((layer, spec, stored_bases(bases)))
     for layer, spec, tensors in made:
         for attribute, tensor in tensors.items():

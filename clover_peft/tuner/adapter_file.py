@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from ..io.user_warning import warn
 from .adapter_tensors import BASES_CHECKSUM, FROZEN, TRAINED, WHOLE, file_key, tensor_keys
 from .base_check import MUCH_CHANGED, check_fingerprint, error_from_rounding, fingerprint
-from .bases import frozen_tensors, inner_model
+from .bases import frozen_tensors
 from .block_spec import BlockSpec, BlockTensors
 from .config import CloverConfig
 from .layer import CloverLayer
+from .layers import inner_model
 
 # The largest relative difference between checksums of equal bases, by rounding.
 CHECKSUM_TOLERANCE = 1e-2
@@ -101,7 +102,7 @@ def _take_layer(
             continue
         _, c, e, *_ = layer.tensors(adapter_name, spec)
         if c is None or not layer.has_bases(adapter_name):
-            computed = computed or frozen_tensors(inner, layer, layer.specs[adapter_name])
+            computed = computed or frozen_tensors(inner, layer.base_weight, layer.specs[adapter_name])
             if computed is None:
                 source = "a base model without weights; load it first"
                 if not layer.base_weight.is_readable:

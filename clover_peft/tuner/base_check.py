@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..base_model.weight import BaseWeight, partner_weight
-from ..linalg.decomposition import norms
+from ..base_model.weight import BaseWeight
 from .adapter_tensors import tensor_keys
+from .bases import own_side, partner_side, row_norms
 from .block_spec import BlockSpec, BlockTensors
 from .config import CloverConfig
 from .layer import CloverLayer
@@ -30,19 +30,10 @@ def fingerprint(model: nn.Module, base: BaseWeight, spec: BlockSpec) -> Tensor |
     It differs between base models, and hardly changes by rounding.
     """
     with base.whole():
-        return row_norms(model, spec, base.transposed(), _COMPARED) if base.is_present else None
-
-
-def row_norms(model: nn.Module, spec: BlockSpec, weight: Tensor, features: int | None = None) -> Tensor:
-    """(H, d), or (H, features): norms of the weight's rows; for a pair, times the norms of the partner's columns."""
-    own = norms(spec.heads.blocks(weight, spec.size)[..., :features])
-    if spec.partner is None:
-        return own
-    heads = spec.partner.heads
-    with partner_weight(model, spec.partner) as (rows, _):
-        partner = norms(heads.blocks(rows, spec.size)[..., :features]).to(own)
-    shared = partner.unflatten(0, (spec.heads.count, heads.count // spec.heads.count, -1))
-    return own * torch.linalg.vector_norm(shared, dim=1).flatten(0, 1)
+        if not base.is_present:
+            return None
+        with partner_side(model, spec) as partner:
+            return row_norms(spec, own_side(base), partner, _COMPARED)
 
 
 @torch.no_grad()

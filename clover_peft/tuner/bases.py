@@ -1,15 +1,21 @@
-"""From a model's weights to the frozen tensors of its CLOVER layers."""
+"""From a projection's weight to the frozen tensors of an adapter."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
+
 import torch
-from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from ..base_model.weight import partner_weight
+from ..base_model.slices import HeadSlice
+from ..base_model.weight import BaseWeight, partner_weight
 from ..io.user_warning import warn
 from ..linalg.decomposition import (
     Bases,
+    feature_norms,
     gram,
     limit_condition,
     pair_bases,
@@ -17,42 +23,9 @@ from ..linalg.decomposition import (
     svd_bases,
 )
 from ..linalg.moments import Moments, pair_grams, shrink
-from .base_check import row_norms
 from .block_spec import BlockSpec
-from .layer import CloverLayer
 
 _NAMED = 8  # the most targets that a warning names
-
-
-def clover_layers(model: nn.Module, adapter_name: str | None = None) -> list[tuple[str, CloverLayer]]:
-    """Every CLOVER layer of a model and its path; with a name, the layers that have this adapter."""
-    layers = [(path, module) for path, module in model.named_modules() if isinstance(module, CloverLayer)]
-    return [(path, layer) for path, layer in layers if adapter_name is None or adapter_name in layer.specs]
-
-
-def layers_with(model: nn.Module, adapter_name: str) -> list[tuple[str, CloverLayer]]:
-    """The layers that have an adapter, and their paths.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    if layers := clover_layers(model, adapter_name):
-        return layers
-    raise ValueError(f"adapter {adapter_name!r}: expected a model with this CLOVER adapter, found none")
-
-
-def unwrap_empty_layers(model: nn.Module) -> None:
-    """Put the projections of layers without an adapter back in their places."""
-    for name, layer in reversed(clover_layers(model)):  # a module inside another one first
-        if not layer.specs:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.base_layer)
-
-
-def inner_model(model: nn.Module) -> nn.Module:
-    """The adapted model inside a `PeftModel` or tuner; partners' paths are relative to it."""
-    tuner = model if isinstance(model, BaseTuner) else getattr(model, "base_model", None)
-    return tuner.model if isinstance(tuner, BaseTuner) else model
 
 
 def warn_of_zero_blocks(found: list[str]) -> None:
@@ -66,15 +39,46 @@ def warn_of_zero_blocks(found: list[str]) -> None:
         )
 
 
+class Side(NamedTuple):
+    """One of the projections that meet in a slice.
+
+    Attributes:
+        weight: (D, features), with the slice's heads in the last dimension.
+        bias: (features,) or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def gram(self, heads: HeadSlice, size: int) -> Tensor:
+        """The Gram matrix of every block, (H, d, d) float64."""
+        return gram(heads.blocks(self.weight, size), None if self.bias is None else heads.blocks(self.bias, size))
+
+
+def own_side(base_weight: BaseWeight) -> Side:
+    """The projection itself; call it inside `base_weight.whole()`."""
+    return Side(base_weight.transposed(), base_weight.bias)
+
+
+@contextmanager
+def partner_side(model: nn.Module, spec: BlockSpec) -> Iterator[Side | None]:
+    """The other projection of a pair, whole inside the context only; None for a projection that is adapted alone."""
+    if spec.partner is None:
+        yield None
+    else:
+        with partner_weight(model, spec.partner) as (weight, bias):
+            yield Side(weight, bias)
+
+
 @torch.no_grad()
 def frozen_tensors(
-    model: nn.Module, layer: CloverLayer, specs: tuple[BlockSpec, ...], zero_blocks: list[str] | None = None
+    model: nn.Module, base_weight: BaseWeight, specs: tuple[BlockSpec, ...], zero_blocks: list[str] | None = None
 ) -> dict[str, dict[str, Tensor]] | None:
-    """The frozen tensors of a layer's slices, computed from the base weights.
+    """The frozen tensors of a projection's slices.
 
     Args:
         model: the model that partners' paths are relative to.
-        layer: the layer.
+        base_weight: the projection's weight.
         specs: its slices.
         zero_blocks: takes a line for each slice with blocks of zeros.
 
@@ -85,26 +89,26 @@ def frozen_tensors(
         ValueError: naming the module, for weights that are not finite.
     """
 
-    def compute() -> dict[str, dict[str, Tensor]] | None:
-        with layer.base_weight.whole():
-            if not layer.base_weight.is_present:
-                return None
-            weight, bias = layer.base_weight.transposed(), layer.base_weight.bias
-            result = {}
-            for spec in specs:
-                norm = row_norms(model, spec, weight)
-                result[spec.name] = {"clover_norm": norm}
-                if zero_blocks is not None and (zeros := (norm == 0).all(-1).nonzero().flatten().tolist()):
-                    zero_blocks.append(f"{layer.name} ({spec.part}), block(s) {', '.join(map(str, zeros))}")
-                if spec.basis != "folded":
-                    try:
-                        bases = compute_bases(model, spec, weight, bias)
-                    except ValueError as error:
-                        raise ValueError(f"{layer.name}: {error}") from error
-                    result[spec.name] |= stored_bases(bases)
-            return result
+    def of_slice(spec: BlockSpec, own: Side) -> dict[str, Tensor]:
+        with partner_side(model, spec) as partner:
+            norm = row_norms(spec, own, partner)
+            if zero_blocks is not None and (zeros := (norm == 0).all(-1).nonzero().flatten().tolist()):
+                zero_blocks.append(f"{base_weight.path} ({spec.part}), block(s) {', '.join(map(str, zeros))}")
+            if spec.basis == "folded":
+                return {"clover_norm": norm}
+            try:
+                return {"clover_norm": norm, **stored_bases(compute_bases(spec, own, partner))}
+            except ValueError as error:
+                raise ValueError(f"{base_weight.path}: {error}") from error
 
-    return layer.base_weight.compute(compute)
+    def of_all() -> dict[str, dict[str, Tensor]] | None:
+        with base_weight.whole():
+            if not base_weight.is_present:
+                return None
+            own = own_side(base_weight)
+            return {spec.name: of_slice(spec, own) for spec in specs}
+
+    return base_weight.compute(of_all)
 
 
 def stored_bases(bases: Bases) -> dict[str, Tensor]:
@@ -113,13 +117,25 @@ def stored_bases(bases: Bases) -> dict[str, Tensor]:
     return {attribute: tensor for attribute, tensor in found.items() if tensor is not None}
 
 
+def row_norms(spec: BlockSpec, own: Side, partner: Side | None, features: int | None = None) -> Tensor:
+    """Norms of the weight's rows, (H, d), or of the first features of each block; for a pair, times the norms of the
+    partner's columns."""
+    found = feature_norms(spec.heads.blocks(own.weight, spec.size)[..., :features])
+    if partner is None:
+        return found
+    assert spec.partner is not None
+    heads, count = spec.partner.heads, spec.heads.count
+    beside = feature_norms(heads.blocks(partner.weight, spec.size)[..., :features]).to(found)
+    shared = beside.unflatten(0, (count, heads.count // count, -1))
+    return found * torch.linalg.vector_norm(shared, dim=1).flatten(0, 1)
+
+
 def compute_bases(
-    model: nn.Module,
     spec: BlockSpec,
-    weight: Tensor,
-    bias: Tensor | None,
-    own: Moments | None = None,
-    partner: Moments | None = None,
+    own: Side,
+    partner: Side | None,
+    own_moments: Moments | None = None,
+    partner_moments: Moments | None = None,
 ) -> Bases:
     """Bases of one slice: of the pair, from the Gram matrices of both projections, or of the projection alone.
 
@@ -134,19 +150,21 @@ def compute_bases(
         bases = pair_bases(*grams) if len(grams) > 1 else alone(*grams)
         return bases if spec.r == spec.size else bases.leading(spec.r)
 
-    g_in = gram(spec.heads.blocks(weight, spec.size), None if bias is None else spec.heads.blocks(bias, spec.size))
-    plain: tuple[Tensor, ...] = (g_in,)
-    found: tuple[Tensor, ...] | None = None
-    if spec.partner is None:
-        if own is not None:
-            found = (shrink(own.second.to(g_in.device), g_in, own.tokens),)
+    g_in = own.gram(spec.heads, spec.size)
+    if partner is None:
+        plain: tuple[Tensor, ...] = (g_in,)
+        found = plain if own_moments is None else (shrink(own_moments.second.to(g_in), g_in, own_moments.tokens),)
     else:
-        heads, reads, count = spec.partner.heads, spec.partner.reads, spec.heads.count
-        with partner_weight(model, spec.partner) as (rows, partner_bias):
-            g_out = gram(
-                heads.blocks(rows, spec.size), None if partner_bias is None else heads.blocks(partner_bias, spec.size)
-            )
-        plain = pair_grams(g_in, g_out, count, reads=reads)[:2]
-        if own is not None or partner is not None:
-            found = pair_grams(g_in, g_out, count, reads=reads, own=own, partner=partner)[:2]
-    return decompose(plain) if found is None else decompose(found).as_strong_as(decompose(plain), *plain)
+        assert spec.partner is not None
+        grams = partial(
+            pair_grams,
+            g_in,
+            partner.gram(spec.partner.heads, spec.size),
+            spec.heads.count,
+            reads=spec.partner.reads,
+        )
+        plain = grams()[:2]
+        found = grams(own=own_moments, partner=partner_moments)[:2]
+    if own_moments is None and partner_moments is None:
+        return decompose(plain)
+    return decompose(found).as_strong_as(decompose(plain), *plain)

@@ -6,7 +6,7 @@ from torch import nn
 
 from ..runtime.sharding import broadcast_from_rank_0
 from .adapter_tensors import FROZEN
-from .bases import clover_layers, inner_model
+from .layers import clover_layers, inner_model
 
 
 def broadcast_bases(model: nn.Module) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .bases import clover_layers
 from .config import CloverConfig
 from .layer import CloverLayer
+from .layers import clover_layers
 
 Sources = dict[str, tuple[CloverLayer, list[str]]]
 

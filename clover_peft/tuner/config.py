@@ -73,7 +73,8 @@ class CloverConfig(PeftConfig):
         base_precision: Set when the adapter is made: the precision of the base weights, such as "bfloat16".
         max_condition: Largest condition number of the bases of blocks that are trained whole; the bases amplify
             rounding by up to this factor. A direction whose strength is below 1/limit of the strongest is treated as
-            if it had that strength. 100 for a new adapter; None, no limit, for files of earlier versions.
+            if it had that strength. None means 100 in a new config; a large number is no limit. In files of earlier
+            versions, None means no limit.
 
     Raises:
         ValueError: for values outside these choices and for combinations that have no meaning.
@@ -114,8 +115,8 @@ class CloverConfig(PeftConfig):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        # These two are not fields, so no file has them. A config that was read from a file, which has peft's version
-        # already, waits for the weights beside it until they are loaded.
+        # These two are not fields, so no file has them. Only a config from a file has peft's version here; it waits
+        # for the weights beside it until they are loaded.
         self.awaits_weights = self.peft_version is not None
         self.folder = ""  # the folder that it was read from, if that is known
         if self.peft_version is None and self.max_condition is None:

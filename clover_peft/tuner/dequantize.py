@@ -19,11 +19,11 @@ from torch import nn
 from ..base_model.weight import BaseWeight, feature_counts
 from ..runtime.bitsandbytes import check_packing
 from .base_check import check_fingerprint, fingerprint
-from .bases import clover_layers, inner_model, layers_with
 from .config import CloverConfig
 from .experts import refuse_experts
 from .layer import CloverLayer
-from .merging import map_constant
+from .layers import clover_layers, inner_model, layers_with
+from .merging import map_base_tensor
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -126,7 +126,7 @@ def merge_onto(model: nn.Module, base: ModelT, adapter_name: str = "default") ->
                 # Biases are never quantised, and may have been trained.
                 trained: Any = layer.base_weight.bias
                 target.bias = nn.Parameter(
-                    map_constant(layer, trained, [adapter_name]).to(own), requires_grad=own.requires_grad
+                    map_base_tensor(layer, trained, [adapter_name]).to(own), requires_grad=own.requires_grad
                 )
     for path, module in inner.named_modules():
         mine: Any = module

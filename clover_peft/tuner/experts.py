@@ -66,7 +66,8 @@ class CloverExperts(CloverLayer):
                 "see tokens without their samples, so call set_adapter and run the samples of each adapter together"
             )
         names = [name for name in self.active_adapters if name in self.specs]
-        if self._is_plain() or adapter_names is not None or not names:
+        self._unmerge_if_disabled()
+        if self.disable_adapters or self.merged or adapter_names is not None or not names:
             return self.base_layer(*args, **kwargs)
         depth = "base_layer." * self._layers_below()
         changed = {depth + name: tensor for name, tensor in self.adapted(names).items()}

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.linalg import pinv
 
-from ..base_model.weight import partner_weight
-from .bases import clover_layers, compute_bases, inner_model
+from .bases import Side, compute_bases, own_side, partner_side
 from .block_spec import BlockSpec
+from .layers import clover_layers, inner_model
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def explicit_factors(model: nn.Module, target: str, adapter_name: str = "default
     layer = found[0][1]
     layer.check_bases(adapter_name, "factor")
     with layer.base_weight.whole():
-        weight, bias = layer.base_weight.transposed(), layer.base_weight.bias
+        own = own_side(layer.base_weight)
     result = {}
     for spec in layer.specs[adapter_name]:
         tensors = layer.tensors(adapter_name, spec)
@@ -79,10 +79,11 @@ def explicit_factors(model: nn.Module, target: str, adapter_name: str = "default
                 f"{layer.name}: expected bases of the weights, found some of activations, whose U and V are not "
                 "orthonormal; make the adapter without initialize_from_activations"
             )
-        rows = spec.heads.blocks(_with_bias(weight, bias), spec.size).transpose(0, 1)
+        rows = spec.heads.blocks(_with_bias(own), spec.size).transpose(0, 1)
         u, ds = rows @ tensors.c.double().mT, layer.scaling[adapter_name] * tensors.s.double()
         if spec.balanced_updates:  # which scaled C
-            unscaled = compute_bases(inner, spec, weight, bias).c.to(u)
+            with partner_side(inner, spec) as partner:
+                unscaled = compute_bases(spec, own, partner).c.to(u)
             norms = torch.linalg.matrix_norm(unscaled)
             scale = torch.linalg.matrix_norm(tensors.c.double()) / torch.where(norms > 0, norms, 1.0)
             scale = torch.where(scale > 0, scale, 1.0)
@@ -90,23 +91,24 @@ def explicit_factors(model: nn.Module, target: str, adapter_name: str = "default
         v = torch.eye(spec.size).to(u) if tensors.e is None else tensors.e.double()
         v = v.expand(spec.blocks, -1, -1)
         product = rows.mT @ pinv(u).mT
-        if spec.partner is not None:
-            columns = _partner_columns(inner, spec)
-            v, product = columns @ v, columns @ product
+        with partner_side(inner, spec) as partner:
+            if partner is not None:
+                columns = _columns(spec, partner)
+                v, product = columns @ v, columns @ product
         result[spec.name] = Factors(u, pinv(v) @ product + (torch.diag_embed(ds) if ds.ndim == 2 else ds), v)
     return result
 
 
-def _with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
+def _with_bias(side: Side) -> Tensor:
     """(D, features), with the bias as one more row, in float64."""
+    weight, bias = side
     return weight.double() if bias is None else torch.cat([weight, bias.to(weight).unsqueeze(0)]).double()
 
 
-def _partner_columns(model: nn.Module, spec: BlockSpec) -> Tensor:
+def _columns(spec: BlockSpec, partner: Side) -> Tensor:
     """(H, D, d) float64: the partner's side of every block, the query heads of a group one below the other."""
     assert spec.partner is not None
     heads, count = spec.partner.heads, spec.heads.count
-    with partner_weight(model, spec.partner) as (weight, bias):
-        blocks = heads.blocks(_with_bias(weight, bias), spec.size)  # (D, groups * H, d)
+    blocks = heads.blocks(_with_bias(partner), spec.size)  # (D, groups * H, d)
     grouped = blocks.unflatten(1, (count, heads.count // count, -1))  # (D, kv heads, groups, blocks a head, d)
     return grouped.permute(1, 3, 2, 0, 4).flatten(2, 3).flatten(0, 1)

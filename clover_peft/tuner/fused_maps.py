@@ -32,13 +32,10 @@ _EPS = torch.finfo(torch.bfloat16).eps
 _MUCH_AMPLIFIED = 0.1
 
 
-class _BackwardPasses:
-    """Counts backward passes through maps."""
+class MapBackwards:
+    """Counts the calls of a map's backward pass in this process: after one, an optimizer may have written to S."""
 
     count = 0
-
-
-backward_passes = _BackwardPasses()
 
 
 def apply_maps(z: Tensor, maps: Sequence[HeadMap | UnfoldedMap], output_is_kept: bool = False) -> Tensor:
@@ -57,22 +54,21 @@ def apply_maps(z: Tensor, maps: Sequence[HeadMap | UnfoldedMap], output_is_kept:
             return apply_maps(z, maps, output_is_kept)
     if is_traced() or (len(maps) > 1 and not _are_apart(tuple(m.place for m in maps))):
         return formula(z, maps)
-    folded = [m for m in maps if isinstance(m, HeadMap) and m.c is None and m.dropout is None]
+    folded = [m for m in maps if isinstance(m, HeadMap) and m.is_folded]
     if others := [m for m in maps if all(m is not one for one in folded)]:
         z = formula(z, others)  # maps of different features may be applied one after the other
     if not folded:
         return z
     places, matrices = [m.place for m in folded], [m.matrix for m in folded]
     if torch.is_grad_enabled() and (z.requires_grad or any(matrix.requires_grad for matrix in matrices)):
-        may_invert = output_is_kept and not any(place.replaces for place in places)
-        return _ApplyMaps.apply(z, places, _inversions(folded) if may_invert else None, *matrices)
+        return _ApplyMaps.apply(z, places, _inversions(folded) if output_is_kept else None, *matrices)
     return _add_up(z, places, matrices)
 
 
 def _add_up(z: Tensor, places: Sequence[Place], matrices: Sequence[Tensor]) -> Tensor:
     """`y` of maps at places that are apart."""
     [place, *others] = places
-    if not others and place.heads.covers(z.shape[-1]) and not place.replaces:
+    if not others and place.heads.covers(z.shape[-1]):
         # One operation, which needs no copy of z first: a third faster for the blocks of a single token.
         y, tokens = torch.empty_like(z, memory_format=torch.contiguous_format), place.tokens(z)
         torch.baddbmm(tokens, tokens, matrices[0].to(z.dtype).mT, out=place.tokens(y))  # y itself must not be a view
@@ -100,32 +96,32 @@ class _ApplyMaps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        backward_passes.count += 1
+        MapBackwards.count += 1
         saved = ctx.saved_tensors  # gradient checkpointing computes them now, under autocast if that is on
         with torch.autocast(gradient.device.type, enabled=False):
             return _ApplyMaps._gradients(ctx, gradient, *saved)
 
     @staticmethod
     def _gradients(ctx: Any, gradient: Tensor, kept: Any, *matrices: Tensor) -> tuple[Tensor | None, ...]:
-        for_z = gradient.clone(memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
-        for_matrices: list[Tensor | None] = [None] * len(matrices)
+        grad_z = gradient.clone(memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
+        grad_matrices: list[Tensor | None] = [None] * len(matrices)
         for i, (place, matrix) in enumerate(zip(ctx.places, matrices, strict=True)):
-            of_y, weight = place.tokens(gradient), matrix.to(gradient.dtype)
+            grad_y, rounded = place.tokens(gradient), matrix.to(gradient.dtype)
             if ctx.needs_input_grad[3 + i] and ctx.inversions is None:
-                for_matrices[i] = torch.bmm(of_y.mT, place.tokens(kept)).to(matrix.dtype)
+                grad_matrices[i] = torch.bmm(grad_y.mT, place.tokens(kept)).to(matrix.dtype)
             elif ctx.needs_input_grad[3 + i]:
                 # Invert the map as it was applied, rounded, but sum in its own dtype: otherwise a feature with a large
                 # mean drowns the others in rounding error.
                 square, shared = ctx.inversions[i]
                 if shared is None or torch.is_grad_enabled():
-                    inverse = inverse_of_one_plus(weight.to(matrix.dtype), square)
+                    inverse = inverse_of_one_plus(rounded.to(matrix.dtype), square)
                 else:
                     inverse = shared(gradient.dtype)
                 ctx.inversions[i] = Inversion(square)  # lets go of the other layers' inverses
-                for_matrices[i] = torch.bmm(_sum_over_tokens(of_y, place.tokens(kept), matrix.dtype), inverse.mT)
-            if for_z is not None:
-                place.add_(for_z, of_y, weight)
-        return for_z, None, None, *for_matrices
+                grad_matrices[i] = torch.bmm(_sum_over_tokens(grad_y, place.tokens(kept), matrix.dtype), inverse.mT)
+            if grad_z is not None:
+                place.add_(grad_z, grad_y, rounded)
+        return grad_z, None, None, *grad_matrices
 
 
 def _sum_over_tokens(g: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
@@ -153,13 +149,13 @@ def _inversions(maps: Sequence[HeadMap]) -> list[Inversion | None] | None:
         some = maps[unknown[0]].matrix
         if type(some) is not Tensor or some.is_meta or is_captured(some):
             return None
-        figures = torch.stack([norms(maps[i].matrix.detach()) for i in unknown]).tolist()
+        figures = torch.stack([map_norms(maps[i].matrix.detach()) for i in unknown]).tolist()
         for i, (once, twice) in zip(unknown, figures, strict=True):
             result[i] = Inversion(twice if is_invertible(once, twice) else math.inf)
     return None if any(one is not None and one.square == math.inf for one in result) else result
 
 
-def norms(matrix: Tensor) -> Tensor:
+def map_norms(matrix: Tensor) -> Tensor:
     """The largest `||M_h||` and `||M_h^2||` of maps, (..., H, d, d): (..., 2)."""
     return torch.stack([torch.linalg.vector_norm(m, dim=(-2, -1)).amax(-1) for m in (matrix, matrix @ matrix)], -1)
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel
 
-from .bases import clover_layers
 from .config import CloverConfig
+from .layers import clover_layers
 
 # The adapter's function does not depend on these fields, or the names and shapes in its file show a difference.
 _FREE = {

@@ -1,13 +1,16 @@
 """`CloverLayer`: a linear projection followed by a trained map of every block onto itself.
 
-With `z = W x + b` the frozen projection's output and `z_h` its features in block h (ours; equal to the paper's
-`V S U^T`, Eq. 3, arXiv 2411.17426):
+With `z = W x + b` the frozen projection's output and `z_h` its features in block h:
 
     y_h = z_h + E_h dS_h C_h z_h            S = S0 + dS
     y_h =       E_h (S0 + dS_h) C_h z_h     with truncate=True
 
-dS is trained and starts at zero. With `low_rank`, `B A x` is added to y, with x the projection's input; A and B are
-trained and B starts at zero. `AdapterTensors` names the tensors.
+This form is ours; `W_o y` is the paper's `V S U^T x` (Eq. 3, arXiv 2411.17426). dS is trained and starts at zero.
+With `low_rank`, `B A x` is added to y, with x the projection's input; A and B are trained and B starts at zero.
+`AdapterTensors` names the tensors. Peft freezes everything else.
+
+`apply_adapters` computes y. In a training pass of the whole model, the first layer that runs folds the maps of all
+layers (`model_maps`, whose hooks `CloverModel` registers); a layer that is called on its own folds its own maps.
 """
 
 from __future__ import annotations
@@ -60,8 +63,6 @@ class CloverLayer(AdapterTensors, Scaling, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter = [adapter_name]
         self._cache = MapCache()
-        # Squared norms of the last merge's change, and of the rounding error of the quantised result.
-        self.merge_rounding: tuple[float, float] = (0.0, 0.0)
         self.base_weight = (base_weight or partial(BaseWeight, quantization_kwargs=quantization_kwargs))(self, name)
         self.in_features, self.out_features = self.base_weight.in_features, self.base_weight.out_features
         self.fan_in_fan_out = self.base_weight.fan_in_fan_out
@@ -145,9 +146,9 @@ class CloverLayer(AdapterTensors, Scaling, BaseTunerLayer):
         """
         if adapter_names is not None:
             self._check_mixed_batch(x, adapter_names)
-        is_plain = self._is_plain()
+        self._unmerge_if_disabled()
         z = self.base_layer(x, *args, **kwargs)
-        if is_plain:
+        if self.disable_adapters or self.merged:
             return z
         if adapter_names is None:
             return self._adapted(z, x, self.active_adapters)
@@ -158,8 +159,8 @@ class CloverLayer(AdapterTensors, Scaling, BaseTunerLayer):
                 result[rows] = self._adapted(z[rows], x[rows], [name])
         return result
 
-    def _is_plain(self) -> bool:
-        """Whether the base layer computes the result alone: adapters are merged, or disabled, which unmerges them."""
+    def _unmerge_if_disabled(self) -> None:
+        """Take merged adapters out of the base weight if adapters were disabled since."""
         if self.disable_adapters and self.merged:
             if shares_state(self):
                 raise ValueError(
@@ -167,7 +168,6 @@ class CloverLayer(AdapterTensors, Scaling, BaseTunerLayer):
                     "unmerge_adapter() on the model before disabling them"
                 )
             self.unmerge()
-        return self.disable_adapters or self.merged
 
     def _adapted(self, z: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
         """`z + E dS C z + B A x`, (..., out_features), over the adapters."""
@@ -200,7 +200,8 @@ class CloverLayer(AdapterTensors, Scaling, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write adapters into the base weight, `W <- (I + E dS C) W + B A`, and into the bias.
 
-        The original tensors are kept: `unmerge` restores them bit for bit, and a further merge starts from them.
+        The original tensors are kept beside the merged ones: `unmerge` restores them bit for bit, and a further merge
+        starts from them. An offloaded or sharded weight has to be whole, which peft sees to when it merges a model.
 
         Args:
             safe_merge: refuse results that are not finite.
@@ -215,7 +216,7 @@ class CloverLayer(AdapterTensors, Scaling, BaseTunerLayer):
         if names:
             self.forget_maps()
             weight, bias = self.merged_tensors([*self.merged_adapters, *names], safe_merge)
-            self.merge_rounding = self.base_weight.write(weight, bias)
+            self.base_weight.write(weight, bias)
             self.merged_adapters.extend(names)
             self._merged_scaling |= {name: self.scaling[name] for name in names}
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .bases import layers_with
 from .experts import refuse_experts
+from .layers import layers_with
 
 
 @torch.no_grad()

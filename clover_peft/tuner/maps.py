@@ -1,6 +1,6 @@
 """Maps of blocks onto themselves, applied to features by the plain formula.
 
-With `z_h` the features of block h and M_h its folded map (`E dS C`; ours, equal to the paper's `V S U^T`):
+With `z_h` the features of block h and M_h its folded map, `E dS C` (ours; W_o y is the paper's V S U^T x):
 
     y_h = z_h + M_h z_h
 """
@@ -35,20 +35,17 @@ class Place(NamedTuple):
         blocks = self.heads.blocks(features, self.size)
         return blocks.reshape(-1, *blocks.shape[-2:]).transpose(0, 1)
 
-    def add_(self, result: Tensor, tokens: Tensor, weight: Tensor) -> None:
-        """Add `tokens @ weight`, (H, tokens, d) by (H, d, d), to the features of a contiguous `result`.
-
-        If the map replaces its input, write it there instead.
-        """
+    def add_(self, result: Tensor, tokens: Tensor, matrix: Tensor) -> None:
+        """Add `tokens @ matrix`, (H, tokens, d) by (H, d, d), to the features of a contiguous `result`."""
         target = self.tokens(result)
-        target.baddbmm_(tokens, weight, beta=0 if self.replaces else 1)
+        target.baddbmm_(tokens, matrix)
         if not self.heads.has_views(self.size):
             heads = self.heads.heads(result)
             heads.copy_(target.transpose(0, 1).reshape(heads.shape))
 
 
 class Inversion(NamedTuple):
-    """How I + M is inverted, if that does not amplify rounding too much.
+    """How `fused_maps` solves `y = (I + M) z` for z in a backward pass, if that does not amplify rounding too much.
 
     Attributes:
         square: a bound on the norms of M^2, infinite if I + M must not be inverted.
@@ -67,7 +64,7 @@ class HeadMap(NamedTuple):
         matrix: (H, d, d), M; with `c` (H, d, r), its left factor E dS.
         c: (H, r, d), C, of a map in two stages, M = (E dS) C; None for a folded map.
         dropout: a module that is applied to the map's input.
-        inversion: of a folded map; None if that is not known.
+        inversion: of a folded map; None if it is not computed yet.
     """
 
     place: Place
@@ -75,6 +72,11 @@ class HeadMap(NamedTuple):
     c: Tensor | None = None
     dropout: nn.Module | None = None
     inversion: Inversion | None = None
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether it adds one product with a d x d matrix, and nothing else."""
+        return self.c is None and self.dropout is None and not self.place.replaces
 
     def to(self, dtype: torch.dtype) -> HeadMap:
         """The map with its matrices in `dtype`."""
@@ -103,20 +105,21 @@ class UnfoldedMap(NamedTuple):
 
 def formula(z: Tensor, maps: Sequence[HeadMap | UnfoldedMap]) -> Tensor:
     """`y` of all maps together, each of the same z; `apply_maps` in plain operations of torch."""
-    whole = len(maps) == 1 and maps[0].place.heads.covers(z.shape[-1])
-    result = z if whole else z.clone()
-    for m in maps:
-        heads, _, replaces = m.place
+    if len(maps) == 1 and maps[0].place.heads.covers(z.shape[-1]):
+        [m] = maps
         tokens = m.place.tokens(z)
         mapped = m.mapped(tokens)
-        if whole:
-            # The sum has the memory layout of its first operand, so the reshape does not copy.
-            return (mapped if replaces else tokens + mapped).transpose(0, 1).reshape(z.shape)
-        change = (mapped - tokens if replaces else mapped).transpose(0, 1)
-        if not takes_writes():
-            index = torch.tensor(heads.indices(), device=z.device)
-            result = result.index_add(-1, index, change.reshape(*z.shape[:-1], -1))
-        else:
-            target = heads.heads(result)
+        # The sum has the memory layout of its first operand, so the reshape does not copy.
+        return (mapped if m.place.replaces else tokens + mapped).transpose(0, 1).reshape(z.shape)
+    result = z.clone()
+    for m in maps:
+        tokens = m.place.tokens(z)
+        mapped = m.mapped(tokens)
+        change = (mapped - tokens if m.place.replaces else mapped).transpose(0, 1)
+        if takes_writes():
+            target = m.place.heads.heads(result)
             target.add_(change.reshape(target.shape))
+        else:
+            index = torch.tensor(m.place.heads.indices(), device=z.device)
+            result = result.index_add(-1, index, change.reshape(*z.shape[:-1], -1))
     return result

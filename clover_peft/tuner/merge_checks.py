@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from ..io.user_warning import warn
-from .bases import clover_layers
+from .layers import clover_layers
 from .merging import check_merge
 
 # Merging warns if rounding changes more than this share of the update.
@@ -45,9 +45,10 @@ def warning_of_rounding(model: nn.Module) -> Iterator[None]:
     """Warn once if the merges of this context, into quantised weights, have lost much of the update to rounding."""
     layers = {path: layer for path, layer in clover_layers(model) if layer.quantization_backend is not None}
     for layer in layers.values():
-        layer.merge_rounding = (0.0, 0.0)
+        layer.base_weight.rounding = (0.0, 0.0)
     yield
-    merged = {path: layer.merge_rounding for path, layer in layers.items() if layer.merge_rounding[0] > 0}
+    roundings = {path: layer.base_weight.rounding for path, layer in layers.items()}
+    merged = {path: rounding for path, rounding in roundings.items() if rounding[0] > 0}
     if not merged:
         return
     changes, errors = (sum(column) for column in zip(*merged.values(), strict=True))

@@ -44,20 +44,19 @@ def check_merge(layer: AdapterTensors, adapter_names: list[str]) -> None:
 
 
 @torch.no_grad()
-def map_constant(layer: AdapterTensors, z: Tensor, adapter_names: list[str]) -> Tensor:
-    """The map of a transposed weight or a bias, (..., out_features), in at least float32 and outside of autocast.
+def map_base_tensor(layer: AdapterTensors, tensor: Tensor, adapter_names: list[str]) -> Tensor:
+    """`y` of a transposed weight or a bias, (..., out_features), in at least float32.
 
-    Merging applies the map to the weight and bias, as the forward pass applies it to activations.
+    The maps are linear in z, so merging applies them to the weight and the bias as the forward pass does to z.
     """
-    z = z.detach().to(torch.promote_types(z.dtype, torch.float32))
-    with torch.autocast(device_type=z.device.type, enabled=False):
-        return apply_maps(z, layer.maps(adapter_names))
+    z = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+    return apply_maps(z, layer.maps(adapter_names))
 
 
 @torch.no_grad()
 def map_weight(layer: AdapterTensors, transposed: Tensor, adapter_names: list[str]) -> Tensor:
     """A transposed weight, (in_features, out_features), with maps and low-rank parts, in at least float32."""
-    result = map_constant(layer, transposed, adapter_names)
+    result = map_base_tensor(layer, transposed, adapter_names)
     with torch.autocast(device_type=result.device.type, enabled=False):
         return layer.add_low_rank(result, None, adapter_names)
 
@@ -86,14 +85,13 @@ def merged_tensors(
     """
     check_merge(layer, adapter_names)
     base = layer.base_weight
-    dtype = base.stored.dtype if base.stored.is_floating_point() else torch.float32
-    weight = base.as_stored(map_weight(layer, base.transposed(), adapter_names).to(dtype))
+    weight = base.as_stored(map_weight(layer, base.transposed(), adapter_names).to(base.merge_dtype))
     bias = base.bias
     if bias is not None:
-        bias = map_constant(layer, bias, adapter_names).to(bias.dtype)
+        bias = map_base_tensor(layer, bias, adapter_names).to(bias.dtype)
     if safe_merge and not all(torch.isfinite(t).all() for t in (weight, bias) if t is not None):
         raise ValueError(
-            f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be broken: it "
-            f"would make {layer.name} NaN or infinite; nothing was merged here"
+            f"NaNs detected in the merged weights: the adapter {', '.join(adapter_names)} would make {layer.name} NaN "
+            "or infinite, so nothing was merged here; load the adapter again from a sound file, or leave it out"
         )
     return weight.contiguous(), bias

@@ -26,12 +26,13 @@ from ..runtime.sharding import filled_by_rank_0, forget_spared, refuse_sharded, 
 from .adapter_file import is_untouched, select_for_saving, take_file
 from .adapter_folder import check_folder, read_tensors
 from .adapter_tensors import BASES_CHECKSUM, FROZEN
-from .bases import clover_layers, frozen_tensors, unwrap_empty_layers, warn_of_zero_blocks
+from .bases import frozen_tensors, warn_of_zero_blocks
 from .block_spec import BlockSpec, block_specs
 from .combining import add_up, find_sources
 from .config import CloverConfig
 from .experts import CloverExperts
 from .layer import CloverLayer, CloverLinear
+from .layers import clover_layers, unwrap_empty_layers
 from .merge_checks import check_merges, warning_of_rounding
 from .merging import check_truncation
 from .mixed_batch import mixed_batch
@@ -226,7 +227,7 @@ class CloverModel(TargetParameters, TiedWeights):
                         f"call clover_peft.{function}(model, batches)"
                     )
         if bases is None and not is_meta and not now.bases_follow:
-            bases = frozen_tensors(self.model, layer, specs, now.zero_blocks)
+            bases = frozen_tensors(self.model, layer.base_weight, specs, now.zero_blocks)
         layer.update_layer(
             adapter_name,
             specs,

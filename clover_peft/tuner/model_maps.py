@@ -27,7 +27,7 @@ from ..runtime.tensors import is_plain
 from ..runtime.tracing import KNOWS_SAVED_TENSORS_HOOKS, is_traced, saved_tensors_hooks, stream_of
 from .adapter_tensors import AdapterTensors
 from .block_spec import BlockSpec, BlockTensors
-from .fused_maps import backward_passes, inverse_of_one_plus, is_invertible, norms
+from .fused_maps import MapBackwards, inverse_of_one_plus, is_invertible, map_norms
 from .maps import HeadMap, Inversion, Place
 
 _current: ContextVar[_Pass | None] = ContextVar("clover_model_pass", default=None)
@@ -99,9 +99,10 @@ class _Pass:
 
     @staticmethod
     def _state_now() -> tuple:
-        """What ends the pass for layers: a backward pass, after which an optimizer may write to S without a trace; and
-        gradient checkpointing, under which they run again when the model's own pass is over."""
-        return backward_passes.count, saved_tensors_hooks()
+        """A value that changes when the maps of this pass must no longer be used: after a backward pass, because an
+        optimizer may then write to S without a trace; and under gradient checkpointing, because layers then run again
+        when the model's own pass is over."""
+        return MapBackwards.count, saved_tensors_hooks()
 
     def find(self, layer: AdapterTensors, adapter_names: Sequence[str]) -> list[HeadMap] | None:
         """See `maps_of_model`."""
@@ -204,7 +205,7 @@ def _fold(slices: Iterable[_Slice]) -> None:
             for one, matrix in zip(group, matrices, strict=True):
                 one.matrix = matrix
             if may_invert and type(matrices) is Tensor:  # not a stand-in without numbers
-                asked[matrices.device].append((group, matrices, norms(matrices)))
+                asked[matrices.device].append((group, matrices, map_norms(matrices)))
     for found in asked.values():
         figures = torch.cat([figure for *_, figure in found]).tolist()
         for group, matrices, _ in found:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ..base_model.activations import Probe, TokenReader, evaluating, hooks
 from ..runtime.bitsandbytes import check_packing, keep_unpacked
 from .activation_bases import check_new
-from .bases import inner_model, layers_with
 from .block_spec import BlockSpec
 from .experts import refuse_experts
 from .layer import CloverLayer
+from .layers import inner_model, layers_with
 
 # The sensitivity that every block is given. Rates of about 5e-3 are then right for AdamW (SmolLM2-135M).
 SENSITIVITY = 0.004

@@ -18,8 +18,8 @@ from clover_peft.base_model.attention import AttentionBlock
 from clover_peft.base_model.resolve import default_targets, resolve
 from clover_peft.base_model.slices import HeadSlice, Partner
 from clover_peft.base_model.weight import base_of
-from clover_peft.tuner.bases import clover_layers
 from clover_peft.tuner.config_checks import MOST_CONDITION
+from clover_peft.tuner.layers import clover_layers
 from tests.support.tiny import (
     FAMILIES,
     MISSING,

@@ -11,7 +11,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
+from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, QuantizationBackend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -127,21 +127,21 @@ def test_the_weight_that_is_read_is_the_one_that_multiplies(kind, bias):
 
 
 @pytest.mark.parametrize(
-    ("kind", "stored", "precision", "compute"),
+    ("kind", "stored", "precision", "merges_in"),
     [
         ("linear", torch.float32, "float32", torch.float32),
         ("bfloat16", torch.bfloat16, "bfloat16", torch.bfloat16),
         ("conv1d", torch.float32, "float32", torch.float32),
-        ("8bit", torch.int8, "bnb 8bit", torch.bfloat16),
-        ("nf4", torch.uint8, "bnb 4bit", torch.bfloat16),
-        ("hqq", torch.uint8, "hqq", torch.bfloat16),
+        ("8bit", torch.int8, "bnb 8bit", torch.float32),
+        ("nf4", torch.uint8, "bnb 4bit", torch.float32),
+        ("hqq", torch.uint8, "hqq", torch.float32),
     ],
 )
-def test_it_knows_how_the_weight_is_stored(kind, stored, precision, compute):
+def test_it_knows_how_the_weight_is_stored(kind, stored, precision, merges_in):
     base = read(kind)
     assert base.stored.dtype == stored
     assert base.precision == precision
-    assert base.compute_dtype == compute
+    assert base.merge_dtype == merges_in
     assert base.is_readable
     assert base.is_present
 
@@ -213,7 +213,8 @@ def test_what_was_written_is_taken_back_bit_for_bit(kind, bias):
 def test_writing_a_plain_weight_rounds_nothing(kind):
     base = read(kind)
     weight, bias = written(base)
-    assert base.write(weight.clone(), bias) == (0.0, 0.0)
+    base.write(weight.clone(), bias)
+    assert base.rounding == (0.0, 0.0)
     assert torch.equal(base.module.weight, weight)
 
 
@@ -222,11 +223,40 @@ def test_writing_a_quantised_weight_tells_the_change_and_the_rounding(kind):
     base = read(kind)
     before = base.transposed()
     weight, bias = written(base)
-    change, error = base.write(weight.clone(), bias)
+    base.write(weight.clone(), bias)
+    change, error = base.rounding
     assert change == pytest.approx(float((weight.mT - before).square().sum()), rel=1e-4)
     now = BaseWeight(base.owner).transposed()
     assert error == pytest.approx(float((weight.mT - now).square().sum()), rel=1e-4)
     assert 0 < error < (2 * ROUNDED[kind]) ** 2 * float(weight.square().sum())
+
+
+class InPlace(QuantizationBackend):
+    """A backend that writes into the packed weight, which is not called `weight`."""
+
+    backend_name, supports_merge = "in place", True
+
+    def get_base_weight(self, module):
+        return module.qweight.data
+
+    def set_base_weight(self, module, weight):
+        module.qweight.data.copy_(weight)
+
+
+def test_a_backend_that_cannot_be_unmerged_is_refused(monkeypatch):
+    module = nn.Linear(IN, OUT, bias=False)
+    module.qweight = module.weight
+    del module.weight
+    base = BaseWeight(module, "model.q_proj")
+    monkeypatch.setattr(base, "backend", InPlace())
+    with pytest.raises(TypeError, match=r"model\.q_proj: .*in place backend.* wrote into the old one"):
+        base.write(torch.ones(OUT, IN), None)
+    assert not base.is_merged
+
+
+def test_a_weight_of_eight_bits_is_merged_in_float32():
+    module = linear(bias=False, dtype=torch.float8_e4m3fn)
+    assert BaseWeight(module).merge_dtype == torch.float32
 
 
 @pytest.mark.parametrize("kind", PLAIN)

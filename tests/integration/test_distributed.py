@@ -28,7 +28,7 @@ from transformers import LlamaForCausalLM
 import clover_peft.tuner.bases
 import clover_peft.tuner.layer
 from clover_peft import CloverConfig, CloverLayer, broadcast_bases
-from clover_peft.tuner.bases import clover_layers
+from clover_peft.tuner.layers import clover_layers
 from tests.support.tiny import build, inputs, logits, perturb, relative
 
 pytest.importorskip("trl", reason="needs the train extra: pip install clover-peft[train]")

@@ -8,8 +8,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from clover_peft import CloverConfig, explicit_factors, initialize_from_activations
 from clover_peft.linalg.moments import shrink
-from clover_peft.tuner.bases import clover_layers
 from clover_peft.tuner.combining import have_same_bases
+from clover_peft.tuner.layers import clover_layers
 from tests.support.tiny import VOCAB, build, inputs, logits, perturb, relative
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tokens for blocks of")

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from clover_peft import CloverConfig
-from clover_peft.tuner.bases import clover_layers
+from clover_peft.tuner.layers import clover_layers
 from tests.support.adapters import two_trained
 from tests.support.tiny import TOLERANCE, build, logits, perturb, relative
 

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel, convert_to_lora, get_peft_model, save_as_lora, set_peft_model_state_dict
 
 from clover_peft import CloverConfig, lora_errors
-from clover_peft.tuner.bases import clover_layers
+from clover_peft.tuner.layers import clover_layers
 from tests.support.tiny import TOLERANCE, build, logits, perturb, relative
 
 pytestmark = pytest.mark.usefixtures("one_thread")

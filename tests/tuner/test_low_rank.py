@@ -8,8 +8,8 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from clover_peft import CloverConfig, hotswap_adapter, initialize_from_activations
-from clover_peft.tuner.bases import clover_layers
-from clover_peft.tuner.merging import map_constant
+from clover_peft.tuner.layers import clover_layers
+from clover_peft.tuner.merging import map_base_tensor
 from tests.support.tiny import TOLERANCE, build, inputs, logits, perturb, relative
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,7 +51,7 @@ def test_it_merges_as_it_runs(family, options):
     bits = {name: p.clone() for name, p in model.named_parameters()}
     for _, layer in clover_layers(model):
         a, b = (getattr(layer, part)["default"].get("weight") for part in ("clover_A", "clover_B"))
-        maps = map_constant(layer, layer.base_weight.transposed(), ["default"]) - layer.base_weight.transposed()
+        maps = map_base_tensor(layer, layer.base_weight.transposed(), ["default"]) - layer.base_weight.transposed()
         delta = layer.get_delta_weight("default")
         delta = delta if layer.fan_in_fan_out else delta.mT
         assert relative(delta, maps + (b @ a).mT) < TOLERANCE[torch.float32]

@@ -8,7 +8,7 @@ import transformers as hf
 from peft import get_peft_model
 
 from clover_peft import CloverConfig
-from clover_peft.tuner.bases import clover_layers
+from clover_peft.tuner.layers import clover_layers
 from tests.support.adapters import two_trained
 from tests.support.tiny import TOLERANCE, build, inputs, relative
 

@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from clover_peft import CloverConfig, CloverLayer
-from clover_peft.tuner.bases import clover_layers
+from clover_peft.tuner.layers import clover_layers
 from tests.support.adapters import (
     FORMS,
     activate,

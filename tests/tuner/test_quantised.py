@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 import clover_peft.tuner.layer
 from clover_peft import CloverConfig, CloverLayer, balance_updates, dequantize, merge_onto
 from clover_peft.tuner.base_check import ROUNDED
-from clover_peft.tuner.bases import clover_layers
-from clover_peft.tuner.merging import map_constant
+from clover_peft.tuner.layers import clover_layers
+from clover_peft.tuner.merging import map_base_tensor
 from clover_peft.tuner.update_scale import SENSITIVITY, update_sensitivities
 from tests.support.tiny import is_older, perturb, relative
 from tests.support.trainers import StopAfter, settings
@@ -254,7 +254,7 @@ def test_the_dense_update_goes_onto_other_weights(kind, bias, tiny):
             change = parameter - original.get_parameter(name)
             assert relative(change, adapted[path].get_delta_weight("default")) < 1e-5
         elif path in adapted:
-            mapped = map_constant(adapted[path], adapted[path].base_weight.bias, ["default"])
+            mapped = map_base_tensor(adapted[path], adapted[path].base_weight.bias, ["default"])
             assert torch.equal(parameter, mapped)
         elif kind_of == "bias":
             assert torch.equal(parameter, model.base_model.model.get_submodule(path).bias)

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from clover_peft import CloverConfig, CloverLayer
-from clover_peft.tuner.bases import clover_layers
+from clover_peft.tuner.layers import clover_layers
 from tests.support.adapters import layers, layers_by_name, only_spec
 from tests.support.tiny import build, logits, relative
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from clover_peft import CloverConfig
 from clover_peft.tuner.adapter_tensors import FROZEN, TRAINED
-from clover_peft.tuner.bases import clover_layers
+from clover_peft.tuner.layers import clover_layers
 from tests.support.adapters import activate, adapted, same, several
 from tests.support.saved_adapters import WEIGHTS, load, save_trained, trained_model
 from tests.support.tiny import TOLERANCE, build, inputs, logits, perturb, relative

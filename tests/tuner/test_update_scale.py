@@ -13,8 +13,8 @@ from clover_peft import (
     hotswap_adapter,
     initialize_from_activations,
 )
-from clover_peft.tuner.bases import clover_layers
 from clover_peft.tuner.combining import have_same_bases
+from clover_peft.tuner.layers import clover_layers
 from clover_peft.tuner.update_scale import SENSITIVITY, update_sensitivities
 from tests.support.tiny import TOLERANCE, VOCAB, build, inputs, logits, perturb, relative
 
@@ -181,7 +181,7 @@ def test_explicit_factors_are_those_of_the_weights(target, one_thread):
         for (_, here), (_, there) in zip(clover_layers(model), clover_layers(plain), strict=True):
             for spec in here.specs["default"]:  # the same map in unscaled bases
                 scaled, unscaled = here.tensors("default", spec), there.tensors("default", spec)
-                scale = (scaled.u / unscaled.u).flatten(1).nanmedian(-1).values
+                scale = (scaled.c / unscaled.c).flatten(1).nanmedian(-1).values
                 unscaled.s.copy_(scaled.s * scale.view(-1, 1, 1))
     found, expected = explicit_factors(model, target)["weight"], explicit_factors(plain, target)["weight"]
     for one, other in ((found.U, expected.U), (found.S, expected.S), (found.V, expected.V)):
