@@ -3,6 +3,7 @@ and lets transformers and diffusers load models that `prune` or `slice_hidden_si
 
 from ._moved import keep_old_paths
 from ._version import __version__
+from .base_model.own_text import own_text
 from .convert import ConversionReport, SlicingReport, convert_to_mla, save_stock, slice_hidden_size
 from .convert.sliced_models import install as install_sliced
 from .io.user_warning import warn
@@ -39,6 +40,7 @@ __all__ = [
     "initialize_from_activations",
     "lora_errors",
     "merge_onto",
+    "own_text",
     "prune",
     "save_stock",
     "slice_hidden_size",

@@ -15,6 +15,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 pytest.importorskip("trl", reason="needs the train extra: pip install clover-peft[train]")
@@ -359,7 +360,10 @@ def test_all_kinds_of_arms_learn(tmp_path):
     arms = [
         replace(arm, name="full", peft="full", rates=(1e-3,)),
         replace(arm, name="muon", peft={"peft_type": "CLOVER"}, rates=(0.02,), optimizer="muon"),
-        replace(arm, name="data", peft={"peft_type": "CLOVER"}, rates=(0.02,), initialize_from_activations=3),
+        *(
+            replace(arm, name=on, peft={"peft_type": "CLOVER"}, initialize_from_activations=3, activations_on=on)
+            for on in ("domain", "others", "own")
+        ),
         replace(arm, name="plus", peft={"peft_type": "LORA", "target_modules": targets}, rate_factors={"lora_B": 4.0}),
         replace(arm, name="dora", peft={"peft_type": "LORA", "use_dora": True, "target_modules": targets}),
         replace(
@@ -375,9 +379,17 @@ def test_all_kinds_of_arms_learn(tmp_path):
     running.run(experiment, tmp_path)
     found = report.load(tmp_path / "records")
     base = report.mean_loss([found["base"]], "asyncio")
-    assert len(found) == 9
-    config = json.loads((tmp_path / "adapters/asyncio-data-lr0.02-seed0/adapter_config.json").read_text())
-    assert config["from_activations"]
+    assert len(found) == 11
+    rate = max(arm.rates)
+    folders = [tmp_path / f"adapters/asyncio-{on}-lr{rate:g}-seed0" for on in ("domain", "others", "own")]
+    assert all(json.loads((folder / "adapter_config.json").read_text())["from_activations"] for folder in folders)
+    bases = [load_file(folder / "adapter_model.safetensors") for folder in folders]
+    name = next(name for name in bases[0] if "clover_U" in name)
+    assert len({bytes(tensors[name].numpy()) for tensors in bases}) == 3  # the text makes a difference
+    arms_of_records = {name: made["settings"]["arm"] for name, made in found.items() if name != "base"}
+    on = {name.split("-")[1]: arm.get("activations_on") for name, arm in arms_of_records.items()}
+    assert {on[name] for name in ("others", "own")} == {"others", "own"}
+    assert not {on["domain"], on["full"]} - {None}  # as in records of before there was a choice
     for name, made in found.items():
         if name != "base":
             assert report.mean_loss([made], "asyncio") < base, name
@@ -430,6 +442,14 @@ def test_seeds_and_epochs_have_orders_of_their_own():
         (
             "arms.full={peft: full, rates: [1e-4], initialize_from_activations: 3}",
             "arms.full.initialize_from_activations: expected peft_type: CLOVER",
+        ),
+        (
+            "arms.clover={peft: {peft_type: CLOVER}, rates: [1e-3], activations_on: own}",
+            "arms.clover.activations_on: expected initialize_from_activations beside it",
+        ),
+        (
+            "arms.a={peft: {peft_type: CLOVER}, rates: [1e-3], initialize_from_activations: 3, activations_on: x}",
+            "arms.a.activations_on: expected domain, others or own, found 'x'",
         ),
         ("arms.base={}", "arms: expected blocks by name, none called base"),
         ("seeds=[]", "seeds: expected different whole numbers"),

@@ -78,6 +78,8 @@ class Arm:
         rates: those tried.
         rate_factors: see `optimizer.scale_learning_rates`.
         initialize_from_activations: batches by which the bases of CLOVER are computed; 0 for none.
+        activations_on: the text of these batches: "domain" (that is trained on), "others" (training windows of the
+            other domains, in turn) or "own" (`own_text`).
         balance_updates: batches by which updates of CLOVER or of a LoRA are balanced; 0 for none.
         optimizer: "adamw" or "muon".
     """
@@ -87,6 +89,7 @@ class Arm:
     rates: tuple[float, ...]
     rate_factors: dict[str, float] = field(default_factory=dict)
     initialize_from_activations: int = 0
+    activations_on: str = "domain"
     balance_updates: int = 0
     optimizer: str = "adamw"
 
@@ -165,8 +168,9 @@ class Experiment:
         if trial.arm == BASE:
             return shared
         arm = {key: value for key, value in asdict(self.arm(trial.arm)).items() if key != "rates"}
-        if not arm["initialize_from_activations"]:
-            del arm["initialize_from_activations"]  # earlier records do not have it
+        for key in ("initialize_from_activations", "activations_on"):  # earlier records do not have them
+            if arm[key] == getattr(Arm, key):
+                del arm[key]
         return {**shared, "training": training, "arm": arm}
 
 
@@ -239,6 +243,12 @@ def _arm(name: str, block: Any) -> Arm:
     kind, starts_at_zero = getattr(config, "peft_type", None), getattr(config, "init_lora_weights", None) is True
     if arm.initialize_from_activations and kind != "CLOVER":
         raise ValueError(f"arms.{name}.initialize_from_activations: expected peft_type: CLOVER, found {kind}")
+    if arm.activations_on not in ("domain", "others", "own"):
+        raise ValueError(f"arms.{name}.activations_on: expected domain, others or own, found {arm.activations_on!r}")
+    if arm.activations_on != "domain" and not arm.initialize_from_activations:
+        raise ValueError(
+            f"arms.{name}.activations_on: expected initialize_from_activations beside it, with the number of batches"
+        )
     if arm.balance_updates and kind != "CLOVER" and not (kind == "LORA" and starts_at_zero):
         raise ValueError(f"arms.{name}.balance_updates: expected peft_type: CLOVER, or a LORA that starts with B = 0")
     return arm

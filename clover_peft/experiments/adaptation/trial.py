@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, get_scheduler, set_seed
 from transformers.models.byt5 import ByT5Tokenizer
 
-from ... import balance_updates, initialize_from_activations
+from ... import balance_updates, initialize_from_activations, own_text
 from ...io import atomic
 from ...io import run_record as records
 from ...io.hub_models import ModelSource, accelerator, find_model, weights_digest
@@ -112,16 +112,15 @@ class Laboratory:
         windows = self.windows[trial.domain]
         set_seed(trial.seed)
         started = time.perf_counter()
+        statistics = list(self._statistics(base, arm, trial)) if arm.initialize_from_activations else None
         model = adapt(base, arm)
         with restricted_head(model, windows.vocabulary) as labels:
-            order = drawn(windows, training.batch_size, trial.seed)
-            count = max(arm.initialize_from_activations, arm.balance_updates)
-            first = [self._batch(next(order), labels) for _ in range(count)]
-            if arm.initialize_from_activations:
-                initialize_from_activations(model, first[: arm.initialize_from_activations])
+            if statistics is not None:
+                initialize_from_activations(model, statistics)
             if arm.balance_updates:
                 balance = balance_lora if model.peft_type == "LORA" else balance_updates
-                balance(model, first[: arm.balance_updates])
+                order = drawn(windows, training.batch_size, trial.seed)
+                balance(model, (self._batch(next(order), labels) for _ in range(arm.balance_updates)))
             init_seconds = time.perf_counter() - started
             trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
             state = _State(model, arm, trial, self)
@@ -146,6 +145,19 @@ class Laboratory:
             "training_loss": [round(loss, 5) for loss in state.losses],
             "diverged_at_step": None if state.is_finite() else state.step,
         }
+
+    def _statistics(self, base: Any, arm: Arm, trial: Trial) -> Iterator[dict[str, Tensor]]:
+        """The batches that the bases of a CLOVER arm are computed from."""
+        training, count = self.experiment.training, arm.initialize_from_activations
+        if arm.activations_on == "own":
+            rows = count * training.batch_size
+            yield from own_text(base, rows=rows, length=training.length, seed=trial.seed)
+            return
+        others = [name for name in self.windows if name != trial.domain]
+        names = [trial.domain] if arm.activations_on == "domain" else others
+        orders = [drawn(self.windows[name], training.batch_size, trial.seed) for name in names]
+        for number in range(count):
+            yield {"input_ids": next(orders[number % len(orders)])}
 
     def _batch(self, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
         ids = ids.to(labels.device)

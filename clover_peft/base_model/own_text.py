@@ -1,0 +1,66 @@
+"""`own_text`: text that a language model writes, for statistics where no other text is at hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .activations import evaluating
+
+
+@torch.no_grad()
+def own_text(
+    model: Any, *, rows: int = 24, length: int = 256, batch_size: int = 24, seed: int = 0
+) -> list[dict[str, Tensor]]:
+    """Text that a causal language model writes by itself, as batches for `initialize_from_activations` (ours).
+
+    Every row starts with a random token of the vocabulary; all further ones are drawn from the model's whole
+    distribution, at temperature 1. Such text needs no data, and statistics of it describe what the model knows before
+    it is trained.
+
+    Args:
+        model: a causal language model of transformers, or peft's around one. Its active adapters take part.
+        rows: texts.
+        length: tokens of each, more than 1.
+        batch_size: rows that are written at a time.
+        seed: of the random numbers. The global generators are left as they are.
+
+    Returns:
+        Batches of `{"input_ids": (rows, length) int64}`.
+
+    Raises:
+        ValueError: if the model cannot write text from text alone, or a number is too small.
+    """
+    for name, value, least in (("rows", rows, 1), ("length", length, 2), ("batch_size", batch_size, 1)):
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, found {value}")
+    can_generate = getattr(model, "can_generate", lambda: False)()
+    if not can_generate or getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"expected a causal language model, found {type(model).__name__}, which writes no text by itself; pass "
+            "batches of real data instead"
+        )
+    device = next(model.parameters()).device
+    words = model.get_input_embeddings().num_embeddings
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randint(words, (rows, 1), generator=generator)
+    accelerators = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(accelerators), evaluating(model):
+        torch.manual_seed(seed)
+        written = [
+            model.generate(
+                input_ids=part.to(device),
+                attention_mask=torch.ones_like(part, device=device),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                min_new_tokens=length - 1,
+                max_new_tokens=length - 1,
+            )
+            for part in tqdm(first.split(batch_size), desc="CLOVER own text", unit=" batches", delay=3, leave=False)
+        ]
+    return [{"input_ids": ids} for ids in written]
