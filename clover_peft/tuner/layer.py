@@ -32,10 +32,9 @@ from .adapter_tensors import BESIDE, TRAINED, AdapterTensors
 from .block_spec import BlockSpec
 from .execution import apply_adapters
 from .map_cache import MapCache
-from .scaling import Scaling
 
 
-class CloverLayer(AdapterTensors, Scaling, BaseTunerLayer):
+class CloverLayer(AdapterTensors, BaseTunerLayer):
     """A projection with CLOVER adapters: `nn.Linear`, `Conv1D` or a quantised linear.
 
     Args:
@@ -44,6 +43,11 @@ class CloverLayer(AdapterTensors, Scaling, BaseTunerLayer):
         name: path of the target in the model, for messages.
         quantization_kwargs: arguments of peft's quantisation backends (`get_quantization_kwargs(model)`).
         base_weight: makes the reader of the base weight from the layer and `name`; None for a projection's own.
+
+    Attributes:
+        scaling: adapter -> scale of dS and of the low-rank part, 1 for a new adapter. With `truncate=True`, scale 0
+            thus gives the truncated base; an adapter that was saved folded is scaled as a whole. Scales are not saved.
+            Merged adapters keep the scale that they were merged with.
     """
 
     adapter_layer_names: tuple[str, ...] = TRAINED
@@ -108,6 +112,23 @@ class CloverLayer(AdapterTensors, Scaling, BaseTunerLayer):
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         merging.check_truncation(self, names, "active")
         super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the scale of an adapter; a name that the layer does not have is ignored."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scales of the active adapters."""
+        for name in self.active_adapters if scale != 1 else ():
+            if name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scales of the active adapters; None sets them back to 1."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] = 1.0 if scale is None else self.scaling[name] / scale
 
     def forget_maps(self) -> None:
         """Fold the maps again in the next pass. Call it after a change that torch does not count."""
