@@ -90,11 +90,6 @@ class CloverModel(TargetParameters, TiedWeights):
         model_type: family.target_modules for model_type, family in FAMILIES.items()
     }
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # Adapters that were created for a load. If the load fails, they are taken out again.
-        self._awaiting_weights: set[str] = set()
-        super().__init__(*args, **kwargs)
-
     # ------------------------------------------------------------------ injection
 
     def _prepare_adapter_config(self, peft_config: CloverConfig, model_config: dict) -> CloverConfig:
@@ -141,7 +136,6 @@ class CloverModel(TargetParameters, TiedWeights):
         refuse_sharded(self.model)
         bases_follow = loads and config.save_bases is not False and not filled_by_rank_0()
         self._injection = _Injection(loads or config.awaits_weights, bases_follow, shared_modules(self.model))
-        self._awaiting_weights.discard(adapter_name)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
@@ -163,8 +157,8 @@ class CloverModel(TargetParameters, TiedWeights):
         finally:
             self._injection.progress.close()
             del self._injection  # a progress bar cannot be copied or pickled with the model
-        if loads or config.awaits_weights:
-            self._awaiting_weights.add(adapter_name)
+        if loads:
+            config.awaits_weights = True  # if the load fails, the adapter is taken out again
 
     def _check_file(self, adapter_name: str, config: CloverConfig, folder: str | None) -> None:
         """Check the file that transformers loads next as peft's loads are, if it is on this machine."""
@@ -396,22 +390,14 @@ class CloverModel(TargetParameters, TiedWeights):
             take_file(model, layers, adapter_name, config, result)
         except ValueError:
             fresh = not config.init_weights or is_untouched(layers, adapter_name)
-            if isinstance(tuner, CloverModel) and adapter_name in tuner._awaiting_weights and fresh:
+            if isinstance(tuner, CloverModel) and config.awaits_weights and fresh:
                 tuner.discard(adapter_name)
             raise
-        if isinstance(tuner, CloverModel):
-            tuner._awaiting_weights.discard(adapter_name)
         config.awaits_weights = False  # from here on the config is that of an adapter of this model
         return result
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """As in peft."""
-        super().delete_adapter(adapter_name)
-        self._awaiting_weights.discard(adapter_name)
-
     def discard(self, adapter_name: str) -> None:
         """Take out an adapter that could not be loaded, and its layers if it was the only one."""
-        self._awaiting_weights.discard(adapter_name)
         if list(self.peft_config) == [adapter_name]:
             self.unload()
         else:
