@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..base_model.activations import Probe, TokenReader, evaluating, hooks
+from ..base_model.activations import Probe, TokenReader, evaluating
 from ..runtime.bitsandbytes import check_packing, keep_unpacked
 from .activation_bases import check_new
 from .block_spec import BlockSpec
@@ -113,12 +114,12 @@ def update_sensitivities(
     masks: dict[str, Tensor] = {}
     reader = TokenReader(model)
     predictions = 0
-    with evaluating(model), hooks() as hooked, torch.enable_grad():
+    with evaluating(model), ExitStack() as hooked, torch.enable_grad():
         keep_unpacked(model)
         for path, layer in layers:
             of_layer = _Watch(path, layer, adapter_name, reader, masks, sums)
-            hooked.append(layer.base_layer.register_forward_hook(of_layer.add_output))
-            hooked.append(layer.register_forward_hook(of_layer.wait_for_gradient))
+            hooked.enter_context(layer.base_layer.register_forward_hook(of_layer.add_output))
+            hooked.enter_context(layer.register_forward_hook(of_layer.wait_for_gradient))
         for batch in batches:
             values, of_batch = reader.start(batch)
             masks.clear()
