@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 from accelerate.utils import parse_flag_from_env
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.integrations import is_fsdp_enabled
 
@@ -36,12 +36,6 @@ def computed_on_rank_0(compute: Callable[[], ResultT]) -> ResultT:
     if isinstance(found[0], ValueError):
         raise found[0]
     return found[0]
-
-
-def broadcast_from_rank_0(tensors: Iterable[Tensor]) -> None:
-    """Write the first process's numbers into the tensors of all processes."""
-    for tensor in tensors:
-        dist.broadcast(tensor, src=0)
 
 
 def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
