@@ -62,6 +62,7 @@ def spare_broadcasts(model: nn.Module, buffers: Iterable[str]) -> None:
     """Keep DistributedDataParallel from sending constant buffers to all processes in each forward pass.
 
     DistributedDataParallel may wrap the bare model, the tuner or a `PeftModel`; each has other names for a buffer.
+    Names of adapters that were taken out stay, without effect.
 
     Args:
         model: the bare model.
@@ -70,12 +71,3 @@ def spare_broadcasts(model: nn.Module, buffers: Iterable[str]) -> None:
     known = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
     wrapped = {prefix + name for name in buffers for prefix in ("", "model.", "base_model.model.")}
     model._ddp_params_and_buffers_to_ignore = sorted(known | wrapped)  # type: ignore[assignment]
-
-
-def forget_spared(model: Any, attributes: Iterable[str]) -> None:
-    """Undo `spare_broadcasts` for all names that contain one of these attributes."""
-    kept, gone = getattr(model, "_ddp_params_and_buffers_to_ignore", []), set(attributes)
-    if others := [name for name in kept if not set(name.split(".")) & gone]:
-        model._ddp_params_and_buffers_to_ignore = others
-    elif kept:
-        del model._ddp_params_and_buffers_to_ignore

@@ -120,11 +120,6 @@ def _take_layer(
             state[keys["clover_V"]] = e.to(dtype)
 
 
-def is_untouched(layers: dict[str, CloverLayer], adapter_name: str) -> bool:
-    """Whether nothing was loaded into the adapter and nothing trained."""
-    return not any(layer.is_trained(adapter_name) for layer in layers.values())
-
-
 def _take(state: dict[str, Tensor], name: str, attribute: str, part: str) -> Tensor | None:
     """Remove a tensor by its key in the file and return it.
 

@@ -78,7 +78,7 @@ def dequantize(model: ModelT, dtype: torch.dtype | None = None) -> ModelT:
         shared[id(module)] = plain
         setattr(inner.get_submodule(parent), name, plain)
     for _, layer in clover_layers(inner):
-        layer.base_weight.resolve_backend()
+        layer.base_weight.backend = None  # the projection below is an `nn.Linear` now
     quantizer = getattr(inner, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(inner)

@@ -12,8 +12,18 @@ from .layers import clover_layers
 
 # The adapter's function does not depend on these fields, or the names and shapes in its file show a difference.
 _FREE = {
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "head_dim", "num_heads"),
-    *("clover_dropout", "save_bases", "init_weights", "check_base", "base_precision", "max_condition"),
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "head_dim",
+    "num_heads",
+    "clover_dropout",
+    "save_bases",
+    "init_weights",
+    "check_base",
+    "base_precision",
+    "max_condition",
     *(field.name for field in fields(PeftConfig)),
 }
 

@@ -69,7 +69,6 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
         self._cache = MapCache()
         self.base_weight = (base_weight or partial(BaseWeight, quantization_kwargs=quantization_kwargs))(self, name)
         self.in_features, self.out_features = self.base_weight.in_features, self.base_weight.out_features
-        self.fan_in_fan_out = self.base_weight.fan_in_fan_out
 
     @property
     def quantization_backend(self) -> Any:  # type: ignore[override]  # peft declares an attribute
@@ -98,10 +97,9 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter, even if its bases were never computed or loaded."""
+        """As in peft."""
         self.forget_maps()
         super().delete_adapter(adapter_name)
-        self._missing_bases.discard(adapter_name)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapters.
@@ -109,8 +107,7 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
         Raises:
             ValueError: if more than one of them truncates.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        merging.check_truncation(self, names, "active")
+        merging.check_truncation(self, adapter_names, "active")
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -210,9 +207,16 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
 
     # ------------------------------------------------------------------ merging
 
+    @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The adapter's update of the base weight, in the base weight's layout and at least float32."""
-        return merging.delta_weight(self, adapter_name)
+        if adapter_name not in self.specs:
+            raise ValueError(f"{self.name}: expected one of the adapters {list(self.specs)}, found {adapter_name!r}")
+        self.check_bases(adapter_name, "merge")
+        with self.base_weight.whole():
+            weight = self.base_weight.transposed()
+            adapted = merging.map_weight(self, weight, [adapter_name])
+            return self.base_weight.as_stored(adapted) - self.base_weight.as_stored(weight)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the update can be added to the base weight, which needs a projection without a bias."""

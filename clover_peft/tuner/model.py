@@ -18,12 +18,12 @@ from tqdm.auto import tqdm
 from ..base_model.experts import experts_slice
 from ..base_model.families import FAMILIES, family_of, unknown_family_message
 from ..base_model.resolve import default_targets, resolve
-from ..base_model.slices import TargetSlice
+from ..base_model.slices import WITHOUT_HEADS, TargetSlice
 from ..io.user_warning import warn
 from ..runtime.load_report import leave_out_of_report
 from ..runtime.loading import loaded_by_transformers, makes_meta_tensors, weights_follow
-from ..runtime.sharding import filled_by_rank_0, forget_spared, refuse_sharded, spare_broadcasts
-from .adapter_file import is_untouched, select_for_saving, take_file
+from ..runtime.sharding import filled_by_rank_0, refuse_sharded, spare_broadcasts
+from .adapter_file import select_for_saving, take_file
 from .adapter_folder import check_folder, read_tensors
 from .adapter_tensors import BASES_CHECKSUM, FROZEN
 from .bases import frozen_tensors, warn_of_zero_blocks
@@ -175,7 +175,7 @@ class CloverModel(TargetParameters, TiedWeights):
     def _warn_about_block_size(self, adapter_name: str, config: CloverConfig) -> None:
         """Warn of a block size for heads if no target has heads."""
         specs = [spec for _, layer in clover_layers(self.model, adapter_name) for spec in layer.specs[adapter_name]]
-        if config.block_size is not None and specs and all(spec.part in ("up", "linear") for spec in specs):
+        if config.block_size is not None and specs and all(spec.part in WITHOUT_HEADS for spec in specs):
             warn(
                 f"block_size={config.block_size} cuts attention heads, and no target has any: it is without effect; "
                 "cut these with mlp_block_size, or describe the heads with head_dim=... or num_heads=...",
@@ -291,7 +291,6 @@ class CloverModel(TargetParameters, TiedWeights):
             result: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if is_tied and not self.get_model_config(result).get("tie_word_embeddings"):
             untie_whole(result)
-        forget_spared(result, FROZEN)
         return result
 
     # ------------------------------------------------------------------ switching and replacing
@@ -299,7 +298,7 @@ class CloverModel(TargetParameters, TiedWeights):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As in peft, but adapters that cannot be active together are refused before any layer is switched."""
         for _, layer in clover_layers(self.model):
-            check_truncation(layer, [adapter_name] if isinstance(adapter_name, str) else adapter_name, "active")
+            check_truncation(layer, adapter_name, "active")
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -389,8 +388,8 @@ class CloverModel(TargetParameters, TiedWeights):
         try:
             take_file(model, layers, adapter_name, config, result)
         except ValueError:
-            fresh = not config.init_weights or is_untouched(layers, adapter_name)
-            if isinstance(tuner, CloverModel) and config.awaits_weights and fresh:
+            trained = config.init_weights and any(layer.is_trained(adapter_name) for layer in layers.values())
+            if isinstance(tuner, CloverModel) and config.awaits_weights and not trained:
                 tuner.discard(adapter_name)
             raise
         config.awaits_weights = False  # from here on the config is that of an adapter of this model
