@@ -201,3 +201,5 @@ def _describe_fields(config: type) -> None:
 
 
 _describe_fields(CloverConfig)
+# `help` and editors read the fields here; `__new__` itself takes anything.
+CloverConfig.__new__.__signature__ = inspect.signature(CloverConfig.__init__)  # type: ignore[attr-defined]
