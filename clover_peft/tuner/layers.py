@@ -24,7 +24,11 @@ def layers_with(model: nn.Module, adapter_name: str) -> list[tuple[str, CloverLa
     """
     if layers := clover_layers(model, adapter_name):
         return layers
-    raise ValueError(f"adapter {adapter_name!r}: expected a model with this CLOVER adapter, found none")
+    found = sorted({name for _, layer in clover_layers(model) for name in layer.specs})
+    raise ValueError(
+        f"adapter {adapter_name!r}: expected a model with this CLOVER adapter, found {found or 'none'}; pass "
+        "adapter_name=..., or add the adapter first with get_peft_model or load_adapter"
+    )
 
 
 def unwrap_empty_layers(model: nn.Module) -> None:

@@ -317,7 +317,10 @@ class CloverModel(TargetParameters, TiedWeights):
                 "adapter_names=... is for inference, but the model is in training mode; call eval() first"
             )
         if missing := set(names) - set(self.peft_config) - {"__base__"}:
-            raise ValueError(f"adapter_names: expected adapters out of {list(self.peft_config)}, found {missing}")
+            raise ValueError(
+                f"adapter_names: expected adapters out of {list(self.peft_config)}, found {sorted(missing, key=str)}; "
+                "correct the names, load these adapters first with load_adapter, or pass '__base__' for none"
+            )
         with mixed_batch(self.model, names, kwargs):
             yield
 
@@ -325,7 +328,12 @@ class CloverModel(TargetParameters, TiedWeights):
 
     @torch.no_grad()
     def add_weighted_adapter(
-        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        **options: Any,
     ) -> None:
         """Add an adapter whose map is a weighted sum of other adapters' maps, `E (sum w_i dS_i) C`.
 
@@ -337,12 +345,22 @@ class CloverModel(TargetParameters, TiedWeights):
             weights: one weight for each, of any sign.
             adapter_name: name of the new adapter, which is not active yet.
             combination_type: only "linear" exists.
+            **options: LoRA's further options, which are refused.
 
         Raises:
+            TypeError: for an option of LoRA, such as `svd_rank`.
             ValueError: naming the module in which they do not fit together; then nothing is added.
         """
         if combination_type != "linear":
-            raise ValueError(f"combination_type: expected 'linear', found {combination_type!r}")
+            raise ValueError(
+                f"combination_type: expected 'linear', found {combination_type!r}; leave it out: sums of adapters "
+                "in the same bases are exact and need no other"
+            )
+        if options:
+            raise TypeError(
+                f"add_weighted_adapter: expected no options of LoRA's combinations, found {sorted(options)}; leave "
+                "them out: CLOVER adds adapters up without an approximation"
+            )
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter {adapter_name!r} exists already; pass another name, or delete it first")
         sources = find_sources(self.model, self.peft_config, adapters, weights)

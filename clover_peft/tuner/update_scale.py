@@ -108,7 +108,10 @@ def update_sensitivities(
         check_packing(layer.get_base_layer(), path)
     trained = [p for _, layer in layers for p in layer.clover_S[adapter_name].parameters()]
     if not all(parameter.requires_grad for parameter in trained):
-        raise ValueError(f"adapter {adapter_name!r}: expected one that is trained, found it frozen")
+        raise ValueError(
+            f"adapter {adapter_name!r}: expected one that is trained, found it frozen; make it with "
+            "inference_mode=False, or load it with is_trainable=True"
+        )
     specs = {(path, spec.name): spec for path, layer in layers for spec in layer.specs[adapter_name]}
     sums = {key: _Sums.empty(spec.blocks) for key, spec in specs.items()}
     masks: dict[str, Tensor] = {}
