@@ -45,6 +45,7 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
         base_weight: makes the reader of the base weight from the layer and `name`; None for a projection's own.
 
     Attributes:
+        adapters_of_model: the adapters of all layers of the model, in a set that these share.
         scaling: adapter -> scale of dS and of the low-rank part, 1 for a new adapter. With `truncate=True`, scale 0
             thus gives the truncated base; an adapter that was saved folded is scaled as a whole. Scales are not saved.
             Merged adapters keep the scale that they were merged with.
@@ -64,6 +65,7 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
         super().__init__(base_layer, name)
         self.merged_adapters: list[str] = []
         self._merged_scaling: dict[str, float] = {}
+        self.adapters_of_model: set[str] = set()
         self._disable_adapters = False
         self._active_adapter = [adapter_name]
         self._cache = MapCache()
@@ -99,6 +101,7 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """As in peft."""
         self.forget_maps()
+        self.adapters_of_model.discard(adapter_name)
         super().delete_adapter(adapter_name)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -209,9 +212,18 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
 
     @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """The adapter's update of the base weight, in the base weight's layout and at least float32."""
-        if adapter_name not in self.specs:
-            raise ValueError(f"{self.name}: expected one of the adapters {list(self.specs)}, found {adapter_name!r}")
+        """The adapter's update of the base weight, in the base weight's layout and at least float32.
+
+        It is zero for an adapter that other layers of the model have, and this one has not.
+
+        Raises:
+            ValueError: if the model has no such adapter, or its bases were never computed or loaded.
+        """
+        if adapter_name not in (known := {*self.specs, *self.adapters_of_model}):
+            raise ValueError(
+                f"{self.name}: expected one of the adapters {sorted(known)}, found {adapter_name!r}; correct the "
+                "name, or load the adapter first"
+            )
         self.check_bases(adapter_name, "merge")
         with self.base_weight.whole():
             weight = self.base_weight.transposed()
@@ -219,8 +231,12 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
             return self.base_weight.as_stored(adapted) - self.base_weight.as_stored(weight)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the update can be added to the base weight, which needs a projection without a bias."""
-        return adapter_name in self.specs and self.get_base_layer().bias is None
+        """Whether the update can be added to the base weight: of a projection without a bias, or if it is zero.
+
+        Peft asks every layer, and for a whole model without a name.
+        """
+        has_no_part = adapter_name in self.adapters_of_model and adapter_name not in self.specs
+        return has_no_part or self.get_base_layer().bias is None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write adapters into the base weight, `W <- (I + E dS C) W + B A`, and into the bias.

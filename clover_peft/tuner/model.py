@@ -143,6 +143,9 @@ class CloverModel(TargetParameters, TiedWeights):
             warn_of_zero_blocks(self._injection.zero_blocks)
             self._check_file(adapter_name, config, loaded_by_transformers())
             layers = clover_layers(self.model)
+            known = {name for _, layer in layers for name in layer.specs}
+            for _, layer in layers:
+                layer.adapters_of_model = known
             fold_together(self.model, [layer for _, layer in layers if isinstance(layer, CloverLinear)])
             bases = (f"{path}.{name}" for path, layer in layers for name, _ in layer.named_buffers())
             spare_broadcasts(self.model, (name for name in bases if set(name.split(".")) & set(FROZEN)))
