@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -136,6 +137,8 @@ class CloverModel(TargetParameters, TiedWeights):
         refuse_sharded(self.model)
         bases_follow = loads and config.save_bases is not False and not filled_by_rank_0()
         self._injection = _Injection(loads or config.awaits_weights, bases_follow, shared_modules(self.model))
+        if config.awaits_weights and not loads:
+            config.set_record_aside()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
@@ -150,6 +153,7 @@ class CloverModel(TargetParameters, TiedWeights):
             bases = (f"{path}.{name}" for path, layer in layers for name, _ in layer.named_buffers())
             spare_broadcasts(self.model, (name for name in bases if set(name.split(".")) & set(FROZEN)))
         except BaseException:  # also Ctrl-C
+            config.take_record_back()
             for _, layer in clover_layers(model):
                 layer.forget_tensors(adapter_name)
                 layer.forget_maps()
@@ -394,8 +398,6 @@ class CloverModel(TargetParameters, TiedWeights):
     ) -> dict[str, Tensor]:
         result = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         for name, layer in clover_layers(model, adapter_name):
-            if config.awaits_weights:  # they were never loaded
-                config.base_precision = layer.base_weight.precision
             select_for_saving(name, layer, adapter_name, config, result)
         return result
 
@@ -406,13 +408,22 @@ class CloverModel(TargetParameters, TiedWeights):
         result = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         tuner = model if isinstance(model, CloverModel) else getattr(model, "base_model", None)
         layers = dict(clover_layers(model, adapter_name))
+        as_saved = copy(config)
+        as_saved.take_record_back()
         try:
-            take_file(model, layers, adapter_name, config, result)
+            take_file(model, layers, adapter_name, as_saved, result)
         except ValueError:
             trained = config.init_weights and any(layer.is_trained(adapter_name) for layer in layers.values())
             if isinstance(tuner, CloverModel) and config.awaits_weights and not trained:
                 tuner.discard(adapter_name)
             raise
+        if config.recorded:
+            config.take_record_back()
+            for layer in layers.values():
+                layer.specs[adapter_name] = tuple(
+                    replace(s, from_activations=config.from_activations, balanced_updates=config.balanced_updates)
+                    for s in layer.specs[adapter_name]
+                )
         config.awaits_weights = False  # from here on the config is that of an adapter of this model
         return result
 
