@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..io.user_warning import warn
-from .adapter_tensors import BASES_CHECKSUM, FROZEN, TRAINED, WHOLE, file_key, tensor_keys
+from ..linalg.triangles import pack, unpack
+from .adapter_tensors import BASES_CHECKSUM, FROZEN, PACKED, TRAINED, WHOLE, file_key, tensor_keys
 from .base_check import MUCH_CHANGED, check_fingerprint, error_from_rounding, fingerprint
 from .bases import frozen_tensors, inner_model
 from .block_spec import BlockSpec, BlockTensors
@@ -20,7 +21,8 @@ CHECKSUM_TOLERANCE = 1e-2
 def select_for_saving(name: str, layer: CloverLayer, adapter_name: str, config: CloverConfig, state: dict) -> None:
     """Leave in `state`, for one layer, the tensors that `config.save_bases` asks for.
 
-    True: bases and S. False: S and a checksum of the bases. "folded": the map of each block, in the place of S.
+    True: bases and S; of a C that is lower triangular, the triangles. False: S and a checksum of the bases. "folded":
+    the map of each block, in the place of S.
 
     Raises:
         ValueError: if the adapter's bases were never computed or loaded.
@@ -34,7 +36,12 @@ def select_for_saving(name: str, layer: CloverLayer, adapter_name: str, config: 
         if keys["clover_S"] in state:  # the model's own state dict may leave out the bases (`GuardedTensors`)
             for attribute in spec.base_shapes:
                 state.setdefault(keys[attribute], getattr(layer, attribute)[adapter_name].get(spec.name))
-        if config.save_bases is True or spec.basis == "folded" or keys["clover_S"] not in state:
+        if spec.basis == "folded" or keys["clover_S"] not in state:
+            continue
+        if config.save_bases is True:
+            if spec.packed_shape and (packed := pack(state[keys["clover_U"]])) is not None:
+                del state[keys["clover_U"]]
+                state[keys[PACKED]] = packed
             continue
         tensors = BlockTensors.of({attribute: state.get(key) for attribute, key in keys.items()})
         for attribute in ("clover_U", "clover_V"):
@@ -90,6 +97,8 @@ def _take_layer(
             found = None if keys[attribute] in state else _take(state, name, attribute, spec.name)
             if found is not None:
                 state[keys[attribute]] = found
+        if (packed := _take(state, name, PACKED, spec.name)) is not None:
+            state[keys["clover_U"]] = unpack(packed, spec.size) if packed.shape == spec.packed_shape else packed
         checksum = _take(state, name, BASES_CHECKSUM, spec.name)
         expected = {"clover_S": spec.s_shape, **spec.base_shapes}
         if checksum is not None:

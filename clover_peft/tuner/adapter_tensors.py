@@ -21,6 +21,7 @@ FROZEN = ("clover_U", "clover_V", "clover_S0", "clover_norm")
 BESIDE = (*FROZEN, "clover_dropout", "specs", "scaling", "r")
 WHOLE = "weight"  # the slice name of tensors that belong to the whole target
 BASES_CHECKSUM = "clover_probe"  # a file that leaves out the bases has a checksum of them
+PACKED = "clover_L"  # in a file, the lower triangles of C in the place of C
 
 
 class AdapterTensors(nn.Module):
@@ -273,6 +274,13 @@ class AdapterTensors(nn.Module):
                 }
         return None
 
+    def set_frozen(self, adapter_name: str, spec: BlockSpec, found: dict[str, Tensor]) -> None:
+        """Replace frozen tensors of a slice, by attribute; they move to the device of S."""
+        s = self.tensors(adapter_name, spec).s
+        for attribute, tensor in found.items():
+            held: GuardedTensors = getattr(self, attribute)[adapter_name]
+            setattr(held, spec.name, tensor.to(s.device, getattr(held, spec.name).dtype))
+
     def has_bases(self, adapter_name: str) -> bool:
         """Whether the adapter's bases were computed or loaded."""
         if self._missing_bases:
@@ -350,7 +358,7 @@ def _transposed(dtype: torch.dtype, weight: Tensor) -> Tensor:
 def tensor_keys(name: str, adapter_name: str, part: str) -> dict[str, str]:
     """Attribute -> state dict key, for a slice by its name, or for `WHOLE`."""
     prefix = f"{name}." if name else ""
-    attributes = (*TRAINED, *FROZEN, BASES_CHECKSUM)
+    attributes = (*TRAINED, *FROZEN, BASES_CHECKSUM, PACKED)
     return {attribute: f"{prefix}{attribute}.{adapter_name}.{part}" for attribute in attributes}
 
 

@@ -104,6 +104,11 @@ class BlockSpec:
             shapes["clover_V"] = (self.blocks, self.size, self.r)
         return shapes
 
+    @property
+    def packed_shape(self) -> tuple[int, int] | None:
+        """Shape of C's lower triangles, where C is lower triangular: `C = R^-T`, for whole blocks in the QR basis."""
+        return (self.blocks, self.size * (self.size + 1) // 2) if self.basis == "qr" else None
+
     def map(self, tensors: BlockTensors) -> Tensor:
         """The folded map of each block, (H, d, d): `E dS C`, or with `truncate` `E (S0 + dS) C`.
 

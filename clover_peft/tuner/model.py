@@ -24,8 +24,8 @@ from ..runtime.load_report import leave_out_of_report
 from ..runtime.loading import loaded_by_transformers, makes_meta_tensors, weights_follow
 from ..runtime.sharding import filled_by_rank_0, forget_spared, refuse_sharded, spare_broadcasts
 from .adapter_file import is_untouched, select_for_saving, take_file
-from .adapter_folder import check_folder, read_tensors
-from .adapter_tensors import BASES_CHECKSUM, FROZEN
+from .adapter_folder import check_folder
+from .adapter_tensors import BASES_CHECKSUM, FROZEN, PACKED, tensor_keys
 from .bases import clover_layers, frozen_tensors, unwrap_empty_layers, warn_of_zero_blocks
 from .block_spec import BlockSpec, block_specs
 from .combining import add_up, find_sources
@@ -165,17 +165,23 @@ class CloverModel(TargetParameters, TiedWeights):
         if loads or config.awaits_weights:
             self._awaiting_weights.add(adapter_name)
 
-    def _check_file(self, adapter_name: str, config: CloverConfig, folder: str | None) -> None:
-        """Check the file that transformers loads next as peft's loads are, if it is on this machine."""
-        tensors = {} if folder is None else read_tensors(folder)
+    def _check_file(self, adapter_name: str, config: CloverConfig, tensors: dict[str, Tensor]) -> None:
+        """Check the tensors that transformers loads next as peft's loads are, and load those that it does not know."""
+        tensors = {key: tensor for key, tensor in tensors.items() if "clover_" in key}
         file = super()._remap_adapter_state_dict_for_load(self.model, config, adapter_name, tensors)
         layers = dict(clover_layers(self.model, adapter_name))
         if not any(f"clover_S.{adapter_name}." in key for key in file):
             return  # no file here, or one with other names for modules, which transformers changes
+        before = set(file)
         take_file(self.model, layers, adapter_name, config, file)
+        for name, layer in layers.items():
+            for spec in layer.specs[adapter_name]:
+                keys = tensor_keys(name, adapter_name, spec.name).items()
+                made = {attribute: file[key] for attribute, key in keys if key in file.keys() - before}
+                layer.set_frozen(adapter_name, spec, made)
         # What `take_file` lets pass is whole, so these keys are left out on purpose.
         name = re.escape(adapter_name)
-        leave_out_of_report(self.model, rf"\.clover_[UV]\.{name}\.", rf"\.{BASES_CHECKSUM}\.{name}\.")
+        leave_out_of_report(self.model, rf"\.clover_[UV]\.{name}\.", rf"\.({BASES_CHECKSUM}|{PACKED})\.")
 
     def _warn_about_block_size(self, adapter_name: str, config: CloverConfig) -> None:
         """Warn of a block size for heads if no target has heads."""

@@ -27,7 +27,7 @@ def test_only_safetensors_config_and_card_are_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("save_bases", "choices", "qr", "svd"),
     [
-        (True, dict(), {"S", "U", "S0"}, {"S", "U", "V", "S0"}),
+        (True, dict(), {"S", "L", "S0"}, {"S", "U", "V", "S0"}),
         (True, dict(r=4), {"S", "U", "V", "S0"}, {"S", "U", "V", "S0"}),
         (True, dict(s_matrix="diagonal"), {"S", "U", "V", "S0"}, {"S", "U", "V", "S0"}),
         (False, dict(), {"S", "S0", "probe"}, {"S", "S0", "probe"}),
@@ -75,7 +75,7 @@ def test_folded_file_is_as_small_as_s_alone(tmp_path: Path) -> None:
     sizes = {mode: sum(t.numel() for t in load_file(tmp_path / str(mode) / WEIGHTS).values()) for mode in SAVE_BASES}
     assert numbers < sizes["folded"] < 1.05 * numbers  # and the fingerprint
     assert sizes["folded"] < sizes[False] < 1.25 * numbers
-    assert sizes[True] > 2 * numbers
+    assert 1.5 * numbers < sizes[True] < 2.2 * numbers  # the pair's C and E are whole, and other C packed
 
 
 def test_config_file_round_trips(tmp_path: Path) -> None:
