@@ -42,10 +42,15 @@ def weights_follow() -> bool:
     return any(frame.f_code in _LOADERS for frame in _callers())
 
 
+def transformers_loads() -> bool:
+    """Whether transformers' `load_adapter` is on the call stack."""
+    return any(frame.f_code is _TRANSFORMERS for frame in _callers())
+
+
 def loaded_by_transformers() -> dict[str, Tensor]:
     """The tensors that transformers loads next, without letting the tuner see them; downloaded if they are on the hub.
 
-    None if something else loads. They are found through the local variables `_SOURCES` of transformers'
+    None of them if something else loads. They are found through the local variables `_SOURCES` of transformers'
     `load_adapter`: a warning tells if that has no such variables.
     """
     for frame in _callers():

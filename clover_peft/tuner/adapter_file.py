@@ -13,6 +13,7 @@ from .bases import frozen_tensors, inner_model
 from .block_spec import BlockSpec, BlockTensors
 from .config import CloverConfig
 from .layer import CloverLayer
+from .unfolding import unfolded
 
 # The largest relative difference between checksums of equal bases, by rounding.
 CHECKSUM_TOLERANCE = 1e-2
@@ -101,15 +102,18 @@ def _take_layer(
             state[keys["clover_U"]] = unpack(packed, spec.size) if packed.shape == spec.packed_shape else packed
         checksum = _take(state, name, BASES_CHECKSUM, spec.name)
         expected = {"clover_S": spec.s_shape, **spec.base_shapes}
-        if checksum is not None:
+        is_folded = config.unfolds and spec.basis != "folded" and keys["clover_S0"] not in state and checksum is None
+        if is_folded:
+            expected = {"clover_S": (spec.blocks, spec.size, spec.size), "clover_norm": expected["clover_norm"]}
+        elif checksum is not None:
             expected = {a: shape for a, shape in expected.items() if a not in ("clover_U", "clover_V")}
         _check_tensors(layer, config, keys, expected, state, folded=spec.basis == "folded")
         if config.check_base and (here := fingerprint(inner, layer.base_weight, spec)) is not None:
             check_fingerprint(layer.base_weight, spec, config, here, state[keys["clover_norm"]].to(here))
-        if checksum is None:
+        if checksum is None and not is_folded:
             continue
-        _, u, v, *_ = layer.tensors(adapter_name, spec)
-        if u is None or not layer.has_bases(adapter_name):
+        frozen = layer.tensors(adapter_name, spec)
+        if frozen.u is None or not layer.has_bases(adapter_name):
             computed = computed or frozen_tensors(inner, layer, layer.specs[adapter_name])
             if computed is None:
                 source = "a base model without weights; load it first"
@@ -119,13 +123,15 @@ def _take_layer(
                     f"{layer.name}: the adapter was saved without its bases, and they cannot be computed from "
                     f"{source}, or save the adapter with save_bases=True"
                 )
-            u, v = computed[spec.name]["clover_U"], computed[spec.name].get("clover_V")
-        if config.check_base:
-            _check_checksum(layer, spec, u, checksum.to(u))
-        dtype = state[keys["clover_S0"]].dtype
-        state[keys["clover_U"]] = u.to(dtype)
-        if v is not None:
-            state[keys["clover_V"]] = v.to(dtype)
+            frozen = BlockTensors.of({"clover_S": state[keys["clover_S"]], **computed[spec.name]})
+        dtype = state[keys["clover_norm"]].dtype
+        if is_folded:
+            frozen = unfolded(layer.name, spec, state[keys["clover_S"]].to(dtype), frozen)
+            state[keys["clover_S"]] = frozen.s
+        bases = {"clover_U": frozen.u, "clover_V": frozen.v, **({"clover_S0": frozen.s0} if is_folded else {})}
+        if checksum is not None and config.check_base and frozen.u is not None:
+            _check_checksum(layer, spec, frozen.u, checksum.to(frozen.u))
+        state |= {keys[a]: tensor.to(dtype) for a, tensor in bases.items() if tensor is not None}
 
 
 def is_untouched(layers: dict[str, CloverLayer], adapter_name: str) -> bool:
@@ -173,8 +179,8 @@ def _check_tensors(
         raise ValueError(
             f"{layer.name}: expected {sorted(expected)} in the adapter's file, found "
             f"{sorted(a for a in keys if keys[a] in state)}; it belongs to another configuration, or was saved folded "
-            "and can then only be loaded with its own adapter_config.json, for inference (checkpoints to resume "
-            "from are saved with save_bases=True)"
+            "and can then only be loaded with its own adapter_config.json (checkpoints to resume from are saved with "
+            "save_bases=True)"
         )
     for attribute, shape in expected.items():
         value = state[keys[attribute]]

@@ -201,7 +201,7 @@ def _block_spec(config: CloverConfig, key: str, target: TargetSlice, rank: int |
             f"{key}: {partner.path} has {partner.heads.count} heads, which {heads.count} key-value heads "
             "cannot share evenly; pass cross_layer=False"
         )
-    if config.folded:
+    if config.folded and not config.unfolds:
         return BlockSpec(target.name, target.part, heads, size, size, "full", "folded", False, partner=partner)
     return BlockSpec(
         target.name,

@@ -21,7 +21,7 @@ from ..base_model.resolve import default_targets, resolve
 from ..base_model.slices import TargetSlice
 from ..io.user_warning import warn
 from ..runtime.load_report import leave_out_of_report
-from ..runtime.loading import loaded_by_transformers, makes_meta_tensors, weights_follow
+from ..runtime.loading import loaded_by_transformers, makes_meta_tensors, transformers_loads, weights_follow
 from ..runtime.sharding import filled_by_rank_0, forget_spared, refuse_sharded, spare_broadcasts
 from .adapter_file import is_untouched, select_for_saving, take_file
 from .adapter_folder import check_folder
@@ -126,19 +126,21 @@ class CloverModel(TargetParameters, TiedWeights):
     ) -> None:
         """As in peft, but a failure takes out the layers that were already injected."""
         config = self.peft_config[adapter_name]
-        if config.folded and not config.inference_mode:
-            raise ValueError(
-                f"adapter {adapter_name!r} was saved folded, for inference; load it with is_trainable=False, or train "
-                "from one saved with save_bases=True"
-            )
         loads = state_dict is not None or weights_follow()
+        if config.unfolds and (transformers_loads() or not loads):
+            raise ValueError(
+                f"adapter {adapter_name!r}: expected one that was saved folded to be loaded by peft, if it is to be "
+                f"trained on, found {'transformers as its loader' if loads else 'no weights for it'}; load it with "
+                "PeftModel.from_pretrained(base, folder, is_trainable=True)"
+            )
         if config.awaits_weights and (loads or config.inference_mode):  # without them, inference makes no sense
             check_folder(config.folder)
         self._refuse_experts(config)
         if state_dict is None and not config.target_parameters:
             check_names(self.model, config.target_modules)
         refuse_sharded(self.model)
-        bases_follow = loads and config.save_bases is not False and not filled_by_rank_0()
+        in_file = config.save_bases is not False and not config.unfolds
+        bases_follow = loads and in_file and not filled_by_rank_0()
         self._injection = _Injection(loads or config.awaits_weights, bases_follow, shared_modules(self.model))
         self._awaiting_weights.discard(adapter_name)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -406,6 +408,10 @@ class CloverModel(TargetParameters, TiedWeights):
             raise
         if isinstance(tuner, CloverModel):
             tuner._awaiting_weights.discard(adapter_name)
+        if config.unfolds and all(
+            spec.basis != "folded" for layer in layers.values() for spec in layer.specs[adapter_name]
+        ):
+            config.folded, config.save_bases = False, True
         config.awaits_weights = False  # from here on the config is that of an adapter of this model
         return result
 
