@@ -80,12 +80,13 @@ class BaseWeight:
         Raises:
             TypeError: if the projection has none.
         """
+        module = self.module
         for name in _WEIGHT_NAMES:
-            if hasattr(self.module, name):
-                return getattr(self.module, name)
+            if hasattr(module, name):
+                return getattr(module, name)
         raise TypeError(
             f"{self.path}: expected a linear projection with a weight, plain or quantised, found "
-            f"{type(self.module).__name__}; leave it out with exclude_modules"
+            f"{type(module).__name__}; leave it out with exclude_modules"
         )
 
     @property

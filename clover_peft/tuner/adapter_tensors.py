@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..base_model.weight import BaseWeight
 from ..runtime.sharding import filled_by_rank_0
-from ..runtime.tensors import GuardedTensors, has_meta
+from ..runtime.tensors import GuardedTensors
 from .block_spec import BlockSpec, BlockTensors
 from .maps import HeadMap, Place, UnfoldedMap
 
@@ -75,10 +75,11 @@ class AdapterTensors(nn.Module):
         Peft lists modules so to wrap those whose names end in one of `modules_to_save` or `trainable_token_indices`.
         "norm" is the end of `clover_norm` too.
         """
+        found = super().named_modules(memo, prefix, remove_duplicate)
+        if remove_duplicate:
+            return found
         own = {id(getattr(self, attribute)) for attribute in (*TRAINED, *FROZEN, "clover_dropout")}
-        for name, module in super().named_modules(memo, prefix, remove_duplicate):
-            if remove_duplicate or id(module) not in own:
-                yield name, module
+        return ((name, module) for name, module in found if id(module) not in own)
 
     def create_tensors(
         self,
@@ -313,7 +314,11 @@ class AdapterTensors(nn.Module):
         self._missing_bases = {
             name
             for name in self._missing_bases
-            if any(has_meta(m[name]) for m in (getattr(self, a) for a in (*TRAINED, *FROZEN)) if name in m)
+            if any(
+                torch.device("meta") in m[name].devices()
+                for m in (getattr(self, a) for a in (*TRAINED, *FROZEN))
+                if name in m
+            )
         }
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -337,7 +342,8 @@ class AdapterTensors(nn.Module):
             return
         for attribute in (*TRAINED, *FROZEN):
             tensors = getattr(self, attribute)
-            if adapter_name in tensors and not has_meta(tensors[adapter_name]):
+            devices = tensors[adapter_name].devices() if adapter_name in tensors else set()
+            if torch.device("meta") not in devices and devices - {target}:
                 tensors[adapter_name].to(target)
 
 

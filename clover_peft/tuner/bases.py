@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
@@ -26,8 +28,21 @@ _NAMED = 8  # the most targets that a warning names
 
 def clover_layers(model: nn.Module, adapter_name: str | None = None) -> list[tuple[str, CloverLayer]]:
     """Every CLOVER layer of a model and its path; with a name, the layers that have this adapter."""
-    layers = [(path, module) for path, module in model.named_modules() if isinstance(module, CloverLayer)]
+    layers = _clover_layers(model, "", set())
     return [(path, layer) for path, layer in layers if adapter_name is None or adapter_name in layer.specs]
+
+
+def _clover_layers(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple[str, CloverLayer]]:
+    """As `named_modules`, which would also walk over the containers of tensors in each layer: 20 modules for one."""
+    if module in seen:
+        return
+    seen.add(module)
+    if isinstance(module, CloverLayer):
+        yield path, module
+    for name, child in (
+        [("base_layer", module.base_layer)] if isinstance(module, CloverLayer) else module.named_children()
+    ):
+        yield from _clover_layers(child, f"{path}.{name}".removeprefix("."), seen)
 
 
 def layers_with(model: nn.Module, adapter_name: str) -> list[tuple[str, CloverLayer]]:

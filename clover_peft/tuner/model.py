@@ -48,6 +48,7 @@ class _Injection:
     Attributes:
         may_be_loaded: a file's weights follow, or may follow because the config was read from a file.
         bases_follow: a file's weights follow and include the bases, so that none are computed.
+        is_meta: the adapter is made on the meta device.
         shared: see `shared_modules`.
         zero_blocks: blocks of zeros among the bases that are computed.
         progress: the progress bar, one step a module.
@@ -55,6 +56,7 @@ class _Injection:
 
     may_be_loaded: bool
     bases_follow: bool
+    is_meta: bool
     shared: dict[nn.Module, list[str]]
     zero_blocks: list[str] = field(default_factory=list)
     progress: Any = field(default_factory=lambda: tqdm(desc="CLOVER bases", unit=" modules", delay=3, leave=False))
@@ -141,7 +143,8 @@ class CloverModel(TargetParameters, TiedWeights):
         refuse_sharded(self.model)
         in_file = config.save_bases is not False and not config.unfolds
         bases_follow = loads and in_file and not filled_by_rank_0()
-        self._injection = _Injection(loads or config.awaits_weights, bases_follow, shared_modules(self.model))
+        is_meta = low_cpu_mem_usage or makes_meta_tensors()
+        self._injection = _Injection(loads or config.awaits_weights, bases_follow, is_meta, shared_modules(self.model))
         self._awaiting_weights.discard(adapter_name)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
@@ -169,6 +172,8 @@ class CloverModel(TargetParameters, TiedWeights):
 
     def _check_file(self, adapter_name: str, config: CloverConfig, tensors: dict[str, Tensor]) -> None:
         """Check the tensors that transformers loads next as peft's loads are, and load those that it does not know."""
+        if not tensors:
+            return
         tensors = {key: tensor for key, tensor in tensors.items() if "clover_" in key}
         file = super()._remap_adapter_state_dict_for_load(self.model, config, adapter_name, tensors)
         layers = dict(clover_layers(self.model, adapter_name))
@@ -215,7 +220,7 @@ class CloverModel(TargetParameters, TiedWeights):
             specs = self._specs(peft_config, current_key)
             if not isinstance(layer, CloverLayer):
                 layer = CloverLinear(target, adapter_name, current_key, get_quantization_kwargs(self.model))
-        now, is_meta = self._injection, makes_meta_tensors()
+        now = self._injection
         if not now.may_be_loaded or peft_config.base_precision is None:
             peft_config.base_precision = layer.base_weight.precision
         bases = None if now.bases_follow else layer.bases_to_share(specs)
@@ -233,7 +238,7 @@ class CloverModel(TargetParameters, TiedWeights):
                         f"CloverConfig.{name} is set by {function}; leave it out of the config of a new adapter, and "
                         f"call clover_peft.{function}(model, batches)"
                     )
-        if bases is None and not is_meta and not now.bases_follow:
+        if bases is None and not now.is_meta and not now.bases_follow:
             bases = frozen_tensors(self.model, layer, specs, now.zero_blocks)
         layer.update_layer(
             adapter_name,
@@ -243,7 +248,7 @@ class CloverModel(TargetParameters, TiedWeights):
             dropout=peft_config.clover_dropout,
             init_weights=peft_config.init_weights,
             inference_mode=peft_config.inference_mode,
-            empty_device=_home(layer) if bases is None and now.may_be_loaded and not is_meta else "meta",
+            empty_device=_home(layer) if bases is None and now.may_be_loaded and not now.is_meta else "meta",
         )
         if layer is not target:
             if adapter_name not in self.active_adapters:
