@@ -81,13 +81,22 @@ class BaseWeight:
         Raises:
             TypeError: if the projection has none.
         """
+        module = self.module
         for name in _WEIGHT_NAMES:
-            if hasattr(self.module, name):
-                return getattr(self.module, name)
+            if hasattr(module, name):
+                return getattr(module, name)
         raise TypeError(
             f"{self.path}: expected a linear projection with a weight, plain or quantised, found "
-            f"{type(self.module).__name__}; leave it out with exclude_modules"
+            f"{type(module).__name__}; leave it out with exclude_modules"
         )
+
+    @property
+    def device(self) -> torch.device:
+        """The device on which the weight is used; the CPU for one on disk whose hooks peft has removed for a load."""
+        if not self.stored.is_meta:
+            return self.stored.device
+        with self.whole():
+            return torch.device("cpu") if self.stored.is_meta else self.stored.device
 
     @property
     def precision(self) -> str:

@@ -56,7 +56,7 @@ def plan(
         inner = inner_model(get_peft_model(model, adapter))
     trainable = sum(p.numel() for p in inner.parameters() if p.requires_grad)
     layers: dict[str, dict[str, Any]] = {}
-    s = bases = alone = folded = 0
+    s = bases = packed = alone = folded = 0
     for _, layer in clover_layers(inner):
         path = layer.name  # a stack of experts' weights has no path of a module
         specs = layer.specs["default"]
@@ -64,6 +64,7 @@ def plan(
             norms = spec.blocks * spec.size
             s += _numel(spec.s_shape)
             bases += sum(map(_numel, spec.base_shapes.values()))
+            packed += _numel(spec.base_shapes["clover_U"]) - _numel(spec.packed_shape) if spec.packed_shape else 0
             alone += _numel(spec.s_shape) + 2 * spec.blocks * spec.r + norms  # with S0 and the probe of the bases
             folded += norms * spec.size + norms
         low_rank = (part for name, part in layer.trained_tensors("default").items() if name != "clover_S")
@@ -74,7 +75,7 @@ def plan(
             "gram_flops": sum(_gram_flops(inner, layer, spec) for spec in specs),
         }
     beside = trainable - s  # biases, modules_to_save
-    files = {"true": s + bases, "false": alone, "folded": folded}
+    files = {"true": s + bases - packed, "false": alone, "folded": folded}
     return {
         "model_type": config.model_type,
         "model_class": type(model).__name__,

@@ -9,8 +9,11 @@ from types import FrameType
 
 import transformers
 from peft import PeftModel
-from torch import empty, nn
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
+from torch import Tensor, empty, nn
 from transformers.integrations import PeftAdapterMixin
+from transformers.utils import cached_file
 
 # The functions that make an adapter and then load its weights. Peft gives a tuner no sign of them: no argument, and
 # `get_peft_model` makes a new adapter from a config that was read from a file as well.
@@ -19,7 +22,8 @@ _LOADERS = {
     _TRANSFORMERS,
     *(getattr(function, "__code__", None) for function in (PeftModel.from_pretrained, PeftModel.load_adapter)),
 }
-_SOURCE = "peft_model_id"  # the variable of transformers' `load_adapter` that holds the adapter's name or folder
+# The variables of transformers' `load_adapter` that hold what is loaded.
+_SOURCES = {"peft_model_id", "adapter_state_dict", "load_config"}
 
 
 def _callers() -> Iterator[FrameType]:
@@ -38,23 +42,35 @@ def weights_follow() -> bool:
     return any(frame.f_code in _LOADERS for frame in _callers())
 
 
-def loaded_by_transformers() -> str | None:
-    """The name or folder of the adapter that transformers loads next, without letting the tuner see its weights.
+def transformers_loads() -> bool:
+    """Whether transformers' `load_adapter` is on the call stack."""
+    return any(frame.f_code is _TRANSFORMERS for frame in _callers())
 
-    None if something else loads, or if transformers was given a state dict. Read from the local variable `_SOURCE` of
-    transformers' `load_adapter`: a warning tells if that has no such variable.
+
+def loaded_by_transformers() -> dict[str, Tensor]:
+    """The tensors that transformers loads next, without letting the tuner see them; downloaded if they are on the hub.
+
+    None of them if something else loads. They are found through the local variables `_SOURCES` of transformers'
+    `load_adapter`: a warning tells if that has no such variables.
     """
     for frame in _callers():
         if frame.f_code is _TRANSFORMERS:
-            if _SOURCE not in frame.f_locals:
+            found = frame.f_locals
+            if missing := sorted(_SOURCES - found.keys()):
                 warnings.warn(
-                    f"transformers {transformers.__version__}: expected a variable {_SOURCE} in "
-                    f"{frame.f_code.co_name}, found none, so the adapter's file is not checked before it is "
-                    "loaded; load it with PeftModel.from_pretrained, or use a version that clover_peft is tested on",
+                    f"transformers {transformers.__version__}: expected the variables {missing} in "
+                    f"{frame.f_code.co_name}, found none, so the adapter's file is not checked before it is loaded, "
+                    "and packed bases are not loaded; load it with PeftModel.from_pretrained, or use a version that "
+                    "clover_peft is tested on",
                     stacklevel=2,
                 )
-            return frame.f_locals.get(_SOURCE)
-    return None
+                return {}
+            if found["adapter_state_dict"] is not None:
+                return found["adapter_state_dict"]
+            options = {**found["load_config"].download_kwargs, "_raise_exceptions_for_missing_entries": False}
+            file = cached_file(found["peft_model_id"], SAFETENSORS_WEIGHTS_NAME, **options)
+            return {} if file is None else load_file(file)
+    return {}
 
 
 def makes_meta_tensors() -> bool:

@@ -59,6 +59,15 @@ class GuardedTensors(nn.Module):
         """The parameter or buffer of this name; None if something else was put in its place."""
         return self._parameters.get(name, self._buffers.get(name))
 
+    def devices(self) -> set[torch.device]:
+        """The devices of its parameters and buffers."""
+        return {
+            tensor.device
+            for held in (self._parameters, self._buffers)
+            for tensor in held.values()
+            if tensor is not None
+        }
+
     def get(self, name: str) -> Tensor | None:
         """The tensor of this name, or None if there is none."""
         return getattr(self, name, None)
@@ -97,8 +106,3 @@ def is_plain(tensor: Tensor | None) -> bool:
     if tensor is None or type(tensor) not in (Tensor, nn.Parameter):
         return False
     return not (tensor.is_meta or tensor.is_inference() or hasattr(tensor, "ds_id"))
-
-
-def has_meta(module: nn.Module) -> bool:
-    """Whether a parameter or buffer is on the meta device."""
-    return any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))

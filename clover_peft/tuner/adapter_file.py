@@ -6,14 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from ..io.user_warning import warn
+from ..linalg.triangles import pack, unpack
 from ..runtime.loading import weights_follow
-from .adapter_tensors import BASES_CHECKSUM, FROZEN, TRAINED, WHOLE, file_key, tensor_keys
+from .adapter_tensors import BASES_CHECKSUM, FROZEN, PACKED, TRAINED, WHOLE, file_key, tensor_keys
 from .base_check import MUCH_CHANGED, check_fingerprint, error_from_rounding, fingerprint
 from .bases import frozen_tensors
 from .block_spec import BlockSpec, BlockTensors
 from .config import CloverConfig
 from .layer import CloverLayer
 from .layers import inner_model
+from .unfolding import unfolded
 
 # The largest relative difference between checksums of equal bases, by rounding.
 CHECKSUM_TOLERANCE = 1e-2
@@ -22,7 +24,8 @@ CHECKSUM_TOLERANCE = 1e-2
 def select_for_saving(name: str, layer: CloverLayer, adapter_name: str, config: CloverConfig, state: dict) -> None:
     """Leave in `state`, for one layer, the tensors that `config.save_bases` asks for.
 
-    True: bases and S. False: S and a checksum of the bases. "folded": the map of each block, in the place of S.
+    True: bases and S; of a C that is lower triangular, the triangles. False: S and a checksum of the bases. "folded":
+    the map of each block, in the place of S.
 
     Raises:
         ValueError: if the adapter's bases were never computed or loaded.
@@ -36,7 +39,12 @@ def select_for_saving(name: str, layer: CloverLayer, adapter_name: str, config: 
         if keys["clover_S"] in state:  # the model's own state dict may leave out the bases (`GuardedTensors`)
             for attribute in spec.base_shapes:
                 state.setdefault(keys[attribute], getattr(layer, attribute)[adapter_name].get(spec.name))
-        if config.save_bases is True or spec.basis == "folded" or keys["clover_S"] not in state:
+        if spec.basis == "folded" or keys["clover_S"] not in state:
+            continue
+        if config.save_bases is True:
+            if spec.packed_shape and (packed := pack(state[keys["clover_U"]])) is not None:
+                del state[keys["clover_U"]]
+                state[keys[PACKED]] = packed
             continue
         tensors = BlockTensors.of({attribute: state.get(key) for attribute, key in keys.items()})
         for attribute in ("clover_U", "clover_V"):
@@ -67,6 +75,7 @@ def take_file(
     Raises:
         ValueError: naming the module, the expected and the found tensors, and the remedy.
     """
+    _unpack(layers, adapter_name, state)
     if not (config.awaits_weights or weights_follow()):
         _complete(layers, adapter_name, state)
     for name, layer in layers.items():
@@ -88,6 +97,7 @@ def has_same_bases(layers: dict[str, CloverLayer], adapter_name: str, state: dic
 
     The arguments are those of `take_file`.
     """
+    _unpack(layers, adapter_name, state)
     for name, layer in layers.items():
         for spec in layer.specs[adapter_name]:
             here = layer.tensors(adapter_name, spec).c
@@ -99,6 +109,15 @@ def has_same_bases(layers: dict[str, CloverLayer], adapter_name: str, state: dic
             ):
                 return False
     return True
+
+
+def _unpack(layers: dict[str, CloverLayer], adapter_name: str, state: dict[str, Tensor]) -> None:
+    """Put whole matrices in the places of a file's triangles; one of another shape is left for the check of shapes."""
+    for name, layer in layers.items():
+        for spec in layer.specs[adapter_name]:
+            if (packed := _take(state, name, PACKED, spec.name)) is not None:
+                whole = unpack(packed, spec.size) if packed.shape == spec.packed_shape else packed
+                state[tensor_keys(name, adapter_name, spec.name)["clover_U"]] = whole
 
 
 def _complete(layers: dict[str, CloverLayer], adapter_name: str, state: dict[str, Tensor]) -> None:
@@ -138,15 +157,18 @@ def _take_layer(
                 state[keys[attribute]] = found
         checksum = _take(state, name, BASES_CHECKSUM, spec.name)
         expected = {"clover_S": spec.s_shape, **spec.base_shapes}
-        if checksum is not None:
+        is_folded = config.unfolds and spec.basis != "folded" and keys["clover_S0"] not in state and checksum is None
+        if is_folded:
+            expected = {"clover_S": (spec.blocks, spec.size, spec.size), "clover_norm": expected["clover_norm"]}
+        elif checksum is not None:
             expected = {a: shape for a, shape in expected.items() if a not in ("clover_U", "clover_V")}
         _check_tensors(layer, config, keys, expected, state, folded=spec.basis == "folded")
         if config.check_base and (here := fingerprint(inner, layer.base_weight, spec)) is not None:
             check_fingerprint(layer.base_weight, spec, config, here, state[keys["clover_norm"]].to(here))
-        if checksum is None:
+        if checksum is None and not is_folded:
             continue
-        _, c, e, *_ = layer.tensors(adapter_name, spec)
-        if c is None or not layer.has_bases(adapter_name):
+        frozen = layer.tensors(adapter_name, spec)
+        if frozen.c is None or not layer.has_bases(adapter_name):
             computed = computed or frozen_tensors(inner, layer.base_weight, layer.specs[adapter_name])
             if computed is None:
                 source = "a base model without weights; load it first"
@@ -156,13 +178,15 @@ def _take_layer(
                     f"{layer.name}: the adapter was saved without its bases, and they cannot be computed from "
                     f"{source}, or save the adapter with save_bases=True"
                 )
-            c, e = computed[spec.name]["clover_U"], computed[spec.name].get("clover_V")
-        if config.check_base:
-            _check_checksum(layer, spec, c, checksum.to(c))
-        dtype = state[keys["clover_S0"]].dtype
-        state[keys["clover_U"]] = c.to(dtype)
-        if e is not None:
-            state[keys["clover_V"]] = e.to(dtype)
+            frozen = BlockTensors.of({"clover_S": state[keys["clover_S"]], **computed[spec.name]})
+        dtype = state[keys["clover_norm"]].dtype
+        if is_folded:
+            frozen = unfolded(layer.name, spec, state[keys["clover_S"]].to(dtype), frozen)
+            state[keys["clover_S"]] = frozen.s
+        bases = {"clover_U": frozen.c, "clover_V": frozen.e, **({"clover_S0": frozen.s0} if is_folded else {})}
+        if checksum is not None and config.check_base and frozen.c is not None:
+            _check_checksum(layer, spec, frozen.c, checksum.to(frozen.c))
+        state |= {keys[a]: tensor.to(dtype) for a, tensor in bases.items() if tensor is not None}
 
 
 def _take(state: dict[str, Tensor], name: str, attribute: str, part: str) -> Tensor | None:
@@ -205,8 +229,8 @@ def _check_tensors(
         raise ValueError(
             f"{layer.name}: expected {sorted(expected)} in the adapter's file, found "
             f"{sorted(a for a in keys if keys[a] in state)}; it belongs to another configuration, or was saved folded "
-            "and can then only be loaded with its own adapter_config.json, for inference (checkpoints to resume "
-            "from are saved with save_bases=True)"
+            "and can then only be loaded with its own adapter_config.json (checkpoints to resume from are saved with "
+            "save_bases=True)"
         )
     for attribute, shape in expected.items():
         value = state[keys[attribute]]
@@ -241,6 +265,8 @@ def _check_nothing_left(layers: dict[str, CloverLayer], adapter_name: str, state
 
 def _check_no_base_weights(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) -> None:
     """Refuse weights of the base model. Peft does save resized embeddings and biases under the base's own names."""
+    if all(adapter_name in key.split(".") for key in state):
+        return
     found = (embedding_of(model, side) for side in ("input", "output"))
     embeddings = {inner for embedding in found if embedding is not None for inner in embedding.modules()}
     for path, module in model.named_modules():

@@ -10,8 +10,6 @@ from peft import PeftModel
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import Tensor
 
 from ..io.atomic import write_text
 
@@ -55,14 +53,6 @@ def check_folder(folder: str) -> None:
                 f"{folder}: expected the adapter's weights, {SAFETENSORS_WEIGHTS_NAME}, found no such file"
                 f"{pickled}; copy the whole folder that save_pretrained wrote, with safe_serialization left on"
             )
-
-
-def read_tensors(folder: str) -> dict[str, Tensor]:
-    """CLOVER's tensors in an adapter's weight file; none if there is no such file here."""
-    path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
-    if not os.path.isfile(path):
-        return {}
-    return {key: tensor for key, tensor in load_file(path).items() if "clover_" in key}
 
 
 def complete_model_card(path: str, base: str | None, task_type: str | None) -> None:

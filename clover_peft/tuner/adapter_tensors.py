@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..base_model.weight import BaseWeight
 from ..runtime.sharding import filled_by_rank_0
-from ..runtime.tensors import GuardedTensors, has_meta
+from ..runtime.tensors import GuardedTensors
 from .block_spec import BlockSpec, BlockTensors
 from .maps import HeadMap, UnfoldedMap
 
@@ -22,6 +22,7 @@ FROZEN = ("clover_U", "clover_V", "clover_S0", "clover_norm")
 BESIDE = (*FROZEN, "clover_dropout", "specs", "scaling", "r")
 WHOLE = "weight"  # the slice name of tensors that belong to the whole target
 BASES_CHECKSUM = "clover_probe"  # a file that leaves out the bases has a checksum of them
+PACKED = "clover_L"  # in a file, the lower triangles of C in the place of C
 
 
 class AdapterTensors(nn.Module):
@@ -75,10 +76,11 @@ class AdapterTensors(nn.Module):
         Peft lists modules so to wrap those whose names end in one of `modules_to_save` or `trainable_token_indices`.
         "norm" is the end of `clover_norm` too.
         """
+        found = super().named_modules(memo, prefix, remove_duplicate)
+        if remove_duplicate:
+            return found
         own = {id(getattr(self, attribute)) for attribute in (*TRAINED, *FROZEN, "clover_dropout")}
-        for name, module in super().named_modules(memo, prefix, remove_duplicate):
-            if remove_duplicate or id(module) not in own:
-                yield name, module
+        return ((name, module) for name, module in found if id(module) not in own)
 
     def create_tensors(
         self,
@@ -277,6 +279,13 @@ class AdapterTensors(nn.Module):
                 }
         return None
 
+    def set_frozen(self, adapter_name: str, spec: BlockSpec, found: dict[str, Tensor]) -> None:
+        """Replace frozen tensors of a slice, by attribute; they move to the device of S."""
+        s = self.tensors(adapter_name, spec).s
+        for attribute, tensor in found.items():
+            held: GuardedTensors = getattr(self, attribute)[adapter_name]
+            setattr(held, spec.name, tensor.to(s.device, getattr(held, spec.name).dtype))
+
     def has_bases(self, adapter_name: str) -> bool:
         """Whether the adapter's bases were computed or loaded."""
         if self._missing_bases:
@@ -308,7 +317,11 @@ class AdapterTensors(nn.Module):
         self._missing_bases = {
             name
             for name in self._missing_bases
-            if any(has_meta(m[name]) for m in (getattr(self, a) for a in (*TRAINED, *FROZEN)) if name in m)
+            if any(
+                torch.device("meta") in m[name].devices()
+                for m in (getattr(self, a) for a in (*TRAINED, *FROZEN))
+                if name in m
+            )
         }
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -333,7 +346,8 @@ class AdapterTensors(nn.Module):
             return
         for attribute in (*TRAINED, *FROZEN):
             tensors = getattr(self, attribute)
-            if adapter_name in tensors and not has_meta(tensors[adapter_name]):
+            devices = tensors[adapter_name].devices() if adapter_name in tensors else set()
+            if torch.device("meta") not in devices and devices - {target}:
                 tensors[adapter_name].to(target)
 
 
@@ -354,7 +368,7 @@ def _transposed(dtype: torch.dtype, weight: Tensor) -> Tensor:
 def tensor_keys(name: str, adapter_name: str, part: str) -> dict[str, str]:
     """Attribute -> state dict key, for a slice by its name, or for `WHOLE`."""
     prefix = f"{name}." if name else ""
-    attributes = (*TRAINED, *FROZEN, BASES_CHECKSUM)
+    attributes = (*TRAINED, *FROZEN, BASES_CHECKSUM, PACKED)
     return {attribute: f"{prefix}{attribute}.{adapter_name}.{part}" for attribute in attributes}
 
 

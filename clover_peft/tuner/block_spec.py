@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -110,6 +110,11 @@ class BlockSpec:
             shapes["clover_V"] = (self.blocks, self.size, self.r)
         return shapes
 
+    @property
+    def packed_shape(self) -> tuple[int, int] | None:
+        """Shape of C's lower triangles, where C is lower triangular: `C = R^-T`, for whole blocks in the QR basis."""
+        return (self.blocks, self.size * (self.size + 1) // 2) if self.basis == "qr" else None
+
     def map(self, tensors: BlockTensors) -> Tensor:
         """The folded map of each block, (H, d, d): `E dS C`, or with `truncate` `E (S0 + dS) C`.
 
@@ -164,6 +169,15 @@ def block_specs(
     return specs
 
 
+def warn_of_useless_block_size(config: CloverConfig, specs: Sequence[BlockSpec]) -> None:
+    """Warn of a block size for heads if none of an adapter's slices has heads."""
+    if config.block_size is not None and specs and all(spec.part in WITHOUT_HEADS for spec in specs):
+        warn(
+            f"block_size={config.block_size} cuts attention heads, and no target has any: it is without effect; cut "
+            "these with mlp_block_size, or describe the heads with head_dim=... or num_heads=...",
+        )
+
+
 def _block_spec(config: CloverConfig, key: str, target: TargetSlice, rank: int | None) -> BlockSpec:
     """Apply a config to one slice of a target."""
     heads, is_attention = target.heads, target.has_heads
@@ -202,7 +216,7 @@ def _block_spec(config: CloverConfig, key: str, target: TargetSlice, rank: int |
             f"{key}: {partner.path} has {partner.heads.count} heads, which {heads.count} key-value heads "
             "cannot share evenly; pass cross_layer=False"
         )
-    if config.folded:
+    if config.folded and not config.unfolds:
         return BlockSpec(target.name, target.part, heads, size, size, "full", "folded", False, partner=partner)
     return BlockSpec(
         target.name,

@@ -54,7 +54,8 @@ class CloverConfig(PeftConfig):
         clover_dropout: Dropout probability on the input of the map, and of the low-rank part.
         bias: "none", "all" or "clover_only": the biases of the base that are trained too.
         save_bases: True saves the bases with S (self-contained). False saves S alone; loading computes the bases again
-            and checks them. "folded" saves one d x d map per block, for inference.
+            and checks them. "folded" saves one d x d map per block; loading to
+            train computes bases and solves for S.
         init_weights: True starts as the base model, bit for bit. False starts visibly elsewhere (for tests).
         check_base: Refuse to load onto a base model if the norms of its weights' rows differ from the adapter's record
             by more than rounding.
@@ -141,6 +142,11 @@ class CloverConfig(PeftConfig):
         """Describe the file's bases again, if they were set aside."""
         self.__dict__.update(self.recorded)
         self.recorded = {}
+
+    @property
+    def unfolds(self) -> bool:
+        """Whether the adapter was saved folded and is loaded to be trained on: S is then solved for, in new bases."""
+        return self.folded and not self.inference_mode
 
     @classmethod
     def from_lora(cls, lora_config: LoraConfig, model: nn.Module | PretrainedConfig | None = None) -> CloverConfig:

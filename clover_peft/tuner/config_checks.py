@@ -123,8 +123,9 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
         "leave target_parameters out, or these": bool(
             get("target_parameters") and (get("clover_dropout", 0.0) or get("low_rank", 0))
         ),
-        "a folded adapter holds maps for inference and cannot be trained; load it with is_trainable=False, or "
-        "train from an adapter saved with save_bases=True": get("folded") and not get("inference_mode"),
+        "a folded adapter holds maps instead of bases and is not a new one; leave folded out, or load the adapter "
+        "with PeftModel.from_pretrained(base, folder, is_trainable=True or False)": get("folded")
+        and not get("inference_mode"),
     }
     if message := next((message for message, holds in refused.items() if holds), None):
         raise ValueError(f"CloverConfig: {message}")

@@ -19,16 +19,16 @@ from tqdm.auto import tqdm
 from ..base_model.experts import experts_slice
 from ..base_model.families import FAMILIES, family_of, unknown_family_message
 from ..base_model.resolve import default_targets, resolve
-from ..base_model.slices import WITHOUT_HEADS, TargetSlice
+from ..base_model.slices import TargetSlice
 from ..io.user_warning import warn
 from ..runtime.load_report import leave_out_of_report
-from ..runtime.loading import loaded_by_transformers, makes_meta_tensors, weights_follow
+from ..runtime.loading import loaded_by_transformers, makes_meta_tensors, transformers_loads, weights_follow
 from ..runtime.sharding import filled_by_rank_0, refuse_sharded, spare_broadcasts
 from .adapter_file import has_same_bases, select_for_saving, take_file
-from .adapter_folder import check_folder, read_tensors
-from .adapter_tensors import BASES_CHECKSUM, FROZEN
+from .adapter_folder import check_folder
+from .adapter_tensors import BASES_CHECKSUM, FROZEN, PACKED, tensor_keys
 from .bases import frozen_tensors, warn_of_zero_blocks
-from .block_spec import BlockSpec, block_specs
+from .block_spec import BlockSpec, block_specs, warn_of_useless_block_size
 from .combining import add_up, find_sources
 from .config import CloverConfig
 from .experts import CloverExperts
@@ -50,6 +50,7 @@ class _Injection:
     Attributes:
         may_be_loaded: a file's weights follow, or may follow because the config was read from a file.
         bases_follow: a file's weights follow and include the bases, so that none are computed.
+        is_meta: the adapter is made on the meta device.
         shared: see `shared_modules`.
         zero_blocks: blocks of zeros among the bases that are computed.
         progress: the progress bar, one step a module.
@@ -57,6 +58,7 @@ class _Injection:
 
     may_be_loaded: bool
     bases_follow: bool
+    is_meta: bool
     shared: dict[nn.Module, list[str]]
     zero_blocks: list[str] = field(default_factory=list)
     progress: Any = field(default_factory=lambda: tqdm(desc="CLOVER bases", unit=" modules", delay=3, leave=False))
@@ -123,26 +125,30 @@ class CloverModel(TargetParameters, TiedWeights):
     ) -> None:
         """As in peft, but a failure takes out the layers that were already injected."""
         config = self.peft_config[adapter_name]
-        if config.folded and not config.inference_mode:
-            raise ValueError(
-                f"adapter {adapter_name!r} was saved folded, for inference; load it with is_trainable=False, or train "
-                "from one saved with save_bases=True"
-            )
         loads = state_dict is not None or weights_follow()
+        if config.unfolds and (transformers_loads() or not loads):
+            raise ValueError(
+                f"adapter {adapter_name!r}: expected one that was saved folded to be loaded by peft, if it is to be "
+                f"trained on, found {'transformers as its loader' if loads else 'no weights for it'}; load it with "
+                "PeftModel.from_pretrained(base, folder, is_trainable=True)"
+            )
         if config.awaits_weights and (loads or config.inference_mode):  # without them, inference makes no sense
             check_folder(config.folder)
         self._refuse_experts(config)
         if state_dict is None and not config.target_parameters:
             check_names(self.model, config.target_modules)
         refuse_sharded(self.model)
-        bases_follow = loads and config.save_bases is not False and not filled_by_rank_0()
-        self._injection = _Injection(loads or config.awaits_weights, bases_follow, shared_modules(self.model))
+        in_file = config.save_bases is not False and not config.unfolds
+        bases_follow = loads and in_file and not filled_by_rank_0()
+        is_meta = low_cpu_mem_usage or makes_meta_tensors()
+        self._injection = _Injection(loads or config.awaits_weights, bases_follow, is_meta, shared_modules(self.model))
         if config.awaits_weights and not loads:
             config.set_record_aside()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-            self._warn_about_block_size(adapter_name, config)
+            made = (layer.specs[adapter_name] for _, layer in clover_layers(self.model, adapter_name))
+            warn_of_useless_block_size(config, [spec for specs in made for spec in specs])
             warn_of_zero_blocks(self._injection.zero_blocks)
             self._check_file(adapter_name, config, loaded_by_transformers())
             layers = clover_layers(self.model)
@@ -167,26 +173,25 @@ class CloverModel(TargetParameters, TiedWeights):
         if loads:
             config.awaits_weights = True  # if the load fails, the adapter is taken out again
 
-    def _check_file(self, adapter_name: str, config: CloverConfig, folder: str | None) -> None:
-        """Check the file that transformers loads next as peft's loads are, if it is on this machine."""
-        tensors = {} if folder is None else read_tensors(folder)
+    def _check_file(self, adapter_name: str, config: CloverConfig, tensors: dict[str, Tensor]) -> None:
+        """Check the tensors that transformers loads next as peft's loads are, and load those that it does not know."""
+        if not tensors:
+            return
+        tensors = {key: tensor for key, tensor in tensors.items() if "clover_" in key}
         file = super()._remap_adapter_state_dict_for_load(self.model, config, adapter_name, tensors)
         layers = dict(clover_layers(self.model, adapter_name))
         if not any(f"clover_S.{adapter_name}." in key for key in file):
             return  # no file here, or one with other names for modules, which transformers changes
+        before = set(file)
         take_file(self.model, layers, adapter_name, config, file)
+        for name, layer in layers.items():
+            for spec in layer.specs[adapter_name]:
+                keys = tensor_keys(name, adapter_name, spec.name).items()
+                made = {attribute: file[key] for attribute, key in keys if key in file.keys() - before}
+                layer.set_frozen(adapter_name, spec, made)
         # What `take_file` lets pass is whole, so these keys are left out on purpose.
         name = re.escape(adapter_name)
-        leave_out_of_report(self.model, rf"\.clover_[UV]\.{name}\.", rf"\.{BASES_CHECKSUM}\.{name}\.")
-
-    def _warn_about_block_size(self, adapter_name: str, config: CloverConfig) -> None:
-        """Warn of a block size for heads if no target has heads."""
-        specs = [spec for _, layer in clover_layers(self.model, adapter_name) for spec in layer.specs[adapter_name]]
-        if config.block_size is not None and specs and all(spec.part in WITHOUT_HEADS for spec in specs):
-            warn(
-                f"block_size={config.block_size} cuts attention heads, and no target has any: it is without effect; "
-                "cut these with mlp_block_size, or describe the heads with head_dim=... or num_heads=...",
-            )
+        leave_out_of_report(self.model, rf"\.clover_[UV]\.{name}\.", rf"\.({BASES_CHECKSUM}|{PACKED})\.")
 
     def _create_and_replace(
         self,
@@ -209,7 +214,7 @@ class CloverModel(TargetParameters, TiedWeights):
             specs = self._specs(peft_config, current_key)
             if not isinstance(layer, CloverLayer):
                 layer = CloverLinear(target, adapter_name, current_key, get_quantization_kwargs(self.model))
-        now, is_meta = self._injection, makes_meta_tensors()
+        now = self._injection
         if not now.may_be_loaded or peft_config.base_precision is None:
             peft_config.base_precision = layer.base_weight.precision
         bases = None if now.bases_follow else layer.bases_to_share(specs)
@@ -227,8 +232,9 @@ class CloverModel(TargetParameters, TiedWeights):
                         f"CloverConfig.{name} is set by {function}; leave it out of the config of a new adapter, and "
                         f"call clover_peft.{function}(model, batches)"
                     )
-        if bases is None and not is_meta and not now.bases_follow:
+        if bases is None and not now.is_meta and not now.bases_follow:
             bases = frozen_tensors(self.model, layer.base_weight, specs, now.zero_blocks)
+        is_filled = bases is None and now.may_be_loaded and not now.is_meta  # later, from a file
         layer.update_layer(
             adapter_name,
             specs,
@@ -237,7 +243,7 @@ class CloverModel(TargetParameters, TiedWeights):
             dropout=peft_config.clover_dropout,
             init_weights=peft_config.init_weights,
             inference_mode=peft_config.inference_mode,
-            empty_device=_home(layer) if bases is None and now.may_be_loaded and not is_meta else "meta",
+            empty_device=layer.base_weight.device if is_filled else "meta",
         )
         if layer is not target:
             if adapter_name not in self.active_adapters:
@@ -423,6 +429,8 @@ class CloverModel(TargetParameters, TiedWeights):
             made_by = dict(from_activations=config.from_activations, balanced_updates=config.balanced_updates)
             for layer in layers.values():
                 layer.change_specs(adapter_name, **made_by)
+        if config.unfolds and all(s.basis != "folded" for layer in layers.values() for s in layer.specs[adapter_name]):
+            config.folded, config.save_bases = False, True
         config.awaits_weights = False  # from here on the config is that of an adapter of this model
         return result
 
@@ -433,14 +441,3 @@ class CloverModel(TargetParameters, TiedWeights):
         else:
             self.delete_adapter(adapter_name)
             unwrap_empty_layers(self.model)
-
-
-def _home(layer: CloverLayer) -> torch.device:
-    """The device on which the weight is used.
-
-    A weight without a device is offloaded to disk: peft removes the hooks that load it, until the adapter is loaded.
-    """
-    if not layer.weight.is_meta:
-        return layer.weight.device
-    with layer.base_weight.whole():
-        return torch.device("cpu") if layer.weight.is_meta else layer.weight.device

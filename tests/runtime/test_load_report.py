@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 from transformers.integrations import PeftAdapterMixin
 from transformers.integrations import peft as integration
 
 from clover_peft.runtime import load_report, loading
-from tests.support.saved_adapters import edit, save_trained
+from tests.support.saved_adapters import WEIGHTS, edit, save_trained
 from tests.support.tiny import build
 
 # ---------------------------------------------------------------------- who loads
@@ -27,30 +28,34 @@ def test_the_installed_loaders_are_recognised_and_name_what_they_load() -> None:
     assert len(loading._LOADERS) == 3
     code = PeftAdapterMixin.load_adapter.__code__
     assert code.co_name == "load_adapter"  # not a decorator's function
-    assert loading._SOURCE in (*code.co_varnames, *code.co_cellvars)
+    assert {*code.co_varnames, *code.co_cellvars} >= loading._SOURCES
 
 
-def test_the_folder_is_read_while_transformers_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_is_read_while_transformers_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_trained(tmp_path)
     seen = []
     monkeypatch.setattr(
-        "clover_peft.tuner.model.loaded_by_transformers", lambda: seen.append(loading.loaded_by_transformers())
+        "clover_peft.tuner.model.loaded_by_transformers",
+        lambda: seen.append(loading.loaded_by_transformers()) or seen[0],
     )
     build("llama").load_adapter(str(tmp_path), adapter_name="other")
-    assert seen == [str(tmp_path)]
+    (found,) = seen
+    tensors = load_file(tmp_path / WEIGHTS)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[key], tensors[key]) for key in tensors)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert loading.loaded_by_transformers() is None
+        assert loading.loaded_by_transformers() == {}
         assert not loading.weights_follow()
 
 
 def test_a_loader_without_the_variable_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_adapter(adapter_id: str) -> str | None:
+    def load_adapter(adapter_id: str) -> dict:
         return loading.loaded_by_transformers()
 
     monkeypatch.setattr(loading, "_TRANSFORMERS", load_adapter.__code__)
-    with pytest.warns(UserWarning, match="expected a variable peft_model_id in load_adapter, found none"):
-        assert load_adapter("folder") is None
+    with pytest.warns(UserWarning, match=r"expected the variables \[.*'peft_model_id'\] in load_adapter"):
+        assert load_adapter("folder") == {}
 
 
 # ---------------------------------------------------------------------- the report

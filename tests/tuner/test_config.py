@@ -111,7 +111,7 @@ def test_dropout_that_is_no_number_is_refused(value: object) -> None:
         ),
         (dict(layers_pattern="layers"), "layers_pattern needs layers_to_transform"),
         (dict(target_modules=["v_proj"], layers_pattern=["layers"]), "layers_pattern needs layers_to_transform"),
-        (dict(folded=True), "a folded adapter holds maps for inference and cannot be trained.*is_trainable=False"),
+        (dict(folded=True), "a folded adapter holds maps instead of bases.*is_trainable=True"),
     ],
 )
 def test_combination_without_meaning_is_refused(choices: dict, message: str) -> None:

@@ -10,6 +10,8 @@ from peft import get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from clover_peft import CloverConfig
+from clover_peft.tuner.layer import CloverLayer
+from clover_peft.tuner.layers import clover_layers
 from tests.support.adapters import layers_by_name, untouched
 from tests.support.tiny import TOLERANCE, build, logits, perturb, relative, through_transformers
 
@@ -168,3 +170,21 @@ def test_a_width_without_divisors_is_reported():
     model = nn.Sequential(nn.Linear(16, 97))
     with pytest.warns(UserWarning, match="97 features have no divisor between 8 and 64, blocks are of 1"):
         get_peft_model(model, CloverConfig(target_modules=["0"]))
+
+
+@pytest.mark.parametrize(
+    ("family", "choices"),
+    [
+        ("llama", dict(target_modules="all-linear")),
+        ("mixtral", dict(target_parameters=["experts.gate_up_proj", "experts.down_proj"])),
+        ("t5", dict(modules_to_save=["lm_head"])),
+    ],
+    ids=["all-linear", "a layer inside another", "wrapped modules"],
+)
+def test_the_layers_found_are_those_that_torch_names(family: str, choices: dict) -> None:
+    model = get_peft_model(build(family), CloverConfig(**choices))
+    model.twice = model.base_model  # a module in two places counts once
+    named = [(path, module) for path, module in model.named_modules() if isinstance(module, CloverLayer)]
+    assert named
+    assert clover_layers(model) == named
+    assert clover_layers(model, "other") == []

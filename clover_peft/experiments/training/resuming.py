@@ -142,7 +142,7 @@ class Before(TrainerCallback):
 
 @contextlib.contextmanager
 def bases_saved(model: Any) -> Iterator[None]:
-    """Save checkpoints with their bases, also of an adapter to be saved folded: a folded one cannot be trained on."""
+    """Save checkpoints with their bases, also of an adapter to be saved folded, which is not resumed from."""
     config: Any = getattr(model, "active_peft_config", None)
     folded = getattr(config, "save_bases", None) == "folded"
     if folded:
