@@ -65,7 +65,7 @@ def bases(moments: LatentMoments, keys: int, rank: int, method: Method) -> tuple
         # Components have very different units. In units of their own gradients, no direction drowns in the damping.
         unit = moments.fisher.diagonal().clamp(min=1e-30 * float(moments.fisher.diagonal().max())).sqrt()
         values, vectors = torch.linalg.eigh(moments.fisher.div_(unit[:, None]).div_(unit))
-        del moments.fisher
+        moments.fisher = vectors.new_empty(0)
         values = values.clamp(min=0) + _DAMPING
         root = (vectors * values.sqrt()) @ vectors.T
         u = torch.linalg.eigh(root @ (unit[:, None] * second * unit) @ root).eigenvectors[:, -rank:].clone()

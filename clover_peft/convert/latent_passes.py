@@ -7,6 +7,7 @@ hands the gradient at its input down to the group before. The groups change no b
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Generator, Mapping, Sequence
@@ -22,9 +23,7 @@ from ..base_model.activations import hooks
 from .latent import EVERY, LatentMoments
 from .layerwise import Layerwise
 
-BUDGET = (
-    2**31
-)  # bytes of a group of layers and its moments and activations, where that is two layers or more; not tuned
+BUDGET = 2**31  # bytes of a group of two layers or more: their weights, moments and activations. Not tuned.
 
 
 def collect(
@@ -44,11 +43,14 @@ def collect(
         OSError: the disk has no room for the temporary files.
     """
     config = target.model.config
-    itemsize, sizes = target.model.dtype.itemsize, [batch["input_ids"].numel() for batch in batches]
-    at_once = group_size(config, target.layer_numbers, max(sizes), itemsize, gradients)
+    itemsize, shapes = target.model.dtype.itemsize, [batch["input_ids"].shape for batch in batches]
+    saved = max(saved_bytes(config, rows, length, itemsize) for rows, length in shapes) if gradients else 0
+    at_once = group_size(config, target.layer_numbers * itemsize + saved, gradients)
     order = list(enumerate(group.tolist() for group in torch.arange(config.num_hidden_layers).split(at_once)))
     with tempfile.TemporaryDirectory(prefix="clover-") as folder:
-        _check_room(folder, stored_bytes(len(order), sum(sizes), config.hidden_size, itemsize, gradients))
+        _check_room(
+            folder, stored_bytes(len(order), sum(map(math.prod, shapes)), config.hidden_size, itemsize, gradients)
+        )
         passes = _Passes(target, batches, Path(folder), len(order), gradients)
         if gradients:
             for k, group in order[:-1]:
@@ -63,25 +65,28 @@ def collect(
     passes.progress.close()
 
 
-def group_size(config: Any, weights: int, tokens: int, itemsize: int, gradients: bool) -> int:
+def group_size(config: Any, layer: int, gradients: bool) -> int:
     """How many layers are at work at once.
 
     Args:
         config: of the stock model with latents of full rank.
-        weights: numbers of a layer.
-        tokens: of the largest batch.
-        itemsize: bytes of a number.
-        gradients: whether a backward pass follows.
+        layer: bytes of a layer's weights, and of what it saves for the backward pass.
+        gradients: whether there is one.
     """
     moments = (1 + gradients) * 8 * config.kv_lora_rank**2
-    activations = gradients * tokens * saved_numbers(config)
-    return max(1, min(config.num_hidden_layers, BUDGET // (moments + itemsize * (weights + activations))))
+    return max(1, min(config.num_hidden_layers, BUDGET // (moments + layer)))
 
 
-def saved_numbers(config: Any) -> int:
-    """Activations that a layer with a latent of full rank keeps of each token for the backward pass, about."""
-    heads = config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
-    return 3 * config.intermediate_size + 6 * config.hidden_size + 2 * heads + 3 * config.kv_lora_rank
+def saved_bytes(config: Any, rows: int, length: int, itemsize: int) -> int:
+    """Bytes that a layer with a latent of full rank saves of (rows, length) tokens for the backward pass, about.
+
+    Norms work in float32. Keys are wider than values, and for such heads a CPU has no kernel that computes the float32
+    attention weights again.
+    """
+    n, heads = config.kv_lora_rank, config.num_attention_heads
+    key, nope = config.qk_nope_head_dim + config.qk_rope_head_dim, config.qk_nope_head_dim
+    numbers = 3 * config.intermediate_size + heads * (2 * key + nope + config.v_head_dim) + n
+    return rows * length * (itemsize * numbers + 4 * (2 * config.hidden_size + n + heads * length))
 
 
 class _Passes:

@@ -88,7 +88,7 @@ class Layerwise:
         self.layers[i].to("meta")
 
     def release_original(self, i: int) -> None:
-        """Take the original's layer i its weights, and before the first one what stands outside its layers."""
+        """Give up the weights of the original's layer i, and at the first call those outside its layers."""
         trunk = self._source.model.model
         for module in (trunk.embed_tokens, trunk.norm, self._source.model.lm_head, self._source.layers[i]):
             module.to("meta")

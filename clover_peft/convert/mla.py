@@ -54,9 +54,9 @@ def convert_to_mla(
             0.5.
         method: "clover" (ours), or "transmla", the baseline: the first component of each frequency keeps its rotation,
             and the latent is the balanced principal components.
-        release: take each of the model's layers its weights as soon as the converted layer exists, so that memory
-            holds one of the two. The model is lost then: afterwards, and after an error or an interrupt of the last
-            stage, its weights are on the meta device. What the conversion refuses keeps its weights.
+        release: give up the weights of each layer of `model` as soon as the converted layer exists, so that memory
+            holds one of the two models instead of both. `model` is lost then, also by an error or an interrupt of the
+            last stage: its weights are on the meta device. What the conversion refuses keeps its weights.
 
     Returns:
         The converted model, in evaluation mode, and `ConversionReport`.

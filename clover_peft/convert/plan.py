@@ -20,12 +20,13 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PretrainedConf
 from .deepseek import make_config
 from .exactness import TOKENS
 from .latent import EVERY
-from .latent_passes import group_size, saved_numbers, stored_bytes
+from .latent_passes import group_size, saved_bytes, stored_bytes
 from .mla import choose_sizes, convert_to_mla
 from .rotary import Method, Slots, freq_fold_of
 from .structure import Source, read_structure
 
-_WEIGHTS = 9  # float32 copies of one layer's attention weights that live at once, from the scores to the skewed sum
+# Float32 copies of one layer's attention weights, from the scores to the skewed sum: all, and those that live at once.
+_WEIGHTS, _AT_ONCE = 9, 4.5
 
 
 @dataclass
@@ -243,7 +244,7 @@ class _Counts:
             held={
                 "original": self.weights,
                 "moments": moments,
-                "activations": layer + self.batch * heads * self.length**2 * 4 * _WEIGHTS,
+                "activations": layer + self.batch * heads * self.length**2 * 4 * _AT_ONCE,
                 "recording": self._recording(),
             },
         )
@@ -277,7 +278,8 @@ class _Counts:
         n, rank, learned = self.n, self.final_config.kv_lora_rank, self.method == "clover"
         narrowed = rank < n
         batch = self.batch * self.length
-        at_once = group_size(self.full.config, self.layer, batch, self.size, learned) if narrowed else 1
+        saved = saved_bytes(self.full.config, self.batch, self.length, self.size)
+        at_once = group_size(self.full.config, self.size * self.layer + learned * saved, learned) if narrowed else 1
         groups = -(-self.layers // at_once)
         double, moved, building = self._building()
         done = self.final_weights - at_once * (self.final_weights - self.outside) / self.layers
@@ -297,10 +299,11 @@ class _Counts:
         matmul = (passes + again) * 2 * _linear(self.full.model) * self.tokens + (2 * passes - 1 + again) * half
         matmul += passes * 2 * self.layers * n * n * self.tokens + (passes - 1) * 2 * self._logits(self.tokens / EVERY)
         layer = (2 + 8 * learned) * n**3 + 2 * n * rank * (2 * n + self.hidden + up)
-        activations = batch * self.size * saved_numbers(self.full.config) * (at_once if learned else 1)
+        activations = saved * (at_once if learned else 1)
         square = 8 * n * n
         at_work = [
             {"moments": at_once * passes * square, "activations": activations, "a sum": 1.5 * square}
+            | ({"gradients": 8 * self.heads * self.length * batch} if learned else {})
             | ({"logits": batch / EVERY * self.vocabulary * 4 * 4} if learned else {}),
             {"moments": (at_once - 1) * passes * square, "one layer in float64": (7 if learned else 6) * square},
             {"one layer in float64": building},

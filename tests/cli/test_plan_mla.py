@@ -68,8 +68,8 @@ def test_llama_2_7b_is_planned_without_weights(tmp_path, capsys):
     passes = 32 * (2 * (4 * 4096**2 + 3 * 4096 * 11008) + 4 * 4096 * 512)
     assert stages["rotation"]["matmul"] == pytest.approx(passes * plan["tokens"], rel=0.05)
     more = planned(tmp_path, capsys, 0.6875, "--dtype", "bfloat16", "--batch-size", 32, "--rows", 128)["stages"]
-    saved = 3 * 11008 + 6 * 4096 + 2 * 32 * (128 + 128 + 128) + 3 * n
-    assert more["latent"]["held"]["activations"] == 32 * 512 * 2 * saved
+    saved = 2 * (3 * 11008 + 32 * (2 * 256 + 128 + 128) + n) + 4 * (2 * 4096 + n + 32 * 512)
+    assert more["latent"]["held"]["activations"] == 32 * 512 * saved
     assert more["rotation"]["matmul"] == pytest.approx(2 * stages["rotation"]["matmul"], rel=0.01)
     assert full == plan["cache_bytes"][0] // 2 // 32
 
