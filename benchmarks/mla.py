@@ -21,6 +21,8 @@ an interrupted one stopped.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import gc
 import math
 import os
@@ -71,9 +73,10 @@ class Benchmark:
 
     def convert(self, method: Any, reduction: float) -> tuple[Any, Row]:
         """A converted model, and what its conversion took, beside the estimate."""
-        arguments, sizes = self.arguments, {"cache_reduction": reduction, "rope_dims": self.arguments.rope_dims}
+        arguments = self.arguments
+        sizes: dict[str, Any] = {"cache_reduction": reduction, "rope_dims": arguments.rope_dims}
         made: list[Any] = []
-        gc.collect()
+        _give_back()
         reset_peak_memory()
         before = _resident_bytes() - sum(p.nbytes for p in self.model.parameters())
         work = partial(convert_to_mla, self.model, self.calibration, method=method, **sizes)
@@ -84,7 +87,7 @@ class Benchmark:
         result, report = made[0]
         with torch.device("meta"):
             empty = type(self.model)(self.model.config)
-        shape = {"windows": len(self.train), "length": self.train.shape[1], "batch_size": 1}
+        shape: dict[str, Any] = {"windows": len(self.train), "length": self.train.shape[1], "batch_size": 1}
         plan = plan_mla(empty, dtype=self.model.dtype, method=method, **shape, **sizes)
         planned = asdict(plan) | {"bytes": max(stage.peak for stage in plan.stages.values())}
         if arguments.device == "cpu":
@@ -175,6 +178,13 @@ def _over_planned(row: Row) -> str:
     if "seconds" in planned:  # of processor time: others may share the machine
         ratios["seconds"] = row["convert_cpu_seconds"] / sum(planned["seconds"].values())
     return ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+
+
+def _give_back() -> None:
+    """Return freed memory to the system where it can be done, so that what comes next does not use it unseen."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident_bytes() -> int:

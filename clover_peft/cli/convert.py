@@ -68,6 +68,7 @@ def _convert(
         kv_lora_rank=given.kv_lora_rank,
         cache_reduction=given.mla or None,
         method=given.method or "clover",
+        release=True,
     )
     return result, converted, sum(converted.seconds.values())
 

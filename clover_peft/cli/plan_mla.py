@@ -33,6 +33,7 @@ def run(given: argparse.Namespace, config: transformers.PretrainedConfig) -> int
         batch_size=given.batch_size or DEFAULT_BATCH,
         cache_reduction=given.mla or None,
         method=given.method or "clover",
+        release=True,  # as `clover convert` does
         **sizes,
     )
     rates = measure_rates(dtype, plan.largest) if given.measure else None
@@ -58,12 +59,14 @@ def summary(plan: MlaPlan, seconds: dict[str, float] | None) -> str:
     if seconds is not None:
         header.insert(1, "seconds here")
     layers = f"; moments of a layer {_gib(plan.layer_moments)} GiB" if plan.layer_moments else ""
+    stored = max(stage.files for stage in plan.stages.values())
+    files = f"; temporary files {_gib(stored)} GiB" if stored else ""
     return "\n".join(
         [
             f"{plan.method}, {plan.dtype}: rotary key of {plan.rope_dims}, latent of {plan.kv_lora_rank}; cache "
             f"{cache:,} to {less:,} bytes a token ({1 - less / cache:.2%} less); {before:,} to at most {after:,} "
             "parameters",
-            f"{plan.tokens:,} tokens of calibration data{layers}",
+            f"{plan.tokens:,} tokens of calibration data{layers}{files}",
             "",
             markdown_table(header, rows),
         ]

@@ -1,4 +1,4 @@
-"""Builds the stock `DeepseekV3ForCausalLM` whose attention computes what rotary attention computes.
+"""The configuration and the attention weights with which `DeepseekV3ForCausalLM` computes what rotary attention does.
 
 The latent holds the components of the keys that lost their rotation, and the values. Two things stand between in the
 stock class. A norm on the latent: latents so small that its epsilon drowns their mean square pass it linearly, divided
@@ -8,14 +8,13 @@ in the same way. A bias of keys that lost their rotation changes no softmax, and
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import DeepseekV3Config
 
 from .rotary import Components, Slots
 from .structure import Source
@@ -126,7 +125,9 @@ def attention_weights(
     q, k = paired("q_proj"), paired("k_proj")
     c = split @ k.permute(1, 2, 0, 3).flatten(1, 2)  # (groups, n, D + 1), the components
     of_head = mix.unflatten(1, (freq_fold, h)).repeat_interleave(source.groups, 2)  # (groups, freq_fold, H, n)
-    q_rope = torch.einsum("gfan,agfx->agnx", of_head.conj(), q).flatten(1, 2)[:, filled] * factors[..., None]
+    # Head by head, because each head has all components before those that are rotated are chosen.
+    rotated = [torch.einsum("gfn,gfx->gnx", of_head[:, :, a].conj(), q[a]).flatten(0, 1)[filled] for a in range(heads)]
+    q_rope = torch.stack(rotated) * factors[..., None]
     q_nope = (q * factor.unflatten(1, (groups, freq_fold))[..., None])[:, part].flatten(1, 2)
     widths = [2 * q_nope.shape[1], 2 * q_rope.shape[1]]
     stretch = source.scale * math.sqrt(sum(widths))
@@ -156,7 +157,7 @@ def attention_weights(
     result = {
         "kv_a_proj_with_mqa.weight": down[:, :-1],
         "kv_a_layernorm.weight": torch.full((len(latent),), _GAIN, dtype=torch.float64),
-        "kv_b_proj.weight": up.flatten(0, 1) * (size * _LINEAR),
+        "kv_b_proj.weight": up.flatten(0, 1).mul_(size * _LINEAR),
         "o_proj.weight": attention.o_proj.weight.detach().double(),
     }
     if attention.q_proj.bias is None:
@@ -194,44 +195,3 @@ def _interleaved(rows: Tensor) -> Tensor:
 def _halves(rows: Tensor) -> Tensor:
     """(..., pairs, x) complex to (..., 2 pairs, x), all real rows first."""
     return torch.cat([rows.real, rows.imag], -2)
-
-
-def build(source: Source, found: Sequence[Components], slots: Slots, sizes: Sequence[float]) -> DeepseekV3ForCausalLM:
-    """The stock model with a latent of full rank, in evaluation mode; it shares no memory with the original.
-
-    Where the original's norms have another epsilon e than `EPS`, its residual stream is scaled by c = sqrt(EPS / e):
-    `c x / sqrt(mean(c^2 x^2) + EPS)` is what it was.
-    """
-    _, part = lost_pairs(found, slots)
-    freq_fold = len(source.frequencies) // len(part)
-    config = make_config(source, slots, 2 * freq_fold * int(part.sum()))
-    with torch.device("meta"):
-        model = DeepseekV3ForCausalLM(config)
-    scale = math.sqrt(EPS / source.eps)
-    state = {}
-    for name, tensor in source.model.state_dict().items():
-        if ".self_attn." in name or (name == "lm_head.weight" and config.tie_word_embeddings):
-            continue
-        shrinks = name.endswith(("embed_tokens.weight", "mlp.down_proj.weight"))
-        grows = name == "model.norm.weight" and config.tie_word_embeddings
-        factor = scale if shrinks else 1 / scale if grows else 1.0
-        state[name] = tensor.clone() if factor == 1 else (tensor.double() * factor).to(tensor.dtype)
-    for i, (layer, of_layer) in enumerate(zip(source.layers, found, strict=True)):
-        chosen = (slots.filled[i], slots.factors[i], part)
-        weights = attention_weights(source, layer.self_attn, of_layer, *chosen, sizes[i])
-        for name, tensor in weights.items():
-            tensor = tensor * scale if name.startswith("o_proj") else tensor
-            state[f"model.layers.{i}.self_attn.{name}"] = tensor.to(source.model.device, source.model.dtype)
-    loaded = model.load_state_dict(state, strict=False, assign=True)
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set[str]()
-    if odd := sorted({*loaded.unexpected_keys, *loaded.missing_keys} - tied):
-        raise ValueError(
-            f"{odd[0]}: expected the weights of DeepseekV3ForCausalLM and no others, found {len(odd)} missing or "
-            "unexpected; remove buffers and parameters that the model's class does not have"
-        )
-    model.tie_weights()
-    # Buffers of a model on the meta device have no numbers.
-    rotary = type(model.model.rotary_emb)(config=config)
-    model.model.rotary_emb = rotary.to(source.model.device)
-    model.generation_config = copy.deepcopy(source.model.generation_config)
-    return model.eval()

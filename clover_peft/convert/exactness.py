@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..base_model.activations import TokenReader, evaluating
+from .layerwise import Layerwise
 from .rotary import Components
 from .structure import Source
 
@@ -127,44 +128,48 @@ def _heads(source: Source, found: Components, of: Mapping[str, Tensor]) -> Tenso
 
 
 @torch.no_grad()
-def check_rest(source: Source, model: Any, scale: float, recording: Recording) -> None:
-    """Check that the stock model computes the original's logits if its attention returns what the original's did.
+def selection_errors(source: Source, target: Layerwise, recording: Recording) -> list[float]:
+    """The relative error of each layer's attention with a latent of full rank; the layers are empty afterwards.
+
+    The stock model must compute the original's logits if its attention returns what the original's did.
 
     Args:
         source: the original.
-        model: the stock model, whatever its attention computes.
-        scale: of its residual stream.
+        target: the stock model.
         recording: of the original.
 
     Raises:
-        ValueError: if it does not.
+        ValueError: if the rest of the model computes something else.
     """
 
     def replace(of: Mapping[str, Tensor], module: Any, inputs: Any, output: Any) -> Any:
-        return (of["output"] * scale, *output[1:])
+        return (of["output"] * target.scale, *output[1:])
 
-    with ExitStack() as hooked:
-        for layer, of in zip(model.model.layers, recording.layers, strict=True):
-            hooked.enter_context(layer.self_attn.register_forward_hook(partial(replace, of)))
-        logits = model(input_ids=recording.ids, use_cache=False).logits
-    error = _error(logits, recording.logits)
+    hidden, options, _ = target.start({"input_ids": recording.ids})
+    errors = []
+    for i, of in enumerate(recording.layers):
+        layer = target.fill(i)
+        errors.append(attention_error(target, i, recording))
+        with layer.self_attn.register_forward_hook(partial(replace, of)):
+            hidden = layer(hidden, **options)
+        target.empty(i)
+    error = _error(target.model.lm_head(target.model.model.norm(hidden)), recording.logits)
     _check(
         error, source, type(source.model).__name__, "embeddings, plain residual connections, RMSNorm and gated MLPs"
     )
+    return errors
 
 
 @torch.no_grad()
-def attention_errors(model: Any, scale: float, recording: Recording) -> list[float]:
-    """The relative error of each layer's attention output, with the original's hidden states as input."""
-    hidden = recording.layers[0]["hidden"]
-    positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-    turn, errors = model.model.rotary_emb(hidden, positions), []
-    length = hidden.shape[1]
+def attention_error(target: Layerwise, i: int, recording: Recording) -> float:
+    """The relative error of layer i's attention output, with the original's hidden states as input."""
+    of, length = recording.layers[i], recording.ids.shape[1]
+    hidden = of["hidden"]
+    turn = target.model.model.rotary_emb(hidden, torch.arange(length, device=hidden.device)[None])
     mask = torch.full((length, length), torch.finfo(hidden.dtype).min, dtype=hidden.dtype, device=hidden.device)
-    for layer, of in zip(model.model.layers, recording.layers, strict=True):
-        output, _ = layer.self_attn(of["hidden"], position_embeddings=turn, attention_mask=mask.triu(1)[None, None])
-        errors.append(_error(output / scale, of["output"]))
-    return errors
+    attention = target.layers[i].self_attn
+    output, _ = attention(hidden, position_embeddings=turn, attention_mask=mask.triu(1)[None, None])
+    return _error(output / target.scale, of["output"])
 
 
 def _error(found: Tensor, expected: Tensor) -> float:

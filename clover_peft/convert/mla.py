@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor
 from transformers import DeepseekV3ForCausalLM
 
 from ..base_model.activations import evaluating, read_batches, warn_if_few
-from . import latent, rotary
-from .deepseek import EPS, build, lost_pairs
-from .exactness import attention_errors, check_rest, longest_text, record, rotation_errors
+from . import latent, latent_passes, rotary
+from .deepseek import lost_pairs
+from .exactness import attention_error, longest_text, record, rotation_errors, selection_errors
+from .layerwise import Layerwise
 from .report import ConversionReport, ConvertedLayer
 from .rotary import Components, Method
 from .structure import Source, read_source
@@ -31,6 +33,7 @@ def convert_to_mla(
     kv_lora_rank: int | None = None,
     cache_reduction: float | None = None,
     method: Method = "clover",
+    release: bool = False,
 ) -> tuple[DeepseekV3ForCausalLM, ConversionReport]:
     """Convert attention with rotary embeddings into latent attention (as TransMLA does, arXiv 2502.07864).
 
@@ -40,8 +43,8 @@ def convert_to_mla(
     holds the latent and the rotary key.
 
     Args:
-        model: a causal language model whose blocks are those of Llama, Mistral or Qwen2. It is not changed, and the
-            result shares no memory with it.
+        model: a causal language model whose blocks are those of Llama, Mistral or Qwen2. It is not changed, also by an
+            error or an interrupt, unless `release` says so. The result shares no memory with it.
         calibration: batches, each of the model's keyword arguments. Pass about ten tokens for each dimension of keys
             and values, or more; one text must have 16 at least. They are read several times.
         rope_dims: dimensions of the shared rotary key, even; by default those of a head, or 0.6 of the cache that
@@ -51,12 +54,20 @@ def convert_to_mla(
             0.5.
         method: "clover" (ours), or "transmla", the baseline: the first component of each frequency keeps its rotation,
             and the latent is the balanced principal components.
+        release: give up the weights of each layer of `model` as soon as the converted layer exists, so that memory
+            holds one of the two models instead of both. `model` is lost then, also by an error or an interrupt of the
+            last stage: its weights are on the meta device. What the conversion refuses keeps its weights.
 
     Returns:
         The converted model, in evaluation mode, and `ConversionReport`.
 
     Raises:
         ValueError, TypeError: if the model, the data or an argument does not fit.
+        OSError: if the temporary files have no room: hidden states of all tokens at the boundaries of groups of
+            layers, written where layers and moments do not fit `latent_passes.BUDGET` together.
+
+    Memory beside the two models: the float64 work of one layer, and a group of layers with its activations for one
+    batch and its moments (`clover plan --mla` counts it).
     """
     source = read_source(model)
     if method not in ("clover", "transmla"):
@@ -71,6 +82,7 @@ def convert_to_mla(
         now = time.perf_counter()
         seconds[stage], clock = now - clock, now
 
+    before = (_parameters(model), _cache_bytes(model, text))
     freq_fold = rotary.freq_fold_of(source, pairs, method)
     moments = rotary.collect(source, batches, freq_fold)
     tokens = moments[0].tokens
@@ -82,13 +94,18 @@ def convert_to_mla(
     lap("rotation")
     lost, _ = lost_pairs(found, slots)
     sizes = [_size(source, *of_layer) for of_layer in zip(moments, found, lost, strict=True)]
-    result, scale = build(source, found, slots, sizes), math.sqrt(EPS / source.eps)
-    check_rest(source, result, scale, recording)
-    selection = attention_errors(result, scale, recording)
+    target = Layerwise(source, found, slots, sizes)
+    selection = selection_errors(source, target, recording)
     lap("selection")
-    if rank < result.config.kv_lora_rank:
-        latent.narrow(result, 2 * (source.pairs - pairs), rank, batches, method)
-    narrow = attention_errors(result, scale, recording)
+    narrow = [0.0] * len(target.layers)
+    with closing(_final_layers(target, batches, 2 * (source.pairs - pairs), rank, method)) as layers:
+        for i in layers:
+            narrow[i] = attention_error(target, i, recording)
+            if release:
+                target.release_original(i)
+    result = target.model.requires_grad_(True)
+    result.config.kv_lora_rank = rank
+    after = (_parameters(result), _cache_bytes(result, text))
     lap("latent")
     report = ConversionReport(
         method=method,
@@ -100,12 +117,28 @@ def convert_to_mla(
             ConvertedLayer(*errors, sorted(filled.tolist()), c.worth.flatten().tolist())
             for errors, filled, c in zip(zip(exact, selection, narrow, strict=True), slots.filled, found, strict=True)
         ],
-        parameters=(_parameters(model), _parameters(result)),
-        cache_bytes=(_cache_bytes(model, text), _cache_bytes(result, text)),
+        parameters=(before[0], after[0]),
+        cache_bytes=(before[1], after[1]),
         tokens=tokens,
         seconds=seconds,
     )
     return result, report
+
+
+def _final_layers(
+    target: Layerwise, batches: Sequence[Mapping[str, Any]], keys: int, rank: int, method: Method
+) -> Generator[int]:
+    """Give each layer its final weights, and yield its number; see `latent.narrow` for the arguments."""
+    if rank == target.model.config.kv_lora_rank:
+        for i in range(len(target.layers)):
+            target.fill(i)
+            yield i
+        return
+    with closing(latent_passes.collect(target, batches, gradients=method == "clover")) as collected:
+        for i, moments in collected:
+            latent.narrow(target.layers[i].self_attn, moments, keys, rank, method)
+            del moments
+            yield i
 
 
 def choose_sizes(

@@ -1,7 +1,8 @@
 """What a conversion to latent attention takes: sizes, memory and work of each stage, from a configuration alone.
 
 The counts follow the code of `convert_to_mla`: leading terms of matrix products and decompositions, the element-wise
-passes that move most bytes, and the tensors that are held at once. Layers are alike, so that one is counted.
+passes that move most bytes, and the tensors that are held at once, as measured on small models. Layers are alike, so
+that one is counted.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PretrainedConf
 from .deepseek import make_config
 from .exactness import TOKENS
 from .latent import EVERY
+from .latent_passes import group_size, saved_bytes, stored_bytes
 from .mla import choose_sizes, convert_to_mla
 from .rotary import Method, Slots, freq_fold_of
 from .structure import Source, read_structure
 
-_WEIGHTS = 9  # float32 copies of one layer's attention weights that live at once, from the scores to the skewed sum
+# Float32 copies of one layer's attention weights, from the scores to the skewed sum: all, and those that live at once.
+_WEIGHTS, _AT_ONCE = 9, 4.5
 
 
 @dataclass
@@ -36,6 +39,7 @@ class Stage:
         eigen: sum of n^3 over eigendecompositions of n x n matrices, in float64.
         moved: bytes that element-wise operations read and write.
         held: what is held at its peak -> bytes.
+        files: bytes of temporary files.
     """
 
     matmul: float = 0.0
@@ -43,6 +47,7 @@ class Stage:
     eigen: float = 0.0
     moved: float = 0.0
     held: dict[str, float] = field(default_factory=dict)
+    files: float = 0.0
 
     @property
     def peak(self) -> float:
@@ -68,7 +73,7 @@ class MlaPlan:
         parameters: before, and after at most: the weights decide whether at some frequency the components of all
             heads keep their rotation in all layers, which makes it less.
         largest: rows of the largest matrix that is decomposed.
-        layer_moments: bytes of a layer's moments in the stage that holds most of them.
+        layer_moments: bytes of a layer's moments in the last stage.
         stages: name -> what it takes.
     """
 
@@ -95,6 +100,7 @@ def plan_mla(
     kv_lora_rank: int | None = None,
     cache_reduction: float | None = None,
     method: Method = "clover",
+    release: bool = False,
 ) -> MlaPlan:
     """Count what `convert_to_mla` takes.
 
@@ -108,6 +114,7 @@ def plan_mla(
         kv_lora_rank: as there.
         cache_reduction: as there.
         method: as there.
+        release: as there.
 
     Raises:
         ValueError, TypeError: the conversion would refuse the model or an argument.
@@ -125,11 +132,10 @@ def plan_mla(
     configs = [_config(source, pairs, each, method) for each in (None, rank)]
     with torch.device("meta"):
         full, final = map(DeepseekV3ForCausalLM, configs)
-    count = _Counts(source, full, final, dtype.itemsize, length, min(batch_size, windows), windows * length, method)
-    layers, size = len(source.layers), dtype.itemsize
-    stages = {"rotation": count.rotation(), "selection": count.selection()}
-    if rank < full.config.kv_lora_rank:
-        stages["latent"] = count.latent()
+    data = (length, min(batch_size, windows), windows * length)
+    count = _Counts(source, full, final, dtype.itemsize, *data, method, release)
+    layers, size, narrowed = len(source.layers), dtype.itemsize, rank < full.config.kv_lora_rank
+    stages = {"rotation": count.rotation(), "selection": count.selection(), "latent": count.latent()}
     return MlaPlan(
         method=method,
         dtype=str(dtype).removeprefix("torch."),
@@ -138,8 +144,8 @@ def plan_mla(
         kv_lora_rank=rank,
         cache_bytes=(4 * source.pairs * layers * size, (2 * pairs + rank) * layers * size),
         parameters=(_parameters(model), _parameters(final)),
-        largest=max(count.n if "latent" in stages else 0, count.of_group),
-        layer_moments=max(stage.held.get("moments", 0) for stage in stages.values()) / layers,
+        largest=max(count.n if narrowed else 0, count.of_group),
+        layer_moments=(2 if method == "clover" else 1) * 8 * count.n**2 if narrowed else 0,
         stages=stages,
     )
 
@@ -175,19 +181,31 @@ class _Counts:
     """Counts the stages of one conversion; n is the width of the full latent, T the tokens of a window."""
 
     def __init__(
-        self, source: Source, full: Any, final: Any, size: int, length: int, batch: int, tokens: int, method: Method
+        self,
+        source: Source,
+        full: Any,
+        final: Any,
+        size: int,
+        length: int,
+        batch: int,
+        tokens: int,
+        method: Method,
+        release: bool,
     ) -> None:
-        self.source, self.full, self.size, self.method = source, full, size, method
+        self.source, self.full, self.size, self.method, self.release = source, full, size, method, release
         self.final_config, config = final.config, full.config
         self.length, self.batch, self.tokens = length, batch, tokens
         self.layers, self.heads, self.d = len(source.layers), source.heads, source.head_dim
         self.hidden, self.vocabulary = config.hidden_size, config.vocab_size
-        self.n, self.key = config.kv_lora_rank, config.qk_nope_head_dim + config.qk_rope_head_dim
+        self.n, self.nope, self.rope = config.kv_lora_rank, config.qk_nope_head_dim, config.qk_rope_head_dim
+        self.key = self.nope + self.rope
         self.mlp = config.intermediate_size
         # Components of a group of frequencies, and their squares over all groups, in complex products of 8 operations.
-        self.of_group = source.key_value_heads * freq_fold_of(source, config.qk_rope_head_dim // 2, method)
+        self.of_group = source.key_value_heads * freq_fold_of(source, self.rope // 2, method)
         self.components = source.pairs * self.of_group
-        self.weights = size * _parameters(source.model)
+        self.weights, self.final_weights = size * _parameters(source.model), size * _parameters(final)
+        self.layer = _parameters(full.model.layers[0])
+        self.outside = size * (_parameters(full) - self.layers * self.layer)
 
     def _forward(self, model: Any, tokens: float, length: int, key: int) -> float:
         """Operations of the trunk over windows of `length` tokens whose keys have `key` dimensions."""
@@ -226,51 +244,78 @@ class _Counts:
             held={
                 "original": self.weights,
                 "moments": moments,
-                "activations": layer + self.batch * heads * self.length**2 * 4 * _WEIGHTS,
+                "activations": layer + self.batch * heads * self.length**2 * 4 * _AT_ONCE,
                 "recording": self._recording(),
             },
         )
 
+    def _building(self) -> tuple[float, float, float]:
+        """Float64 operations to make one layer of full rank, bytes that this moves, and bytes that it holds."""
+        heads, d, n, key = self.heads, self.d, self.n, self.key
+        up = heads * (self.nope + d)
+        numbers = 2 * heads * (key + d) + 6 * self.source.pairs + 3 * n + self.rope  # rows of the hidden size
+        unrotated = heads * self.nope * (n - 2 * self.source.pairs)
+        operations = 8 * self.components * (self.hidden + 1) * (1 + self.source.groups)
+        return operations, 80 * up * n, 8 * (self.hidden * numbers + up * n + 2 * unrotated)
+
     def selection(self) -> Stage:
-        text, up = min(self.length, TOKENS), self.heads * (self.key - self.full.config.qk_rope_head_dim + self.d)
-        built = 8 * self.components * (self.hidden + 1) * (1 + self.source.groups)
+        text = min(self.length, TOKENS)
+        double, moved, building = self._building()
         return Stage(
             matmul=2 * self._forward(self.full, text, text, self.key) + self._logits(text),
-            double=self.layers * built,
-            moved=self.layers * 8 * 10 * up * self.n,
+            double=self.layers * double,
+            moved=self.layers * moved,
             held={
                 "original": self.weights,
-                "result": self.size * _parameters(self.full),
-                "one layer in float64": 8 * 4 * up * self.n,
+                "result outside layers": self.outside,
+                "layers at work": self.size * self.layer,
+                "one layer in float64": building,
                 "recording": self._recording(),
             },
         )
 
     def latent(self) -> Stage:
         n, rank, learned = self.n, self.final_config.kv_lora_rank, self.method == "clover"
-        up = self.heads * (self.key - self.full.config.qk_rope_head_dim + self.d)
-        passes = 2 if learned else 1  # A backward pass is for inputs alone: weights get no gradients.
-        # A causal kernel computes half of the scores. Its backward pass is two forward passes, that of the rest one.
+        narrowed = rank < n
+        batch = self.batch * self.length
+        saved = saved_bytes(self.full.config, self.batch, self.length, self.size)
+        at_once = group_size(self.full.config, self.size * self.layer + learned * saved, learned) if narrowed else 1
+        groups = -(-self.layers // at_once)
+        double, moved, building = self._building()
+        done = self.final_weights - at_once * (self.final_weights - self.outside) / self.layers
+        left = at_once * (self.weights - self.outside) / self.layers if self.release else self.weights
+        held = {"layers at work": at_once * self.size * self.layer, "recording": self._recording()}
+        # The most of both models is there with the first group of layers or with the last one.
+        models = max([(self.weights, self.outside), (left, done)], key=sum)
+        held = dict(zip(("original", "result"), models, strict=True)) | held
+        if not narrowed:
+            held["one layer in float64"] = building
+            return Stage(double=self.layers * double, moved=self.layers * moved, held=held)
+        up, passes = self.heads * (self.nope + self.d), 2 if learned else 1
+        again = (1 - at_once / self.layers) if learned else 0  # the first sweep, of all groups but the last
+        # A backward pass is for inputs alone: weights get no gradients. A causal kernel computes half of the scores.
+        # Its backward pass is two forward passes, that of the rest one.
         half = self.layers * self.heads * (self.key + self.d) * self.length * self.tokens
-        matmul = passes * 2 * _linear(self.full.model) * self.tokens + (2 * passes - 1) * half
+        matmul = (passes + again) * 2 * _linear(self.full.model) * self.tokens + (2 * passes - 1 + again) * half
         matmul += passes * 2 * self.layers * n * n * self.tokens + (passes - 1) * 2 * self._logits(self.tokens / EVERY)
         layer = (2 + 8 * learned) * n**3 + 2 * n * rank * (2 * n + self.hidden + up)
-        saved = 3 * self.mlp + 6 * self.hidden + 2 * self.heads * (self.key + self.d) + 3 * n
-        batch = self.batch * self.length
+        activations = saved * (at_once if learned else 1)
+        square = 8 * n * n
+        at_work = [
+            {"moments": at_once * passes * square, "activations": activations, "a sum": 1.5 * square}
+            | ({"gradients": 8 * self.heads * self.length * batch} if learned else {})
+            | ({"logits": batch / EVERY * self.vocabulary * 4 * 4} if learned else {}),
+            {"moments": (at_once - 1) * passes * square, "one layer in float64": (7 if learned else 6) * square},
+            {"one layer in float64": building},
+        ]
+        on_disk = stored_bytes(groups, self.tokens, self.hidden, self.size, learned)
         return Stage(
             matmul=matmul,
-            double=self.layers * layer,
+            double=self.layers * (layer + double * (1 + again)),
             eigen=self.layers * passes * n**3,
-            moved=(2 * passes - 1) * self._elementwise(self.tokens),
-            held={
-                "original": self.weights,
-                "result": self.size * _parameters(self.full),
-                "moments": self.layers * 2 * 8 * n * n,
-                "activations": batch * self.size * saved * (self.layers if learned else 1)
-                + learned * batch / EVERY * self.vocabulary * 4 * 4,
-                "one layer in float64": 8 * 8 * n * n,
-                "recording": self._recording(),
-            },
+            moved=(2 * passes - 1 + again) * self._elementwise(self.tokens) + self.layers * moved * (1 + again),
+            held=held | max(at_work, key=lambda kinds: sum(kinds.values())),
+            files=on_disk,
         )
 
 
