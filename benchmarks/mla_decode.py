@@ -17,6 +17,7 @@ import random
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ from torch import nn
 from tqdm import tqdm
 from transformers import DeepseekV3ForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from clover_peft.base_model.activations import hooks
 from clover_peft.convert.plan import result_config
 from clover_peft.io import run_record as records
 
@@ -140,10 +140,11 @@ def _in_expansion(model: nn.Module, cache: DynamicCache, batch: int, device: str
         synchronise(device)
         spent[0] += time.perf_counter() - started[0]
 
-    with hooks() as hooked:
+    with ExitStack() as hooked:
         for name, module in model.named_modules():
             if name.endswith("kv_b_proj"):
-                hooked += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+                hooked.enter_context(module.register_forward_pre_hook(before))
+                hooked.enter_context(module.register_forward_hook(after))
         seconds = step(model, cache, batch, device)
     return spent[0] / seconds
 

@@ -12,12 +12,12 @@ from .pruning.narrow.loading import install
 from .runtime.peft_registry import register
 from .runtime.tested_versions import untested
 from .tuner.activation_bases import initialize_from_activations
-from .tuner.broadcasting import broadcast_bases
 from .tuner.config import CloverConfig
 from .tuner.dequantize import dequantize, merge_onto
 from .tuner.explicit_factors import explicit_factors
 from .tuner.hotswap import hotswap_adapter
 from .tuner.layer import CloverLayer
+from .tuner.layers import broadcast_bases
 from .tuner.lora_approximation import lora_errors
 from .tuner.model import CloverModel
 from .tuner.update_scale import balance_updates

@@ -34,7 +34,6 @@ MOVED: dict[str, tuple[str, ...]] = {
         "tuner.layers",
         "tuner.base_check",
         "tuner.activation_bases",
-        "tuner.broadcasting",
         "tuner.explicit_factors",
         "base_model.weight",
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -167,12 +167,12 @@ def collect_moments(
     def after(name: str, probe: Probe, module: nn.Module, inputs: Any, output: Any) -> None:
         add_blocks(found, name, reader.blocks(probe, output, masks))
 
-    with evaluating(model), hooks() as hooked:
+    with evaluating(model), ExitStack() as hooked:
         for name, probe in probes.items():
             if probe.reads:
-                hooked.append(probe.module.register_forward_pre_hook(partial(before, name, probe)))
+                hooked.enter_context(probe.module.register_forward_pre_hook(partial(before, name, probe)))
             else:
-                hooked.append(probe.module.register_forward_hook(partial(after, name, probe)))
+                hooked.enter_context(probe.module.register_forward_hook(partial(after, name, probe)))
         count = 0
         for batch in tqdm(batches, desc="CLOVER moments", unit=" batches", delay=3, leave=False):
             values, of_batch = reader.start(batch)
@@ -216,14 +216,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-@contextmanager
-def hooks() -> Iterator[list[Any]]:
-    """A list for the handles of hooks, which are removed at the end of the context."""
-    handles: list[Any] = []
-    try:
-        yield handles
-    finally:
-        for handle in handles:
-            handle.remove()

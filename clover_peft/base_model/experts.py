@@ -113,9 +113,6 @@ class ExpertsWeight(BaseWeight):
         found = getattr(self.module, f"{self.parameter}_bias", None)
         return found if self._original is None else self._original.bias
 
-    def resolve_backend(self) -> None:
-        """Stacks are not quantised."""
-
     def transposed(self) -> Tensor:
         """The base model's own weights as (in_features, out_features)."""
         return self.layout.rows(self.own.data)

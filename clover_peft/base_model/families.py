@@ -161,183 +161,137 @@ _GPTJ = replace(_LLAMA, output="out_proj", up={"fc_in": "up"}, positions="partia
 _QWEN_VISION = Family(projections={"attn.qkv": "q k v"}, output="attn.proj", up={"mlp.fc1": "up"}, positions="rotary")
 
 # The one table of architecture facts: families, and the `config.model_type` of the (sub)models that belong to them.
-_TABLE: list[tuple[str, Family]] = [
+_TABLE: dict[str, Family] = {
     # Decoders.
     (
         "llama mistral ministral3 gemma gemma2 gemma3_text qwen2 qwen3 granite cohere olmo2 olmo3 exaone4 ernie4_5 "
-        "seed_oss helium arcee mllama_text_model qwen2_vl_text qwen2_5_vl_text qwen3_vl_text internlm3",
+        "seed_oss helium arcee mllama_text_model qwen2_vl_text qwen2_5_vl_text qwen3_vl_text internlm3"
+    ): _LLAMA,
+    "qwen2_moe qwen3_moe": replace(_LLAMA, experts=_EXPERTS),
+    "gemma3n_text bitnet": replace(_LLAMA, between={"v": "norm"}),
+    "gemma4_text": replace(_LLAMA, between={"v": "norm"}, experts=_EXPERTS),
+    "gemma4_vision": replace(
         _LLAMA,
+        projections={"q_proj.linear": "q", "k_proj.linear": "k", "v_proj.linear": "v"},
+        output="o_proj.linear",
+        up={"up_proj.linear": "up"},
+        between={"v": "norm"},
     ),
-    ("qwen2_moe qwen3_moe", replace(_LLAMA, experts=_EXPERTS)),
-    ("gemma3n_text bitnet", replace(_LLAMA, between={"v": "norm"})),
-    ("gemma4_text", replace(_LLAMA, between={"v": "norm"}, experts=_EXPERTS)),
-    (
-        "gemma4_vision",
-        replace(
-            _LLAMA,
-            projections={"q_proj.linear": "q", "k_proj.linear": "k", "v_proj.linear": "v"},
-            output="o_proj.linear",
-            up={"up_proj.linear": "up"},
-            between={"v": "norm"},
-        ),
+    "olmo": replace(_LLAMA, between={"v": _CLIPPED}),
+    "mixtral granitemoe": replace(_LLAMA, up={}, experts=_EXPERTS),  # experts are stacks of matrices, no modules
+    "gpt_oss": replace(_LLAMA, up={}, experts={"experts.gate_up_proj": "in, gate|up", "experts.down_proj": "in, out"}),
+    "olmoe": replace(_LLAMA, up={}, between={"v": _CLIPPED}, experts=_EXPERTS),
+    "qwen3_next": replace(_LLAMA, projections={**_LLAMA.projections, "q_proj": "q|gate"}),
+    "cohere2": replace(_LLAMA, positions=If("sliding_window", "rotary", "none")),
+    # Its attention does not run without clip_qkv.
+    "dbrx": Family(projections={"Wqkv": "q k v"}, output="out_proj", up={}, positions="rotary", between={"v": "clip"}),
+    "smollm3 llama4_text": replace(_LLAMA, positions=If("use_rope", "rotary", "none")),
+    "starcoder2": replace(_LLAMA, up={"c_fc": "up"}),
+    "nemotron": replace(_LLAMA, positions="partial"),
+    "stablelm": replace(_LLAMA, positions="partial", between={"k": _NORMED}),
+    "phi": replace(_LLAMA, output="dense", up={"fc1": "up"}, positions="partial", between={"k": _NORMED}),
+    "glm glm4": replace(_LLAMA, up={"gate_up_proj": "gate up"}, positions="partial"),
+    "phi3": replace(_LLAMA, projections={"qkv_proj": "q k v"}, up={"gate_up_proj": "gate up"}, positions="partial"),
+    "gptj": _GPTJ,
+    "codegen": replace(_GPTJ, projections={"qkv_proj": "4 x q v k"}),
+    "gpt_neo": replace(_BART, up={"c_fc": "up"}),
+    "gpt2": _GPT2,
+    "gpt_bigcode": replace(
+        _GPT2,
+        projections={"q_attn": "q", "c_attn": If("multi_query", "q k v", "q|k|v")},
+        key_value_heads="kv_heads",
     ),
-    ("olmo", replace(_LLAMA, between={"v": _CLIPPED})),
-    ("mixtral granitemoe", replace(_LLAMA, up={}, experts=_EXPERTS)),  # experts are stacks of matrices, no modules
-    (
-        "gpt_oss",
-        replace(_LLAMA, up={}, experts={"experts.gate_up_proj": "in, gate|up", "experts.down_proj": "in, out"}),
+    "gpt_neox": replace(_GPT_NEOX, head_dim="head_size"),
+    "persimmon": replace(_GPT_NEOX, between={"k": _NORMED}),
+    "bloom": replace(_GPT_NEOX, positions="none"),
+    "falcon": replace(
+        _GPT_NEOX,
+        projections={"query_key_value": If("new_decoder_architecture", "q*|k|v", If("multi_query", "q k v", "q|k|v"))},
+        positions=If("alibi", "none", "rotary"),
+        key_value_heads="num_kv_heads",
     ),
-    ("olmoe", replace(_LLAMA, up={}, between={"v": _CLIPPED}, experts=_EXPERTS)),
-    ("qwen3_next", replace(_LLAMA, projections={**_LLAMA.projections, "q_proj": "q|gate"})),
-    ("cohere2", replace(_LLAMA, positions=If("sliding_window", "rotary", "none"))),
-    (
-        "dbrx",  # whose attention does not run without clip_qkv
-        Family(projections={"Wqkv": "q k v"}, output="out_proj", up={}, positions="rotary", between={"v": "clip"}),
+    "mpt": Family(
+        projections={"Wqkv": "q k v"},
+        output="out_proj",
+        up={"ffn.up_proj": "up"},
+        positions="none",
+        between={"v": _CLIPPED, "k": _CLIPPED},
     ),
-    ("smollm3 llama4_text", replace(_LLAMA, positions=If("use_rope", "rotary", "none"))),
-    ("starcoder2", replace(_LLAMA, up={"c_fc": "up"})),
-    ("nemotron", replace(_LLAMA, positions="partial")),
-    ("stablelm", replace(_LLAMA, positions="partial", between={"k": _NORMED})),
-    ("phi", replace(_LLAMA, output="dense", up={"fc1": "up"}, positions="partial", between={"k": _NORMED})),
-    ("glm glm4", replace(_LLAMA, up={"gate_up_proj": "gate up"}, positions="partial")),
-    ("phi3", replace(_LLAMA, projections={"qkv_proj": "q k v"}, up={"gate_up_proj": "gate up"}, positions="partial")),
-    ("gptj", _GPTJ),
-    ("codegen", replace(_GPTJ, projections={"qkv_proj": "4 x q v k"})),
-    ("gpt_neo", replace(_BART, up={"c_fc": "up"})),
-    ("gpt2", _GPT2),
-    (
-        "gpt_bigcode",
-        replace(
-            _GPT2,
-            projections={"q_attn": "q", "c_attn": If("multi_query", "q k v", "q|k|v")},
-            key_value_heads="kv_heads",
-        ),
-    ),
-    ("gpt_neox", replace(_GPT_NEOX, head_dim="head_size")),
-    ("persimmon", replace(_GPT_NEOX, between={"k": _NORMED})),
-    ("bloom", replace(_GPT_NEOX, positions="none")),
-    (
-        "falcon",
-        replace(
-            _GPT_NEOX,
-            projections={
-                "query_key_value": If("new_decoder_architecture", "q*|k|v", If("multi_query", "q k v", "q|k|v"))
-            },
-            positions=If("alibi", "none", "rotary"),
-            key_value_heads="num_kv_heads",
-        ),
-    ),
-    (
-        "mpt",
-        Family(
-            projections={"Wqkv": "q k v"},
-            output="out_proj",
-            up={"ffn.up_proj": "up"},
-            positions="none",
-            between={"v": _CLIPPED, "k": _CLIPPED},
-        ),
-    ),
-    (
-        "deepseek_v2 deepseek_v3",
-        Family(
-            projections={"q_proj": "q", "q_b_proj": "q", "kv_b_proj": "k|v"},
-            output="o_proj",
-            up={"up_proj": "up"},
-            positions="decoupled",
-            head_dim="qk_nope_head_dim",
-            value_dim="v_head_dim",
-            experts=_EXPERTS,
-        ),
+    "deepseek_v2 deepseek_v3": Family(
+        projections={"q_proj": "q", "q_b_proj": "q", "kv_b_proj": "k|v"},
+        output="o_proj",
+        up={"up_proj": "up"},
+        positions="decoupled",
+        head_dim="qk_nope_head_dim",
+        value_dim="v_head_dim",
+        experts=_EXPERTS,
     ),
     # Encoders.
-    ("bert roberta xlm-roberta xlm-roberta-xl camembert electra data2vec-text", _BERT),
-    (
-        "albert",
-        replace(
-            _BERT,
-            projections={"attention.query": "q", "attention.key": "k", "attention.value": "v"},
-            output="attention.dense",
-            up={"ffn": "up"},
-        ),
+    "bert roberta xlm-roberta xlm-roberta-xl camembert electra data2vec-text": _BERT,
+    "albert": replace(
+        _BERT,
+        projections={"attention.query": "q", "attention.key": "k", "attention.value": "v"},
+        output="attention.dense",
+        up={"ffn": "up"},
     ),
-    (
-        "distilbert",
-        replace(
-            _BERT, projections={"q_lin": "q", "k_lin": "k", "v_lin": "v"}, output="out_lin", up={"ffn.lin1": "up"}
-        ),
+    "distilbert": replace(
+        _BERT, projections={"q_lin": "q", "k_lin": "k", "v_lin": "v"}, output="out_lin", up={"ffn.lin1": "up"}
     ),
-    ("mpnet", replace(_BERT, projections={"attn.q": "q", "attn.k": "k", "attn.v": "v"}, output="attn.o")),
-    (
-        "deberta",
-        replace(
-            _BERT,
-            projections={"self.in_proj": "q|k|v"},
-            positions=If("relative_attention", "disentangled", "none"),
-        ),
+    "mpnet": replace(_BERT, projections={"attn.q": "q", "attn.k": "k", "attn.v": "v"}, output="attn.o"),
+    "deberta": replace(
+        _BERT,
+        projections={"self.in_proj": "q|k|v"},
+        positions=If("relative_attention", "disentangled", "none"),
     ),
-    (
-        "deberta-v2",
-        replace(
-            _BERT,
-            projections={"self.query_proj": "q", "self.key_proj": "k", "self.value_proj": "v"},
-            # Where positions go through the same two projections, all that meets is a query and a key.
-            positions=If("relative_attention", If("share_att_key", "none", "disentangled"), "none"),
-        ),
+    "deberta-v2": replace(
+        _BERT,
+        projections={"self.query_proj": "q", "self.key_proj": "k", "self.value_proj": "v"},
+        # Where positions go through the same two projections, all that meets is a query and a key.
+        positions=If("relative_attention", If("share_att_key", "none", "disentangled"), "none"),
     ),
-    (
-        "modernbert",
-        Family(projections={"attn.Wqkv": "q k v"}, output="attn.Wo", up={"mlp.Wi": "gate up"}, positions="rotary"),
+    "modernbert": Family(
+        projections={"attn.Wqkv": "q k v"}, output="attn.Wo", up={"mlp.Wi": "gate up"}, positions="rotary"
     ),
     # Decoders and encoder-decoders with Bart's names.
-    ("opt biogpt whisper bart mbart pegasus marian m2m_100 blenderbot plbart", _BART),
-    (
-        "t5 mt5 umt5",
-        Family(
-            projections={"q": "q", "k": "k", "v": "v"},
-            output="o",
-            up={"wi": "up", "wi_1": "up"},
-            positions="none",
-            head_dim="key_value_proj_dim",
-        ),
+    "opt biogpt whisper bart mbart pegasus marian m2m_100 blenderbot plbart": _BART,
+    "t5 mt5 umt5": Family(
+        projections={"q": "q", "k": "k", "v": "v"},
+        output="o",
+        up={"wi": "up", "wi_1": "up"},
+        positions="none",
+        head_dim="key_value_proj_dim",
     ),
     # Vision, audio, and the towers of multimodal models.
-    ("vit swin mllama_vision_model", _VIT),
-    ("dinov2", replace(_VIT, up={"mlp.fc1": "up", "mlp.up_proj": "up"})),
+    "vit swin mllama_vision_model": _VIT,
+    "dinov2": replace(_VIT, up={"mlp.fc1": "up", "mlp.up_proj": "up"}),
     (
         "clip_text_model clip_vision_model siglip_text_model siglip_vision_model siglip2_text_model "
-        "siglip2_vision_model",
-        _BART,
-    ),
-    ("wav2vec2 hubert", replace(_BART, up={"feed_forward.intermediate_dense": "up"})),
-    ("qwen2_vl_vision", _QWEN_VISION),
-    ("qwen2_5_vl_vision", replace(_QWEN_VISION, up={"mlp.up_proj": "up"})),
-    ("qwen3_vl_vision", replace(_QWEN_VISION, up={"mlp.linear_fc1": "up"})),
+        "siglip2_vision_model"
+    ): _BART,
+    "wav2vec2 hubert": replace(_BART, up={"feed_forward.intermediate_dense": "up"}),
+    "qwen2_vl_vision": _QWEN_VISION,
+    "qwen2_5_vl_vision": replace(_QWEN_VISION, up={"mlp.up_proj": "up"}),
+    "qwen3_vl_vision": replace(_QWEN_VISION, up={"mlp.linear_fc1": "up"}),
     # Diffusers' models have no model type and go by their class.
-    ("Transformer2DModel", _DIFFUSERS),  # the transformer blocks in the UNets of Stable Diffusion and SDXL
-    (
-        "SD3Transformer2DModel",
-        replace(
-            _DIFFUSERS,
-            up={"ff.net.0.proj": "up", "ff_context.net.0.proj": "up"},
-            between={
-                "v": If("added_kv_proj_dim", "stream", "nothing"),
-                "k": If("added_kv_proj_dim", "stream", If("norm_q", "norm", "nothing")),
-            },
-        ),
+    "Transformer2DModel": _DIFFUSERS,  # the transformer blocks in the UNets of Stable Diffusion and SDXL
+    "SD3Transformer2DModel": replace(
+        _DIFFUSERS,
+        up={"ff.net.0.proj": "up", "ff_context.net.0.proj": "up"},
+        between={
+            "v": If("added_kv_proj_dim", "stream", "nothing"),
+            "k": If("added_kv_proj_dim", "stream", If("norm_q", "norm", "nothing")),
+        },
     ),
-    (
-        "FluxTransformer2DModel",
-        replace(
-            _DIFFUSERS,
-            up={"ff.net.0.proj": "up", "ff_context.net.0.proj": "up", "proj_mlp": "up"},
-            positions="rotary",
-            between={"v": If("added_kv_proj_dim", "stream", "other")},
-        ),
+    "FluxTransformer2DModel": replace(
+        _DIFFUSERS,
+        up={"ff.net.0.proj": "up", "ff_context.net.0.proj": "up", "proj_mlp": "up"},
+        positions="rotary",
+        between={"v": If("added_kv_proj_dim", "stream", "other")},
     ),
-]
+}
 
 # Model type -> family. A row that is added here counts from then on.
-FAMILIES: dict[str, Family] = {model_type: family for types, family in _TABLE for model_type in types.split()}
+FAMILIES: dict[str, Family] = {model_type: family for types, family in _TABLE.items() for model_type in types.split()}
 
 
 def unknown_family_message(model_type: str, path: str) -> str:

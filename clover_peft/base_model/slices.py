@@ -6,6 +6,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+# The parts of projections that do not belong to attention.
+WITHOUT_HEADS = ("up", "linear")
+
 
 @dataclass(frozen=True)
 class HeadSlice:
@@ -121,7 +124,7 @@ class TargetSlice:
 
     @property
     def has_heads(self) -> bool:
-        return self.part not in ("up", "linear")
+        return self.part not in WITHOUT_HEADS
 
     @property
     def default_block_size(self) -> int:

@@ -74,10 +74,6 @@ class BaseWeight:
         """The projection itself; some quantisations replace it when adapters are merged."""
         return base_of(self.owner)
 
-    def resolve_backend(self) -> None:
-        """Find out how the weight is stored, after the projection was replaced."""
-        self.backend = resolve_quantization_backend(self.module)
-
     @property
     def stored(self) -> Tensor:
         """The weight in its stored form; a quantised weight is packed.

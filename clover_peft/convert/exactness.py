@@ -7,6 +7,7 @@ hooks, and each part of the conversion must give what was recorded, before anyth
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base_model.activations import TokenReader, evaluating, hooks
+from ..base_model.activations import TokenReader, evaluating
 from .rotary import Components
 from .structure import Source
 
@@ -81,14 +82,14 @@ def record(source: Source, ids: Tensor) -> Recording:
     def inputs(of: dict[str, Tensor], name: str, module: Any, inputs: Any) -> None:
         of[name] = inputs[0]
 
-    with evaluating(source.model), hooks() as hooked:
+    with evaluating(source.model), ExitStack() as hooked:
         for layer, of in zip(source.layers, found, strict=True):
             attention = layer.self_attn
             for name in ("q_proj", "k_proj", "v_proj"):
-                hooked.append(getattr(attention, name).register_forward_hook(partial(output, of, name)))
-            hooked.append(attention.q_proj.register_forward_pre_hook(partial(inputs, of, "hidden")))
-            hooked.append(attention.o_proj.register_forward_pre_hook(partial(inputs, of, "heads")))
-            hooked.append(attention.register_forward_hook(partial(output, of, "output")))
+                hooked.enter_context(getattr(attention, name).register_forward_hook(partial(output, of, name)))
+            hooked.enter_context(attention.q_proj.register_forward_pre_hook(partial(inputs, of, "hidden")))
+            hooked.enter_context(attention.o_proj.register_forward_pre_hook(partial(inputs, of, "heads")))
+            hooked.enter_context(attention.register_forward_hook(partial(output, of, "output")))
         logits = source.model(input_ids=ids, use_cache=False).logits
     return Recording(ids, logits, found)
 
@@ -142,9 +143,9 @@ def check_rest(source: Source, model: Any, scale: float, recording: Recording) -
     def replace(of: Mapping[str, Tensor], module: Any, inputs: Any, output: Any) -> Any:
         return (of["output"] * scale, *output[1:])
 
-    with hooks() as hooked:
+    with ExitStack() as hooked:
         for layer, of in zip(model.model.layers, recording.layers, strict=True):
-            hooked.append(layer.self_attn.register_forward_hook(partial(replace, of)))
+            hooked.enter_context(layer.self_attn.register_forward_hook(partial(replace, of)))
         logits = model(input_ids=recording.ids, use_cache=False).logits
     error = _error(logits, recording.logits)
     _check(

@@ -11,6 +11,7 @@ for values.)
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..base_model.activations import OF_LOGITS, TokenReader, evaluating, hooks
+from ..base_model.activations import OF_LOGITS, TokenReader, evaluating
 from .rotary import Method
 
 # Of this many predictions one is taken a gradient of, because large vocabularies cost more than the rest. Not tuned.
@@ -75,9 +76,9 @@ def collect(model: Any, batches: Iterable[Mapping[str, Any]], gradients: bool) -
         return output
 
     model.requires_grad_(False)
-    with torch.set_grad_enabled(gradients), evaluating(model), hooks() as hooked:
+    with torch.set_grad_enabled(gradients), evaluating(model), ExitStack() as hooked:
         for layer, of in zip(model.model.layers, sums, strict=True):
-            hooked.append(layer.self_attn.kv_a_layernorm.register_forward_hook(partial(hook, of)))
+            hooked.enter_context(layer.self_attn.kv_a_layernorm.register_forward_hook(partial(hook, of)))
         for batch in tqdm(batches, desc="CLOVER latent", unit=" batches", delay=3, leave=False):
             values, masks = reader.start(batch)
             ids = values["input_ids"]

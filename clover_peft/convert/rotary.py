@@ -10,7 +10,7 @@ components into them, its own or of a frequency close by; the others lose their 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..base_model.activations import TokenReader, evaluating, hooks
+from ..base_model.activations import TokenReader, evaluating
 from .structure import Source
 
 Method = Literal["clover", "transmla"]
@@ -126,7 +126,7 @@ def collect(source: Source, batches: Iterable[Mapping[str, Any]], freq_fold: int
         both = [torch.nn.functional.pad(x, (0, longest - x.shape[1])) for x in (of.distances, found)]
         of.distances = torch.stack(both).sum(0)
 
-    with evaluating(source.model), hooks() as hooked, _eager(source.model):
+    with evaluating(source.model), ExitStack() as hooked, _eager(source.model):
         for layer, of in zip(source.layers, sums, strict=True):
             attention = layer.self_attn
             for module, add in (
@@ -135,7 +135,8 @@ def collect(source: Source, batches: Iterable[Mapping[str, Any]], freq_fold: int
                 (attention.v_proj, values),
                 (attention, weights),
             ):
-                hooked.append(module.register_forward_hook(lambda m, i, output, add=add, of=of: add(of, output)))
+                hook = module.register_forward_hook(lambda m, i, output, add=add, of=of: add(of, output))
+                hooked.enter_context(hook)
         for batch in tqdm(batches, desc="CLOVER rotation", unit=" batches", delay=3, leave=False):
             values_, masks = reader.start_without_logits(batch)
             ids = values_["input_ids"]

@@ -6,6 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..base_model.activations import TokenReader, evaluating, hooks, read_batches, warn_if_few
+from ..base_model.activations import TokenReader, evaluating, read_batches, warn_if_few
 from ..base_model.rewritten import forget_base
 from ..linalg.moments import Moments
 from ..runtime.interrupts import uninterrupted
@@ -179,9 +180,9 @@ class Slicer:
         def add(moments: Moments) -> Callable[..., None]:
             return lambda module, inputs: self._add(moments, inputs[0], masks.get("attention_mask"))
 
-        with hooks() as hooked:
+        with ExitStack() as hooked:
             for norm, moments in zip(norms(self.trunk, self.stream), found, strict=True):
-                hooked.append(norm.register_forward_pre_hook(add(moments)))
+                hooked.enter_context(norm.register_forward_pre_hook(add(moments)))
             for batch in tqdm(self.data, desc="CLOVER moments", unit=" batches", delay=3, leave=False):
                 values, masks = reader.start_without_logits(batch)
                 self.model(**values)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..base_model.activations import TokenReader, evaluating, hooks
+from ..base_model.activations import TokenReader, evaluating
 from .pairs import Pair
 
 
@@ -54,8 +55,9 @@ def sensitivities(model: nn.Module, pairs: Iterable[Pair], batches: Iterable[Map
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
-        with torch.enable_grad(), evaluating(model), hooks() as hooked:
-            hooked.extend(module.register_forward_hook(behind(name)) for name, module in named.items())
+        with torch.enable_grad(), evaluating(model), ExitStack() as hooked:
+            for name, module in named.items():
+                hooked.enter_context(module.register_forward_hook(behind(name)))
             for batch in tqdm(batches, desc="CLOVER gradients", unit=" batches", delay=3, leave=False):
                 values, masks = reader.start(batch)
                 values.pop("logits_to_keep", None)  # The gradients of all predictions are needed.

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 from accelerate.utils import parse_flag_from_env
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.integrations import is_fsdp_enabled
 
@@ -38,12 +38,6 @@ def computed_on_rank_0(compute: Callable[[], ResultT]) -> ResultT:
     return found[0]
 
 
-def broadcast_from_rank_0(tensors: Iterable[Tensor]) -> None:
-    """Write the first process's numbers into the tensors of all processes."""
-    for tensor in tensors:
-        dist.broadcast(tensor, src=0)
-
-
 def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """The parameter's shape; one that DeepSpeed's ZeRO-3 has sharded is itself empty."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
@@ -68,6 +62,7 @@ def spare_broadcasts(model: nn.Module, buffers: Iterable[str]) -> None:
     """Keep DistributedDataParallel from sending constant buffers to all processes in each forward pass.
 
     DistributedDataParallel may wrap the bare model, the tuner or a `PeftModel`; each has other names for a buffer.
+    Names of adapters that were taken out stay, without effect.
 
     Args:
         model: the bare model.
@@ -76,12 +71,3 @@ def spare_broadcasts(model: nn.Module, buffers: Iterable[str]) -> None:
     known = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
     wrapped = {prefix + name for name in buffers for prefix in ("", "model.", "base_model.model.")}
     model._ddp_params_and_buffers_to_ignore = sorted(known | wrapped)  # type: ignore[assignment]
-
-
-def forget_spared(model: Any, attributes: Iterable[str]) -> None:
-    """Undo `spare_broadcasts` for all names that contain one of these attributes."""
-    kept, gone = getattr(model, "_ddp_params_and_buffers_to_ignore", []), set(attributes)
-    if others := [name for name in kept if not set(name.split(".")) & gone]:
-        model._ddp_params_and_buffers_to_ignore = others
-    elif kept:
-        del model._ddp_params_and_buffers_to_ignore

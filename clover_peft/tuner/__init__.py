@@ -1,5 +1,5 @@
 """The PEFT method: configuration, layers, saving and loading of CLOVER adapters.
 
-This room imports linalg, runtime, io and base_model. `config`, `block_spec`, `maps`, `linalg.decomposition`, `bases`,
-`layer` and `merging`, read in this order, are the whole method.
+This room imports linalg, runtime, io and base_model. docs/explanation/architecture.md, "Read the core", says in which
+order its files explain the method.
 """

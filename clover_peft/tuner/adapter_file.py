@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..io.user_warning import warn
+from ..runtime.loading import weights_follow
 from .adapter_tensors import BASES_CHECKSUM, FROZEN, TRAINED, WHOLE, file_key, tensor_keys
 from .base_check import MUCH_CHANGED, check_fingerprint, error_from_rounding, fingerprint
 from .bases import frozen_tensors
@@ -52,6 +53,8 @@ def take_file(
 ) -> None:
     """Check a file's tensors against the model, and add the bases that were not saved. Nothing is loaded here.
 
+    Trained tensors alone, which no file has, are set in an adapter that has its bases; it keeps the others.
+
     Warns of a base in another precision than in training, if rounding is much of the adapter's effect on it.
 
     Args:
@@ -64,6 +67,8 @@ def take_file(
     Raises:
         ValueError: naming the module, the expected and the found tensors, and the remedy.
     """
+    if not (config.awaits_weights or weights_follow()):
+        _complete(layers, adapter_name, state)
     for name, layer in layers.items():
         _take_layer(model, name, layer, adapter_name, config, state)
     _check_nothing_left(layers, adapter_name, state)
@@ -76,6 +81,28 @@ def take_file(
             "weights it was trained on and use clover_peft.dequantize(model) or "
             "clover_peft.merge_onto(model, base)",
         )
+
+
+def _complete(layers: dict[str, CloverLayer], adapter_name: str, state: dict[str, Tensor]) -> None:
+    """Add the adapter's own tensors to trained tensors alone.
+
+    A folded adapter has none: S of another adapter cannot be told from its maps.
+    """
+    own = {}
+    for name, layer in layers.items():
+        if not layer.has_bases(adapter_name) or any(spec.basis == "folded" for spec in layer.specs[adapter_name]):
+            return
+        for spec in layer.specs[adapter_name]:
+            for attribute in spec.base_shapes:
+                tensor = getattr(layer, attribute)[adapter_name].get(spec.name)
+                own[tensor_keys(name, adapter_name, spec.name)[attribute]] = tensor
+        for attribute, tensors in layer.trained_tensors(adapter_name).items():
+            for part, tensor in tensors.items():
+                own[tensor_keys(name, adapter_name, part)[attribute]] = tensor.detach()
+    frozen = {*FROZEN, BASES_CHECKSUM}
+    if own.keys() & state.keys() and not any(frozen & set(key.split(".")) for key in state):
+        for key, tensor in own.items():
+            state.setdefault(key, tensor)
 
 
 def _take_layer(
@@ -118,11 +145,6 @@ def _take_layer(
         state[keys["clover_U"]] = c.to(dtype)
         if e is not None:
             state[keys["clover_V"]] = e.to(dtype)
-
-
-def is_untouched(layers: dict[str, CloverLayer], adapter_name: str) -> bool:
-    """Whether nothing was loaded into the adapter and nothing trained."""
-    return not any(layer.is_trained(adapter_name) for layer in layers.values())
 
 
 def _take(state: dict[str, Tensor], name: str, attribute: str, part: str) -> Tensor | None:

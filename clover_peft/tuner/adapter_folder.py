@@ -6,6 +6,8 @@ import os
 import re
 from pathlib import Path
 
+from peft import PeftModel
+from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -14,14 +16,6 @@ from torch import Tensor
 from ..io.atomic import write_text
 
 _CARD_HEADING = "## How to load"
-_AUTO_CLASSES = {
-    "CAUSAL_LM": "ForCausalLM",
-    "SEQ_2_SEQ_LM": "ForSeq2SeqLM",
-    "SEQ_CLS": "ForSequenceClassification",
-    "TOKEN_CLS": "ForTokenClassification",
-    "QUESTION_ANS": "ForQuestionAnswering",
-    "FEATURE_EXTRACTION": "ForFeatureExtraction",
-}
 
 
 def check_weight_file(path: str) -> None:
@@ -84,7 +78,8 @@ def complete_model_card(path: str, base: str | None, task_type: str | None) -> N
         text = file.read()
     if _CARD_HEADING in text or "library_name: peft" not in text:
         return
-    auto = f"AutoPeftModel{_AUTO_CLASSES.get(str(getattr(task_type, 'value', task_type)), '')}"
+    of_task = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(getattr(task_type, "value", task_type)), PeftModel)
+    auto = f"Auto{of_task.__name__}"
     recipe = (
         f"{_CARD_HEADING}\n\nThis is a CLOVER adapter (arXiv 2411.17426). Install `clover-peft` and import it "
         "before loading, or peft will not know the method:\n\n```python\nimport clover_peft  # registers CLOVER\n"

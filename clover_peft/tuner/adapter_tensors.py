@@ -13,7 +13,7 @@ from ..base_model.weight import BaseWeight
 from ..runtime.sharding import filled_by_rank_0
 from ..runtime.tensors import GuardedTensors, has_meta
 from .block_spec import BlockSpec, BlockTensors
-from .maps import HeadMap, Place, UnfoldedMap
+from .maps import HeadMap, UnfoldedMap
 
 TRAINED = ("clover_S", "clover_A", "clover_B")
 FROZEN = ("clover_U", "clover_V", "clover_S0", "clover_norm")
@@ -220,11 +220,10 @@ class AdapterTensors(nn.Module):
             drop = drop if getattr(drop, "p", 0.0) else None
             for spec in self.specs[name]:
                 matrix, c = self.read(name, spec, partial(_fold, spec, len(names) == 1 and spec.is_factored))
-                place = Place(spec.heads, spec.size, spec.truncate)
-                key = (place, drop and name)  # each adapter draws a dropout mask of its own
+                key = (spec.place, drop and name)  # each adapter draws a dropout mask of its own
                 if key in result:
                     matrix = result[key].matrix + matrix
-                result[key] = HeadMap(place, matrix, c, drop)
+                result[key] = HeadMap(spec.place, matrix, c, drop)
         return list(result.values())
 
     def staged_maps(self, adapter_names: Iterable[str]) -> list[UnfoldedMap]:
@@ -237,7 +236,7 @@ class AdapterTensors(nn.Module):
                 def mapped(tokens: Tensor, name: str = name, spec: BlockSpec = spec) -> Tensor:
                     return self.read(name, spec, lambda tensors: spec.mapped(tensors, tokens))
 
-                result.append(UnfoldedMap(Place(spec.heads, spec.size, spec.truncate), mapped))
+                result.append(UnfoldedMap(spec.place, mapped))
         return result
 
     def add_low_rank(self, y: Tensor, x: Tensor | None, adapter_names: Iterable[str], dropout: bool = False) -> Tensor:
@@ -298,10 +297,9 @@ class AdapterTensors(nn.Module):
             held = getattr(self, attribute)
             if adapter_name in held:
                 del held[adapter_name]
-        self._missing_bases.discard(adapter_name)
 
     def _note_loaded(self, *_: Any) -> None:
-        """Bases are missing as long as a tensor of their adapter is on the meta device."""
+        """Bases are missing as long as a tensor of their adapter is here and on the meta device."""
         self._missing_bases = {
             name
             for name in self._missing_bases
@@ -310,6 +308,7 @@ class AdapterTensors(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._note_loaded()  # also of adapters that are gone
         assigned = bool(args and args[0].get("assign_to_params_buffers"))
         for adapter_name in () if assigned else self._missing_bases:
             s = next(self.clover_S[adapter_name].parameters())

@@ -9,10 +9,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..base_model.slices import HeadSlice, Partner, TargetSlice
+from ..base_model.slices import WITHOUT_HEADS, HeadSlice, Partner, TargetSlice
 from ..io.user_warning import warn
 from ..linalg.decomposition import fold
 from .config import CloverConfig
+from .maps import Place
 
 
 class BlockTensors(NamedTuple):
@@ -83,6 +84,11 @@ class BlockSpec:
         return self.heads.features // self.size
 
     @property
+    def place(self) -> Place:
+        """The features that the map acts on, and how."""
+        return Place(self.heads, self.size, self.truncate)
+
+    @property
     def s_shape(self) -> tuple[int, ...]:
         """Shape of S: (H, r, r) or (H, r)."""
         return (self.blocks, self.r, self.r) if self.form == "full" else (self.blocks, self.r)
@@ -149,7 +155,7 @@ def block_specs(
     specs = tuple(_block_spec(config, key, target, rank) for target in targets)
     widest = max(specs, key=lambda spec: spec.size)
     if rank is not None and rank > widest.size:
-        head = "" if widest.part in ("up", "linear") else f", head_dim {widest.heads.dim}"
+        head = "" if widest.part in WITHOUT_HEADS else f", head_dim {widest.heads.dim}"
         raise ValueError(
             f"{key}: r={rank} is larger than a block of {widest.size} features ({widest.part}{head}); r counts "
             "directions inside a block and is not LoRA's rank: leave it out to train whole blocks, lower it, or give "

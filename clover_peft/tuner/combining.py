@@ -24,10 +24,14 @@ def find_sources(
         ValueError: naming the adapter or module, if the adapters cannot be added up.
     """
     if missing := set(adapters) - set(configs):
-        raise ValueError(f"adapters: expected some of {list(configs)}, found {sorted(missing)}")
+        raise ValueError(
+            f"adapters: expected some of {list(configs)}, found {sorted(missing)}; correct the names, or load these "
+            "adapters first with load_adapter"
+        )
     if not adapters or len(set(adapters)) != len(adapters) or len(adapters) != len(weights):
         raise ValueError(
-            f"expected one weight for each of several different adapters, found {len(weights)} for {list(adapters)}"
+            f"weights: expected one for each of several different adapters, found {len(weights)} for "
+            f"{list(adapters)}; pass each adapter once and as many weights"
         )
     for name in adapters:
         if configs[name].low_rank:

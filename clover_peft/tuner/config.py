@@ -115,10 +115,12 @@ class CloverConfig(PeftConfig):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        # These two are not fields, so no file has them. Only a config from a file has peft's version here; it waits
+        # These three are not fields, so no file has them. Only a config from a file has peft's version here; it waits
         # for the weights beside it until they are loaded.
         self.awaits_weights = self.peft_version is not None
         self.folder = ""  # the folder that it was read from, if that is known
+        # What the file says of its bases, while the adapter has bases that were computed from this model's weights.
+        self.recorded: dict[str, Any] = {}
         if self.peft_version is None and self.max_condition is None:
             self.max_condition = config_checks.MAX_CONDITION
         super().__post_init__()
@@ -127,6 +129,18 @@ class CloverConfig(PeftConfig):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
         config_checks.check({each.name: getattr(self, each.name) for each in fields(self)})
+
+    def set_record_aside(self) -> None:
+        """Say nothing of a file's bases: others are computed from the weights here. The file may be loaded later."""
+        names = ("from_activations", "balanced_updates", "base_precision")
+        self.recorded = self.recorded or {name: getattr(self, name) for name in names}
+        self.from_activations = self.balanced_updates = False
+        self.base_precision = None
+
+    def take_record_back(self) -> None:
+        """Describe the file's bases again, if they were set aside."""
+        vars(self).update(self.recorded)
+        self.recorded = {}
 
     @classmethod
     def from_lora(cls, lora_config: LoraConfig, model: nn.Module | PretrainedConfig | None = None) -> CloverConfig:
@@ -201,3 +215,5 @@ def _describe_fields(config: type) -> None:
 
 
 _describe_fields(CloverConfig)
+# `help` and editors read the fields here; `__new__` itself takes anything.
+CloverConfig.__new__.__signature__ = inspect.signature(CloverConfig.__init__)  # type: ignore[attr-defined]

@@ -6,8 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 _SWITCHES = (
-    *("cross_layer", "truncate", "init_weights", "check_base", "folded", "from_activations", "balanced_updates"),
-    *("ensure_weight_tying", "inference_mode"),
+    "cross_layer",
+    "truncate",
+    "init_weights",
+    "check_base",
+    "folded",
+    "from_activations",
+    "balanced_updates",
+    "ensure_weight_tying",
+    "inference_mode",
 )
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "s_matrix": ("full", "diagonal"),

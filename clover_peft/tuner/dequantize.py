@@ -54,11 +54,17 @@ def dequantize(model: ModelT, dtype: torch.dtype | None = None) -> ModelT:
                 raise ValueError(f"{path}: an adapter is merged; call unmerge_adapter first, and merge afterwards")
         elif (backend := resolve_quantization_backend(module, **get_quantization_kwargs(inner))) is not None:
             if not backend.supports_merge:
-                raise ValueError(f"{path}: expected weights that can be dequantised, found {backend.backend_name}")
+                raise ValueError(
+                    f"{path}: expected weights that can be dequantised, found {backend.backend_name}, which can only "
+                    "be run; load the unquantised model and use clover_peft.merge_onto(model, base)"
+                )
             check_packing(module, path)
             quantised[path] = (module, backend)
     if not quantised:
-        raise ValueError("expected a model with quantised projections, found none")
+        raise ValueError(
+            "dequantize: expected a model with quantised projections, found none; use the model as it is, and "
+            "model.to(dtype) for another precision"
+        )
     dtype = dtype or inner.dtype
     shared: dict[int, Any] = {}  # id of a module or weight -> what replaces it, wherever else it is
     for path, (module, backend) in quantised.items():
@@ -78,7 +84,7 @@ def dequantize(model: ModelT, dtype: torch.dtype | None = None) -> ModelT:
         shared[id(module)] = plain
         setattr(inner.get_submodule(parent), name, plain)
     for _, layer in clover_layers(inner):
-        layer.base_weight.resolve_backend()
+        layer.base_weight.backend = None  # the projection below is an `nn.Linear` now
     quantizer = getattr(inner, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(inner)

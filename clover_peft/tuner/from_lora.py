@@ -25,8 +25,17 @@ from .lora_options import CORRESPONDING
 
 # Options that mean the same in both configs.
 SAME = (
-    *("task_type", "base_model_name_or_path", "revision", "target_modules", "target_parameters", "exclude_modules"),
-    *("modules_to_save", "layers_to_transform", "layers_pattern", "trainable_token_indices", "ensure_weight_tying"),
+    "task_type",
+    "base_model_name_or_path",
+    "revision",
+    "target_modules",
+    "target_parameters",
+    "exclude_modules",
+    "modules_to_save",
+    "layers_to_transform",
+    "layers_pattern",
+    "trainable_token_indices",
+    "ensure_weight_tying",
 )
 # Options that make another model, or another way to run it, out of the same modules.
 REFUSED = ("layer_replication", "megatron_config", "alora_invocation_tokens", "arrow_config", "monteclora_config")

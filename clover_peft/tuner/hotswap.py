@@ -12,8 +12,18 @@ from .layers import clover_layers
 
 # The adapter's function does not depend on these fields, or the names and shapes in its file show a difference.
 _FREE = {
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "head_dim", "num_heads"),
-    *("clover_dropout", "save_bases", "init_weights", "check_base", "base_precision", "max_condition"),
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "head_dim",
+    "num_heads",
+    "clover_dropout",
+    "save_bases",
+    "init_weights",
+    "check_base",
+    "base_precision",
+    "max_condition",
     *(field.name for field in fields(PeftConfig)),
 }
 
@@ -35,13 +45,20 @@ def hotswap_adapter(model: PeftModel, model_name_or_path: str, adapter_name: str
     """
     known = model.peft_config.get(adapter_name)
     if not isinstance(known, CloverConfig):
-        raise ValueError(f"adapter {adapter_name!r}: expected a loaded CLOVER adapter, found {type(known).__name__}")
+        found = "none" if known is None else f"one with a {type(known).__name__}"
+        raise ValueError(
+            f"adapter {adapter_name!r}: expected a loaded CLOVER adapter, found {found}; pass the name of one of "
+            f"{list(model.peft_config)} that is CLOVER's, or load it first with load_adapter"
+        )
     if merged := [name for name, layer in clover_layers(model) if adapter_name in layer.merged_adapters]:
         raise ValueError(f"{merged[0]}: adapter {adapter_name!r} is merged; call unmerge_adapter before swapping it")
     hub = {key: kwargs[key] for key in ("subfolder", "revision", "cache_dir", "token") if key in kwargs}
     other = PeftConfig.from_pretrained(model_name_or_path, **hub)
     if not isinstance(other, CloverConfig):
-        raise ValueError(f"{model_name_or_path}: expected a CLOVER adapter, found {type(other).__name__}")
+        raise ValueError(
+            f"{model_name_or_path}: expected a CLOVER adapter, found {type(other).__name__}; load it under a name of "
+            "its own with load_adapter"
+        )
     for name in (field.name for field in fields(CloverConfig) if field.name not in _FREE):
         if getattr(known, name) != getattr(other, name):
             raise ValueError(

@@ -32,10 +32,9 @@ from .adapter_tensors import BESIDE, TRAINED, AdapterTensors
 from .block_spec import BlockSpec
 from .execution import apply_adapters
 from .map_cache import MapCache
-from .scaling import Scaling
 
 
-class CloverLayer(AdapterTensors, Scaling, BaseTunerLayer):
+class CloverLayer(AdapterTensors, BaseTunerLayer):
     """A projection with CLOVER adapters: `nn.Linear`, `Conv1D` or a quantised linear.
 
     Args:
@@ -44,6 +43,12 @@ class CloverLayer(AdapterTensors, Scaling, BaseTunerLayer):
         name: path of the target in the model, for messages.
         quantization_kwargs: arguments of peft's quantisation backends (`get_quantization_kwargs(model)`).
         base_weight: makes the reader of the base weight from the layer and `name`; None for a projection's own.
+
+    Attributes:
+        adapters_of_model: the adapters of all layers of the model, in a set that these share.
+        scaling: adapter -> scale of dS and of the low-rank part, 1 for a new adapter. With `truncate=True`, scale 0
+            thus gives the truncated base; an adapter that was saved folded is scaled as a whole. Scales are not saved.
+            Merged adapters keep the scale that they were merged with.
     """
 
     adapter_layer_names: tuple[str, ...] = TRAINED
@@ -60,12 +65,12 @@ class CloverLayer(AdapterTensors, Scaling, BaseTunerLayer):
         super().__init__(base_layer, name)
         self.merged_adapters: list[str] = []
         self._merged_scaling: dict[str, float] = {}
+        self.adapters_of_model: set[str] = set()
         self._disable_adapters = False
         self._active_adapter = [adapter_name]
         self._cache = MapCache()
         self.base_weight = (base_weight or partial(BaseWeight, quantization_kwargs=quantization_kwargs))(self, name)
         self.in_features, self.out_features = self.base_weight.in_features, self.base_weight.out_features
-        self.fan_in_fan_out = self.base_weight.fan_in_fan_out
 
     @property
     def quantization_backend(self) -> Any:  # type: ignore[override]  # peft declares an attribute
@@ -94,10 +99,10 @@ class CloverLayer(AdapterTensors, Scaling, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter, even if its bases were never computed or loaded."""
+        """As in peft."""
         self.forget_maps()
+        self.adapters_of_model.discard(adapter_name)
         super().delete_adapter(adapter_name)
-        self._missing_bases.discard(adapter_name)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapters.
@@ -105,9 +110,25 @@ class CloverLayer(AdapterTensors, Scaling, BaseTunerLayer):
         Raises:
             ValueError: if more than one of them truncates.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        merging.check_truncation(self, names, "active")
+        merging.check_truncation(self, adapter_names, "active")
         super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the scale of an adapter; a name that the layer does not have is ignored."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scales of the active adapters."""
+        for name in self.active_adapters if scale != 1 else ():
+            if name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scales of the active adapters; None sets them back to 1."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] = 1.0 if scale is None else self.scaling[name] / scale
 
     def forget_maps(self) -> None:
         """Fold the maps again in the next pass. Call it after a change that torch does not count."""
@@ -189,13 +210,33 @@ class CloverLayer(AdapterTensors, Scaling, BaseTunerLayer):
 
     # ------------------------------------------------------------------ merging
 
+    @torch.no_grad()
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """The adapter's update of the base weight, in the base weight's layout and at least float32."""
-        return merging.delta_weight(self, adapter_name)
+        """The adapter's update of the base weight, in the base weight's layout and at least float32.
+
+        It is zero for an adapter that other layers of the model have, and this one has not.
+
+        Raises:
+            ValueError: if the model has no such adapter, or its bases were never computed or loaded.
+        """
+        if adapter_name not in (known := {*self.specs, *self.adapters_of_model}):
+            raise ValueError(
+                f"{self.name}: expected one of the adapters {sorted(known)}, found {adapter_name!r}; correct the "
+                "name, or load the adapter first"
+            )
+        self.check_bases(adapter_name, "merge")
+        with self.base_weight.whole():
+            weight = self.base_weight.transposed()
+            adapted = merging.map_weight(self, weight, [adapter_name])
+            return self.base_weight.as_stored(adapted) - self.base_weight.as_stored(weight)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether the update can be added to the base weight, which needs a projection without a bias."""
-        return adapter_name in self.specs and self.get_base_layer().bias is None
+        """Whether the update can be added to the base weight: of a projection without a bias, or if it is zero.
+
+        Peft asks every layer, and for a whole model without a name.
+        """
+        has_no_part = adapter_name in self.adapters_of_model and adapter_name not in self.specs
+        return has_no_part or self.get_base_layer().bias is None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write adapters into the base weight, `W <- (I + E dS C) W + B A`, and into the bias.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from .adapter_tensors import FROZEN
 from .layer import CloverLayer
 
 
@@ -22,7 +24,11 @@ def layers_with(model: nn.Module, adapter_name: str) -> list[tuple[str, CloverLa
     """
     if layers := clover_layers(model, adapter_name):
         return layers
-    raise ValueError(f"adapter {adapter_name!r}: expected a model with this CLOVER adapter, found none")
+    found = sorted({name for _, layer in clover_layers(model) for name in layer.specs})
+    raise ValueError(
+        f"adapter {adapter_name!r}: expected a model with this CLOVER adapter, found {found or 'none'}; pass "
+        "adapter_name=..., or add the adapter first with get_peft_model or load_adapter"
+    )
 
 
 def unwrap_empty_layers(model: nn.Module) -> None:
@@ -37,3 +43,19 @@ def inner_model(model: nn.Module) -> nn.Module:
     """The adapted model inside a `PeftModel` or tuner; partners' paths are relative to it."""
     tuner = model if isinstance(model, BaseTuner) else getattr(model, "base_model", None)
     return tuner.model if isinstance(tuner, BaseTuner) else model
+
+
+def broadcast_bases(model: nn.Module) -> None:
+    """Give all processes the bases of the first one, if machines that differ train together.
+
+    Equal machines compute equal bases, but another linear algebra library may reverse a singular vector. All processes
+    must call this, with the model on their devices.
+
+    Args:
+        model: a model with CLOVER adapters.
+    """
+    for _, layer in clover_layers(inner_model(model)):
+        layer.forget_maps()
+        for name, buffer in layer.named_buffers():
+            if name.startswith(FROZEN):
+                dist.broadcast(buffer, src=0)

@@ -57,7 +57,7 @@ class MapCache:
         if not all(map(_can_watch, sources)):
             return None
         maps = fold()
-        if not any(type(m.matrix) is not Tensor for m in maps):  # a tracer's stand-in
+        if all(type(m.matrix) is Tensor for m in maps):  # no tracer's stand-in
             self._entries[key] = (maps, [_Seen(t, t._version, t.detach()) for t in sources if t is not None], scales)
         return maps
 

@@ -12,13 +12,14 @@ from .adapter_tensors import AdapterTensors
 from .fused_maps import apply_maps
 
 
-def check_truncation(layer: AdapterTensors, adapter_names: Iterable[str], use: str) -> None:
+def check_truncation(layer: AdapterTensors, adapter_names: str | Iterable[str], use: str) -> None:
     """Refuse two truncating adapters together, because each replaces its input; `use` is "active" or "merged".
 
     Raises:
         ValueError: naming the adapters.
     """
-    truncating = [n for n in dict.fromkeys(adapter_names) if any(spec.truncate for spec in layer.specs.get(n, ()))]
+    names = [adapter_names] if isinstance(adapter_names, str) else dict.fromkeys(adapter_names)
+    truncating = [n for n in names if any(spec.truncate for spec in layer.specs.get(n, ()))]
     if len(truncating) > 1:
         raise ValueError(
             f"{layer.name}: expected at most one {use} adapter with truncate=True, found {truncating}; use one of "
@@ -59,18 +60,6 @@ def map_weight(layer: AdapterTensors, transposed: Tensor, adapter_names: list[st
     result = map_base_tensor(layer, transposed, adapter_names)
     with torch.autocast(device_type=result.device.type, enabled=False):
         return layer.add_low_rank(result, None, adapter_names)
-
-
-@torch.no_grad()
-def delta_weight(layer: AdapterTensors, adapter_name: str) -> Tensor:
-    """The adapter's update of the base weight, in the base weight's layout and at least float32."""
-    if adapter_name not in layer.specs:
-        raise ValueError(f"{layer.name}: expected one of the adapters {list(layer.specs)}, found {adapter_name!r}")
-    layer.check_bases(adapter_name, "merge")
-    with layer.base_weight.whole():
-        weight = layer.base_weight.transposed()
-        adapted = map_weight(layer, weight, [adapter_name])
-        return layer.base_weight.as_stored(adapted) - layer.base_weight.as_stored(weight)
 
 
 @torch.inference_mode(False)  # the results stay in the model, where they may be trained

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -25,17 +25,13 @@ def mixed_batch(model: Any, names: Sequence[str], call: Mapping[str, Any]) -> It
     `call` has the keyword arguments of the model's call, as far as peft passes them on.
     """
     batch = _MixedBatch(model, names, _repeats(model, call))
-    handles = [model.register_forward_pre_hook(batch.start, with_kwargs=True)]
-    handles += [
-        module.register_forward_pre_hook(partial(batch.pass_names, path=path), with_kwargs=True)
-        for path, module in model.named_modules()
-        if isinstance(module, (CloverLayer, AuxiliaryTrainingWrapper))
-    ]
-    try:
+    with ExitStack() as hooked:
+        hooked.enter_context(model.register_forward_pre_hook(batch.start, with_kwargs=True))
+        for path, module in model.named_modules():
+            if isinstance(module, (CloverLayer, AuxiliaryTrainingWrapper)):
+                hook = partial(batch.pass_names, path=path)
+                hooked.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _repeats(model: Any, call: Mapping[str, Any]) -> int:

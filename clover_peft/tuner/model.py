@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,12 +19,12 @@ from tqdm.auto import tqdm
 from ..base_model.experts import experts_slice
 from ..base_model.families import FAMILIES, family_of, unknown_family_message
 from ..base_model.resolve import default_targets, resolve
-from ..base_model.slices import TargetSlice
+from ..base_model.slices import WITHOUT_HEADS, TargetSlice
 from ..io.user_warning import warn
 from ..runtime.load_report import leave_out_of_report
 from ..runtime.loading import loaded_by_transformers, makes_meta_tensors, weights_follow
-from ..runtime.sharding import filled_by_rank_0, forget_spared, refuse_sharded, spare_broadcasts
-from .adapter_file import is_untouched, select_for_saving, take_file
+from ..runtime.sharding import filled_by_rank_0, refuse_sharded, spare_broadcasts
+from .adapter_file import select_for_saving, take_file
 from .adapter_folder import check_folder, read_tensors
 from .adapter_tensors import BASES_CHECKSUM, FROZEN
 from .bases import frozen_tensors, warn_of_zero_blocks
@@ -90,11 +91,6 @@ class CloverModel(TargetParameters, TiedWeights):
         model_type: family.target_modules for model_type, family in FAMILIES.items()
     }
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # Adapters that were created for a load. If the load fails, they are taken out again.
-        self._awaiting_weights: set[str] = set()
-        super().__init__(*args, **kwargs)
-
     # ------------------------------------------------------------------ injection
 
     def _prepare_adapter_config(self, peft_config: CloverConfig, model_config: dict) -> CloverConfig:
@@ -141,7 +137,8 @@ class CloverModel(TargetParameters, TiedWeights):
         refuse_sharded(self.model)
         bases_follow = loads and config.save_bases is not False and not filled_by_rank_0()
         self._injection = _Injection(loads or config.awaits_weights, bases_follow, shared_modules(self.model))
-        self._awaiting_weights.discard(adapter_name)
+        if config.awaits_weights and not loads:
+            config.set_record_aside()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
@@ -149,10 +146,14 @@ class CloverModel(TargetParameters, TiedWeights):
             warn_of_zero_blocks(self._injection.zero_blocks)
             self._check_file(adapter_name, config, loaded_by_transformers())
             layers = clover_layers(self.model)
+            known = {name for _, layer in layers for name in layer.specs}
+            for _, layer in layers:
+                layer.adapters_of_model = known
             fold_together(self.model, [layer for _, layer in layers if isinstance(layer, CloverLinear)])
             bases = (f"{path}.{name}" for path, layer in layers for name, _ in layer.named_buffers())
             spare_broadcasts(self.model, (name for name in bases if set(name.split(".")) & set(FROZEN)))
         except BaseException:  # also Ctrl-C
+            config.take_record_back()
             for _, layer in clover_layers(model):
                 layer.forget_tensors(adapter_name)
                 layer.forget_maps()
@@ -163,8 +164,8 @@ class CloverModel(TargetParameters, TiedWeights):
         finally:
             self._injection.progress.close()
             del self._injection  # a progress bar cannot be copied or pickled with the model
-        if loads or config.awaits_weights:
-            self._awaiting_weights.add(adapter_name)
+        if loads:
+            config.awaits_weights = True  # if the load fails, the adapter is taken out again
 
     def _check_file(self, adapter_name: str, config: CloverConfig, folder: str | None) -> None:
         """Check the file that transformers loads next as peft's loads are, if it is on this machine."""
@@ -181,7 +182,7 @@ class CloverModel(TargetParameters, TiedWeights):
     def _warn_about_block_size(self, adapter_name: str, config: CloverConfig) -> None:
         """Warn of a block size for heads if no target has heads."""
         specs = [spec for _, layer in clover_layers(self.model, adapter_name) for spec in layer.specs[adapter_name]]
-        if config.block_size is not None and specs and all(spec.part in ("up", "linear") for spec in specs):
+        if config.block_size is not None and specs and all(spec.part in WITHOUT_HEADS for spec in specs):
             warn(
                 f"block_size={config.block_size} cuts attention heads, and no target has any: it is without effect; "
                 "cut these with mlp_block_size, or describe the heads with head_dim=... or num_heads=...",
@@ -297,7 +298,6 @@ class CloverModel(TargetParameters, TiedWeights):
             result: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if is_tied and not self.get_model_config(result).get("tie_word_embeddings"):
             untie_whole(result)
-        forget_spared(result, FROZEN)
         return result
 
     # ------------------------------------------------------------------ switching and replacing
@@ -305,7 +305,7 @@ class CloverModel(TargetParameters, TiedWeights):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As in peft, but adapters that cannot be active together are refused before any layer is switched."""
         for _, layer in clover_layers(self.model):
-            check_truncation(layer, [adapter_name] if isinstance(adapter_name, str) else adapter_name, "active")
+            check_truncation(layer, adapter_name, "active")
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -324,7 +324,10 @@ class CloverModel(TargetParameters, TiedWeights):
                 "adapter_names=... is for inference, but the model is in training mode; call eval() first"
             )
         if missing := set(names) - set(self.peft_config) - {"__base__"}:
-            raise ValueError(f"adapter_names: expected adapters out of {list(self.peft_config)}, found {missing}")
+            raise ValueError(
+                f"adapter_names: expected adapters out of {list(self.peft_config)}, found {sorted(missing, key=str)}; "
+                "correct the names, load these adapters first with load_adapter, or pass '__base__' for none"
+            )
         with mixed_batch(self.model, names, kwargs):
             yield
 
@@ -332,7 +335,12 @@ class CloverModel(TargetParameters, TiedWeights):
 
     @torch.no_grad()
     def add_weighted_adapter(
-        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        **options: Any,
     ) -> None:
         """Add an adapter whose map is a weighted sum of other adapters' maps, `E (sum w_i dS_i) C`.
 
@@ -344,12 +352,22 @@ class CloverModel(TargetParameters, TiedWeights):
             weights: one weight for each, of any sign.
             adapter_name: name of the new adapter, which is not active yet.
             combination_type: only "linear" exists.
+            **options: LoRA's further options, which are refused.
 
         Raises:
+            TypeError: for an option of LoRA, such as `svd_rank`.
             ValueError: naming the module in which they do not fit together; then nothing is added.
         """
         if combination_type != "linear":
-            raise ValueError(f"combination_type: expected 'linear', found {combination_type!r}")
+            raise ValueError(
+                f"combination_type: expected 'linear', found {combination_type!r}; leave it out: sums of adapters "
+                "in the same bases are exact and need no other"
+            )
+        if options:
+            raise TypeError(
+                f"add_weighted_adapter: expected no options of LoRA's combinations, found {sorted(options)}; leave "
+                "them out: CLOVER adds adapters up without an approximation"
+            )
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter {adapter_name!r} exists already; pass another name, or delete it first")
         sources = find_sources(self.model, self.peft_config, adapters, weights)
@@ -380,8 +398,6 @@ class CloverModel(TargetParameters, TiedWeights):
     ) -> dict[str, Tensor]:
         result = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         for name, layer in clover_layers(model, adapter_name):
-            if config.awaits_weights:  # they were never loaded
-                config.base_precision = layer.base_weight.precision
             select_for_saving(name, layer, adapter_name, config, result)
         return result
 
@@ -392,26 +408,27 @@ class CloverModel(TargetParameters, TiedWeights):
         result = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         tuner = model if isinstance(model, CloverModel) else getattr(model, "base_model", None)
         layers = dict(clover_layers(model, adapter_name))
+        as_saved = copy(config)
+        as_saved.take_record_back()
         try:
-            take_file(model, layers, adapter_name, config, result)
+            take_file(model, layers, adapter_name, as_saved, result)
         except ValueError:
-            fresh = not config.init_weights or is_untouched(layers, adapter_name)
-            if isinstance(tuner, CloverModel) and adapter_name in tuner._awaiting_weights and fresh:
+            trained = config.init_weights and any(layer.is_trained(adapter_name) for layer in layers.values())
+            if isinstance(tuner, CloverModel) and config.awaits_weights and not trained:
                 tuner.discard(adapter_name)
             raise
-        if isinstance(tuner, CloverModel):
-            tuner._awaiting_weights.discard(adapter_name)
+        if config.recorded:
+            config.take_record_back()
+            for layer in layers.values():
+                layer.specs[adapter_name] = tuple(
+                    replace(s, from_activations=config.from_activations, balanced_updates=config.balanced_updates)
+                    for s in layer.specs[adapter_name]
+                )
         config.awaits_weights = False  # from here on the config is that of an adapter of this model
         return result
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """As in peft."""
-        super().delete_adapter(adapter_name)
-        self._awaiting_weights.discard(adapter_name)
-
     def discard(self, adapter_name: str) -> None:
         """Take out an adapter that could not be loaded, and its layers if it was the only one."""
-        self._awaiting_weights.discard(adapter_name)
         if list(self.peft_config) == [adapter_name]:
             self.unload()
         else:

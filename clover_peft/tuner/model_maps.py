@@ -28,7 +28,7 @@ from ..runtime.tracing import KNOWS_SAVED_TENSORS_HOOKS, is_traced, saved_tensor
 from .adapter_tensors import AdapterTensors
 from .block_spec import BlockSpec, BlockTensors
 from .fused_maps import MapBackwards, inverse_of_one_plus, is_invertible, map_norms
-from .maps import HeadMap, Inversion, Place
+from .maps import HeadMap, Inversion
 
 _current: ContextVar[_Pass | None] = ContextVar("clover_model_pass", default=None)
 
@@ -162,9 +162,8 @@ class _Slice:
 
     def head_map(self) -> HeadMap:
         """The map, tied to S as the runtime hands it out."""
-        place = Place(self.spec.heads, self.spec.size, self.spec.truncate)
         matrix = self.layer.read(self.adapter_name, self.spec, partial(_tied, self.matrix))
-        return HeadMap(place, matrix, inversion=self.inversion)
+        return HeadMap(self.spec.place, matrix, inversion=self.inversion)
 
     @property
     def has_hooks(self) -> bool:

@@ -55,7 +55,12 @@ class TargetParameters(BaseTuner):
             target = target if isinstance(target, CloverExperts) else outermost
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._create_and_replace(
-                    *(peft_config, adapter_name, target, child, model.get_submodule(parent), path),
+                    peft_config=peft_config,
+                    adapter_name=adapter_name,
+                    target=target,
+                    target_name=child,
+                    parent=model.get_submodule(parent),
+                    current_key=path,
                     parameter_name=parameter,
                 )
         return sorted(found)

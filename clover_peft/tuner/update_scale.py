@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..base_model.activations import Probe, TokenReader, evaluating, hooks
+from ..base_model.activations import Probe, TokenReader, evaluating
 from ..runtime.bitsandbytes import check_packing, keep_unpacked
 from .activation_bases import check_new
 from .block_spec import BlockSpec
@@ -107,18 +108,21 @@ def update_sensitivities(
         check_packing(layer.get_base_layer(), path)
     trained = [p for _, layer in layers for p in layer.clover_S[adapter_name].parameters()]
     if not all(parameter.requires_grad for parameter in trained):
-        raise ValueError(f"adapter {adapter_name!r}: expected one that is trained, found it frozen")
+        raise ValueError(
+            f"adapter {adapter_name!r}: expected one that is trained, found it frozen; make it with "
+            "inference_mode=False, or load it with is_trainable=True"
+        )
     specs = {(path, spec.name): spec for path, layer in layers for spec in layer.specs[adapter_name]}
     sums = {key: _Sums.empty(spec.blocks) for key, spec in specs.items()}
     masks: dict[str, Tensor] = {}
     reader = TokenReader(model)
     predictions = 0
-    with evaluating(model), hooks() as hooked, torch.enable_grad():
+    with evaluating(model), ExitStack() as hooked, torch.enable_grad():
         keep_unpacked(model)
         for path, layer in layers:
             of_layer = _Watch(path, layer, adapter_name, reader, masks, sums)
-            hooked.append(layer.base_layer.register_forward_hook(of_layer.add_output))
-            hooked.append(layer.register_forward_hook(of_layer.wait_for_gradient))
+            hooked.enter_context(layer.base_layer.register_forward_hook(of_layer.add_output))
+            hooked.enter_context(layer.register_forward_hook(of_layer.wait_for_gradient))
         for batch in batches:
             values, of_batch = reader.start(batch)
             masks.clear()

@@ -154,14 +154,6 @@ def test_plain_weights_are_read_without_a_copy_and_go_back_into_their_own_layout
     assert base.as_stored(base.transposed()).shape == base.module.weight.shape
 
 
-def test_how_a_weight_is_stored_is_looked_up_again_after_it_was_replaced():
-    base = read("nf4")
-    base.owner.base_layer = linear(True)
-    base.resolve_backend()
-    assert base.precision == "float32"
-    assert torch.equal(base.transposed(), linear(True).weight.mT)
-
-
 # ---------------------------------------------------------------------- writing and restoring
 
 

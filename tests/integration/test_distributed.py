@@ -230,13 +230,20 @@ def test_what_others_keep_from_ddp_stays_kept():
     assert "model.norm.weight" in model._ddp_params_and_buffers_to_ignore
 
 
-def test_nothing_of_ours_is_kept_from_ddp_when_the_adapter_is_gone():
-    for others in ([], ["model.norm.weight"]):
-        model = build("llama")
-        if others:
-            model._ddp_params_and_buffers_to_ignore = list(others)
-        plain = get_peft_model(model, CloverConfig()).unload()
-        assert getattr(plain, "_ddp_params_and_buffers_to_ignore", []) == others
+def test_nothing_of_the_model_is_kept_from_ddp_when_the_adapter_is_gone(process_group):
+    plain = get_peft_model(build("llama"), CloverConfig()).unload()
+    parallel = DistributedDataParallel(plain.requires_grad_(True))
+    assert {id(p) for p in parallel._module_parameters} == {id(p) for p in plain.parameters()}
+    assert {id(b) for b in parallel.modules_buffers} == {id(b) for b in plain.buffers()}
+    parallel(**inputs("llama")).logits.square().mean().backward()
+    assert all(p.grad is not None for p in plain.parameters())
+
+
+def test_a_second_adapter_of_the_same_name_is_kept_from_ddp(process_group):
+    plain = get_peft_model(build("llama"), CloverConfig()).unload()
+    model = get_peft_model(plain, CloverConfig(target_modules=["v_proj"]))
+    sent = {id(buffer) for buffer in DistributedDataParallel(model).modules_buffers}
+    assert sent == {id(b) for name, b in model.named_buffers() if ".clover_" not in name}
 
 
 def test_all_processes_get_the_bases_of_the_first(process_group, monkeypatch):

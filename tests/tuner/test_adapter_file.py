@@ -237,3 +237,76 @@ def test_weights_of_the_base_in_an_adapters_file_are_refused(key: str, tmp_path:
     with pytest.raises(ValueError, match="expected no weights of the base model in the adapter's file"):
         PeftModel.from_pretrained(base, tmp_path)
     assert torch.equal(logits(base, "llama"), before)
+
+
+def _trained_alone(model: PeftModel) -> dict[str, Tensor]:
+    state = get_peft_model_state_dict(model)
+    return {key: tensor for key, tensor in state.items() if any(f".clover_{name}." in key for name in "SAB")}
+
+
+@pytest.mark.parametrize("computed", [False, True])
+@pytest.mark.parametrize(
+    "choices", [dict(), dict(s_matrix="diagonal"), dict(low_rank=3), dict(save_bases=False)], ids=str
+)
+def test_trained_tensors_alone_are_set_in_an_adapter_with_bases(computed: bool, choices: dict, tmp_path: Path) -> None:
+    trained = trained_model(build("llama"), **choices)
+    if computed:
+        model = get_peft_model(build("llama"), CloverConfig(**choices))
+    else:
+        save_trained(tmp_path, seed=7, **choices)
+        model = load(build("llama"), tmp_path)
+    state = _trained_alone(trained)
+    assert set_peft_model_state_dict(model, state).unexpected_keys == []
+    assert torch.equal(logits(model, "llama"), logits(trained, "llama"))
+
+
+def test_trained_tensors_of_one_layer_leave_the_others_alone() -> None:
+    model, trained = trained_model(build("llama"), seed=7), trained_model(build("llama"))
+    before = get_peft_model_state_dict(model)
+    before = {key: tensor.clone() for key, tensor in before.items()}
+    one = {key: tensor for key, tensor in _trained_alone(trained).items() if ".layers.0." in key}
+    set_peft_model_state_dict(model, one)
+    after = get_peft_model_state_dict(model)
+    assert all(torch.equal(after[key], one.get(key, before[key])) for key in after)
+
+
+def _wrong_shape(state: dict[str, Tensor]) -> None:
+    first_tensor(state, "S").resize_(1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda state: first_tensor(state, "S").view(-1).fill_(torch.nan), "NaN"),
+        (_wrong_shape, "expected clover_S of shape"),
+        (lambda state: state.update({"base_model.model.elsewhere.clover_S.weight": torch.ones(2)}), "without a place"),
+        (lambda state: [state.pop(key) for key in list(state)], "found \\[\\]"),
+    ],
+    ids=["NaN", "shape", "elsewhere", "empty"],
+)
+def test_trained_tensors_alone_are_checked(damage: Callable[[dict], object], message: str) -> None:
+    model, state = trained_model(build("llama"), seed=7), _trained_alone(trained_model(build("llama")))
+    state = {key: tensor.clone() for key, tensor in state.items()}
+    damage(state)
+    with kept(model), pytest.raises(ValueError, match=message):
+        set_peft_model_state_dict(model, state)
+
+
+def test_trained_tensors_alone_are_no_adapters_file(tmp_path: Path) -> None:
+    """Its bases could be others than those computed here."""
+    save_trained(tmp_path)
+    alone = {key: tensor for key, tensor in load_file(tmp_path / WEIGHTS).items() if "clover_S." in key}
+    save_file(alone, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match=r"expected .* in the adapter's file"):
+        load(build("llama"), tmp_path)
+    model = trained_model(build("llama"), seed=7)
+    with kept(model), pytest.raises(ValueError, match=r"expected .* in the adapter's file"):
+        model.load_adapter(tmp_path, adapter_name="default")
+
+
+def test_trained_tensors_alone_are_no_maps_of_a_folded_adapter(tmp_path: Path) -> None:
+    """S of a block that is trained whole has the shape of its map."""
+    save_trained(tmp_path, save_bases="folded")
+    model = load(build("llama"), tmp_path)
+    with kept(model), pytest.raises(ValueError, match="in the adapter's file"):
+        set_peft_model_state_dict(model, _trained_alone(trained_model(build("llama"), seed=7)))

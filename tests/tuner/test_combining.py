@@ -63,12 +63,16 @@ def test_adapters_that_do_not_fit_together_are_not_combined():
         model.add_weighted_adapter(["a", "small"], [1.0, 1.0], "sum")
     with pytest.raises(ValueError, match="whole modules or tokens"):
         model.add_weighted_adapter(["a", "head"], [1.0, 1.0], "sum")
-    with pytest.raises(ValueError, match="one weight"):
+    with pytest.raises(ValueError, match=r"weights: expected one .*; pass each adapter once"):
         model.add_weighted_adapter(["a", "b"], [1.0], "sum")
     with pytest.raises(ValueError, match="exists already"):
         model.add_weighted_adapter(["a"], [1.0], "b")
-    with pytest.raises(ValueError, match="'linear'"):
+    with pytest.raises(ValueError, match=r"expected some of .* found \['c'\]; correct the names, or load"):
+        model.add_weighted_adapter(["a", "c"], [1.0, 1.0], "sum")
+    with pytest.raises(ValueError, match="combination_type: expected 'linear', found 'svd'; leave it out"):
         model.add_weighted_adapter(["a"], [1.0], "sum", combination_type="svd")
+    with pytest.raises(TypeError, match=r"found \['density', 'svd_rank'\]; leave them out"):
+        model.add_weighted_adapter(["a"], [1.0], "sum", svd_rank=4, density=0.5)
     assert set(model.state_dict()) == before
     assert "sum" not in model.peft_config
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import inspect
+import pickle
 import re
 
 import pytest
+from transformers import HfArgumentParser
 
 from clover_peft import CloverConfig
 
@@ -160,3 +164,30 @@ def test_every_field_says_what_it_is() -> None:
 def test_dropout_and_truncation_are_refused_together():
     with pytest.raises(ValueError, match="use one of the two"):
         CloverConfig(truncate=True, r=4, clover_dropout=0.1)
+
+
+def test_the_signature_lists_the_fields() -> None:
+    fields = [field.name for field in dataclasses.fields(CloverConfig) if field.init]
+    assert list(inspect.signature(CloverConfig).parameters) == fields
+    assert inspect.signature(CloverConfig).parameters["s_matrix"].default == "full"
+
+    @dataclasses.dataclass
+    class Wider(CloverConfig):
+        more: int = 3
+
+    assert list(inspect.signature(Wider).parameters) == [*fields, "more"]
+    assert Wider(r=4, more=5).more == 5
+
+
+def test_a_config_is_copied_pickled_replaced_and_parsed() -> None:
+    config = CloverConfig(r=4, rank_pattern={"up_proj": 8})
+    assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == copy.copy(config) == config
+    assert dataclasses.replace(config, r=5).r == 5
+
+    @dataclasses.dataclass
+    class Command:
+        config: CloverConfig = dataclasses.field(default_factory=CloverConfig)
+        r: int = 3
+
+    [command] = HfArgumentParser(Command).parse_dict({"r": 6, "config": config})
+    assert (command.r, command.config) == (6, config)

@@ -82,10 +82,12 @@ def test_an_adapter_of_another_structure_is_not_swapped_in(tmp_path, options):
 def test_only_a_loaded_unmerged_clover_adapter_is_swapped(tmp_path):
     one = _saved(tmp_path / "one", 1)
     model = PeftModel.from_pretrained(build("llama"), one)
-    with pytest.raises(ValueError, match="expected a loaded CLOVER adapter"):
+    with pytest.raises(
+        ValueError, match=r"expected a loaded CLOVER adapter, found none; pass the name of one of \['default'\]"
+    ):
         hotswap_adapter(model, one, "other")
     get_peft_model(build("llama"), LoraConfig()).save_pretrained(tmp_path / "lora")
-    with pytest.raises(ValueError, match="expected a CLOVER adapter, found LoraConfig"):
+    with pytest.raises(ValueError, match="expected a CLOVER adapter, found LoraConfig; load it under a name"):
         hotswap_adapter(model, str(tmp_path / "lora"))
     model.merge_adapter()
     with pytest.raises(ValueError, match="is merged"):

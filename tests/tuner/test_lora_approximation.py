@@ -50,6 +50,31 @@ def test_biases_that_change_cannot_become_a_lora():
         convert_to_lora(model, rank=4)
 
 
+def test_peft_may_ask_about_the_conversion_without_a_name():
+    """It asks a whole model so, and the adapter has any name."""
+    for family, supported in (("llama", True), ("gpt2", False)):
+        model = get_peft_model(build(family), CloverConfig(), adapter_name="french")
+        assert model.supports_lora_conversion("french") is supported
+        assert model.base_model.supports_lora_conversion("french") is supported
+
+
+@pytest.mark.parametrize("rank", [12, 0.999999])
+def test_an_adapter_becomes_a_lora_beside_one_of_other_modules(rank):
+    base = build("llama", num_key_value_heads=1)
+    model = get_peft_model(base, CloverConfig(target_modules=["v_proj"]), adapter_name="french")
+    model.add_adapter("german", CloverConfig(target_modules=["k_proj", "up_proj"]))
+    perturb(model)
+    expected = logits(model, "llama")
+    config, state = convert_to_lora(model, rank=rank, adapter_name="french")
+    lora = get_peft_model(build("llama", num_key_value_heads=1), config)
+    set_peft_model_state_dict(lora, state)
+    assert relative(logits(lora, "llama"), expected) < 1e-4
+    model.delete_adapter("german")
+    for gone in ("german", "typo"):
+        with pytest.raises(ValueError, match=rf"expected one of the adapters \['french'\], found '{gone}'; correct"):
+            convert_to_lora(model, rank=4, adapter_name=gone)
+
+
 def test_one_rank_and_ranks_beyond_the_modules_and_wrong_ones():
     model = get_peft_model(build("llama"), CloverConfig())
     perturb(model)

@@ -53,7 +53,7 @@ def test_it_merges_as_it_runs(family, options):
         a, b = (getattr(layer, part)["default"].get("weight") for part in ("clover_A", "clover_B"))
         maps = map_base_tensor(layer, layer.base_weight.transposed(), ["default"]) - layer.base_weight.transposed()
         delta = layer.get_delta_weight("default")
-        delta = delta if layer.fan_in_fan_out else delta.mT
+        delta = delta if layer.base_weight.fan_in_fan_out else delta.mT
         assert relative(delta, maps + (b @ a).mT) < TOLERANCE[torch.float32]
         break
     model.merge_adapter()

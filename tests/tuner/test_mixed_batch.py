@@ -111,7 +111,7 @@ def test_what_a_mixed_batch_cannot_do_is_refused():
         model(**batch, adapter_names=["a"])
     with pytest.raises(ValueError, match="one name in adapter_names for each of the 2 rows"):
         two_trained("opt").eval()(**inputs("opt"), adapter_names=["a"])
-    with pytest.raises(ValueError, match="expected adapters out of"):
+    with pytest.raises(ValueError, match=r"expected adapters out of .* found \['c'\]; correct the names, load"):
         model(**batch, adapter_names=["a", "c"])
     with pytest.raises(ValueError, match="training mode"):
         model.train()(**batch, adapter_names=["a", "b"])

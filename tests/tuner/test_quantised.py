@@ -290,7 +290,7 @@ def test_what_cannot_be_merged_onto_is_refused_and_stays_as_it_was(tiny):
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj .*expected the weights of the base model"):
         merge_onto(model, other)
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
-    with pytest.raises(ValueError, match="expected a model with quantised projections, found none"):
+    with pytest.raises(ValueError, match="expected a model with quantised projections, found none; use the model"):
         dequantize(get_peft_model(plain(tiny), CloverConfig()))
     model.merge_adapter()
     with pytest.raises(ValueError, match="an adapter is merged; call unmerge_adapter first"):
@@ -533,6 +533,8 @@ def test_weights_that_cannot_be_read_take_adapters_with_bases(tiny, tmp_path):
     loaded = PeftModel.from_pretrained(forward_only(tiny), tmp_path / "True", is_trainable=True).train()
     loaded(input_ids=IDS, labels=IDS).loss.backward()
     assert all(p.grad.any() for p in loaded.parameters() if p.requires_grad)
+    with pytest.raises(ValueError, match=r"can be dequantised, found gptq.*use clover_peft\.merge_onto"):
+        dequantize(loaded)
     base = forward_only(tiny)
     with pytest.raises((TypeError, ValueError), match=r"gptq.*bases"):
         get_peft_model(base, CloverConfig())

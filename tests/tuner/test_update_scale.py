@@ -248,7 +248,9 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(one_thread):
     data = batches()
     model = adapted()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match="adapter 'other': expected a model with this CLOVER adapter"):
+    with pytest.raises(
+        ValueError, match=r"'other': expected a model with this CLOVER adapter, found \['default'\]; pass adapter_name"
+    ):
         balance_updates(model, data, "other")
     with pytest.raises(ValueError, match="expected batches to run the model on, found none"):
         balance_updates(model, [])
@@ -259,7 +261,7 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(one_thread):
         balance_updates(model, data, "other")
     model.delete_adapter("other")
     model.requires_grad_(False)
-    with pytest.raises(ValueError, match="expected one that is trained, found it frozen"):
+    with pytest.raises(ValueError, match="found it frozen; make it with inference_mode=False, or load"):
         balance_updates(model, data)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     with pytest.raises(ValueError, match="expected save_bases=True or 'folded', found False"):

@@ -16,9 +16,10 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from safetensors.torch import load_file
 from torch import Tensor
 
-from clover_peft import CloverConfig
+from clover_peft import CloverConfig, balance_updates, initialize_from_activations
 from tests.support.adapters import layers
 from tests.support.saved_adapters import (
     SAVE_BASES,
@@ -29,7 +30,7 @@ from tests.support.saved_adapters import (
     save_trained,
     trained_model,
 )
-from tests.support.tiny import TOLERANCE, build, logits, perturb, relative, through_transformers
+from tests.support.tiny import TOLERANCE, build, inputs, logits, perturb, relative, through_transformers
 
 # ---------------------------------------------------------------------- the ways to load
 
@@ -214,3 +215,65 @@ def test_a_new_adapter_of_a_files_config_records_its_own_base(tmp_path: Path) ->
     fresh = get_peft_model(build("llama"), CloverConfig.from_pretrained(tmp_path / "bf16"))
     fresh.save_pretrained(tmp_path / "float32")
     assert PeftConfig.from_pretrained(tmp_path / "float32").base_precision == "float32"
+
+
+def _made_from_data(folder: Path) -> Path:
+    """The folder of an adapter with bases from activations, which were balanced too, on a bfloat16 base."""
+    made = get_peft_model(build("llama", torch.bfloat16), CloverConfig())
+    batches = [inputs("llama") | {"labels": inputs("llama")["input_ids"]}] * 8
+    initialize_from_activations(made, batches)
+    balance_updates(made, batches)
+    perturb(made)
+    made.save_pretrained(folder)
+    return folder
+
+
+BY_DATA = ("from_activations", "balanced_updates")
+
+
+def test_a_new_adapter_of_a_files_config_says_how_its_own_bases_were_made(tmp_path: Path) -> None:
+    config = CloverConfig.from_pretrained(_made_from_data(tmp_path / "data"))
+    assert config.from_activations
+    assert config.balanced_updates
+    fresh = get_peft_model(build("llama"), config)
+    other = get_peft_model(build("llama"), config)  # one config for two models
+    for model in (fresh, other):
+        specs = [spec for layer in layers(model) for spec in layer.specs["default"]]
+        assert not any(getattr(spec, name) for spec in specs for name in BY_DATA)
+    fresh.save_pretrained(tmp_path / "weights")
+    saved = PeftConfig.from_pretrained(tmp_path / "weights")
+    assert (saved.from_activations, saved.balanced_updates, saved.base_precision) == (False, False, "float32")
+
+
+def test_a_file_that_is_loaded_later_brings_its_own_description(tmp_path: Path) -> None:
+    folder = _made_from_data(tmp_path / "data")
+    model = get_peft_model(build("llama"), CloverConfig.from_pretrained(folder))
+    damaged = load_file(folder / WEIGHTS)
+    damaged.pop(next(key for key in damaged if "clover_S" in key))
+    perturb(model)
+    with pytest.raises(ValueError, match=r"expected .* in the adapter's file"):
+        set_peft_model_state_dict(model, damaged)
+    config = model.peft_config["default"]
+    assert (config.from_activations, config.base_precision) == (False, "float32")
+    set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
+    specs = [spec for layer in layers(model) for spec in layer.specs["default"]]
+    assert all(getattr(described, name) for described in (config, *specs) for name in BY_DATA)
+    assert config.base_precision == "bfloat16"
+
+
+def test_a_config_that_could_not_be_used_keeps_what_it_says(tmp_path: Path) -> None:
+    config = CloverConfig.from_pretrained(_made_from_data(tmp_path / "data"))
+    config.target_modules = {"v_proj"}
+    config.head_dim = 7
+    with pytest.raises(ValueError, match="head_dim"):
+        get_peft_model(build("llama"), config)
+    assert (config.from_activations, config.balanced_updates, config.base_precision) == (True, True, "bfloat16")
+
+
+def test_transformers_loads_what_the_file_says(tmp_path: Path) -> None:
+    _made_from_data(tmp_path / "data")
+    model = build("llama")
+    model.load_adapter(str(tmp_path / "data"))
+    model.save_pretrained(tmp_path / "again")
+    again = PeftConfig.from_pretrained(tmp_path / "again")
+    assert (again.from_activations, again.balanced_updates, again.base_precision) == (True, True, "bfloat16")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from ...base_model.activations import evaluating, hooks
+from ...base_model.activations import evaluating
 from ...tuner.update_scale import SENSITIVITY, count_predictions
 
 
@@ -40,7 +41,7 @@ def balance_lora(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], adap
         sums[1] += values.shape[:-1].numel()
 
     predictions = 0
-    with evaluating(model), hooks() as hooked, torch.enable_grad():
+    with evaluating(model), ExitStack() as hooked, torch.enable_grad():
         for path, layer in layers.items():
 
             def after_a(module: nn.Module, _: Any, output: Tensor, path: str = path) -> None:
@@ -49,8 +50,8 @@ def balance_lora(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], adap
             def after_layer(module: nn.Module, _: Any, output: Tensor, path: str = path) -> None:
                 output.register_hook(lambda gradient: add(gradients[path], gradient))
 
-            hooked.append(layer.lora_A[adapter_name].register_forward_hook(after_a))
-            hooked.append(layer.register_forward_hook(after_layer))
+            hooked.enter_context(layer.lora_A[adapter_name].register_forward_hook(after_a))
+            hooked.enter_context(layer.register_forward_hook(after_layer))
         trained = [layer.lora_B[adapter_name].weight for layer in layers.values()]
         for batch in batches:
             count = count_predictions(batch)

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...base_model.activations import evaluating, hooks
+from ...base_model.activations import evaluating
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,9 @@ def collect_inputs(
         return hook
 
     without = model.disable_adapter if hasattr(model, "peft_config") else contextlib.nullcontext
-    with evaluating(model), hooks() as hooked, torch.no_grad():
-        hooked += [inner.get_submodule(name).register_forward_pre_hook(keep(name)) for name in kept]
+    with evaluating(model), contextlib.ExitStack() as hooked, torch.no_grad():
+        for name in kept:
+            hooked.enter_context(inner.get_submodule(name).register_forward_pre_hook(keep(name)))
         for i, batch in enumerate(batches):
             wanted = tokens * (i + 1) // len(batches) - tokens * i // len(batches)
             with without():
