@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -120,3 +121,47 @@ def test_other_commands_need_no_extra(tmp_path):
 def test_python_m_is_the_command():
     done = subprocess.run([sys.executable, "-m", "clover_peft", "--version"], capture_output=True, text=True)
     assert done.stdout.strip() == __version__
+
+
+# Prints OMP_WAIT_POLICY as it was when torch began to be imported.
+_WATCH = """
+import os, sys
+class Watch:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print("policy at torch:", os.environ.get("OMP_WAIT_POLICY"))
+sys.meta_path.insert(0, Watch())
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (
+            ["-c", "import sys, clover_command; sys.exit(clover_command.main())", "run", "-m", "json.tool", "-h"],
+            "passive",
+        ),
+        (["-m", "clover_peft", "run", "-m", "json.tool", "-h"], "passive"),
+        (["-mclover_peft", "--version"], "passive"),
+        (["-c", "import clover_peft", "-m", "clover_peft"], "None"),
+        (["-m", "program", "clover_peft"], "None"),
+    ],
+    ids=["clover", "python -m", "python -m without a space", "import", "import by another module"],
+)
+def test_the_command_alone_lets_threads_sleep_before_torch_is_imported(arguments, found, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(_WATCH)
+    (tmp_path / "program").mkdir()
+    (tmp_path / "program" / "__init__.py").write_text("import clover_peft")
+    (tmp_path / "program" / "__main__.py").write_text("")
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(ROOT)])
+
+    def policy(**more):
+        done = subprocess.run(
+            [sys.executable, *arguments], capture_output=True, text=True, env=environment | more, check=True
+        )
+        return next(line.split()[-1] for line in done.stdout.splitlines() if line.startswith("policy at torch:"))
+
+    assert policy() == found
+    if arguments[0] == "-mclover_peft":
+        assert policy(OMP_WAIT_POLICY="active") == "active"
