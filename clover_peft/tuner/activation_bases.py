@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -64,9 +63,7 @@ def initialize_from_activations(
         for attribute, tensor in tensors.items():
             getattr(layer, attribute)[adapter_name].get(spec.name).copy_(tensor)
     for _, layer in layers:
-        layer.specs[adapter_name] = tuple(
-            replace(s, from_activations=True, balanced_updates=False) for s in layer.specs[adapter_name]
-        )
+        layer.change_specs(adapter_name, from_activations=True, balanced_updates=False)
     if config is not None:
         config.from_activations, config.balanced_updates = True, False
 

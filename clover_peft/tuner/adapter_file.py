@@ -83,6 +83,24 @@ def take_file(
         )
 
 
+def has_same_bases(layers: dict[str, CloverLayer], adapter_name: str, state: dict[str, Tensor]) -> bool:
+    """Whether a file's bases are those that the adapter has here, up to rounding, as in a checkpoint of its training.
+
+    The arguments are those of `take_file`.
+    """
+    for name, layer in layers.items():
+        for spec in layer.specs[adapter_name]:
+            here = layer.tensors(adapter_name, spec).c
+            there = state.get(tensor_keys(name, adapter_name, spec.name)["clover_U"])
+            if here is None or here.is_meta or there is None or there.shape != here.shape:
+                return False
+            if not torch.linalg.vector_norm(here - there.to(here)) <= CHECKSUM_TOLERANCE * torch.linalg.vector_norm(
+                here
+            ):
+                return False
+    return True
+
+
 def _complete(layers: dict[str, CloverLayer], adapter_name: str, state: dict[str, Tensor]) -> None:
     """Add the adapter's own tensors to trained tensors alone.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -147,6 +148,10 @@ class AdapterTensors(nn.Module):
                 getattr(self, attribute)[adapter_name].to("meta")
         self._missing_bases.add(adapter_name)
         self._note_loaded()
+
+    def change_specs(self, adapter_name: str, **changes: Any) -> None:
+        """Set fields of the specs of all slices of an adapter."""
+        self.specs[adapter_name] = tuple(replace(spec, **changes) for spec in self.specs[adapter_name])
 
     def trained_tensors(self, adapter_name: str) -> dict[str, dict[str, Tensor]]:
         """The trained tensors of an adapter: attribute -> slice name -> tensor."""

@@ -24,7 +24,7 @@ from ..io.user_warning import warn
 from ..runtime.load_report import leave_out_of_report
 from ..runtime.loading import loaded_by_transformers, makes_meta_tensors, weights_follow
 from ..runtime.sharding import filled_by_rank_0, refuse_sharded, spare_broadcasts
-from .adapter_file import select_for_saving, take_file
+from .adapter_file import has_same_bases, select_for_saving, take_file
 from .adapter_folder import check_folder, read_tensors
 from .adapter_tensors import BASES_CHECKSUM, FROZEN
 from .bases import frozen_tensors, warn_of_zero_blocks
@@ -408,22 +408,21 @@ class CloverModel(TargetParameters, TiedWeights):
         result = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         tuner = model if isinstance(model, CloverModel) else getattr(model, "base_model", None)
         layers = dict(clover_layers(model, adapter_name))
-        as_saved = copy(config)
-        as_saved.take_record_back()
+        described = copy(config)
+        if config.recorded and not has_same_bases(layers, adapter_name, result):
+            described.take_record_back()
         try:
-            take_file(model, layers, adapter_name, as_saved, result)
+            take_file(model, layers, adapter_name, described, result)
         except ValueError:
             trained = config.init_weights and any(layer.is_trained(adapter_name) for layer in layers.values())
             if isinstance(tuner, CloverModel) and config.awaits_weights and not trained:
                 tuner.discard(adapter_name)
             raise
         if config.recorded:
-            config.take_record_back()
+            vars(config).update(vars(described), recorded={})
+            made_by = dict(from_activations=config.from_activations, balanced_updates=config.balanced_updates)
             for layer in layers.values():
-                layer.specs[adapter_name] = tuple(
-                    replace(s, from_activations=config.from_activations, balanced_updates=config.balanced_updates)
-                    for s in layer.specs[adapter_name]
-                )
+                layer.change_specs(adapter_name, **made_by)
         config.awaits_weights = False  # from here on the config is that of an adapter of this model
         return result
 

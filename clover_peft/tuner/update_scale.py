@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -75,7 +75,7 @@ def balance_updates(model: nn.Module, batches: Iterable[Mapping[str, Any]], adap
                 c.mul_(scale.to(c).view(-1, 1, 1))
                 s0.div_(scale.to(s0).view(-1, 1))
         layer.forget_maps()
-        layer.specs[adapter_name] = tuple(replace(s, balanced_updates=True) for s in layer.specs[adapter_name])
+        layer.change_specs(adapter_name, balanced_updates=True)
     if config is not None:
         config.balanced_updates = True
 

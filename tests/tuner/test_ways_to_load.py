@@ -261,6 +261,23 @@ def test_a_file_that_is_loaded_later_brings_its_own_description(tmp_path: Path) 
     assert config.base_precision == "bfloat16"
 
 
+def test_a_checkpoint_of_a_new_adapter_says_what_that_says(tmp_path: Path) -> None:
+    """Also if another process loads it, as a training that goes on: into an adapter of the same earlier file."""
+    folder = _made_from_data(tmp_path / "data")
+    fresh = get_peft_model(build("llama"), CloverConfig.from_pretrained(folder))
+    perturb(fresh)
+    fresh.save_pretrained(tmp_path / "checkpoint")
+    resumed = get_peft_model(build("llama"), CloverConfig.from_pretrained(folder))
+    for model in (fresh, resumed):
+        model.load_adapter(tmp_path / "checkpoint", "default")
+        specs = [spec for layer in layers(model) for spec in layer.specs["default"]]
+        assert not any(
+            getattr(described, name) for described in (model.peft_config["default"], *specs) for name in BY_DATA
+        )
+        assert model.peft_config["default"].base_precision == "float32"
+    assert torch.equal(logits(resumed, "llama"), logits(fresh, "llama"))
+
+
 def test_a_config_that_could_not_be_used_keeps_what_it_says(tmp_path: Path) -> None:
     config = CloverConfig.from_pretrained(_made_from_data(tmp_path / "data"))
     config.target_modules = {"v_proj"}
