@@ -18,6 +18,7 @@ from typing import Any
 
 from ..io.configs import find_config
 from ..io.overrides import apply_override, load_yaml
+from ..tuner.lora_options import CORRESPONDING, NOT_CHOSEN
 
 # The job refuses these fields of SFTConfig, since it would ignore them: it has other settings for the same.
 _SET_ELSEWHERE = {
@@ -120,7 +121,18 @@ def check_method(kind: str, known: Iterable[str]) -> None:
 
 def check_block(block: Mapping[str, Any], known: Iterable[str]) -> None:
     """Raises ValueError if the adapter's block has a key that is no field of its configuration."""
+    if str(block.get("peft_type")).upper() == "CLOVER":
+        check_no_lora(block, "peft.")
     check_keys(block, [*known, *_OF_METHOD], "peft.")
+
+
+def check_no_lora(names: Iterable[str], prefix: str = "") -> None:
+    """Raises ValueError for an option of LoRA among the fields of CLOVER's configuration."""
+    for name in names:
+        if name in CORRESPONDING:
+            raise ValueError(
+                f"{prefix}{name}: expected a field of CloverConfig, found one of LoraConfig; {CORRESPONDING[name]}"
+            )
 
 
 def check_rate(flat: Mapping[str, Any]) -> None:
@@ -177,9 +189,10 @@ def check_keys(keys: Iterable[Any], known: Iterable[str], prefix: str = "", choi
     known = list(known)
     for key in keys:
         if key not in known:
-            near = [_HINTS.get(key)] if _HINTS.get(key) in known else difflib.get_close_matches(str(key), known, n=1)
+            shown = [name for name in known if name not in NOT_CHOSEN]
+            near = [_HINTS.get(key)] if _HINTS.get(key) in known else difflib.get_close_matches(str(key), shown, n=1)
             expected = (
-                f"the nearest known is {prefix}{near[0]}" if near else f"expected one of {choices or ', '.join(known)}"
+                f"the nearest known is {prefix}{near[0]}" if near else f"expected one of {choices or ', '.join(shown)}"
             )
             raise ValueError(f"{prefix}{key}: unknown; {expected}")
 

@@ -223,8 +223,8 @@ def _misfit(config: CloverConfig, target: TargetSlice, size: int) -> str:
     owner = "the projection's" if target.name == "weight" else f"its part {target.name}'s"
     if not target.has_heads:
         return (
-            f"mlp_block_size={size} does not divide {owner} {heads.dim} features; choose a divisor of {heads.dim}, such "
-            f"as {target.default_block_size}"
+            f"mlp_block_size={size} does not divide {owner} {heads.dim} features; choose a divisor of {heads.dim}, "
+            f"such as {target.default_block_size}"
         )
     problem = (
         f"neither divides a head's {heads.dim} features nor is a multiple of them"

@@ -37,6 +37,15 @@ WRONG = [
     ([*SFT, "rows=0"], "rows: expected at least 1, found 0"),
     ([*SFT, "do_eval=true"], "do_eval: not a setting of this job"),
     ([*SFT, "peft.rr=3"], "peft.rr: unknown; the nearest known is peft.r"),
+    (
+        [*SFT, "peft.lora_alpha=16"],
+        "peft.lora_alpha: expected a field of CloverConfig, found one of LoraConfig; CLOVER",
+    ),
+    ([*SFT, "peft.xyzzy=1"], "max_condition, learning_rate"),
+    (
+        ["plan", "--model", "m", "lora_alpha=16"],
+        "lora_alpha: expected a field of CloverConfig, found one of LoraConfig",
+    ),
     ([*SFT, "peft.r=0"], "CloverConfig.r: expected a positive integer or None, found 0"),
     ([*SFT, "peft.s_matrix=triangular"], "CloverConfig.s_matrix: expected one of"),
     ([*SFT, "rows=[1"], "rows=[1: expected YAML"),
@@ -84,6 +93,7 @@ def test_errors_are_answered_without_torch():
     for sentence, (_, expected) in zip(said, WRONG, strict=True):
         assert sentence.startswith("error: ")
         assert expected in sentence
+        assert "folded" not in sentence
 
 
 def test_names_of_the_other_kind_are_not_offered():
