@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from .._version import __version__
+from ..io.extras import missing
 from . import parsers
 from .checks import CHECKS
-from .errors import USER_ERROR, missing, reports_errors
+from .errors import USER_ERROR, reports_errors
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ import pytest
 import clover_command
 from clover_peft import CloverConfig
 from clover_peft.cli import checks, parsers
-from clover_peft.cli.errors import EXTRAS, reports_errors
+from clover_peft.cli.errors import reports_errors
+from clover_peft.io.extras import EXTRAS, how_to_install
 from clover_peft.io.hub_models import DEFAULT_MODEL, ModelSource
 from clover_peft.io.static_fields import static_fields
 from clover_peft.tuner import config_checks
@@ -184,4 +185,4 @@ def test_an_extra_that_a_library_asks_for_is_named(package, capsys):
     assert run(argparse.Namespace()) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: Please install torch and ")
-    assert f'pip install "clover-peft[{EXTRAS[package]}]"' in said
+    assert how_to_install(EXTRAS[package]) in said

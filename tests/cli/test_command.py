@@ -14,6 +14,7 @@ from clover_peft import __version__
 from clover_peft.cli import command, parsers
 from clover_peft.experiments.commonsense import sources
 from clover_peft.io import text_windows
+from clover_peft.io.extras import missing
 from clover_peft.pruning.rule import SPREADS
 from tests.support.tiny import build
 
@@ -90,7 +91,8 @@ def test_a_missing_extra_is_named_in_one_sentence(module, arguments, monkeypatch
     assert clover_command.main(arguments) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line == (
-        f'error: clover {arguments[0]}: expected the package {module}, found none; pip install "clover-peft[train]"'
+        f"error: clover {arguments[0]}: expected the package {module}, found none; "
+        f'run pip install -c constraints.txt -e ".[train]" in {ROOT}'
     )
 
 
@@ -98,8 +100,7 @@ def test_an_extra_that_only_an_option_needs_is_named_too(tmp_path, monkeypatch, 
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.setattr(sources, "hub_reachable", lambda: True)
     assert clover_command.main(["prepare-data", str(tmp_path / "out"), "--source", "hub"]) == 2
-    sentence = 'error: expected the package datasets, found none; pip install "clover-peft[train]"\n'
-    assert sentence in capsys.readouterr().err
+    assert f"error: {missing('datasets')}\n" in capsys.readouterr().err
 
 
 def test_other_commands_need_no_extra(tmp_path):
