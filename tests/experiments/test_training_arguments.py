@@ -97,6 +97,30 @@ def test_learning_rate_belongs_to_the_method_unless_given():
     assert parse(config, ["learning_rate=5e-3"]).sft.learning_rate == 5e-3
 
 
+@pytest.mark.parametrize(
+    ("in_files", "overrides", "expected"),
+    [
+        ({"learning_rate": 3e-3}, [], 3e-3),
+        ({}, ["learning_rate=5e-3"], 5e-3),
+        ({"learning_rate": 3e-3}, ["peft.learning_rate=5e-3"], 5e-3),
+        ({"learning_rate": 3e-3}, ["peft.learning_rate=4e-3", "learning_rate=5e-3"], 5e-3),
+        ({}, ["--learning_rate=4e-3", "--peft.learning_rate=5e-3"], 5e-3),
+        ({"learning_rate": 3e-3}, ["peft.learning_rate=null"], 3e-3),
+    ],
+)
+def test_settings_hold_one_learning_rate(in_files, overrides, expected, tmp_path):
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump(in_files))
+    settings = parse([ROOT / "configs" / "lora.yaml", tmp_path / "more.yaml"], overrides)
+    assert settings.sft.learning_rate == settings.values["learning_rate"] == expected
+    assert "learning_rate" not in settings.values["peft"]
+
+
+def test_the_rate_of_a_chosen_method_counts_on_the_command_line(tmp_path):
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump({"learning_rate": 1e-3, "methods": {"a": {"peft_type": "LORA"}}}))
+    settings = parse(tmp_path / "m.yaml", ["method=a", "methods.a.learning_rate=5e-3"])
+    assert settings.sft.learning_rate == settings.values["learning_rate"] == 5e-3
+
+
 def test_overrides_reach_blocks_and_null_replaces_a_default():
     settings = parse(ROOT / "configs" / "lora.yaml", ["peft.r=8", "max_length=null", "peft.target_modules=[q_proj]"])
     assert settings.peft.r == 8

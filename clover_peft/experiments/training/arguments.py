@@ -31,8 +31,8 @@ class Settings:
         peft: the adapter's configuration, or None for full fine-tuning.
         optimizer: "muon", or None for the one in `sft.optim`.
         learning_rate_factors: see `optimizer.scale_learning_rates`.
-        values: the settings as given, after overrides and without secrets; a record shows them, and a resumed run must
-            repeat them.
+        values: the settings as given, after overrides, with one learning rate and without secrets; a record shows them, and
+            a resumed run must repeat them.
     """
 
     job: JobArguments
@@ -48,7 +48,8 @@ def parse(config: str | Path | Sequence[str | Path], overrides: Sequence[str] = 
 
     Top-level keys are fields of `JobArguments` or `trl.SFTConfig`. The `peft` block holds `peft_type` and the fields
     of that type's configuration class, or is null for full fine-tuning. It may also hold three settings that belong to
-    the method: `learning_rate`, which a `learning_rate` outside the block overrides; `learning_rate_factors`, such as
+    the method: `learning_rate`, which a `learning_rate` outside the block overrides (of two overrides, the last one
+    counts); `learning_rate_factors`, such as
     `{v_proj: 3}`, which multiply the rate of some parameters; and `optimizer: muon`.
     A file may hold `methods`, a block of `peft` blocks by name; then the key `method` chooses one of them.
 

@@ -73,6 +73,7 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
     if job.resume:
         check_rows(out, split.fingerprint)
     say(f"data: {len(split.train)} rows to train on, {len(split.held_out)} held out")
+    say(f"learning rate: {sft.learning_rate:g}")
     init_kwargs = dict(sft.model_init_kwargs or {})
     model = load_model(source, init_kwargs, sft.trust_remote_code)
     teacher = load_teacher(job, init_kwargs, tokenizer, sft.trust_remote_code)
