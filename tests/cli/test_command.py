@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -166,3 +170,19 @@ def test_the_command_alone_lets_threads_sleep_before_torch_is_imported(arguments
     assert policy() == found
     if arguments[0] == "-mclover_peft":
         assert policy(OMP_WAIT_POLICY="active") == "active"
+
+
+@pytest.mark.parametrize(("name", "shown"), [("export", 0), ("run", 1)])
+def test_commands_hide_that_peft_uses_an_old_name_and_nothing_else(name, shown, monkeypatch):
+    def run(given):
+        warnings.warn(
+            "`is_gradient_checkpointing` is deprecated and will be removed in v6.", FutureWarning, stacklevel=1
+        )
+        warnings.warn("`is_something_else` is deprecated", FutureWarning, stacklevel=1)
+        return 0
+
+    monkeypatch.setattr(importlib, "import_module", lambda *_: SimpleNamespace(run=run))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert command.run(name, argparse.Namespace()) == 0
+    assert len(said) == 1 + shown

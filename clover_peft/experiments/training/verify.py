@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import clover_peft  # noqa: F401  registers CLOVER, which the adapter may need
 
+from ...io.user_warning import ignore_old_names
 from .answers import answer_logits, greedy_ids
 from .card import show_change
 
@@ -116,6 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--loss-fell", action="store_true", help=f"also require a training loss that fell to {LOSS_RATIO:.0%}%"
     )
+    ignore_old_names()
     try:
         report = verify(**vars(parser.parse_args(arguments)))
     except ValueError as error:
