@@ -235,14 +235,14 @@ def test_every_option_counts(options, tmp_path, text):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--ratio 1.5", "ratio: expected a share"),
+        ("--ratio 1.5", "--ratio 1.5: expected a share of at least 0 and below 1"),
         ("--ratio half", "--ratio half: expected a figure such as 0.5, or one for each kind as qk=0.5,vo=0.25"),
         ("--ratio kv=0.5", "--ratio kv=0.5: expected a figure"),
         ("--ratio vo=0.5,vo=0.25", "--ratio vo=0.5,vo=0.25: expected a figure"),
         ("--threshold vo=", "--threshold vo=: expected a figure"),
-        ("--energy 2", "energy: expected a share"),
+        ("--energy 2", "--energy 2: expected a share"),
         ("--energy 0.9 --ranks layer", "--ranks layer: expected --ratio with it"),
-        ("--ratio 0.5 --multiple 0", "multiple: expected a positive whole number"),
+        ("--ratio 0.5 --multiple 0", "--multiple 0: expected at least 1"),
         ("--ratio 0.5 --ranks gradient", "--ranks gradient: expected --calibration with it, found none"),
         ("--ratio 0.5 --stock", "--stock: expected --ranks uniform, for one width in all layers, found no --ranks"),
         ("--ratio 0.5 --ranks layer --stock", "--stock: expected --ranks uniform"),
