@@ -264,8 +264,8 @@ def figures(option: str, text: str | None) -> float | dict[Any, float] | None:
             raise ValueError(f"{option} {text}: expected a singular value of at least 0")
         if option == "--ratio" and not 0 <= figure < 1:
             raise ValueError(f"{option} {text}: expected a share of at least 0 and below 1, such as 0.25 for 25 %")
-        if option == "--energy" and not 0 < figure <= 1:
-            raise ValueError(f"{option} {text}: expected a share above 0 and up to 1, such as 0.9 for 90 %")
+        if option == "--energy" and not 0 <= figure <= 1:
+            raise ValueError(f"{option} {text}: expected a share from 0 to 1, such as 0.9 for 90 %")
     return found[""] if "" in found else cast("dict[Any, float]", found)
 
 
