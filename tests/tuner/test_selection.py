@@ -252,3 +252,18 @@ def test_misspelt_names_are_answered_with_near_ones() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         get_peft_model(build("llama"), CloverConfig(target_modules=["v_proj", "layers.0.self_attn.k_proj", "lm_head"]))
+
+
+def test_misspelt_names_to_exclude_are_answered_with_near_ones() -> None:
+    with pytest.warns(
+        UserWarning,
+        match=r"exclude_modules: no module is called k_prj, nothing is left out .*k_prj: did you mean k_proj",
+    ):
+        assert len(_adapted(exclude_modules=["k_prj", "up_proj"])) == 4
+    with pytest.warns(
+        UserWarning, match="exclude_modules: no module is called zzz, .*; its linear modules are called"
+    ):
+        assert len(_adapted(exclude_modules=["zzz"])) == 6
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        _adapted(exclude_modules=["up_proj", "layers.0.self_attn.k_proj", "layers.1.mlp"])
