@@ -139,7 +139,7 @@ class CloverConfig(PeftConfig):
 
     def take_record_back(self) -> None:
         """Describe the file's bases again, if they were set aside."""
-        vars(self).update(self.recorded)
+        self.__dict__.update(self.recorded)
         self.recorded = {}
 
     @classmethod

@@ -421,7 +421,7 @@ class CloverModel(TargetParameters, TiedWeights):
                 tuner.discard(adapter_name)
             raise
         if config.recorded:
-            vars(config).update(vars(described), recorded={})
+            config.__dict__.update(described.__dict__ | {"recorded": {}})
             made_by = dict(from_activations=config.from_activations, balanced_updates=config.balanced_updates)
             for layer in layers.values():
                 layer.change_specs(adapter_name, **made_by)
