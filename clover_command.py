@@ -6,9 +6,19 @@ It lies outside of the package because importing the package imports torch, peft
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec, module_from_spec
+
+
+def let_threads_sleep() -> None:
+    """Lets OpenMP's threads sleep while they wait; to be called before torch is imported, which reads the variable.
+
+    On a shared machine, threads that spin while they wait make a step over ten times slower. A value that the user has
+    set stays.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    let_threads_sleep()
     spec = None
     try:
         if "clover_peft" not in sys.modules:

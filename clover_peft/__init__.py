@@ -1,6 +1,7 @@
 """CLOVER (Cross-Layer Orthogonal Vectors, arXiv 2411.17426) as a PEFT method. Importing registers it with peft,
 and lets transformers and diffusers load models that `prune` or `slice_hidden_size` made narrower."""
 
+from . import _as_command  # noqa: F401  comes before torch
 from ._moved import keep_old_paths
 from ._version import __version__
 from .base_model.own_text import own_text

@@ -11,10 +11,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/_env.sh
 clover_env train
 
-# On a shared machine, OpenMP threads that spin while they wait are over ten times slower than threads that sleep.
+# The commands set this themselves; the check below is none.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 steps="${CLOVER_QUICKSTART_STEPS:-75}"
-options=("max_steps=$steps" "rows=$((4 * steps))" held_out_rows=16 per_device_train_batch_size=4 logging_steps=1
+options=("max_steps=$steps" "rows=$((4 * steps))" held_out_rows=16 per_device_train_batch_size=4
+    "logging_steps=$((steps < 80 ? (steps + 7) / 8 : 10))" # about every tenth step
     train_sampling_strategy=group_by_length save_strategy=no merge=true)
 if [ -n "${CLOVER_DATA:-}" ]; then
     data="$CLOVER_DATA"
@@ -31,3 +32,6 @@ say "checking $out/adapter and $out/merged in a new process"
 "$VENV_PYTHON" -m clover_peft.experiments.training.verify --loss-fell "$out"
 
 say "done: $out holds the adapter, the merged model and record.json, the run's record"
+printf 'Next, the same training with LoRA, to compare:\n\n  source .venv/bin/activate\n  clover sft --config lora'
+printf ' %q' "output_dir=$out-lora" "${options[@]}" "$@"
+echo

@@ -16,7 +16,7 @@ from clover_peft._moved import MOVED
 PACKAGE = Path(clover_peft.__file__).parent
 # Rooms from the bottom up; a module imports from its own room and from rooms below. Siblings share a floor.
 FLOORS = [
-    {"linalg", "runtime", "_version", "_moved"},
+    {"linalg", "runtime", "_version", "_moved", "_as_command"},
     {"io"},
     {"base_model"},
     {"tuner", "pruning", "convert"},

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 from ..experiments import settings
 from ..io.atomic import check_new_folder
 from ..io.configs import find_config
+from ..io.figures import check_pyplot
+from ..io.locate import check_adapter, check_model, find_rows
 from ..io.overrides import apply_override, load_yaml
 from ..io.rows import find_text
 from ..io.static_fields import static_fields
 from ..tuner import config_checks
+from ..tuner.lora_options import NOT_CHOSEN
 
 _WINDOWS = ("rows", "max_length", "batch_size")
 _UNUSED_BY_HARNESS = ("data", "split", "tasks", "mode", "prompt", "beams", "new_tokens", "merge", "vllm")
@@ -38,6 +41,10 @@ def sft(given: argparse.Namespace) -> None:
             settings.check_block(parts.block, known)
         config_checks.check(parts.block)
     settings.check_rate(parts.flat)
+    check_model(parts.flat.get("model"))
+    if parts.flat.get("teacher"):
+        check_model(parts.flat["teacher"], "teacher=")
+    find_rows(parts.flat.get("data"))
 
 
 def plan(given: argparse.Namespace) -> None:
@@ -69,8 +76,9 @@ def adapter_settings(overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         key, equals, _ = override.partition("=")
         name = key.lstrip("-").partition(".")[0]
+        settings.check_no_lora([name])
         if not equals or (known and name not in known):
-            near = difflib.get_close_matches(name, known or [], n=1)
+            near = difflib.get_close_matches(name, known.keys() - NOT_CHOSEN, n=1)
             raise ValueError(
                 f"{override}: expected key=value with a field of CloverConfig"
                 + (f", found {name}; did you mean {near[0]}?" if near and name not in known else "")
@@ -134,6 +142,10 @@ def evaluate(given: argparse.Namespace) -> None:
         raise ValueError("--data: expected a folder that `clover prepare-data` wrote, found none")
     if given.vllm and (given.adapter or given.mode == "score"):
         raise ValueError("--vllm generates with a merged model: pass its folder as --model (`clover export`)")
+    if given.adapter is not None:
+        check_adapter(given.adapter, "--adapter ")
+    if given.model is not None:
+        check_model(given.model, "--model ")
 
 
 def analyze(given: argparse.Namespace) -> None:
@@ -149,6 +161,13 @@ def analyze(given: argparse.Namespace) -> None:
         raise ValueError(f"--top: expected at least 1, found {given.top}")
     if (given.out / "analysis.json").exists():
         raise ValueError(f"{given.out}: expected a new folder, found an analysis in it; choose another")
+    if not given.no_pictures:
+        check_pyplot()
+    for adapter in given.adapter or ():
+        check_adapter(adapter, "--adapter ")
+    for option in ("model", "before", "after"):
+        if (model := getattr(given, option)) is not None:
+            check_model(model, f"--{option} ")
 
 
 def labels(given: argparse.Namespace) -> list[str]:
@@ -174,6 +193,9 @@ def convert(given: argparse.Namespace) -> None:
     if given.multiple is not None and given.prune is None and given.slice is None:
         raise ValueError("--multiple: expected --prune or --slice with it, found none")
     _calibration(given)
+    if not given.no_pictures:
+        check_pyplot()
+    check_model(given.model)
 
 
 def _one_size(given: argparse.Namespace) -> None:
@@ -187,25 +209,31 @@ def prune(given: argparse.Namespace) -> None:
         raise ValueError(f"--ranks {given.ranks}: expected --ratio with it, which it spreads, found none")
     for name in ("ratio", "threshold", "energy"):
         figures(f"--{name}", getattr(given, name))
+    if given.multiple < 1:
+        raise ValueError(f"--multiple {given.multiple}: expected at least 1")
     if given.ranks == "gradient" and given.calibration is None:
         raise ValueError("--ranks gradient: expected --calibration with it, found none")
     if given.stock and (given.ranks != "uniform" or given.masked):
         found = "--masked" if given.masked else f"--ranks {given.ranks}" if given.ranks else "no --ranks"
         raise ValueError(f"--stock: expected --ranks uniform, for one width in all layers, found {found}")
     _calibration(given)
+    if not given.no_pictures:
+        check_pyplot()
+    check_model(given.model)
 
 
 def spectra(given: argparse.Namespace) -> None:
     figures("--threshold", given.threshold)
     _calibration(given)
-    if given.out is None:
-        if given.layers or given.no_pictures:
-            raise ValueError("--layers and --no-pictures: expected --out with them, found none")
-        return
-    if (given.out / "spectra.json").exists():
+    if given.out is None and (given.layers or given.no_pictures):
+        raise ValueError("--layers and --no-pictures: expected --out with them, found none")
+    if given.out is not None and (given.out / "spectra.json").exists():
         raise ValueError(f"--out {given.out}: expected a new folder, found spectra in it; choose another")
     if given.no_pictures and given.layers:
         raise ValueError("--layers: expected pictures to draw them in, found --no-pictures")
+    if given.out is not None and not given.no_pictures:
+        check_pyplot()
+    check_model(given.model)
 
 
 def _calibration(given: argparse.Namespace) -> None:
@@ -220,27 +248,32 @@ def figures(option: str, text: str | None) -> float | dict[Any, float] | None:
     """A figure for all kinds of pairs, as "0.5", or one for each, as "qk=0.5,vo=0.25"; None for None.
 
     Raises:
-        ValueError: if it is neither.
+        ValueError: if it is neither, or out of the option's range.
     """
     if text is None:
         return None
+    parts = [part.split("=") for part in text.split(",")] if "=" in text else [["", text]]
     try:
-        if "=" not in text:
-            return float(text)
-        parts = [part.split("=") for part in text.split(",")]
         found = {kind.strip(): float(figure) for kind, figure in parts}
-        if len(found) == len(parts) and found.keys() <= {"qk", "vo"}:
-            return cast("dict[Any, float]", found)
     except ValueError:
-        pass
-    raise ValueError(f"{option} {text}: expected a figure such as 0.5, or one for each kind as qk=0.5,vo=0.25")
+        found = {}
+    if len(found) != len(parts) or not found.keys() <= ({"qk", "vo"} if "=" in text else {""}):
+        raise ValueError(f"{option} {text}: expected a figure such as 0.5, or one for each kind as qk=0.5,vo=0.25")
+    for figure in found.values():
+        if option == "--threshold" and not 0 <= figure < math.inf:
+            raise ValueError(f"{option} {text}: expected a singular value of at least 0")
+        if option == "--ratio" and not 0 <= figure < 1:
+            raise ValueError(f"{option} {text}: expected a share of at least 0 and below 1, such as 0.25 for 25 %")
+        if option == "--energy" and not 0 <= figure <= 1:
+            raise ValueError(f"{option} {text}: expected a share from 0 to 1, such as 0.9 for 90 %")
+    return found[""] if "" in found else cast("dict[Any, float]", found)
 
 
 def export(given: argparse.Namespace) -> None:
-    if Path(given.adapter).is_dir() and not Path(given.adapter, "adapter_config.json").is_file():
-        found = "a whole model" if Path(given.adapter, "config.json").is_file() else "none"
-        raise ValueError(f"{given.adapter}: expected an adapter's folder, with adapter_config.json, found {found}")
     check_new_folder(given.out)
+    check_adapter(given.adapter)
+    if given.base is not None:
+        check_model(given.base, "--base ")
 
 
 def _fields(module: str, name: str) -> dict[str, Any]:

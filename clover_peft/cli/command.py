@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from .._version import __version__
+from ..io.extras import missing
+from ..io.user_warning import ignore_old_names
 from . import parsers
 from .checks import CHECKS
-from .errors import USER_ERROR, missing, reports_errors
+from .errors import USER_ERROR, reports_errors
 
 
 @dataclass(frozen=True)
@@ -100,5 +102,7 @@ def run(name: str, given: argparse.Namespace) -> int:
     Returns:
         The exit code of the process.
     """
+    if name != "run":  # the program's warnings are its own
+        ignore_old_names()
     code: int = importlib.import_module(f".{name.replace('-', '_')}", __package__).run(given)
     return code

@@ -8,12 +8,8 @@ import re
 import sys
 from collections.abc import Callable
 
-# Package -> the extra that installs it.
-EXTRAS = {
-    **dict.fromkeys(("trl", "datasets", "pyarrow", "gguf"), "train"),
-    "matplotlib": "plots",
-    "bitsandbytes": "quant",
-}
+from ..io.extras import EXTRAS, how_to_install, missing
+
 Run = Callable[[argparse.Namespace], int]
 
 
@@ -45,15 +41,10 @@ def reports_errors(*more: type[Exception]) -> Callable[[Run], Run]:
 
 def _sentence(error: Exception) -> str:
     sentence = " ".join(str(error).split())
-    if not isinstance(error, ImportError) or "clover-peft[" in sentence:
+    if not isinstance(error, ImportError) or any(how_to_install(extra) in sentence for extra in EXTRAS.values()):
         return sentence
     if error.name in EXTRAS:
         return missing(error.name)
     # Raised by a library that names the package in its text alone, as transformers does.
     named = next((package for package in EXTRAS if re.search(rf"\b{package}\b", sentence)), None)
     return f"{sentence}; {missing(named)}" if named else sentence
-
-
-def missing(package: str) -> str:
-    """The sentence that names a package which is not installed, and the extra that it belongs to."""
-    return f'expected the package {package}, found none; pip install "clover-peft[{EXTRAS[package]}]"'

@@ -17,7 +17,6 @@ from ..io.figures import find_pyplot
 from ..io.hub_models import find_model, load_as_saved
 from ..pruning import PruningReport, prune
 from ..pruning.card import needs_import, write_card
-from ..pruning.rule import check_figures
 from . import checks, parsers
 from . import pruning_options as options
 from .errors import reports_errors
@@ -40,7 +39,6 @@ def _prune(given: argparse.Namespace) -> tuple[Any, PruningReport]:
     out: Path = given.out
     checks.prune(given)
     figures = {name: checks.figures(f"--{name}", getattr(given, name)) for name in ("ratio", "threshold", "energy")}
-    check_figures(figures)
     if not given.no_pictures:
         find_pyplot()
     source = find_model(given.model)

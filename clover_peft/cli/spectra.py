@@ -31,6 +31,13 @@ _UNCALIBRATED = (
 )
 
 
+_LEGEND = (
+    "clover: singular values of the heads' products; vanilla: norms of their coordinates, which is pruning without a "
+    "decomposition. Effective rank: how many equal values would be as spread out. The last columns: how many "
+    "directions hold so much of a head's energy, the sum of its squared values. Ranks are means over the heads."
+)
+
+
 @reports_errors(TypeError)
 def run(given: argparse.Namespace) -> int:
     checks.spectra(given)
@@ -61,10 +68,12 @@ def run(given: argparse.Namespace) -> int:
         count, total = int(sum(map(sum, of_kind.values()))), sum(each.clover.values.numel() for each in pairs)
         kept, titles[kind] = kept | of_kind, f"ranks at threshold {least:.4g}"
         print("\n".join([_table(kind, pairs), "", *_thresholds(kind, energies[kind])]))
-        print(f"{kind}: a threshold of {least:.4g} keeps {count:,} of {total:,} directions")
+        given_here = given.threshold is not None and not (isinstance(threshold, dict) and kind not in threshold)
+        what = "a threshold of" if given_here else "ranks are drawn, not advised, at the last of these thresholds:"
+        print(f"{kind}: {what} {least:.4g} keeps {count:,} of {total:,} directions")
         if calibrated is not None and held_out:
             measured[kind] = measure_ratios(model, kind, calibrated, held_out, pattern)
-        print("\n".join(_advice(kind, measured.get(kind), default_spread(model), data)) + "\n")
+        print("\n".join(_advice(kind, measured.get(kind), default_spread(model), batches)) + "\n")
     print(_CALIBRATED if data else _UNCALIBRATED)
     if given.out is None:
         return 0
@@ -92,9 +101,16 @@ def _energies(pairs: Sequence[PairSpectra]) -> dict[str, dict[str, dict[str, flo
 
 
 def _table(kind: str, pairs: Sequence[PairSpectra]) -> str:
-    heads = [f"{kind}, layer", "heads x size"]
+    heads = [f"{kind}, layer", "heads x width"]
     for method in METHODS:
-        heads += [f"{method}: largest", "median", "smallest", "effective rank", "for 90 %", "for 99 %"]
+        heads += [
+            f"{method}: largest value",
+            "median value",
+            "smallest value",
+            "effective rank",
+            "rank for 90 % energy",
+            "rank for 99 % energy",
+        ]
     rows = []
     for name, each in zip(labels([each.pair.path for each in pairs]), pairs, strict=True):
         found = each.to_dict()
@@ -106,7 +122,7 @@ def _table(kind: str, pairs: Sequence[PairSpectra]) -> str:
             for figures in (of_method["effective_rank"], *(of_method["directions"][s] for s in ("0.9", "0.99"))):
                 row.append(f"{statistics.mean(figures):.1f}")
         rows.append(row)
-    return markdown_table(heads, rows)
+    return f"{markdown_table(heads, rows)}\n\n{_LEGEND}"
 
 
 def _thresholds(kind: str, energies: dict[str, Any]) -> list[str]:
@@ -120,10 +136,12 @@ def _thresholds(kind: str, energies: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _advice(kind: str, losses: dict[float, float] | None, spread: str, data: str | None) -> list[str]:
+def _advice(
+    kind: str, losses: dict[float, float] | None, spread: str, batches: Sequence[dict[str, Any]] | None
+) -> list[str]:
     """The ratios that were measured, and the largest one that changes predictions little."""
     if losses is None:
-        remedy = "pass --calibration TEXT" if data is None else "pass more text, of which some is held out"
+        remedy = "pass --calibration TEXT" if batches is None else _more_text(batches)
         return [f"{kind}: no ratio is suggested, because none was measured; {remedy}"]
     lines = [
         f"{kind}: --ratio {kind}={ratio} --ranks {spread} changes predictions on held-out text by {loss:.3g} (KL "
@@ -133,6 +151,16 @@ def _advice(kind: str, losses: dict[float, float] | None, spread: str, data: str
     small = [ratio for ratio, loss in losses.items() if loss <= SMALL]
     chosen = f"--ratio {kind}={max(small)} --ranks {spread}" if small else "none"
     return [*lines, f"{kind}: suggested is the largest ratio that changes them by at most {SMALL}: {chosen}"]
+
+
+def _more_text(batches: Sequence[dict[str, Any]]) -> str:
+    """How much text a measurement needs: a window beside those of the calibration."""
+    count, length = sum(len(batch["input_ids"]) for batch in batches), batches[0]["input_ids"].shape[1]
+    fewer = f", or --rows {count - 1} to hold one out" if count > 1 else ""
+    return (
+        f"that needs {count + 1} different windows of {length} tokens, one of them held out, and the text has "
+        f"{count}; pass more text{fewer}"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..io.configs import find_config
 from ..io.overrides import apply_override, load_yaml
+from ..tuner.lora_options import CORRESPONDING, NOT_CHOSEN
 
 # The job refuses these fields of SFTConfig, since it would ignore them: it has other settings for the same.
 _SET_ELSEWHERE = {
@@ -33,13 +34,15 @@ _PLAIN = {bool, int, float, str, list, dict, type(None)}
 # Keys of the `peft` block that belong to the method and are no fields of its configuration.
 _OF_METHOD = ("learning_rate", "learning_rate_factors", "optimizer")
 
+_RATE = re.compile(r"((peft|methods\.[^.]+)\.)?learning_rate")
+
 
 @dataclass
 class Parts:
     """Settings, taken apart.
 
     Attributes:
-        values: all of them, as given.
+        values: all of them, as given, but for the learning rate, which is outside of the `peft` block.
         flat: those of the job and of TRL.
         block: the adapter's, with `peft_type`; empty for full fine-tuning.
         optimizer: "muon" or None.
@@ -75,24 +78,40 @@ def read(config: str | Path | Sequence[str | Path], overrides: Sequence[str] = (
         if override not in early:
             apply_override(values, override)
 
+    rates = [key for o in overrides if _RATE.fullmatch(key := o.lstrip("-").partition("=")[0])]
+    join_rates(values, inside=bool(rates) and rates[-1] != "learning_rate")
     values.setdefault("output_dir", f"runs/{name}")
     flat = dict(values)
     block = flat.pop("peft", None)
     if block is not None and not isinstance(block, dict):
         raise ValueError(f"peft: expected a block with peft_type, or null, found {block!r}")
     block = dict(block or {})
-    rate, factors = block.pop("learning_rate", None), block.pop("learning_rate_factors", None) or {}
+    factors = block.pop("learning_rate_factors", None) or {}
     check_factors(factors)
     optimizer = block.pop("optimizer", None)
     if optimizer not in (None, "muon"):
         raise ValueError(f"peft.optimizer: expected muon, found {optimizer!r}; others are chosen with optim=...")
     if optimizer and flat.get("optim"):
         raise ValueError(f"peft.optimizer={optimizer}: expected no optim beside it, found {flat['optim']!r}")
-    if rate is not None:
-        flat.setdefault("learning_rate", rate)
     if block.get("peft_type") is None and block.keys() - {"peft_type"}:
         raise ValueError(f"peft: expected peft_type beside {sorted(block.keys() - {'peft_type'})}, found none")
     return Parts(values, flat, block, optimizer, factors)
+
+
+def join_rates(values: dict[str, Any], inside: bool = False) -> None:
+    """Leaves one learning rate, outside of the `peft` block, in place.
+
+    Args:
+        values: settings; of a rate in the block and one outside, the one outside counts.
+        inside: let the one in the block count.
+    """
+    block = values.get("peft")
+    if not isinstance(block, dict):
+        return
+    rate = block.get("learning_rate")
+    values["peft"] = {key: value for key, value in block.items() if key != "learning_rate"} or None
+    if rate is not None and (inside or "learning_rate" not in values):
+        values["learning_rate"] = rate
 
 
 def check_flat(flat: Mapping[str, Any], own: Mapping[str, Any], of_trl: Mapping[str, Any]) -> None:
@@ -120,7 +139,18 @@ def check_method(kind: str, known: Iterable[str]) -> None:
 
 def check_block(block: Mapping[str, Any], known: Iterable[str]) -> None:
     """Raises ValueError if the adapter's block has a key that is no field of its configuration."""
+    if str(block.get("peft_type")).upper() == "CLOVER":
+        check_no_lora(block, "peft.")
     check_keys(block, [*known, *_OF_METHOD], "peft.")
+
+
+def check_no_lora(names: Iterable[str], prefix: str = "") -> None:
+    """Raises ValueError for an option of LoRA among the fields of CLOVER's configuration."""
+    for name in names:
+        if name in CORRESPONDING:
+            raise ValueError(
+                f"{prefix}{name}: expected a field of CloverConfig, found one of LoraConfig; {CORRESPONDING[name]}"
+            )
 
 
 def check_rate(flat: Mapping[str, Any]) -> None:
@@ -177,9 +207,10 @@ def check_keys(keys: Iterable[Any], known: Iterable[str], prefix: str = "", choi
     known = list(known)
     for key in keys:
         if key not in known:
-            near = [_HINTS.get(key)] if _HINTS.get(key) in known else difflib.get_close_matches(str(key), known, n=1)
+            shown = [name for name in known if name not in NOT_CHOSEN]
+            near = [_HINTS.get(key)] if _HINTS.get(key) in known else difflib.get_close_matches(str(key), shown, n=1)
             expected = (
-                f"the nearest known is {prefix}{near[0]}" if near else f"expected one of {choices or ', '.join(known)}"
+                f"the nearest known is {prefix}{near[0]}" if near else f"expected one of {choices or ', '.join(shown)}"
             )
             raise ValueError(f"{prefix}{key}: unknown; {expected}")
 

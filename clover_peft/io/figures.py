@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from .extras import how_to_install
+
+
+def check_pyplot() -> None:
+    """Raises ValueError if matplotlib is not installed; imports nothing."""
+    if find_spec("matplotlib") is None:
+        remedy = f"pass --no-pictures, or {how_to_install('plots')}"
+        raise ValueError(f"pictures: expected matplotlib, found none; {remedy}")
 
 
 def find_pyplot() -> Any:
@@ -13,11 +23,9 @@ def find_pyplot() -> Any:
     Raises:
         ValueError: if matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        remedy = 'pass --no-pictures, or pip install "clover-peft[plots]"'
-        raise ValueError(f"pictures: expected matplotlib, found none; {remedy}") from error
+    check_pyplot()
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

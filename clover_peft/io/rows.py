@@ -20,6 +20,11 @@ def is_rows_file(path: Path) -> bool:
     return path.name.endswith((".jsonl", ".jsonl.gz"))
 
 
+def is_text_file(path: Path) -> bool:
+    """Whether a file's name is that of plain text."""
+    return path.name.endswith((".txt", ".txt.gz"))
+
+
 def find_text(source: str) -> tuple[Path, str | None]:
     """A text's file and its kind, ".txt" or ".jsonl"; no kind stands for the name of a data set on the hub.
 

@@ -86,11 +86,6 @@ def cut(text: str, tokenizer: Any, max_length: int, source: str | Path) -> list[
     return [[*before, *tokens[start : start + room], *after] for start in starts]
 
 
-def is_text_file(path: Path) -> bool:
-    """Whether a file's name is that of plain text."""
-    return path.name.endswith((".txt", ".txt.gz"))
-
-
 def read_text(path: Path) -> str:
     """Read a file of plain text.
 

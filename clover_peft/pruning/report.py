@@ -13,6 +13,11 @@ from .directions import Method
 from .figures import HeatMap, plot_heat_maps
 from .pairs import Kind
 
+_LEGEND = (
+    "qk: query-key pairs, vo: value-output pairs. Padding: zeros that give all heads of a layer one width. Energy: "
+    "the sum of a head's squared singular values."
+)
+
 
 @dataclass(frozen=True)
 class PrunedPair:
@@ -62,10 +67,15 @@ class PruningReport(Report):
     seconds: float
 
     def summary(self) -> str:
-        """A Markdown table: the rule for the ranks, the directions removed, and the sizes before and after."""
-        rule = ", ".join(f"{name} {value}" for name, value in self.rule.items())
-        how = [self.method, rule, "calibrated" if self.calibrated else "by weights alone"]
-        rows = [[", ".join(how), "", "", ""]]
+        """A Markdown table of the rule for the ranks, the directions and the sizes before and after; and a legend."""
+        rows = [
+            [
+                f"{self.method}, {_rule(self.rule)}, {'with data' if self.calibrated else 'by weights alone'}",
+                "",
+                "",
+                "",
+            ]
+        ]
         rows.append(["parameters", *_change(*self.parameters)])
         if any(self.cache_bytes):
             rows.append(["KV cache, bytes a token", *_change(*self.cache_bytes)])
@@ -74,13 +84,13 @@ class PruningReport(Report):
             before = sum(sum(pair.before) for pair in pairs)
             rows.append([f"{kind} directions", *_change(before, sum(sum(pair.kept) for pair in pairs))])
             sizes = (sum(pair.size * len(pair.kept) for pair in pairs), sum(p.width * len(p.kept) for p in pairs))
-            rows.append([f"{kind} directions, padding counted", *_change(*sizes)])
-            energy = [share for pair in pairs for share in pair.energy]
+            rows.append([f"{kind} directions with padding", *_change(*sizes)])
             widths = (_span(pair.size for pair in pairs), _span(pair.width for pair in pairs))
-            rows.append([f"{kind} width of a head", *widths, ""])
-            least = f"{sum(energy) / len(energy):.1%}, {min(energy):.1%}"
-            rows.append([f"{kind} energy, mean and least", "", least, ""])
-        return markdown_table(["", "before", "after", "removed"], rows)
+            rows.append([f"{kind} width of a head, with padding", *widths, ""])
+            energy = [share for pair in pairs for share in pair.energy]
+            rows.append([f"{kind} energy that heads keep, mean", "100%", f"{sum(energy) / len(energy):.1%}", ""])
+            rows.append([f"{kind} energy that heads keep, least", "100%", f"{min(energy):.1%}", ""])
+        return f"{markdown_table(['', 'before', 'after', 'removed'], rows)}\n\n{_LEGEND}"
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Draw heat maps, layer x key-value head, for each kind of pair (needs matplotlib).
@@ -121,6 +131,19 @@ class PruningReport(Report):
         pairs = [pair for pair in self.pairs.values() if pair.kind == kind]
         before = sum(sum(pair.before) for pair in pairs)
         return 1 - sum(sum(pair.kept) for pair in pairs) / before if before else 0.0
+
+
+def _rule(rule: dict[str, Any]) -> str:
+    """The rule for the ranks as text, such as "ratio vo=0.25, ranks by layer"."""
+    if rule["ranks"] == "given":
+        return "ranks given"
+    figure = rule["figure"]
+    shown = ", ".join(f"{kind}={value}" for kind, value in figure.items()) if isinstance(figure, dict) else str(figure)
+    return (
+        f"{rule['ranks']} {shown}"
+        if rule["ranks"] in ("threshold", "energy")
+        else f"ratio {shown}, ranks by {rule['ranks']}"
+    )
 
 
 def _span(sizes: Iterable[int]) -> str:

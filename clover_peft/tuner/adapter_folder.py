@@ -71,8 +71,9 @@ def complete_model_card(path: str, base: str | None, task_type: str | None) -> N
     of_task = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(getattr(task_type, "value", task_type)), PeftModel)
     auto = f"Auto{of_task.__name__}"
     recipe = (
-        f"{_CARD_HEADING}\n\nThis is a CLOVER adapter (arXiv 2411.17426). Install `clover-peft` and import it "
-        "before loading, or peft will not know the method:\n\n```python\nimport clover_peft  # registers CLOVER\n"
+        f"{_CARD_HEADING}\n\nThis is a CLOVER adapter (arXiv 2411.17426). Install clover_peft with "
+        "`pip install .` in a clone of its repository, and import it before loading, or peft will not know the "
+        "method:\n\n```python\nimport clover_peft  # registers CLOVER\n"
         f"from peft import {auto}\n\n"
         f'model = {auto}.from_pretrained("<this adapter>")  # base: {base or "<base model>"}\n```\n'
     )

@@ -191,11 +191,7 @@ def _block_spec(config: CloverConfig, key: str, target: TargetSlice, rank: int |
             "little; pass mlp_block_size, or leave the module out with exclude_modules",
         )
     if heads.features % size or (heads.dim % size and (size % heads.dim or not is_attention)):
-        option = "block_size" if is_attention else "mlp_block_size"
-        raise ValueError(
-            f"{key}: {option}={size} neither divides nor is a multiple of {heads.dim} features "
-            f"({heads.features} in all); choose a divisor of {heads.dim}"
-        )
+        raise ValueError(f"{key}: {_misfit(config, target, size)}")
     if paired and heads.dim % size:
         raise ValueError(
             f"{key}: block_size={size} spans several heads of {heads.dim}, but heads of a pair attend with different "
@@ -233,3 +229,23 @@ def _block_spec(config: CloverConfig, key: str, target: TargetSlice, rank: int |
         partner,
         output_is_kept=target.part == "up" or (target.part == "v" and target.partner is not None),
     )
+
+
+def _misfit(config: CloverConfig, target: TargetSlice, size: int) -> str:
+    """Why blocks of `size` features do not fit a slice, and the sizes that do."""
+    heads = target.heads
+    owner = "the projection's" if target.name == "weight" else f"its part {target.name}'s"
+    if not target.has_heads:
+        return (
+            f"mlp_block_size={size} does not divide {owner} {heads.dim} features; choose a divisor of {heads.dim}, "
+            f"such as {target.default_block_size}"
+        )
+    problem = (
+        f"neither divides a head's {heads.dim} features nor is a multiple of them"
+        if heads.dim % size and size % heads.dim
+        else f"does not divide {owner} {heads.features} features"
+    )
+    joined = [n * heads.dim for n in range(2, heads.count + 1) if heads.count % n == 0]
+    nearest = min(joined, key=lambda choice: abs(choice - size), default=None)
+    option = "" if nearest is None else f", or {nearest}{' with cross_layer=False' if config.cross_layer else ''}"
+    return f"block_size={size} {problem}; choose {heads.dim}, a divisor of it{option}"

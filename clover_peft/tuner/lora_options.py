@@ -1,7 +1,8 @@
-"""The options of `LoraConfig` that `CloverConfig` does not have, and what corresponds to them."""
+"""Options that `CloverConfig` lacks: those of `LoraConfig`, with what corresponds to them, and misspelt ones."""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 # Option of `LoraConfig` -> what to do instead.
@@ -22,16 +23,29 @@ CORRESPONDING = {
     "corda_config": "call clover_peft.initialize_from_activations(model, batches) after get_peft_model",
     "lora_ga_config": "call clover_peft.balance_updates(model, batches) after get_peft_model",
 }
+# Fields that are set by functions or when a file is written; no list of choices shows them.
+NOT_CHOSEN = ("folded", "from_activations", "balanced_updates", "base_precision", "auto_mapping", "peft_version")
 
 
-def refuse_lora_options(names: Iterable[str]) -> None:
-    """Refuse options of LoRA by name.
+def refuse_unknown(names: Iterable[str], fields: Iterable[str]) -> None:
+    """Refuse options that `CloverConfig` does not have: those of LoRA, and misspelt ones.
+
+    Args:
+        names: the options given.
+        fields: those that there are; the ones in `NOT_CHOSEN` are not offered.
 
     Raises:
-        TypeError: with what corresponds to them in CLOVER.
+        TypeError: with what corresponds to the options of LoRA in CLOVER, or else with the nearest field. A name that
+            is near no field is left to Python.
     """
+    known = [*fields]
     if found := [name for name in names if name in CORRESPONDING]:
         raise TypeError(
             f"CloverConfig got an unexpected keyword argument {found[0]!r}, an option of LoraConfig: "
             + "; ".join(f"{name}: {CORRESPONDING[name]}" for name in found)
         )
+    for name in names:
+        near = difflib.get_close_matches(name, [field for field in known if field not in NOT_CHOSEN], n=1)
+        if name not in known and near:
+            # Peft looks for the first words where it reads a file that a later version wrote.
+            raise TypeError(f"CloverConfig got an unexpected keyword argument {name!r}; did you mean {near[0]}?")

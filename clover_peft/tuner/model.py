@@ -42,6 +42,8 @@ from .target_names import check_names
 from .target_parameters import TargetParameters
 from .tied_weights import TiedWeights, refuse_shared, shared_modules, untie_whole
 
+_PROGRESS = "making CLOVER's bases, once"  # without a total, which is known only when the modules have been walked
+
 
 @dataclass
 class _Injection:
@@ -61,7 +63,7 @@ class _Injection:
     is_meta: bool
     shared: dict[nn.Module, list[str]]
     zero_blocks: list[str] = field(default_factory=list)
-    progress: Any = field(default_factory=lambda: tqdm(desc="CLOVER bases", unit=" modules", delay=3, leave=False))
+    progress: Any = field(default_factory=lambda: tqdm(desc=_PROGRESS, unit=" modules", delay=3, leave=False))
 
 
 class CloverModel(TargetParameters, TiedWeights):
@@ -136,7 +138,7 @@ class CloverModel(TargetParameters, TiedWeights):
             check_folder(config.folder)
         self._refuse_experts(config)
         if state_dict is None and not config.target_parameters:
-            check_names(self.model, config.target_modules)
+            check_names(self.model, config.target_modules, config.exclude_modules)
         refuse_sharded(self.model)
         in_file = config.save_bases is not False and not config.unfolds
         bases_follow = loads and in_file and not filled_by_rank_0()

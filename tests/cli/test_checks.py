@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ import pytest
 import clover_command
 from clover_peft import CloverConfig
 from clover_peft.cli import checks, parsers
-from clover_peft.cli.errors import EXTRAS, reports_errors
+from clover_peft.cli.errors import reports_errors
+from clover_peft.io.extras import EXTRAS, how_to_install
 from clover_peft.io.hub_models import DEFAULT_MODEL, ModelSource
 from clover_peft.io.static_fields import static_fields
 from clover_peft.tuner import config_checks
@@ -37,6 +39,15 @@ WRONG = [
     ([*SFT, "rows=0"], "rows: expected at least 1, found 0"),
     ([*SFT, "do_eval=true"], "do_eval: not a setting of this job"),
     ([*SFT, "peft.rr=3"], "peft.rr: unknown; the nearest known is peft.r"),
+    (
+        [*SFT, "peft.lora_alpha=16"],
+        "peft.lora_alpha: expected a field of CloverConfig, found one of LoraConfig; CLOVER",
+    ),
+    ([*SFT, "peft.xyzzy=1"], "max_condition, learning_rate"),
+    (
+        ["plan", "--model", "m", "lora_alpha=16"],
+        "lora_alpha: expected a field of CloverConfig, found one of LoraConfig",
+    ),
     ([*SFT, "peft.r=0"], "CloverConfig.r: expected a positive integer or None, found 0"),
     ([*SFT, "peft.s_matrix=triangular"], "CloverConfig.s_matrix: expected one of"),
     ([*SFT, "rows=[1"], "rows=[1: expected YAML"),
@@ -67,16 +78,44 @@ WRONG = [
     (["spectra", "m", "--threshold", "xy=1"], "--threshold xy=1: expected a figure such as 0.5"),
     (["prune", "m", "--ratio", "0.5", "--calibration", "no.txt", "--out", "out"], "no.txt: expected a .txt or .jsonl"),
     (["spectra", "m", "--calibration", "docs"], "docs: expected a .txt or .jsonl file, with .gz or without"),
-    (["export", "docs", "out"], "docs: expected an adapter's folder, with adapter_config.json, found none"),
+    (["export", "docs", "out"], "docs: expected a folder with an adapter_config.json, found none in it"),
+    (["export", "no-such", "out"], "no-such: expected the folder of an adapter, found none, and the hub cannot be"),
+    (
+        ["export", "./no-such", "out"],
+        "./no-such: expected the folder of an adapter, found none, and the hub has no such",
+    ),
+    (["prune", "nomodel", "--ratio", "25", "--out", "x"], "--ratio 25: expected a share of at least 0 and below 1"),
+    (["prune", "m", "--ratio", "qk=0.5,vo=1", "--out", "x"], "--ratio qk=0.5,vo=1: expected a share"),
+    (["prune", "m", "--energy", "90", "--out", "x"], "--energy 90: expected a share"),
+    (["prune", "m", "--multiple", "0", "--ratio", "0.5", "--out", "x"], "--multiple 0: expected at least 1"),
+    (
+        ["prune", "nomodel", "--ratio", "0.25", "--no-pictures", "--out", "x"],
+        "model=nomodel: expected a folder or a mo",
+    ),
+    (
+        ["prune", "docs", "--ratio", "0.25", "--no-pictures", "--out", "x"],
+        "docs: expected a folder with a config.json",
+    ),
+    (["spectra", "nomodel"], "model=nomodel: expected a folder or a model on the hub, found no such folder"),
+    (["evaluate", "--out", "x", "--data", "d", "--adapter", "docs"], "--adapter docs: expected a folder with an ad"),
+    (["analyze", "--out", "x", "--no-pictures", "--adapter", "docs"], "--adapter docs: expected a folder with an ad"),
+    ([*SFT, "model=nomodel"], "model=nomodel: expected a folder or a model on the hub, found no such folder"),
+    ([*SFT, "teacher=docs"], "teacher=docs: expected a folder with a config.json, found none in it"),
+    ([*SFT, "data=/nonexist.jsonl"], "data=/nonexist.jsonl: expected a folder, a .jsonl[.gz] or .txt[.gz] file or"),
+    ([*SFT, "data=../nonexist"], "found no such path; check the path, or leave data out for commonsense-170k"),
+    ([*SFT, "data=README.md"], "data=README.md: expected a .jsonl or .txt file, with .gz or without, found README.md"),
+    ([*SFT, "data=docs"], "data=docs: expected one train*.jsonl or train*.jsonl.gz in the folder, found none"),
     (["export", "adapter", "docs"], "docs: expected a new or empty folder"),
 ]
 
 
 def test_errors_are_answered_without_torch():
     lines = json.dumps([line for line, _ in WRONG])
-    done = subprocess.run([sys.executable, "-c", ANSWER, lines], capture_output=True, text=True, cwd=ROOT)
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", ANSWER, lines]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=offline)
     assert done.returncode == 0, done.stderr
-    codes, imported = json.loads(done.stdout)
+    codes, imported = json.loads(done.stdout.splitlines()[-1])
     assert imported == []
     assert codes == [2] * len(WRONG)
     said = done.stderr.splitlines()
@@ -84,6 +123,28 @@ def test_errors_are_answered_without_torch():
     for sentence, (_, expected) in zip(said, WRONG, strict=True):
         assert sentence.startswith("error: ")
         assert expected in sentence
+        assert "folded" not in sentence
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["prune", "m", "--ratio", "0.25", "--out", "x"],
+        ["spectra", "m", "--out", "x"],
+        ["analyze", "--before", "m", "--after", "n", "--out", "x"],
+        ["convert", "m", "--slice", "0.25", "--calibration", "hub/text", "--out", "x"],
+    ],
+    ids=lambda line: line[0],
+)
+def test_missing_matplotlib_is_found_before_the_model_is_looked_for(line, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.chdir(tmp_path)
+    assert clover_command.main(line) == 2
+    assert f"pictures: expected matplotlib, found none; pass --no-pictures, or {how_to_install('plots')}" in (
+        capsys.readouterr().err
+    )
+    with pytest.raises(ValueError, match="pictures"):  # by the checks, which come before torch
+        checks.CHECKS[line[0]](parsers.PARSERS[line[0]](line[1:]))
 
 
 def test_names_of_the_other_kind_are_not_offered():
@@ -174,4 +235,4 @@ def test_an_extra_that_a_library_asks_for_is_named(package, capsys):
     assert run(argparse.Namespace()) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: Please install torch and ")
-    assert f'pip install "clover-peft[{EXTRAS[package]}]"' in said
+    assert how_to_install(EXTRAS[package]) in said

@@ -235,14 +235,14 @@ def test_every_option_counts(options, tmp_path, text):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--ratio 1.5", "ratio: expected a share"),
+        ("--ratio 1.5", "--ratio 1.5: expected a share of at least 0 and below 1"),
         ("--ratio half", "--ratio half: expected a figure such as 0.5, or one for each kind as qk=0.5,vo=0.25"),
         ("--ratio kv=0.5", "--ratio kv=0.5: expected a figure"),
         ("--ratio vo=0.5,vo=0.25", "--ratio vo=0.5,vo=0.25: expected a figure"),
         ("--threshold vo=", "--threshold vo=: expected a figure"),
-        ("--energy 2", "energy: expected a share"),
+        ("--energy 2", "--energy 2: expected a share"),
         ("--energy 0.9 --ranks layer", "--ranks layer: expected --ratio with it"),
-        ("--ratio 0.5 --multiple 0", "multiple: expected a positive whole number"),
+        ("--ratio 0.5 --multiple 0", "--multiple 0: expected at least 1"),
         ("--ratio 0.5 --ranks gradient", "--ranks gradient: expected --calibration with it, found none"),
         ("--ratio 0.5 --stock", "--stock: expected --ranks uniform, for one width in all layers, found no --ranks"),
         ("--ratio 0.5 --ranks layer --stock", "--stock: expected --ranks uniform"),
@@ -518,6 +518,9 @@ def test_the_record_is_of_the_dense_products(tmp_path, capsys):
     assert "qk: no ratio is suggested, because none was measured; pass --calibration TEXT" in shown
     assert record["measured"] == {}
     assert shown.count("| 4 x 12 |") == 4
+    assert shown.count("Effective rank: how many") == 2
+    assert "qk: ranks are drawn, not advised, at the last of these thresholds: " in shown
+    assert "a threshold of" not in shown
     assert "a weak guide" in shown
     kept_there = sum(map(sum, record["ranks"].values()))
     assert kept_there == sum(
@@ -605,7 +608,14 @@ def test_ratios_are_suggested_by_what_they_do_to_predictions(family, tmp_path, t
         chosen = f"--ratio {kind}={small[-1]} --ranks {spread}" if small else "none"
         assert f"{kind}: suggested is the largest ratio that changes them by at most 0.1: {chosen}\n" in shown
     assert run(spectra_script, source, "--calibration", text, "--rows", "9999", "--max-length", "48") == 0
-    assert "none was measured; pass more text, of which some is held out" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    count = int(shown.partition("calibration: ")[2].split()[0])
+    assert (
+        f"none was measured; that needs {count + 1} different windows of 48 tokens, one of them held out, and the "
+        f"text has {count}; pass more text, or --rows {count - 1} to hold one out" in shown
+    )
+    assert run(spectra_script, source, "--calibration", text, "--rows", count - 1, "--max-length", "48") == 0
+    assert "suggested is the largest ratio" in capsys.readouterr().out
 
 
 def test_one_kind_of_pair_and_some_modules(tmp_path, capsys):

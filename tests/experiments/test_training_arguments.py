@@ -6,12 +6,15 @@ import dataclasses
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import yaml
 
 pytest.importorskip("trl", reason="needs the train extra: pip install clover-peft[train]")
+
+from trl import SFTConfig
 
 from clover_peft.experiments.training.arguments import JobArguments, parse
 from tests.support.tiny import load_script
@@ -95,6 +98,57 @@ def test_learning_rate_belongs_to_the_method_unless_given():
     assert parse(config).sft.learning_rate == in_file
     assert parse(config, ["peft.learning_rate=2e-3"]).sft.learning_rate == 2e-3
     assert parse(config, ["learning_rate=5e-3"]).sft.learning_rate == 5e-3
+
+
+@pytest.mark.parametrize(
+    ("in_files", "overrides", "expected"),
+    [
+        ({"learning_rate": 3e-3}, [], 3e-3),
+        ({}, ["learning_rate=5e-3"], 5e-3),
+        ({"learning_rate": 3e-3}, ["peft.learning_rate=5e-3"], 5e-3),
+        ({"learning_rate": 3e-3}, ["peft.learning_rate=4e-3", "learning_rate=5e-3"], 5e-3),
+        ({}, ["--learning_rate=4e-3", "--peft.learning_rate=5e-3"], 5e-3),
+        ({"learning_rate": 3e-3}, ["peft.learning_rate=null"], 3e-3),
+    ],
+)
+def test_settings_hold_one_learning_rate(in_files, overrides, expected, tmp_path):
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump(in_files))
+    settings = parse([ROOT / "configs" / "lora.yaml", tmp_path / "more.yaml"], overrides)
+    assert settings.sft.learning_rate == settings.values["learning_rate"] == expected
+    assert "learning_rate" not in settings.values["peft"]
+
+
+def test_the_rate_of_a_chosen_method_counts_on_the_command_line(tmp_path):
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump({"learning_rate": 1e-3, "methods": {"a": {"peft_type": "LORA"}}}))
+    settings = parse(tmp_path / "m.yaml", ["method=a", "methods.a.learning_rate=5e-3"])
+    assert settings.sft.learning_rate == settings.values["learning_rate"] == 5e-3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], False),
+        (["gradient_checkpointing=true"], True),
+        (["gradient_checkpointing_kwargs={use_reentrant: false}"], False),
+    ],
+)
+def test_checkpointing_is_passed_on_without_a_deprecated_name(overrides, expected):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sft = parse(ROOT / "configs" / "lora.yaml", overrides).sft
+    assert sft.gradient_checkpointing is expected
+    assert getattr(sft, "activation_checkpointing", expected) is expected
+    assert bool(sft.gradient_checkpointing_kwargs) is ("kwargs" in "".join(overrides))
+
+
+def test_checkpointing_stays_trl_s_default_and_has_a_new_name(tmp_path):
+    (tmp_path / "plain.yaml").write_text("learning_rate: 1e-3")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert parse(tmp_path / "plain.yaml").sft.gradient_checkpointing is True
+    new = "activation_checkpointing"
+    if new in {field.name for field in dataclasses.fields(SFTConfig)}:
+        assert parse(ROOT / "configs" / "lora.yaml", [f"{new}=true"]).sft.gradient_checkpointing is True
 
 
 def test_overrides_reach_blocks_and_null_replaces_a_default():

@@ -12,6 +12,7 @@ pytest.importorskip("trl", reason="needs the train extra: pip install clover-pef
 
 from clover_peft.experiments.commonsense import PROTOCOLS
 from clover_peft.experiments.training import data
+from clover_peft.io import locate
 from tests.support.tiny_chat import rows, write_jsonl
 
 CHAT = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
@@ -130,9 +131,9 @@ def test_data_messages_name_the_place(tmp_path, monkeypatch):
 
 
 def test_unknown_data_without_the_hub(monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "hub_reachable", lambda: False)
+    monkeypatch.setattr(locate, "hub_reachable", lambda: False)
     with pytest.raises(ValueError, match="found no such path, and the hub cannot be reached"):
-        load(tmp_path / "nowhere")
+        load("some/data")
 
 
 def test_split_is_seeded_and_disjoint(tmp_path):

@@ -75,6 +75,23 @@ def test_a_killed_run_resumes_with_the_same_losses(settings, tmp_path, capsys, m
         run(settings(out="killed", resume=True, **options))
 
 
+@pytest.mark.parametrize("form", ["learning_rate", "peft.learning_rate"])
+def test_a_run_resumes_with_its_rate_in_the_other_form(settings, tmp_path, form, capsys):
+    other = {"learning_rate": "peft.learning_rate", "peft.learning_rate": "learning_rate"}[form]
+    options = {"questions": 0, "held_out_rows": 0, "save_strategy": "no"}
+    with pytest.raises(KeyboardInterrupt):
+        run(settings(**options, **{form: 1e-3}), callbacks=[Kill(1)])
+    assert "learning rate: 0.001\n" in capsys.readouterr().out
+    file = tmp_path / "run" / "settings.json"
+    saved = json.loads(file.read_text())
+    file.write_text(json.dumps({**saved, "peft": {**saved["peft"], "learning_rate": 2e-3}}))  # an earlier version's
+    with pytest.raises(ValueError, match=r"^learning_rate: expected 0\.001 as in the run to resume, found 0\.003"):
+        run(settings(resume=True, **options, **{other: 3e-3}))
+    record = run(settings(resume=True, **options, **{other: 1e-3}))
+    assert record["settings"]["learning_rate"] == record["training"]["learning_rate"] == 1e-3
+    assert "learning_rate" not in record["settings"]["peft"]
+
+
 class Slow(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         time.sleep(0.3)

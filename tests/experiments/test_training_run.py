@@ -13,6 +13,8 @@ pytest.importorskip("trl", reason="needs the train extra: pip install clover-pef
 
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from clover_peft.experiments.training.answers import Questions
+from clover_peft.experiments.training.card import show_training
 from clover_peft.experiments.training.loading import load_tokenizer
 from clover_peft.experiments.training.run import first_and_last, run
 from clover_peft.experiments.training.verify import main as verify_main
@@ -136,7 +138,7 @@ def test_the_callers_settings_of_trl_stay_as_they_are(settings):
 def test_a_run_too_short_to_log_a_loss_says_so(settings, tmp_path, capsys):
     record = run(settings(max_steps=2, logging_steps=5, merge=True))
     assert record["loss"]["first"] is None
-    assert "loss not logged over 2 steps" in capsys.readouterr().out
+    assert "training loss: not logged in 2 steps\n" in capsys.readouterr().out
     out = tmp_path / "run"
     json.loads((out / "record.json").read_text(), parse_constant=pytest.fail)
     assert "| training loss | not logged in 2 steps |" in (out / "adapter" / "README.md").read_text()
@@ -150,7 +152,7 @@ def test_a_run_that_diverges_is_no_success(settings, tmp_path, capsys):
     assert [math.isfinite(entry["loss"]) for entry in record["loss"]["log"]] == [True, False, False, False]
     written = json.loads((tmp_path / "run" / "record.json").read_text(), parse_constant=pytest.fail)
     assert written["loss"]["last"] == written["loss"]["held_out_after"] == "NaN"
-    assert "-> nan in 4 steps" in (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert "-> nan (mean of steps 4 to 4)" in (tmp_path / "run" / "adapter" / "README.md").read_text()
 
 
 def test_what_peft_and_trl_refuse_is_one_sentence(settings, monkeypatch):
@@ -194,6 +196,27 @@ def test_tokenizer_settings(settings, tiny, tmp_path):
     loaded = load_tokenizer(source, settings(eos_token="<|im_end|>", chat_template_path=template).sft)
     assert loaded.chat_template == CHATML
     assert loaded.pad_token == "<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("every", "logged", "shown"),
+    [
+        (10, 7, "1.000 (mean of steps 1 to 10) -> 7.000 (mean of steps 61 to 70)"),
+        (1, 75, "5.000 (mean of steps 1 to 9) -> 71.000 (mean of steps 67 to 75)"),
+        (5, 1, "1.000 (mean of steps 1 to 5) -> 1.000 (mean of steps 1 to 5)"),
+    ],
+)
+def test_a_loss_is_shown_with_the_steps_it_is_the_mean_of(every, logged, shown):
+    log = [{"step": every * i, "loss": float(i)} for i in range(1, logged + 1)]
+    assert show_training({**first_and_last([entry["loss"] for entry in log]), "log": log}, 75) == shown
+
+
+def test_answers_are_counted_and_marked(settings, capsys, monkeypatch):
+    monkeypatch.setattr(Questions, "texts", lambda self, answers: [self.rows[0]["completion"][-1]["content"], "no"])
+    run(settings())
+    said = capsys.readouterr().out
+    assert "answers as expected, word for word: 1 of 2 before, 1 after" in said
+    assert said.count("no   (not as expected)\n") == said.count("(not as expected)") == 2
 
 
 def test_losses_are_compared_over_eighths():

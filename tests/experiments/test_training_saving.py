@@ -104,7 +104,15 @@ def test_verify_reports_what_differs(settings, tmp_path, capsys):
     run(settings(merge=True, max_steps=8, **{"peft.learning_rate": 3e-2}))
     out = tmp_path / "run"
     assert verify_main([str(out), "--loss-fell"]) == 0
-    assert "as expected" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "training loss: " in said
+    assert (
+        "logits of the reloaded adapter differ from the trained model's by at most 0.0e+00 (limit 1.0e-04): passed"
+        in said
+    )
+    merged = next(line for line in said.splitlines() if line.startswith("logits of the merged model differ"))
+    assert merged.endswith("(limit 1.0e-04): passed")
+    assert "answers of both saved forms are the trained model's: passed" in said
     record = json.loads((out / "record.json").read_text())
     record["loss"]["last"] = record["loss"]["first"]
     (out / "record.json").write_text(json.dumps(record))
@@ -113,10 +121,13 @@ def test_verify_reports_what_differs(settings, tmp_path, capsys):
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(-1.5)
     model.save_pretrained(out / "merged")
+    capsys.readouterr()
     assert verify_main([str(out), "--loss-fell"]) == 1
     output = capsys.readouterr().out
     assert "FAILED: loss" in output
     assert "FAILED: merged, question 0: expected logits within 0.0001" in output
+    assert "(limit 1.0e-04): FAILED" in output
+    assert "answers of both saved forms" not in output
     assert "expected the answer" in output
     assert verify_main([str(tmp_path / "nothing")]) == 2
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from peft import LoraConfig
 
-from clover_peft.io import hub_models
+from clover_peft.io import hub_models, locate
 
 
 def test_models_that_cannot_be_found(monkeypatch, tmp_path):
-    monkeypatch.setattr(hub_models, "hub_reachable", lambda: False)
+    for module in (hub_models, locate):
+        monkeypatch.setattr(module, "hub_reachable", lambda: False)
     with pytest.raises(ValueError, match=r"expected a folder with a config\.json"):
         hub_models.find_model(str(tmp_path))
     with pytest.raises(ValueError, match=r"model=some/model: expected a folder or a model on the hub"):
@@ -19,7 +20,8 @@ def test_models_that_cannot_be_found(monkeypatch, tmp_path):
 
 
 def test_a_folder_without_an_adapter_says_where_one_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub_models, "hub_reachable", lambda: False)
+    for module in (hub_models, locate):
+        monkeypatch.setattr(module, "hub_reachable", lambda: False)
     (tmp_path / "run" / "adapter").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"expected a folder with an adapter_config.json, found none in it$"):
         hub_models.find_adapter(tmp_path / "run")
@@ -38,8 +40,9 @@ def test_the_default_model_without_the_hub_is_the_wheel(monkeypatch, tmp_path):
         (folder / "README.md").write_text(hub_models._WHEEL_CARD)
 
     monkeypatch.setenv("CLOVER_CACHE", str(tmp_path))
-    monkeypatch.setattr(hub_models, "hub_reachable", lambda: False)
-    monkeypatch.setattr(hub_models, "try_to_load_from_cache", lambda *args: None)
+    for module in (hub_models, locate):
+        monkeypatch.setattr(module, "hub_reachable", lambda: False)
+    monkeypatch.setattr(hub_models, "in_cache", lambda *args: False)
     monkeypatch.setattr(hub_models, "_convert_wheel", convert)
     source = hub_models.find_model(None)
     assert source.name == hub_models.DEFAULT_MODEL

@@ -204,7 +204,7 @@ def test_a_second_ratio_counts_no_padding():
         report = prune(again, 0.25, calibration=batches("opt"), ranks=ranks)
         assert report.removed("vo") == pytest.approx(0.25, abs=0.02 if ranks != "uniform" else 0.1)
         assert sum(p.numel() for p in again.parameters()) < sum(p.numel() for p in model.parameters())
-    assert report.summary().count("directions, padding counted") == 2
+    assert report.summary().count("directions with padding") == 2
     with pytest.raises(ValueError, match="kind: expected 'qk' or 'vo', found 'zz'"):
         report.removed("zz")
 

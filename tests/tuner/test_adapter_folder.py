@@ -148,6 +148,7 @@ def test_card_of_a_named_adapter_says_what_to_import(tmp_path: Path) -> None:
     cards = [path.read_text() for path in tmp_path.rglob("README.md")]
     assert cards
     assert all(card.count("import clover_peft") == 1 for card in cards)
+    assert all("Install clover_peft with `pip install .` in a clone of its repository" in card for card in cards)
 
 
 def test_the_import_stands_before_every_other_section_of_the_card(tmp_path: Path) -> None:

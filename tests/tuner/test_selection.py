@@ -106,6 +106,42 @@ def test_block_size_splits_heads(size: int, blocks: int) -> None:
         assert (only_spec(layer).size, only_spec(layer).blocks) == (size, blocks), name
 
 
+@pytest.mark.parametrize(
+    ("heads", "size", "message", "advised"),
+    [
+        (3, 24, "block_size=24 does not divide the projection's 36 features; choose 12, a divisor of it, or 36", 36),
+        (4, 36, "block_size=36 does not divide the projection's 48 features; choose 12, a divisor of it, or 24", 24),
+        (
+            4,
+            5,
+            "neither divides a head's 12 features nor is a multiple of them; choose 12, a divisor of it, or 24",
+            24,
+        ),
+        (
+            4,
+            90,
+            "neither divides a head's 12 features nor is a multiple of them; choose 12, a divisor of it, or 48",
+            48,
+        ),
+        (1, 24, "block_size=24 does not divide the projection's 12 features; choose 12, a divisor of it$", 6),
+    ],
+)
+@pytest.mark.parametrize("cross_layer", [True, False])
+def test_a_block_size_that_does_not_fit_says_which_do(heads, size, message, advised, cross_layer) -> None:
+    shape = dict(num_attention_heads=heads, num_key_value_heads=heads, hidden_size=12 * heads)
+    option = " with cross_layer=False" if cross_layer and advised > 12 else ""
+    with pytest.raises(ValueError, match=f"k_proj: .*{message}{option}"):
+        get_peft_model(build("llama", **shape), CloverConfig(block_size=size, cross_layer=cross_layer))
+    config = CloverConfig(block_size=advised, cross_layer=cross_layer and advised <= 12)
+    for layer in layers_by_name(get_peft_model(build("llama", **shape), config)).values():
+        assert only_spec(layer).size in (advised, 40)  # 40: the up-projection's
+
+
+def test_a_block_size_that_does_not_fit_a_fused_projection_names_the_part() -> None:
+    with pytest.raises(ValueError, match="c_attn: block_size=36 does not divide its part k's 48 features; choose 12"):
+        get_peft_model(build("gpt2"), CloverConfig(block_size=36))
+
+
 def test_a_block_size_without_heads_says_that_it_does_nothing() -> None:
     for model, targets in ((build("llama"), ["up_proj"]), (nn.Sequential(nn.Linear(8, 8)), ["0"])):
         with pytest.warns(UserWarning, match=r"block_size=4 cuts attention heads.*without effect.*mlp_block_size"):
@@ -216,3 +252,18 @@ def test_misspelt_names_are_answered_with_near_ones() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         get_peft_model(build("llama"), CloverConfig(target_modules=["v_proj", "layers.0.self_attn.k_proj", "lm_head"]))
+
+
+def test_misspelt_names_to_exclude_are_answered_with_near_ones() -> None:
+    with pytest.warns(
+        UserWarning,
+        match=r"exclude_modules: no module is called k_prj, nothing is left out .*k_prj: did you mean k_proj",
+    ):
+        assert len(_adapted(exclude_modules=["k_prj", "up_proj"])) == 4
+    with pytest.warns(
+        UserWarning, match="exclude_modules: no module is called zzz, .*; its linear modules are called"
+    ):
+        assert len(_adapted(exclude_modules=["zzz"])) == 6
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        _adapted(exclude_modules=["up_proj", "layers.0.self_attn.k_proj", "layers.1.mlp"])

@@ -73,7 +73,10 @@ def test_unknown_family_is_told_how_to_be_described(choices: dict, where: str) -
         (dict(head_dim=7), "mix: 24 features are not a multiple of head_dim 7"),
         (dict(num_heads=5), "mix: 24 features are not a multiple of num_heads 5"),
         (dict(head_dim=6, num_heads=3), "24 output features make 4 heads of head_dim 6, but num_heads is 3"),
-        (dict(mlp_block_size=7), "mlp_block_size=7 neither divides"),
+        (
+            dict(mlp_block_size=7),
+            "mlp_block_size=7 does not divide the projection's 24 features; choose a divisor of 24, such as 24",
+        ),
         (dict(head_dim=6, r=7), "r=7 is larger than a block of 6"),
     ],
     ids=str,

@@ -31,8 +31,8 @@ class Settings:
         peft: the adapter's configuration, or None for full fine-tuning.
         optimizer: "muon", or None for the one in `sft.optim`.
         learning_rate_factors: see `optimizer.scale_learning_rates`.
-        values: the settings as given, after overrides and without secrets; a record shows them, and a resumed run must
-            repeat them.
+        values: the settings as given, after overrides, with one learning rate and without secrets; a record shows
+            them, and a resumed run must repeat them.
     """
 
     job: JobArguments
@@ -48,7 +48,8 @@ def parse(config: str | Path | Sequence[str | Path], overrides: Sequence[str] = 
 
     Top-level keys are fields of `JobArguments` or `trl.SFTConfig`. The `peft` block holds `peft_type` and the fields
     of that type's configuration class, or is null for full fine-tuning. It may also hold three settings that belong to
-    the method: `learning_rate`, which a `learning_rate` outside the block overrides; `learning_rate_factors`, such as
+    the method: `learning_rate`, which a `learning_rate` outside the block overrides (of two overrides, the last one
+    counts); `learning_rate_factors`, such as
     `{v_proj: 3}`, which multiply the rate of some parameters; and `optimizer: muon`.
     A file may hold `methods`, a block of `peft` blocks by name; then the key `method` chooses one of them.
 
@@ -71,6 +72,7 @@ def parse(config: str | Path | Sequence[str | Path], overrides: Sequence[str] = 
         flat["bf16"] = accelerated  # TRL's default is bf16 everywhere, which is slower and less exact on a CPU.
 
     settings.check_flat(flat, _hints(JobArguments), _hints(SFTConfig))
+    _use_new_names(flat)
     job, sft = HfArgumentParser([JobArguments, SFTConfig]).parse_dict(flat)
     adapter = _peft_config(block)
     settings.check_rate(flat)
@@ -95,6 +97,20 @@ def _peft_config(block: dict[str, Any]) -> peft.PeftConfig | None:
     settings.check_method(kind, known)
     settings.check_block(block, [field.name for field in dataclasses.fields(known[kind]) if field.init])
     return peft.get_peft_config({"task_type": "CAUSAL_LM", **block, "peft_type": kind})
+
+
+def _use_new_names(flat: dict[str, Any]) -> None:
+    """Pass settings and TRL's defaults on under new names where the installed transformers deprecates the old ones.
+
+    A configuration may use the old names; the lowest version allowed knows only these.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(SFTConfig)}
+    for end in ("", "_kwargs"):
+        old, new = f"gradient_checkpointing{end}", f"activation_checkpointing{end}"
+        if new in defaults:
+            value = flat.pop(old, defaults[old])
+            if value is not None:
+                flat.setdefault(new, value)
 
 
 def _hints(kind: type) -> dict[str, Any]:

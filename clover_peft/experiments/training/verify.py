@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import clover_peft  # noqa: F401  registers CLOVER, which the adapter may need
 
+from ...io.user_warning import ignore_old_names
 from .answers import answer_logits, greedy_ids
-from .card import show_change
+from .card import show_training
 
 LOSS_RATIO = 0.8  # the largest ratio of the last to the first training loss that counts as a fall
 EXACT = 1e-4  # the largest difference allowed in a float32 logit: a merge changes the order of the operations
@@ -44,7 +45,8 @@ def verify(output_dir: str | Path, tolerance: float | None = None, loss_fell: bo
         loss_fell: also require that the training loss fell to `LOSS_RATIO`.
 
     Returns:
-        `problems` (empty if both are equal), `loss`, and the largest difference of a logit for `adapter` and `merged`.
+        `problems` (empty if both are equal), `loss`, the largest difference of a logit for `adapter` and `merged`, and
+        `limits`, which these may have, and the logits that they were compared `against`.
 
     Raises:
         ValueError: the folder does not hold such a run.
@@ -56,11 +58,11 @@ def verify(output_dir: str | Path, tolerance: float | None = None, loss_fell: bo
     record = json.loads((out / "record.json").read_text(encoding="utf-8"))
     probe = load_file(out / "probe.safetensors")
     loss, problems = record["loss"], []
-    shown = show_change(loss["first"], loss["last"], "not logged")
+    shown = show_training(loss, record["steps"])
     # "not <" is also true for NaN.
     if loss_fell and not (loss["last"] is not None and float(loss["last"]) < LOSS_RATIO * float(loss["first"])):
         problems.append(f"loss: expected a fall to {LOSS_RATIO:.0%} or less, found {shown}")
-    report: dict[str, Any] = {"loss": shown, "problems": problems}
+    report: dict[str, Any] = {"loss": shown, "problems": problems, "limits": {}, "against": {}}
     dtype = getattr(torch, record["model"]["dtype"].removeprefix("torch."))
     narrow = dtype.itemsize < 4
     pairs = [(probe[f"prompt.{i}"], probe[f"answer.{i}"]) for i in range(len(record["answers"]))]
@@ -83,7 +85,9 @@ def verify(output_dir: str | Path, tolerance: float | None = None, loss_fell: bo
         again = [greedy_ids(model, tokenizer, prompt, answer.shape[1]) for prompt, answer in pairs]
         found = logits_of(model) if form == "adapter" or not narrow else logits_of(model.float())
         allowed = min(near, max(EXACT, LOST * _difference(expected, plain))) if plain else near
-        report[form] = _difference(found, expected)
+        report[form], report["limits"][form] = _difference(found, expected), allowed
+        of_trained = form == "adapter" or not narrow
+        report["against"][form] = "the trained model's" if of_trained else "the reloaded adapter's in float32"
         for i, (logits, there, (_, answer)) in enumerate(zip(found, expected, pairs, strict=True)):
             if not (difference := _difference([logits], [there])) <= allowed:
                 problems.append(f"{form}, question {i}: expected logits within {allowed:.2g}, found {difference:.2g}")
@@ -116,17 +120,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--loss-fell", action="store_true", help=f"also require a training loss that fell to {LOSS_RATIO:.0%}%"
     )
+    ignore_old_names()
     try:
         report = verify(**vars(parser.parse_args(arguments)))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"loss                                  {report['loss']}")
-    print(f"adapter reloaded, largest difference  {report['adapter']:.1e}")
-    print(f"merged model, largest difference      {report['merged']:.1e}")
+    print(f"training loss: {report['loss']}")
+    for form, name in (("adapter", "reloaded adapter"), ("merged", "merged model")):
+        found, limit = report[form], report["limits"][form]
+        print(
+            f"logits of the {name} differ from {report['against'][form]} by at most {found:.1e} (limit {limit:.1e}): "
+            + ("passed" if found <= limit else "FAILED")
+        )
     for problem in report["problems"]:
         print(f"FAILED: {problem}")
-    print("saved forms: " + ("NOT as expected" if report["problems"] else "as expected"))
+    if not report["problems"]:
+        print("answers of both saved forms are the trained model's: passed")
     return 1 if report["problems"] else 0
 
 
