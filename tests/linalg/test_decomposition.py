@@ -16,10 +16,10 @@ from torch import Tensor
 import clover_peft.linalg.decomposition
 from clover_peft.linalg.decomposition import (
     Bases,
+    feature_norms,
     fold,
     gram,
     limit_condition,
-    norms,
     pair_bases,
     qr_bases,
     svd_bases,
@@ -291,7 +291,7 @@ def test_norms_are_those_of_the_features_whatever_the_chunks_and_the_dtype(chunk
     weight = randn(40, 24, seed=1).to(dtype)
     before = weight.clone()
     blocks = (weight.mT.contiguous().mT if transposed else weight).unflatten(1, (4, 6))
-    found = norms(blocks)
+    found = feature_norms(blocks)
     assert found.dtype == torch.promote_types(dtype, torch.float32)
     expected = torch.linalg.vector_norm(before.double().unflatten(1, (4, 6)), dim=0)
     assert float((found / expected - 1).abs().max()) < (1e-14 if dtype == torch.float64 else 1e-6)

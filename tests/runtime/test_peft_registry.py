@@ -27,7 +27,7 @@ from tests.support.tiny import build, logits, perturb
 ROOT = Path(clover_peft.__file__).parents[1]
 MODULES = [
     *("runtime.peft_registry", "base_model.families", "linalg.decomposition", "tuner.block_spec", "tuner.layer"),
-    *("tuner.bases", "tuner.adapter_file", "tuner.config", "tuner.model"),
+    *("tuner.layers", "tuner.bases", "tuner.adapter_file", "tuner.config", "tuner.model"),
 ]  # each imports only what stands before it
 TABLES = ["PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING"]
 
