@@ -80,7 +80,7 @@ def merged_tensors(
         bias = map_base_tensor(layer, bias, adapter_names).to(bias.dtype)
     if safe_merge and not all(torch.isfinite(t).all() for t in (weight, bias) if t is not None):
         raise ValueError(
-            f"NaNs detected in the merged weights: the adapter {', '.join(adapter_names)} would make {layer.name} NaN "
-            "or infinite, so nothing was merged here; load the adapter again from a sound file, or leave it out"
+            f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be broken: it "
+            f"would make {layer.name} NaN or infinite, so nothing was merged here; load it again from a sound file"
         )
     return weight.contiguous(), bias
