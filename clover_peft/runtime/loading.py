@@ -22,7 +22,7 @@ _LOADERS = {
     _TRANSFORMERS,
     *(getattr(function, "__code__", None) for function in (PeftModel.from_pretrained, PeftModel.load_adapter)),
 }
-# The variables of transformers' `load_adapter` that hold what is loaded.
+# These variables of transformers' `load_adapter` hold what it loads.
 _SOURCES = {"peft_model_id", "adapter_state_dict", "load_config"}
 
 

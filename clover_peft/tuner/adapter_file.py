@@ -104,9 +104,8 @@ def has_same_bases(layers: dict[str, CloverLayer], adapter_name: str, state: dic
             there = state.get(tensor_keys(name, adapter_name, spec.name)["clover_U"])
             if here is None or here.is_meta or there is None or there.shape != here.shape:
                 return False
-            if not torch.linalg.vector_norm(here - there.to(here)) <= CHECKSUM_TOLERANCE * torch.linalg.vector_norm(
-                here
-            ):
+            difference, size = (torch.linalg.vector_norm(tensor) for tensor in (here - there.to(here), here))
+            if not difference <= CHECKSUM_TOLERANCE * size:
                 return False
     return True
 

@@ -36,6 +36,8 @@ def check_names(model: nn.Module, target_modules: object, exclude_modules: objec
 def _unknown(model: nn.Module, given: object) -> tuple[set[str], list[str], str]:
     """The names in a set, those of them that no module has, and what may be meant."""
     names = {name for name in given if name} if isinstance(given, set) else set()
+    if not names:
+        return names, [], ""
     paths = [path for path, _ in model.named_modules() if path]
     unknown = sorted(name for name in names if not any(find_suffix(path, [name]) for path in paths))
     if not unknown:
