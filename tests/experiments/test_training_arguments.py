@@ -65,6 +65,7 @@ def test_configs_differ_in_the_peft_block_alone():
         ("rows=0", "rows: expected at least 1, found 0"),
         ("held_out_rows=-1", "held_out_rows: expected at least 0, found -1"),
         ("calibration_rows=-1", "calibration_rows: expected at least 0, found -1"),
+        ("own_text_rows=-1", "own_text_rows: expected at least 0, found -1"),
         ("balance_updates=-1", "balance_updates: expected at least 0, found -1"),
         ("questions=-1", "questions: expected at least 0, found -1"),
         ("answer_tokens=0", "answer_tokens: expected at least 1, found 0"),
@@ -172,7 +173,9 @@ def test_overrides_reach_blocks_and_null_replaces_a_default():
         ("clover_full", {"peft.optimizer": "muon", "optim": "adafactor"}, "expected no optim beside it"),
         ("lora", {"calibration_rows": 3}, "calibration_rows: expected peft_type: CLOVER"),
         ("full", {"calibration_rows": 3}, "calibration_rows: expected peft_type: CLOVER"),
-        ("lora", {"balance_updates": 3}, "balance_updates: expected peft_type: CLOVER"),
+        ("lora", {"balance_updates": 3}, "balance_updates: expected peft_type: CLOVER, found LORA; leave"),
+        ("full", {"own_text_rows": 3}, "own_text_rows: expected peft_type: CLOVER, found full fine-tuning"),
+        ("clover_full", {"own_text_rows": 3, "calibration_rows": 4}, "expected no calibration_rows beside it"),
     ],
 )
 def test_ways_to_train_that_do_not_fit_are_refused(settings, config, options, message):

@@ -78,10 +78,11 @@ def parse(config: str | Path | Sequence[str | Path], overrides: Sequence[str] = 
     settings.check_rate(flat)
     if job.merge and adapter is None:
         raise ValueError("merge=true: full fine-tuning has nothing to merge; its model is saved in output_dir/model")
-    if job.calibration_rows and (adapter is None or adapter.peft_type != "CLOVER"):
-        raise ValueError("calibration_rows: expected peft_type: CLOVER, whose bases are made from them")
-    if job.balance_updates and (adapter is None or adapter.peft_type != "CLOVER"):
-        raise ValueError("balance_updates: expected peft_type: CLOVER, whose updates are balanced")
+    if adapter is None or adapter.peft_type != "CLOVER":
+        for key in ("calibration_rows", "own_text_rows", "balance_updates"):
+            if getattr(job, key):
+                found = "full fine-tuning" if adapter is None else adapter.peft_type.value
+                raise ValueError(f"{key}: expected peft_type: CLOVER, found {found}; leave {key} out")
     shown = {key: value for key, value in parts.values.items() if not key.endswith("hub_token")}
     return Settings(job, sft, adapter, parts.optimizer, parts.learning_rate_factors, shown)
 

@@ -27,6 +27,10 @@ class JobArguments:
         default=0,
         metadata={"help": "Training rows whose activations CLOVER's bases are made from; 0: from weights alone."},
     )
+    own_text_rows: int = field(
+        default=0,
+        metadata={"help": "Rows of 256 tokens that the model writes itself, for the same; 0: none."},
+    )
     balance_updates: int = field(
         default=0, metadata={"help": "Training batches by which CLOVER's updates are balanced; 0: not balanced."}
     )
@@ -51,10 +55,15 @@ class JobArguments:
             raise ValueError(f"teacher_weight: expected more than 0 and at most 1, found {self.teacher_weight}")
         if not 0 < self.teacher_temperature < math.inf:
             raise ValueError(f"teacher_temperature: expected a positive number, found {self.teacher_temperature}")
-        least = {"rows": 1, "held_out_rows": 0, "calibration_rows": 0, "balance_updates": 0, "questions": 0}
-        least["answer_tokens"] = 1
+        counts = ("held_out_rows", "calibration_rows", "own_text_rows", "balance_updates", "questions")
+        least = {"rows": 1, "answer_tokens": 1, **dict.fromkeys(counts, 0)}
         for name, number in least.items():
             value = getattr(self, name)
             if value is not None and value < number:
                 hint = "; leave it out to train on all" if name == "rows" else ""
                 raise ValueError(f"{name}: expected at least {number}, found {value}{hint}")
+        if self.calibration_rows and self.own_text_rows:
+            raise ValueError(
+                "own_text_rows: expected no calibration_rows beside it, because bases are made from one text, found "
+                f"{self.calibration_rows}"
+            )

@@ -18,7 +18,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from ... import balance_updates, broadcast_bases, initialize_from_activations
+from ... import balance_updates, broadcast_bases, initialize_from_activations, own_text
 from ...io import run_record as records
 from ...io.hub_models import ModelSource, find_model
 from ...io.text_windows import cut
@@ -106,6 +106,12 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
         rows = trainer.train_dataset.select(range(min(job.calibration_rows, len(trainer.train_dataset))))
         say(f"making bases from the activations of {len(rows)} training rows")
         initialize_from_activations(model, ({"input_ids": torch.tensor([row["input_ids"]])} for row in rows))
+        init_seconds += time.perf_counter() - started
+    if job.own_text_rows:
+        started = time.perf_counter()
+        say(f"making bases from {job.own_text_rows} texts that the model writes itself")
+        with _refused_by("own_text_rows"):
+            initialize_from_activations(model, own_text(model, rows=job.own_text_rows, seed=sft.seed))
         init_seconds += time.perf_counter() - started
     if job.balance_updates:
         started = time.perf_counter()
