@@ -44,6 +44,7 @@ class Laboratory:
 
     def __init__(self, experiment: Experiment, out: Path, on_step: OnStep | None = None) -> None:
         self.experiment, self.out, self.on_step = experiment, out, on_step
+        self.own_texts = dict[tuple[int, int], list[dict[str, Tensor]]]()  # by rows and seed: trials share them
         tiny = experiment.model == TINY
         self.source = ModelSource(TINY, TINY, "none", "random") if tiny else find_model(experiment.model)
         self.tokenizer: Any = ByT5Tokenizer() if tiny else AutoTokenizer.from_pretrained(self.source.path)
@@ -150,8 +151,10 @@ class Laboratory:
         """The batches that the bases of a CLOVER arm are computed from."""
         training, count = self.experiment.training, arm.initialize_from_activations
         if arm.activations_on == "own":
-            rows = count * training.batch_size
-            yield from own_text(base, rows=rows, length=training.length, seed=trial.seed)
+            rows, seed = count * training.batch_size, trial.seed
+            if (rows, seed) not in self.own_texts:
+                self.own_texts[rows, seed] = own_text(base, rows=rows, length=training.length, seed=seed)
+            yield from self.own_texts[rows, seed]
             return
         others = [name for name in self.windows if name != trial.domain]
         names = [trial.domain] if arm.activations_on == "domain" else others
