@@ -71,6 +71,18 @@ def test_input_dimensions(benchmark, tmp_path, capsys):
     assert "dimensions on asyncio" in capsys.readouterr().out
 
 
+def test_gradient_share(benchmark, tmp_path, capsys):
+    """Blocks that span all rows of a weight contain the gradient's part in the row space: here, all of it."""
+    record = run(benchmark("gradient_share"), tmp_path / "record.json", "--windows", "6", "--block-size", "64", "--rank", "4")
+    for shares in record["figures"].values():
+        one, eight = (shares[f"its {label} largest singular directions"] for label in ("1", "8"))
+        for kind in ("v_proj", "up_proj", "down_proj"):
+            assert one[kind] < eight[kind] <= 1.5
+            assert shares["LoRA r=4, at the start"][kind] < shares["LoRA r=4, turned to it"][kind]
+        assert shares["CLOVER"]["up_proj"] == pytest.approx(1.0)
+    assert "share of the gradient on asyncio" in capsys.readouterr().out
+
+
 def test_kernel_count(benchmark, tmp_path, capsys):
     """The count does not depend on the machine: a higher one is a step backwards."""
     figures = run(benchmark("kernel_count"), tmp_path / "record.json")["figures"]

@@ -1,0 +1,136 @@
+"""How much of a text domain's gradient the directions of LoRA and of CLOVER contain at the start of training.
+
+    python benchmarks/gradient_share.py
+
+The gradient of the mean loss on a domain says which change of a projection's weight learns the domain fastest. An
+adapter makes the part of it that lies in the changes it can express: for a block of CLOVER, all matrices whose rows
+are combinations of the block's rows of the weight; for a LoRA of rank r, near any matrices B and A, those of the form
+`B' A + B A'`. Its A starts at random and turns during training, so the rank-r matrix nearest to the gradient is what
+it can reach. The gradient is that of half the windows, and its share is measured by the other half: a subspace that
+fits the noise of the first gains nothing. Figures: the median over projections, by kind of target.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from harness import finish, options, parser, table
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from clover_peft import CloverConfig
+from clover_peft.experiments.adaptation.plan import read_experiment
+from clover_peft.experiments.adaptation.trial import Laboratory, drawn
+from clover_peft.experiments.adaptation.windows import restricted_head
+from clover_peft.io import run_record as records
+from clover_peft.tuner.layer import CloverLayer
+from clover_peft.tuner.layers import clover_layers
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    command = parser(__doc__.splitlines()[0], "gradient_share")
+    command.add_argument("--windows", type=int, default=24, help="windows of a domain (default: 24)")
+    command.add_argument("--targets", nargs="+", default=["v_proj", "up_proj", "down_proj"])
+    command.add_argument("--block-size", type=int, default=48, help="features of a block of up and down (default: 48)")
+    command.add_argument("--rank", type=int, default=24, help="of LoRA (default: 24)")
+    arguments = command.parse_args(argv)
+    environment = records.environment()
+    experiment = read_experiment("adaptation_tiny" if arguments.fast else "adaptation_search")
+    laboratory = Laboratory(experiment, Path())
+    config = CloverConfig(target_modules=arguments.targets, mlp_block_size=arguments.block_size)
+    model = get_peft_model(laboratory.load(torch.float32), config).eval()
+    layers = dict(clover_layers(model))
+    figures = dict[str, dict[str, dict[str, float]]]()
+    for domain in laboratory.windows:
+        found = dict[str, dict[str, list[float]]]()
+        halves, means = _gradients(laboratory, model, layers, domain, arguments.windows)
+        for path, layer in layers.items():
+            kind = path.rpartition(".")[2]
+            for label, share in _shares(layer, halves[0][path], halves[1][path], means[path], arguments.rank):
+                found.setdefault(label, {}).setdefault(kind, []).append(share)
+        figures[domain] = {label: {k: statistics.median(v) for k, v in kinds.items()} for label, kinds in found.items()}
+        kinds = list(next(iter(figures[domain].values())))
+        rows = [[label, *(f"{f[k]:.1%}" for k in kinds)] for label, f in figures[domain].items()]
+        print(table([f"share of the gradient on {domain}", *kinds], rows))
+    return finish(
+        arguments.out,
+        {
+            "benchmark": "gradient_share",
+            "options": options(arguments),
+            "environment": environment,
+            "model": laboratory.facts["model"],
+            "figures": figures,
+        },
+    )
+
+
+def _gradients(
+    laboratory: Laboratory, model: nn.Module, layers: dict[str, CloverLayer], domain: str, windows: int
+) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    """Path -> (out_features, in_features), the gradient of either half of the windows; path -> sum of the inputs."""
+    halves: list[dict[str, Tensor]] = [{}, {}]
+    means: dict[str, Tensor] = {}
+
+    def add(path: str, x: Tensor) -> None:
+        means[path] = means.get(path, 0) + x.detach().flatten(0, -2).double().sum(0)
+
+    weights = {path: layer.get_base_layer().weight for path, layer in layers.items()}
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, inputs, path=path: add(path, inputs[0]))
+        for path, layer in layers.items()
+    ]
+    text = laboratory.windows[domain]
+    order = drawn(text, 1, 0)
+    with restricted_head(model, text.vocabulary) as labels:
+        for number in range(windows):
+            ids = next(order).to(labels.device)
+            model(input_ids=ids, labels=labels[ids], use_cache=False).loss.backward()
+            for path, weight in weights.items():
+                half = halves[number % 2]
+                assert weight.grad is not None
+                half[path] = half.get(path, 0) + weight.grad
+            model.zero_grad()
+    for hook in hooks:
+        hook.remove()
+    return halves, means
+
+
+def _shares(layer: CloverLayer, one: Tensor, other: Tensor, mean: Tensor, rank: int) -> Iterator[tuple[str, float]]:
+    """Label, and the share of the gradient in a subspace."""
+    one, other = one.double(), other.double()
+    whole = float((one * other).sum())
+
+    def share(part: Tensor) -> float:
+        return float((part * other).sum()) / whole
+
+    u, s, v = torch.linalg.svd(one, full_matrices=False)
+    for count in (1, 8):
+        yield f"its {count} largest singular directions", share((u[:, :count] * s[:count]) @ v[:count])
+    direction = mean / mean.norm()
+    yield "along the mean input", share(torch.outer(one @ direction, direction))
+    u, v = u[:, :rank], v[:rank]
+    rest = one - u @ (u.T @ one)
+    yield f"LoRA r={rank}, turned to it", share(one - (rest - rest @ v.T @ v))
+    yield f"LoRA r={rank}, at the start", rank / one.shape[1]  # the expectation over random A; B is zero
+    yield "CLOVER", share(_in_row_spaces(layer, one))
+
+
+def _in_row_spaces(layer: CloverLayer, gradient: Tensor) -> Tensor:
+    """Each block's part of the gradient that the block's rows of the weight span."""
+    weight = layer.base_weight.transposed().detach().double()
+    part = torch.zeros(gradient.T.shape, dtype=torch.float64, device=gradient.device)
+    for spec in layer.specs["default"]:
+        rows = spec.heads.blocks(weight, spec.size).permute(1, 2, 0)  # (blocks, size, in_features)
+        basis = torch.linalg.qr(rows.mT).Q
+        found = spec.heads.blocks(gradient.T, spec.size).permute(1, 2, 0) @ basis @ basis.mT
+        spec.heads.blocks(part, spec.size).copy_(found.permute(2, 0, 1))
+    return part.T
+
+
+if __name__ == "__main__":
+    main()
