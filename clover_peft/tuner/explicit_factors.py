@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.linalg import pinv
 
-from .bases import Side, compute_bases, own_side, partner_side
+from ..base_model.weight import Side
+from .bases import compute_bases, partner_side
 from .block_spec import BlockSpec
 from .layers import clover_layers, inner_model
 
@@ -66,7 +67,7 @@ def explicit_factors(model: nn.Module, target: str, adapter_name: str = "default
     layer = found[0][1]
     layer.check_bases(adapter_name, "factor")
     with layer.base_weight.whole():
-        own = own_side(layer.base_weight)
+        own = layer.base_weight.side
     result = {}
     for spec in layer.specs[adapter_name]:
         tensors = layer.tensors(adapter_name, spec)
@@ -83,8 +84,7 @@ def explicit_factors(model: nn.Module, target: str, adapter_name: str = "default
         u, ds = rows @ tensors.c.double().mT, layer.scaling[adapter_name] * tensors.s.double()
         if spec.balanced_updates:  # which scaled C
             with partner_side(inner, spec) as partner:
-                unscaled = compute_bases(spec, own, partner).c.to(u)
-            norms = torch.linalg.matrix_norm(unscaled)
+                norms = torch.linalg.matrix_norm(compute_bases(spec, own, partner).c.to(u))
             scale = torch.linalg.matrix_norm(tensors.c.double()) / torch.where(norms > 0, norms, 1.0)
             scale = torch.where(scale > 0, scale, 1.0)
             u, ds = u / scale.view(-1, 1, 1), ds * scale.view(-1, *[1] * (ds.ndim - 1))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base_model.activations import Probe, TokenReader, evaluating
-from ..runtime.bitsandbytes import check_packing, keep_unpacked
+from ..runtime.bitsandbytes import keep_unpacked
 from .activation_bases import check_new
 from .block_spec import BlockSpec
 from .experts import refuse_experts
@@ -105,7 +105,7 @@ def update_sensitivities(
                 f"{path}: expected adapter {adapter_name!r} to be active, found {layer.active_adapters}; call "
                 "set_adapter first"
             )
-        check_packing(layer.get_base_layer(), path)
+        layer.base_weight.check_trainable()
     trained = [p for _, layer in layers for p in layer.clover_S[adapter_name].parameters()]
     if not all(parameter.requires_grad for parameter in trained):
         raise ValueError(
