@@ -146,14 +146,23 @@ class AdapterTensors(nn.Module):
             getattr(self, attribute)[adapter_name] = GuardedTensors(tensors, persistent=persistent)
         self.clover_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         if next(self.clover_S[adapter_name].parameters()).is_meta:  # also under `init_empty_weights`
-            for attribute in (*trained, *frozen):
-                getattr(self, attribute)[adapter_name].to("meta")
+            for held in self._held(adapter_name):
+                held.to("meta")
         self._missing_bases.add(adapter_name)
         self._note_loaded()
 
     def change_specs(self, adapter_name: str, **changes: Any) -> None:
         """Set fields of the specs of all slices of an adapter."""
         self.specs[adapter_name] = tuple(replace(spec, **changes) for spec in self.specs[adapter_name])
+
+    def _held(self, adapter_name: str) -> list[GuardedTensors]:
+        """What holds an adapter's tensors, as far as it is here."""
+        held = (getattr(self, attribute) for attribute in (*TRAINED, *FROZEN))
+        return [each[adapter_name] for each in held if adapter_name in each]
+
+    def frozen_tensors(self, adapter_name: str, spec: BlockSpec) -> dict[str, Tensor]:
+        """The frozen tensors of a slice by attribute."""
+        return {attribute: getattr(self, attribute)[adapter_name].get(spec.name) for attribute in spec.base_shapes}
 
     def trained_tensors(self, adapter_name: str) -> dict[str, dict[str, Tensor]]:
         """The trained tensors of an adapter: attribute -> slice name -> tensor."""
@@ -273,10 +282,7 @@ class AdapterTensors(nn.Module):
         """
         for adapter_name, known in self.specs.items():
             if known == specs and self.has_bases(adapter_name):
-                return {
-                    spec.name: {a: getattr(self, a)[adapter_name].get(spec.name) for a in spec.base_shapes}
-                    for spec in specs
-                }
+                return {spec.name: self.frozen_tensors(adapter_name, spec) for spec in specs}
         return None
 
     def has_bases(self, adapter_name: str) -> bool:
@@ -307,14 +313,9 @@ class AdapterTensors(nn.Module):
 
     def _note_loaded(self, *_: Any) -> None:
         """Bases are missing as long as a tensor of their adapter is here and on the meta device."""
+        meta = torch.device("meta")
         self._missing_bases = {
-            name
-            for name in self._missing_bases
-            if any(
-                torch.device("meta") in m[name].devices()
-                for m in (getattr(self, a) for a in (*TRAINED, *FROZEN))
-                if name in m
-            )
+            name for name in self._missing_bases if any(meta in held.devices() for held in self._held(name))
         }
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -337,11 +338,10 @@ class AdapterTensors(nn.Module):
         target = device or self.base_weight.stored.device
         if target.type == "meta":
             return
-        for attribute in (*TRAINED, *FROZEN):
-            tensors = getattr(self, attribute)
-            devices = tensors[adapter_name].devices() if adapter_name in tensors else set()
+        for held in self._held(adapter_name):
+            devices = held.devices()
             if torch.device("meta") not in devices and devices - {target}:
-                tensors[adapter_name].to(target)
+                held.to(target)
 
 
 def _fold(spec: BlockSpec, factored: bool, tensors: BlockTensors) -> tuple[Tensor, Tensor | None]:
