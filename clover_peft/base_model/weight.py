@@ -209,7 +209,6 @@ class BaseWeight:
         if self._original is None:
             own, state = getattr(module, name, None), copy.copy(getattr(module, "state", None))
             self._original = Original(module, own, getattr(module, bias_name, None), state)
-        self.rounding = (0.0, 0.0)
         if self.backend is None:
             setattr(module, name, _like(getattr(module, name), weight))
         else:
@@ -331,8 +330,3 @@ def feature_counts(module: Any, path: str) -> tuple[int, int]:
             f"found {type(module).__name__}; leave it out of target_modules"
         )
     return int(module.in_features), int(module.out_features)
-
-
-def out_features(module: nn.Module, path: str) -> int:
-    """Output features of a linear projection; see `feature_counts`."""
-    return feature_counts(module, path)[1]

@@ -209,11 +209,7 @@ def pair_bases(g_in: Tensor, g_out: Tensor) -> Bases:
     scale = torch.linalg.matrix_norm(root_in) * torch.linalg.matrix_norm(root_out)
     alive = ~degenerate.unsqueeze(-1) | (s0 > DROP_BELOW**2 * scale.unsqueeze(-1))
     sign = _fix_signs(c) * alive
-    return Bases(
-        c * sign.unsqueeze(-1),
-        e * sign.unsqueeze(-2),
-        s0 * alive,
-    )
+    return Bases(c * sign.unsqueeze(-1), e * sign.unsqueeze(-2), s0 * alive)
 
 
 def qr_bases(g: Tensor) -> Bases:

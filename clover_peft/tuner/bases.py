@@ -10,14 +10,7 @@ from torch import Tensor, nn
 
 from ..base_model.weight import BaseWeight, Side, partner_weight
 from ..io.user_warning import warn
-from ..linalg.decomposition import (
-    Bases,
-    feature_norms,
-    limit_condition,
-    pair_bases,
-    qr_bases,
-    svd_bases,
-)
+from ..linalg.decomposition import Bases, feature_norms, limit_condition, pair_bases, qr_bases, svd_bases
 from ..linalg.moments import Moments, pair_grams, shrink
 from .block_spec import BlockSpec
 
@@ -126,13 +119,8 @@ def compute_bases(
         found = plain if own_moments is None else (shrink(own_moments.second.to(g_in), g_in, own_moments.tokens),)
     else:
         assert spec.partner is not None
-        grams = partial(
-            pair_grams,
-            g_in,
-            partner.gram(spec.partner.heads, spec.size),
-            spec.heads.count,
-            reads=spec.partner.reads,
-        )
+        g_out = partner.gram(spec.partner.heads, spec.size)
+        grams = partial(pair_grams, g_in, g_out, spec.heads.count, reads=spec.partner.reads)
         plain = grams()[:2]
         found = grams(own=own_moments, partner=partner_moments)[:2]
     if own_moments is None and partner_moments is None:
