@@ -50,8 +50,7 @@ def apply_adapters(layer: AdapterTensors, z: Tensor, adapter_names: Sequence[str
         cache.clear()
     elif differentiated and not torch.compiler.is_exporting():
         cache.is_stale = True
-    dropouts = (layer.clover_dropout[name] for name in names) if layer.training else ()
-    has_dropout = any(getattr(dropout, "p", 0.0) for dropout in dropouts)
+    has_dropout = layer.training and any(getattr(layer.clover_dropout[name], "p", 0.0) for name in names)
     maps = None
     if torch.is_grad_enabled():
         if not (has_dropout or traced or is_replica or is_captured(z)):

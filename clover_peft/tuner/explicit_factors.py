@@ -82,16 +82,15 @@ def explicit_factors(model: nn.Module, target: str, adapter_name: str = "default
             )
         rows = spec.heads.blocks(_with_bias(own), spec.size).transpose(0, 1)
         u, ds = rows @ tensors.c.double().mT, layer.scaling[adapter_name] * tensors.s.double()
-        if spec.balanced_updates:  # which scaled C
-            with partner_side(inner, spec) as partner:
-                norms = torch.linalg.matrix_norm(compute_bases(spec, own, partner).c.to(u))
-            scale = torch.linalg.matrix_norm(tensors.c.double()) / torch.where(norms > 0, norms, 1.0)
-            scale = torch.where(scale > 0, scale, 1.0)
-            u, ds = u / scale.view(-1, 1, 1), ds * scale.view(-1, *[1] * (ds.ndim - 1))
         v = torch.eye(spec.size).to(u) if tensors.e is None else tensors.e.double()
         v = v.expand(spec.blocks, -1, -1)
-        product = rows.mT @ pinv(u).mT
         with partner_side(inner, spec) as partner:
+            if spec.balanced_updates:  # which scaled C
+                norms = torch.linalg.matrix_norm(compute_bases(spec, own, partner).c.to(u))
+                scale = torch.linalg.matrix_norm(tensors.c.double()) / torch.where(norms > 0, norms, 1.0)
+                scale = torch.where(scale > 0, scale, 1.0)
+                u, ds = u / scale.view(-1, 1, 1), ds * scale.view(-1, *[1] * (ds.ndim - 1))
+            product = rows.mT @ pinv(u).mT
             if partner is not None:
                 columns = _columns(spec, partner)
                 v, product = columns @ v, columns @ product
