@@ -44,11 +44,6 @@ class CloverExperts(CloverLayer):
         super().__init__(base_layer, adapter_name, name, base_weight=partial(ExpertsWeight, layout=layout))
 
     @property
-    def parameter_name(self) -> str:
-        """The name of the parameter in its module."""
-        return self.base_weight.parameter
-
-    @property
     def below(self) -> nn.Module:
         """The module of the experts; maps of its other parameters do not meet this one's."""
         return self.get_base_layer()
@@ -79,16 +74,17 @@ class CloverExperts(CloverLayer):
         The product is computed in at least float32 for all experts at once, E I D d multiplications for E experts of I
         adapted features and D inputs, and again in the backward pass, so that nothing but W' is kept for it.
         """
-        weight, biases, layout = self.base_weight.own, self.base_weight.own_biases, self.base_weight.layout
+        base = self.base_weight
+        weight, biases, layout = base.own, base.own_biases, base.layout
         if weight.is_meta or isinstance(weight, DTensor) or weight.ndim != 3:
             raise ValueError(
                 f"{self.name}: expected the experts' whole weights in the forward pass, found them sharded or "
                 "offloaded, which CLOVER's maps of experts cannot be used with; keep the model whole on its devices"
             )
         maps = self.maps(adapter_names)
-        result = {self.parameter_name: layout.with_rows(weight, _mapped(weight, layout.rows, maps))}
+        result = {base.parameter: layout.with_rows(weight, _mapped(weight, layout.rows, maps))}
         if biases is not None:
-            result[f"{self.parameter_name}_bias"] = layout.with_bias(biases, _mapped(biases, layout.bias, maps))
+            result[base.names[1]] = layout.with_bias(biases, _mapped(biases, layout.bias, maps))
         return result
 
     def unload_and_optionally_merge_module(

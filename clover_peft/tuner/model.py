@@ -32,7 +32,7 @@ from .adapter_file import has_same_bases, select_for_saving, take_file
 from .adapter_folder import check_folder
 from .adapter_tensors import BASES_CHECKSUM, FROZEN, PACKED
 from .bases import frozen_tensors, warn_of_zero_blocks
-from .block_spec import BlockSpec, block_specs, warn_of_useless_block_size
+from .block_spec import block_specs, warn_of_useless_block_size
 from .combining import add_up, find_sources
 from .config import CloverConfig
 from .experts import CloverExperts
@@ -205,13 +205,17 @@ class CloverModel(TargetParameters, TiedWeights):
         refuse_shared(current_key, self._injection.shared.get(target, []))
         if parameter_name is not None:
             expert, layout = experts_slice(self.model, current_key)
-            specs = self._specs(peft_config, current_key, (expert,))
-            if not isinstance(layer, CloverExperts) or layer.parameter_name != parameter_name:
+            slices: tuple[TargetSlice, ...] = (expert,)
+            if not isinstance(layer, CloverExperts) or layer.base_weight.parameter != parameter_name:
                 layer = CloverExperts(target, adapter_name, current_key, layout)
         else:
-            specs = self._specs(peft_config, current_key)
+            sizes = dict(head_dim=peft_config.head_dim, num_heads=peft_config.num_heads)
+            slices = resolve(self.model, current_key, **sizes, described=peft_config.mlp_block_size is not None)
             if not isinstance(layer, CloverLayer):
                 layer = CloverLinear(target, adapter_name, current_key, get_quantization_kwargs(self.model))
+        pattern = peft_config.rank_pattern
+        rank = pattern.get(get_pattern_key(list(pattern), current_key), peft_config.r)
+        specs = block_specs(peft_config, current_key, slices, rank)
         now = self._injection
         if not now.may_be_loaded or peft_config.base_precision is None:
             peft_config.base_precision = layer.base_weight.precision
@@ -257,19 +261,6 @@ class CloverModel(TargetParameters, TiedWeights):
                 for tensors in layer.trained_tensors(adapter_name).values():
                     for parameter in tensors.values():
                         parameter.data = parameter.data.to(layer.weight.dtype)
-
-    def _specs(
-        self, config: CloverConfig, key: str, slices: tuple[TargetSlice, ...] | None = None
-    ) -> tuple[BlockSpec, ...]:
-        slices = slices or resolve(
-            self.model,
-            key,
-            head_dim=config.head_dim,
-            num_heads=config.num_heads,
-            described=config.mlp_block_size is not None,
-        )
-        rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key), config.r)
-        return block_specs(config, key, slices, rank)
 
     # ------------------------------------------------------------------ merging
 

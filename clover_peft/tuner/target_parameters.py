@@ -50,7 +50,7 @@ class TargetParameters(BaseTuner):
             holder, _, parameter = path.rpartition(".")
             parent, _, child = holder.rpartition(".")
             target = outermost = model.get_submodule(holder)
-            while isinstance(target, CloverExperts) and target.parameter_name != parameter:
+            while isinstance(target, CloverExperts) and target.base_weight.parameter != parameter:
                 target = target.base_layer
             target = target if isinstance(target, CloverExperts) else outermost
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
