@@ -110,7 +110,8 @@ class ExpertsWeight(BaseWeight):
     @property
     def own_biases(self) -> Tensor | None:
         """The base model's own biases of all features, (E, O)."""
-        return super().bias
+        found = getattr(self.module, self.names[1], None)
+        return found if self._original is None else self._original.bias
 
     def transposed(self) -> Tensor:
         """The base model's own weights as (in_features, out_features)."""
