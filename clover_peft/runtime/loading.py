@@ -81,11 +81,10 @@ def load_these(model: Any, tensors: dict[str, Tensor]) -> None:
         model: the model of transformers that loads an adapter.
         tensors: by the keys of an adapter's file.
     """
-    load = model._load_pretrained_model
 
     def once(**arguments: Any) -> Any:
-        del model._load_pretrained_model
-        return load(**arguments | {"state_dict": tensors, "checkpoint_files": []})
+        del model._load_pretrained_model  # from here on the class's own again
+        return model._load_pretrained_model(**arguments | {"state_dict": tensors, "checkpoint_files": []})
 
     model._load_pretrained_model = once
 

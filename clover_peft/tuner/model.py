@@ -156,7 +156,8 @@ class CloverModel(TargetParameters, TiedWeights):
             made = (layer.specs[adapter_name] for _, layer in clover_layers(self.model, adapter_name))
             warn_of_useless_block_size(config, [spec for specs in made for spec in specs])
             warn_of_zero_blocks(self._injection.zero_blocks)
-            self._check_file(adapter_name, config, loaded_by_transformers())
+            if tensors := loaded_by_transformers():
+                self._check_file(adapter_name, config, tensors)
             layers = clover_layers(self.model)
             known = {name for _, layer in layers for name in layer.specs}
             for _, layer in layers:
