@@ -74,7 +74,7 @@ def loaded_by_transformers() -> dict[str, Tensor]:
     return {}
 
 
-def load_these(model: Any, tensors: dict[str, Tensor]) -> None:
+def hand_over(model: Any, tensors: dict[str, Tensor]) -> None:
     """Let transformers' `load_adapter`, which runs now, load these tensors in the place of those that it would read.
 
     Args:

@@ -268,14 +268,15 @@ class AdapterTensors(nn.Module):
             adapter_names: the adapters.
             dropout: apply the adapters' dropout in training.
         """
+        dtype = y.dtype
         for name in adapter_names:
             if name in self.clover_A:
                 if x is None:
-                    low = self.clover_A[name](WHOLE, partial(_transposed, y.dtype))
+                    low = self.clover_A[name](WHOLE, lambda a: a.mT.to(dtype))
                 else:
-                    x_name = (self.clover_dropout[name](x) if dropout else x).to(y.dtype)
+                    x_name = (self.clover_dropout[name](x) if dropout else x).to(dtype)
                     low = self.clover_A[name](WHOLE, partial(_linear, x_name))
-                update = self.clover_B[name](WHOLE, partial(_linear, low)).to(y.dtype)
+                update = self.clover_B[name](WHOLE, partial(_linear, low)).to(dtype)
                 scale = self.scale_of(name)
                 y = y + (update if scale == 1 else scale * update)
         return y
@@ -357,10 +358,6 @@ def _fold(spec: BlockSpec, factored: bool, tensors: BlockTensors) -> tuple[Tenso
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
     return nn.functional.linear(x, weight.to(x.dtype))
-
-
-def _transposed(dtype: torch.dtype, weight: Tensor) -> Tensor:
-    return weight.mT.to(dtype)
 
 
 def tensor_keys(name: str, adapter_name: str, part: str) -> dict[str, str]:

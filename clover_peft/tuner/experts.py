@@ -64,7 +64,10 @@ class CloverExperts(CloverLayer):
         self._unmerge_if_disabled()
         if self.disable_adapters or self.merged or adapter_names is not None or not names:
             return self.base_layer(*args, **kwargs)
-        depth = "base_layer." * self._layers_below()
+        layer: Any = self.base_layer
+        depth = ""
+        while layer is not self.base_weight.module:
+            layer, depth = layer.base_layer, f"{depth}base_layer."
         changed = {depth + name: tensor for name, tensor in self.adapted(names).items()}
         return functional_call(self.base_layer, changed, args, kwargs, tie_weights=False)
 
@@ -101,13 +104,6 @@ class CloverExperts(CloverLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """LoRA's layers for stacks are not the ones that peft converts to."""
         return False
-
-    def _layers_below(self) -> int:
-        layer: Any = self.base_layer
-        count = 0
-        while layer is not self.base_weight.module:
-            count, layer = count + 1, layer.base_layer
-        return count
 
 
 def refuse_experts(layers: Iterable[tuple[str, CloverLayer]], purpose: str) -> None:

@@ -57,14 +57,13 @@ def explicit_factors(model: nn.Module, target: str, adapter_name: str = "default
         ValueError: if no module or more than one matches, or the adapter is not there, or has no bases of the weights.
     """
     inner = inner_model(model)
-    layers = [(layer.name, layer) for _, layer in clover_layers(inner)]
-    found = [(n, m) for n, m in layers if n == target or n.endswith("." + target)]
-    if len(found) != 1 or adapter_name not in found[0][1].specs:
+    found = [layer for _, layer in clover_layers(inner) if f".{layer.name}".endswith(f".{target}")]
+    if len(found) != 1 or adapter_name not in found[0].specs:
         raise ValueError(
-            f"{target}: expected one module with an adapter {adapter_name!r}, found {[name for name, _ in found]}; "
-            "pass the whole path of one of them"
+            f"{target}: expected one module with an adapter {adapter_name!r}, found "
+            f"{[layer.name for layer in found]}; pass the whole path of one of them"
         )
-    layer = found[0][1]
+    layer = found[0]
     layer.check_bases(adapter_name, "factor")
     with layer.base_weight.whole():
         own = layer.base_weight.side

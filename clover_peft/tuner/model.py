@@ -20,13 +20,7 @@ from ..base_model.families import FAMILIES, family_of, unknown_family_message
 from ..base_model.resolve import default_targets, resolve
 from ..base_model.slices import TargetSlice
 from ..io.user_warning import warn
-from ..runtime.loading import (
-    load_these,
-    loaded_by_transformers,
-    makes_meta_tensors,
-    transformers_loads,
-    weights_follow,
-)
+from ..runtime.loading import hand_over, loaded_by_transformers, makes_meta_tensors, transformers_loads, weights_follow
 from ..runtime.sharding import filled_by_rank_0, refuse_sharded, spare_broadcasts
 from .adapter_file import has_same_bases, select_for_saving, take_file
 from .adapter_folder import check_folder
@@ -190,7 +184,7 @@ class CloverModel(TargetParameters, TiedWeights):
         take_file(self.model, dict(clover_layers(self.model, adapter_name)), adapter_name, config, file)
         whole = {key: tensor for key, tensor in tensors.items() if not {BASES_CHECKSUM, PACKED} & set(key.split("."))}
         whole |= {self._remove_adapter_name_from_key(key, adapter_name): file[key] for key in file.keys() - before}
-        load_these(self.model, whole)
+        hand_over(self.model, whole)
 
     def _create_and_replace(
         self,
