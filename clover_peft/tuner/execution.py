@@ -1,7 +1,8 @@
-"""How a layer applies its adapters' maps in one pass."""
+"""How a layer applies its adapters' maps in one pass: `choose_form` decides it, `apply_adapters` does it."""
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Hashable, Sequence
 
@@ -13,18 +14,45 @@ from ..runtime.tracing import is_captured, is_traced, shares_state
 from .adapter_tensors import AdapterTensors
 from .fused_maps import apply_maps
 from .map_cache import MapCache
+from .maps import HeadMap
 from .model_maps import maps_of_model
+
+
+class Form(enum.Enum):
+    """A way to compute `z + E dS C z`; all forms give the same numbers up to rounding.
+
+    Attributes:
+        CACHED: with `E dS C`, folded in the last pass of several tokens a sequence.
+        FOLDED: with `E dS C`, folded for this pass.
+        TOGETHER: with `E dS C`, folded for this pass together with the maps of the model's other layers.
+        STAGED: with C, dS and E one after the other, which is less work for a few tokens.
+    """
+
+    CACHED = "cached"
+    FOLDED = "folded"
+    TOGETHER = "together"
+    STAGED = "staged"
+
+
+def choose_form(*, has_kept_maps: bool, has_model_maps: bool, is_decoding: bool, has_dropout: bool) -> Form:
+    """The form of a pass.
+
+    Args:
+        has_kept_maps: folded maps of frozen adapters were kept, and the pass continues a sequence.
+        has_model_maps: the maps of the model's layers were folded together, and this layer's are among them.
+        is_decoding: no gradients, and one token a sequence, fewer of them than a block has features.
+        has_dropout: dropout is applied to the maps' input.
+    """
+    if has_kept_maps:
+        return Form.CACHED
+    if has_model_maps:
+        return Form.TOGETHER
+    # A pass of few tokens that is not decoding is folded too: it then rounds like the same adapter in training.
+    return Form.STAGED if is_decoding and not has_dropout else Form.FOLDED
 
 
 def apply_adapters(layer: AdapterTensors, z: Tensor, adapter_names: Sequence[str], cache: MapCache) -> Tensor:
     """`z + sum_i E_i dS_i C_i z` over the layer's adapters of these names, with their dropout in training.
-
-    It is computed in one of four forms, which give the same numbers up to rounding:
-
-    - cached: with `E dS C`, folded in the last pass of several tokens a sequence, while the adapters are frozen;
-    - together: with `E dS C`, folded for this pass together with the maps of the model's other layers;
-    - staged: with C, dS and E one after the other, which is less work for a few tokens;
-    - folded: with `E dS C`, folded for this pass.
 
     Args:
         layer: the layer.
@@ -38,29 +66,32 @@ def apply_adapters(layer: AdapterTensors, z: Tensor, adapter_names: Sequence[str
     names = [name for name in adapter_names if name in layer.specs]
     traced, differentiated = is_traced(), layer.training or torch.is_grad_enabled()
     is_replica = shares_state(layer)
+    kept = folded = together = None
     if not (differentiated or traced or is_replica or is_captured(z)):
-        kept = None
         if z.ndim > 2 and z.shape[-2] == 1:
             kept = cache.find(*_sources(layer, names, z.dtype))
         elif z.ndim > 2:
-            kept = cache.renew(*_sources(layer, names, z.dtype), lambda: [m.to(z.dtype) for m in layer.maps(names)])
-        if kept is not None:
-            return apply_maps(z, kept)
+            folded = cache.renew(*_sources(layer, names, z.dtype), lambda: _folded_maps(layer, names, z.dtype))
     elif not torch.compiler.is_compiling():
         cache.clear()
     elif differentiated and not torch.compiler.is_exporting():
         cache.is_stale = True
-    has_dropout = layer.training and any(getattr(layer.clover_dropout[name], "p", 0.0) for name in names)
-    maps = None
-    if torch.is_grad_enabled():
-        if not (has_dropout or traced or is_replica or is_captured(z)):
-            maps = maps_of_model(layer, names)
-    # A pass of few tokens that is not decoding is folded too: it then rounds like the same adapter in training.
-    elif not has_dropout and _is_decoding(layer, z, names, traced):
+    dropouts = (layer.clover_dropout[name] for name in names) if layer.training else ()
+    has_dropout = any(getattr(dropout, "p", 0.0) for dropout in dropouts)
+    if torch.is_grad_enabled() and not (has_dropout or traced or is_replica or is_captured(z)):
+        together = maps_of_model(layer, names)
+    form = choose_form(
+        has_kept_maps=kept is not None,
+        has_model_maps=together is not None,
+        is_decoding=kept is None and not torch.is_grad_enabled() and _is_decoding(layer, z, names, traced),
+        has_dropout=has_dropout,
+    )
+    if form is Form.STAGED:
         wide = z.to(torch.promote_types(z.dtype, torch.float32))  # cheaper than casting the larger E, S and C
         return apply_maps(wide, layer.staged_maps(names)).to(z.dtype)
-    if maps is None:
-        maps = layer.maps(names, dropout=True)
+    if (frozen := kept or folded) is not None:
+        return apply_maps(z, frozen)
+    maps = layer.maps(names, dropout=True) if together is None else together
     return apply_maps(z, maps, layer.output_is_kept(names))
 
 
@@ -83,3 +114,7 @@ def _sources(
     """What folded maps depend on: the key that they are kept under, the tensors, and the scales."""
     tensors = [t for name in names for spec in layer.specs[name] for t in layer.registered(name, spec).values()]
     return (*names, dtype), tensors, [layer.scaling[name] for name in names]
+
+
+def _folded_maps(layer: AdapterTensors, names: Sequence[str], dtype: torch.dtype) -> list[HeadMap]:
+    return [m.to(dtype) for m in layer.maps(names)]

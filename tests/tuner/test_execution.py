@@ -11,50 +11,79 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from clover_peft import CloverConfig
-from clover_peft.tuner.execution import apply_adapters
+from clover_peft.tuner.execution import Form, apply_adapters, choose_form
 from clover_peft.tuner.map_cache import MapCache
 from tests.support.adapters import layers
 from tests.support.passes import answer, two_adapters, unfolded, write
 from tests.support.tiny import TOLERANCE, build, inputs, perturb, relative
 
+
+@pytest.mark.parametrize(
+    ("has_kept_maps", "has_model_maps", "is_decoding", "has_dropout", "form"),
+    [
+        (True, False, False, False, Form.CACHED),
+        (True, False, False, True, Form.CACHED),
+        (True, False, True, False, Form.CACHED),
+        (True, False, True, True, Form.CACHED),
+        (True, True, False, False, Form.CACHED),
+        (True, True, False, True, Form.CACHED),
+        (True, True, True, False, Form.CACHED),
+        (True, True, True, True, Form.CACHED),
+        (False, True, False, False, Form.TOGETHER),
+        (False, True, False, True, Form.TOGETHER),
+        (False, True, True, False, Form.TOGETHER),
+        (False, True, True, True, Form.TOGETHER),
+        (False, False, True, False, Form.STAGED),
+        (False, False, True, True, Form.FOLDED),
+        (False, False, False, False, Form.FOLDED),
+        (False, False, False, True, Form.FOLDED),
+    ],
+)
+def test_the_choice_of_a_form(has_kept_maps, has_model_maps, is_decoding, has_dropout, form):
+    found = choose_form(
+        has_kept_maps=has_kept_maps, has_model_maps=has_model_maps, is_decoding=is_decoding, has_dropout=has_dropout
+    )
+    assert found is form
+
+
 # One row a kind of pass: the adapter is frozen or trained, what the pass is like, and the form that it takes.
 TABLE = [
     # Maps of frozen adapters are folded in passes of several tokens a sequence, and kept for those of one.
-    ("frozen", {}, "folded"),
-    ("frozen", {"length": 1}, "cached"),
-    ("frozen", {"length": 1, "sequences": 12}, "cached"),
-    ("frozen", {"length": 1, "before": 1}, "staged"),
-    ("frozen", {"length": 1, "before": 1, "sequences": 12}, "folded"),
-    ("frozen", {"flat": True}, "folded"),
-    ("frozen", {"dropout": True}, "folded"),
-    ("frozen", {"dropout": True, "length": 1}, "cached"),
+    ("frozen", {}, Form.FOLDED),
+    ("frozen", {"length": 1}, Form.CACHED),
+    ("frozen", {"length": 1, "sequences": 12}, Form.CACHED),
+    ("frozen", {"length": 1, "before": 1}, Form.STAGED),
+    ("frozen", {"length": 1, "before": 1, "sequences": 12}, Form.FOLDED),
+    ("frozen", {"flat": True}, Form.FOLDED),
+    ("frozen", {"dropout": True}, Form.FOLDED),
+    ("frozen", {"dropout": True, "length": 1}, Form.CACHED),
     # Nothing is kept where torch records gradients or operations, where memory is replayed or shared, or in training.
-    ("frozen", {"grad": True}, "folded"),
-    ("frozen", {"grad": True, "length": 1}, "folded"),
-    ("frozen", {"training": True}, "folded"),
-    ("frozen", {"training": True, "length": 1}, "staged"),
-    ("frozen", {"during": "capture"}, "folded"),
-    ("frozen", {"during": "capture", "length": 1}, "staged"),
-    ("frozen", {"during": "replication"}, "folded"),
-    ("frozen", {"during": "replication", "length": 1}, "staged"),
-    ("frozen", {"during": "compilation"}, "folded"),
-    ("frozen", {"during": "compilation", "length": 1}, "staged"),
-    ("frozen", {"during": "tracing"}, "folded"),
-    ("frozen", {"during": "tracing", "length": 1}, "folded"),  # sizes are tensors, and cannot be compared
+    ("frozen", {"grad": True}, Form.FOLDED),
+    ("frozen", {"grad": True, "length": 1}, Form.FOLDED),
+    ("frozen", {"training": True}, Form.FOLDED),
+    ("frozen", {"training": True, "length": 1}, Form.STAGED),
+    ("frozen", {"during": "capture"}, Form.FOLDED),
+    ("frozen", {"during": "capture", "length": 1}, Form.STAGED),
+    ("frozen", {"during": "replication"}, Form.FOLDED),
+    ("frozen", {"during": "replication", "length": 1}, Form.STAGED),
+    ("frozen", {"during": "compilation"}, Form.FOLDED),
+    ("frozen", {"during": "compilation", "length": 1}, Form.STAGED),
+    ("frozen", {"during": "tracing"}, Form.FOLDED),
+    ("frozen", {"during": "tracing", "length": 1}, Form.FOLDED),  # sizes are tensors, and cannot be compared
     # An adapter that is trained may change at any time.
-    ("trained", {}, "folded"),
-    ("trained", {"length": 1}, "staged"),
-    ("trained", {"length": 1, "sequences": 11}, "staged"),
-    ("trained", {"length": 1, "sequences": 12}, "folded"),  # as many tokens as a block has features
-    ("trained", {"flat": True}, "folded"),
-    ("trained", {"grad": True}, "folded"),
-    ("trained", {"grad": True, "length": 1}, "folded"),
-    ("trained", {"training": True, "length": 1}, "staged"),
-    ("trained", {"training": True, "grad": True, "length": 1}, "folded"),
+    ("trained", {}, Form.FOLDED),
+    ("trained", {"length": 1}, Form.STAGED),
+    ("trained", {"length": 1, "sequences": 11}, Form.STAGED),
+    ("trained", {"length": 1, "sequences": 12}, Form.FOLDED),  # as many tokens as a block has features
+    ("trained", {"flat": True}, Form.FOLDED),
+    ("trained", {"grad": True}, Form.FOLDED),
+    ("trained", {"grad": True, "length": 1}, Form.FOLDED),
+    ("trained", {"training": True, "length": 1}, Form.STAGED),
+    ("trained", {"training": True, "grad": True, "length": 1}, Form.FOLDED),
     # Dropout changes the folded map, and in training only.
-    ("trained", {"dropout": True, "length": 1}, "staged"),
-    ("trained", {"dropout": True, "training": True, "length": 1}, "folded"),
-    ("frozen", {"dropout": True, "training": True, "length": 1}, "folded"),
+    ("trained", {"dropout": True, "length": 1}, Form.STAGED),
+    ("trained", {"dropout": True, "training": True, "length": 1}, Form.FOLDED),
+    ("frozen", {"dropout": True, "training": True, "length": 1}, Form.FOLDED),
 ]
 
 
@@ -74,17 +103,17 @@ def test_the_form_of_a_pass_through_a_layer(adapter, this, form, monkeypatch):
         monkeypatch.setattr("clover_peft.tuner.execution.is_traced", lambda: True)
     z = torch.randn(this.get("sequences", 2), this.get("length", 7), layer.out_features)
     z, cache = z.flatten(0, 1) if this.get("flat") else z, MapCache()
-    calls: list[str] = []
+    calls: list[Form] = []
     with torch.set_grad_enabled(this.get("grad", False)):
         apply_adapters(layer, torch.randn(2, this.get("before", 7), layer.out_features), ["default"], cache)
-        for name, meaning in (("maps", "folded"), ("staged_maps", "staged")):
+        for name, meaning in (("maps", Form.FOLDED), ("staged_maps", Form.STAGED)):
             plain = getattr(layer, name)
             monkeypatch.setattr(
                 layer, name, lambda *a, plain=plain, meaning=meaning, **k: calls.append(meaning) or plain(*a, **k)
             )
         apply_adapters(layer, z, ["default"], cache)
-    assert calls == ([] if form == "cached" else [form])
-    if form == "cached":
+    assert calls == ([] if form is Form.CACHED else [form])
+    if form is Form.CACHED:
         assert len(cache) == 1
 
 
