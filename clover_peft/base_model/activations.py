@@ -161,18 +161,23 @@ def collect_moments(
     masks: dict[str, Tensor] = {}
     reader = TokenReader(model)
 
-    def before(name: str, probe: Probe, module: nn.Module, inputs: Any) -> None:
-        add_blocks(found, name, reader.blocks(probe, inputs[0], masks))
-
-    def after(name: str, probe: Probe, module: nn.Module, inputs: Any, output: Any) -> None:
-        add_blocks(found, name, reader.blocks(probe, output, masks))
+    def observe(name: str, probe: Probe, module: nn.Module, inputs: Any, output: Any = None) -> None:
+        blocks = reader.blocks(probe, inputs[0] if probe.reads else output, masks)
+        if name not in found:
+            # A device without float64 leaves the sums to the CPU.
+            at = torch.device("cpu") if blocks.device.type == "mps" else blocks.device
+            shape = blocks.shape[1:]
+            found[name] = Moments(
+                torch.zeros(*shape, shape[-1], dtype=torch.float64, device=at),
+                torch.zeros(shape, dtype=torch.float64, device=at),
+            )
+        found[name].add(blocks)
 
     with evaluating(model), ExitStack() as hooked:
         for name, probe in probes.items():
-            if probe.reads:
-                hooked.enter_context(probe.module.register_forward_pre_hook(partial(before, name, probe)))
-            else:
-                hooked.enter_context(probe.module.register_forward_hook(partial(after, name, probe)))
+            module = probe.module
+            register: Any = module.register_forward_pre_hook if probe.reads else module.register_forward_hook
+            hooked.enter_context(register(partial(observe, name, probe)))
         count = 0
         for batch in tqdm(batches, desc="CLOVER moments", unit=" batches", delay=3, leave=False):
             values, of_batch = reader.start(batch)
@@ -191,19 +196,6 @@ def collect_moments(
         name = min(few, key=few.__getitem__)
         warn_if_few(name, few[name], probes[name].size, f"blocks of {probes[name].size} features")
     return found
-
-
-def add_blocks(found: dict[str, Moments], name: str, blocks: Tensor) -> None:
-    """Add tokens (tokens, H, d) to the moments of this name, which start at zero."""
-    if name not in found:
-        # A device without float64 leaves the sums to the CPU.
-        at = torch.device("cpu") if blocks.device.type == "mps" else blocks.device
-        shape = blocks.shape[1:]
-        found[name] = Moments(
-            torch.zeros(*shape, shape[-1], dtype=torch.float64, device=at),
-            torch.zeros(shape, dtype=torch.float64, device=at),
-        )
-    found[name].add(blocks)
 
 
 @contextmanager

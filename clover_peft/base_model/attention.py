@@ -79,7 +79,10 @@ class AttentionBlock:
         _, features = self._features(path)
         dims = {part: self.dim(part, path) for part in layout.parts}
         if layout.order == "all":
-            counts = {part: self.count(part, path, layout.parts, features, dims) for part in layout.parts}
+            if len(dims) == 1:
+                counts = {part: divide(path, features, dim, f"head_dim {dim}") for part, dim in dims.items()}
+            else:
+                counts = {part: self.heads(path) if part == "q" else self.key_value_heads(path) for part in dims}
             sizes = {part: counts[part] * dims[part] for part in layout.parts}
             if sum(sizes.values()) != features:
                 raise ValueError(
@@ -138,12 +141,6 @@ class AttentionBlock:
         """Number of key-value heads, which is the number of query heads in models without a count of their own."""
         value = self.fact(self.family.key_value_heads)
         return value if isinstance(value, int) else self.heads(path)
-
-    def count(self, part: str, path: str, parts: tuple[str, ...], features: int, dims: dict[str, int]) -> int:
-        """Number of heads of `part` in a module that computes `parts` one after the other."""
-        if len(parts) == 1:
-            return divide(path, features, dims[part], f"head_dim {dims[part]}")
-        return self.heads(path) if part == "q" else self.key_value_heads(path)
 
     def cached_features(self, path: str) -> int:
         """Numbers in the cache for each token: keys and values of all heads, or the latent of DeepSeek's attention."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..runtime.sharding import whole_shape
 from .families import FAMILIES, Layout, find_suffix, owner_of
 from .slices import HeadSlice, TargetSlice
-from .weight import BaseWeight, Original, base_of
+from .weight import BaseWeight, base_of
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ class ExpertsWeight(BaseWeight):
     def __init__(self, owner: nn.Module, path: str, layout: ExpertsLayout) -> None:
         self.owner, self.path, self.layout = owner, path, layout
         self.parameter = path.rpartition(".")[2]
+        self.names = (self.parameter, f"{self.parameter}_bias")
         self.backend, self.fan_in_fan_out, self._original = None, False, None
-        self.rounding = (0.0, 0.0)
         self.in_features = self.stored.shape[3 - layout.dim]
         self.out_features = len(self.stored) * (self.stored.shape[layout.dim] // layout.parts)
 
@@ -110,7 +110,7 @@ class ExpertsWeight(BaseWeight):
     @property
     def own_biases(self) -> Tensor | None:
         """The base model's own biases of all features, (E, O)."""
-        found = getattr(self.module, f"{self.parameter}_bias", None)
+        found = getattr(self.module, self.names[1], None)
         return found if self._original is None else self._original.bias
 
     def transposed(self) -> Tensor:
@@ -129,22 +129,8 @@ class ExpertsWeight(BaseWeight):
 
     def write(self, weight: Tensor, bias: Tensor | None) -> None:
         """Replace the parameter, and the biases by these of the adapted part; see `BaseWeight.write`."""
-        module, biases = self.module, self.own_biases
-        if self._original is None:
-            self._original = Original(module, self.stored, biases, None)
-        values = {self.parameter: weight}
-        if bias is not None and biases is not None:
-            values[f"{self.parameter}_bias"] = self.layout.with_bias(biases.data, bias)
-        for name, value in values.items():
-            setattr(module, name, nn.Parameter(value, requires_grad=getattr(module, name).requires_grad))
-
-    def restore(self) -> None:
-        """Put the base model's own tensors back, bit for bit."""
-        assert self._original is not None
-        setattr(self.module, self.parameter, self._original.weight)
-        if self._original.bias is not None:
-            setattr(self.module, f"{self.parameter}_bias", self._original.bias)
-        self._original = None
+        biases = self.own_biases
+        super().write(weight, None if bias is None or biases is None else self.layout.with_bias(biases.data, bias))
 
 
 def experts_slice(model: nn.Module, path: str) -> tuple[TargetSlice, ExpertsLayout]:

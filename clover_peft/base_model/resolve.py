@@ -9,7 +9,7 @@ from torch import nn
 from .attention import AttentionBlock, divide
 from .families import Layout, family_of, find_suffix, owner_of, unknown_family_message, wraps_known_models
 from .slices import HeadSlice, TargetSlice
-from .weight import base_of, is_projection, out_features
+from .weight import base_of, feature_counts, is_projection
 
 
 def default_targets(model: nn.Module) -> dict[str, str]:
@@ -51,7 +51,7 @@ def resolve(
         TypeError: if the module is no linear projection.
     """
     module = base_of(model.get_submodule(path))
-    features = out_features(module, path)
+    _, features = feature_counts(module, path)
     family, model_type, config = owner_of(model, path)
     if family is None:
         if head_dim is not None or num_heads is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from ..linalg.decomposition import gram
 from ..runtime.bitsandbytes import check_packing
 from ..runtime.offload import onloaded
 from ..runtime.sharding import computed_on_rank_0, only_rank_0_has_weights
-from .slices import Partner
+from .slices import HeadSlice, Partner
 
 ResultT = TypeVar("ResultT")
 
@@ -44,6 +46,22 @@ class Original(NamedTuple):
     state: Any
 
 
+class Side(NamedTuple):
+    """One of the projections that meet in a slice.
+
+    Attributes:
+        weight: (D, features), with the slice's heads in the last dimension.
+        bias: (features,) or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def gram(self, heads: HeadSlice, size: int) -> Tensor:
+        """The Gram matrix of every block, (H, d, d) float64."""
+        return gram(heads.blocks(self.weight, size), None if self.bias is None else heads.blocks(self.bias, size))
+
+
 class BaseWeight:
     """Reads and writes the weight of a projection: plain, `Conv1D`, quantised, offloaded, sharded or merged into.
 
@@ -56,9 +74,12 @@ class BaseWeight:
         quantization_kwargs: arguments of peft's quantisation backends (`get_quantization_kwargs(model)`).
 
     Attributes:
+        names: of weight and bias in the module.
         rounding: squared norms of the change by the last `write`, and of the rounding error of its quantised result;
             zeros for plain weights.
     """
+
+    names = ("weight", "bias")
 
     def __init__(self, owner: nn.Module, path: str = "", quantization_kwargs: dict[str, Any] | None = None) -> None:
         self.owner = owner
@@ -160,7 +181,12 @@ class BaseWeight:
     @property
     def bias(self) -> Tensor | None:
         """The base model's own bias, (out_features,)."""
-        return self.module.bias if self._original is None else self._original.bias
+        return getattr(self.module, self.names[1], None) if self._original is None else self._original.bias
+
+    @property
+    def side(self) -> Side:
+        """The projection as one of two that meet; read it inside `with base.whole():`."""
+        return Side(self.transposed(), self.bias)
 
     # ------------------------------------------------------------------ merging
 
@@ -179,13 +205,12 @@ class BaseWeight:
         Raises:
             TypeError: if a quantisation backend wrote into the packed weight, which `restore` could not put back.
         """
-        module = self.module
+        module, (name, bias_name) = self.module, self.names
         if self._original is None:
-            own = getattr(module, "weight", None)
-            self._original = Original(module, own, module.bias, copy.copy(getattr(module, "state", None)))
-        self.rounding = (0.0, 0.0)
+            own, state = getattr(module, name, None), copy.copy(getattr(module, "state", None))
+            self._original = Original(module, own, getattr(module, bias_name, None), state)
         if self.backend is None:
-            module.weight = _like(module.weight, weight)
+            setattr(module, name, _like(getattr(module, name), weight))
         else:
             before, packed = self.as_stored(self.transposed()), self.stored
             self.backend.set_base_weight(self.owner, weight)
@@ -199,8 +224,8 @@ class BaseWeight:
             error = self.backend.get_base_weight(self.module) - weight
             self.rounding = (float((weight - before).float().square().sum()), float(error.float().square().sum()))
         if bias is not None:
-            module = self.module
-            module.bias = bias if module.bias is None else _like(module.bias, bias)  # None in a new module
+            own = getattr(self.module, bias_name)
+            setattr(self.module, bias_name, bias if own is None else _like(own, bias))  # None in a new module
 
     def restore(self) -> None:
         """Put the base model's own tensors back, bit for bit."""
@@ -212,10 +237,11 @@ class BaseWeight:
                 holder = holder.base_layer
             holder.base_layer = module
         else:
-            module.weight = weight
+            setattr(module, self.names[0], weight)
             if state is not None and self.backend is not None:
                 module.state = state
-        module.bias = bias
+        if bias is not None:
+            setattr(module, self.names[1], bias)
         self._original = None
 
     def apply(self, fn: Any) -> None:
@@ -233,17 +259,9 @@ class BaseWeight:
             return original.weight.data
         if original.weight is None:
             return self.backend.get_base_weight(original.module)
-        module = original.module
-        merged, state = module.weight, getattr(module, "state", None)
-        try:
-            module.weight = original.weight
-            if state is not None:
-                module.state = copy.copy(original.state)
-            return self.backend.get_base_weight(module)
-        finally:
-            module.weight = merged
-            if state is not None:
-                module.state = state
+        # The module itself has the merged weight now.
+        as_before: Any = SimpleNamespace(weight=original.weight, state=copy.copy(original.state))
+        return self.backend.get_base_weight(as_before)
 
 
 def _like(old: Tensor, new: Tensor) -> Tensor:
@@ -264,15 +282,11 @@ def base_weight(model: nn.Module, path: str) -> BaseWeight:
 
 
 @contextmanager
-def partner_weight(model: nn.Module, partner: Partner) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The partner's weight with the heads in its last dimension, (D, features), and the heads' own bias.
-
-    Both are whole inside the context only.
-    """
+def partner_weight(model: nn.Module, partner: Partner) -> Iterator[Side]:
+    """The partner's weight with the heads in its last dimension, and the heads' own bias; whole inside the context."""
     weight = base_weight(model, partner.path)
     with weight.whole():
-        rows, bias = weight.transposed(), weight.bias
-        yield (rows.mT, None) if partner.reads else (rows, bias)
+        yield Side(weight.transposed().mT, None) if partner.reads else weight.side
 
 
 def base_of(module: nn.Module) -> nn.Module:
@@ -316,8 +330,3 @@ def feature_counts(module: Any, path: str) -> tuple[int, int]:
             f"found {type(module).__name__}; leave it out of target_modules"
         )
     return int(module.in_features), int(module.out_features)
-
-
-def out_features(module: nn.Module, path: str) -> int:
-    """Output features of a linear projection; see `feature_counts`."""
-    return feature_counts(module, path)[1]

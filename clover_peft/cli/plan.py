@@ -16,7 +16,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..base_model.weight import BaseWeight, base_of, out_features
+from ..base_model.weight import BaseWeight, base_of, feature_counts
 from ..io.hub_models import find_model
 from ..io.model_class import class_of, find_class, make_empty, read_config
 from ..tuner.bases import frozen_tensors
@@ -115,7 +115,7 @@ def match(
     for name, module in _empty(config, kind).named_modules():
         if (last := name.rpartition(".")[2]) in sizes and isinstance(module, (nn.Linear, Conv1D)):
             sizes[last] += sum(module.weight.shape)
-            outputs += out_features(module, name)
+            outputs += feature_counts(module, name)[1]
     if missing := [name for name, size in sizes.items() if not size]:
         raise ValueError(f"--match {missing[0]}: expected a linear module of the model, found none")
     smallest, found = min(sizes, key=lambda name: sizes[name]), {}

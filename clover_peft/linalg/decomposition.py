@@ -6,7 +6,6 @@ is computed in float64 and batched over H; no D x D matrix is ever formed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -210,11 +209,7 @@ def pair_bases(g_in: Tensor, g_out: Tensor) -> Bases:
     scale = torch.linalg.matrix_norm(root_in) * torch.linalg.matrix_norm(root_out)
     alive = ~degenerate.unsqueeze(-1) | (s0 > DROP_BELOW**2 * scale.unsqueeze(-1))
     sign = _fix_signs(c) * alive
-    return Bases(
-        c * sign.unsqueeze(-1),
-        e * sign.unsqueeze(-2),
-        s0 * alive,
-    )
+    return Bases(c * sign.unsqueeze(-1), e * sign.unsqueeze(-2), s0 * alive)
 
 
 def qr_bases(g: Tensor) -> Bases:
@@ -255,14 +250,11 @@ def svd_bases(g: Tensor) -> Bases:
 def _check(g: Tensor) -> None:
     if not torch.isfinite(g).all():
         blocks = (~torch.isfinite(g).flatten(1).all(-1)).nonzero().flatten().tolist()
+        named = ", ".join(map(str, blocks[:8])) + (f" and {len(blocks) - 8} more" if len(blocks) > 8 else "")
         raise ValueError(
-            f"weights of head(s) {_shorten(blocks)} contain NaN or infinite values; expected finite weights; "
+            f"weights of head(s) {named} contain NaN or infinite values; expected finite weights; "
             "load the base model again from a sound checkpoint"
         )
-
-
-def _shorten(items: Sequence[object]) -> str:
-    return ", ".join(map(str, items[:8])) + (f" and {len(items) - 8} more" if len(items) > 8 else "")
 
 
 def fold(s: Tensor, c: Tensor | None, e: Tensor | None) -> Tensor:

@@ -156,10 +156,8 @@ def decompose_pair(pair: Pair, method: Method, moments: Mapping[str, Moments]) -
         g_in, own_bias = gram(pair.heads.blocks(reader.transposed(), size)), reader.bias
         if own_bias is not None:
             own_bias = pair.heads.blocks(own_bias, size).to(g_in)
-    with partner_weight(model, pair.partner) as (rows, query_bias):
-        heads = pair.partner.heads
-        added = None if query_bias is None else heads.blocks(query_bias, size)
-        g_out = gram(heads.blocks(rows, size), added)
+    with partner_weight(model, pair.partner) as beside:
+        g_out = beside.gram(pair.partner.heads, size)
     bias = None
     if pair.kind == "vo" and own_bias is not None and _takes_bias(pair):
         bias = own_bias.repeat_interleave(pair.groups, dim=0)

@@ -61,12 +61,8 @@ class GuardedTensors(nn.Module):
 
     def devices(self) -> set[torch.device]:
         """The devices of its parameters and buffers."""
-        return {
-            tensor.device
-            for held in (self._parameters, self._buffers)
-            for tensor in held.values()
-            if tensor is not None
-        }
+        held = (*self._parameters.values(), *self._buffers.values())
+        return {tensor.device for tensor in held if tensor is not None}
 
     def get(self, name: str) -> Tensor | None:
         """The tensor of this name, or None if there is none."""

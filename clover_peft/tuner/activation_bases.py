@@ -9,7 +9,7 @@ from torch import nn
 
 from ..base_model.activations import Probe, collect_moments
 from ..base_model.weight import base_of
-from .bases import compute_bases, own_side, partner_side, stored_bases
+from .bases import compute_bases, partner_side, stored_bases
 from .block_spec import BlockSpec
 from .experts import refuse_experts
 from .layer import CloverLayer
@@ -54,7 +54,7 @@ def initialize_from_activations(
     made = []
     for path, layer in layers:
         with layer.base_weight.whole():
-            side = own_side(layer.base_weight)
+            side = layer.base_weight.side
             for spec in layer.specs[adapter_name]:
                 with partner_side(inner, spec) as partner:
                     bases = compute_bases(spec, side, partner, *map(found.get, _names(path, spec)))

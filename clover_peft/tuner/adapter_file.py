@@ -37,8 +37,8 @@ def select_for_saving(name: str, layer: CloverLayer, adapter_name: str, config: 
     for spec in layer.specs[adapter_name]:
         keys = tensor_keys(name, adapter_name, spec.name)
         if keys["clover_S"] in state:  # the model's own state dict may leave out the bases (`GuardedTensors`)
-            for attribute in spec.base_shapes:
-                state.setdefault(keys[attribute], getattr(layer, attribute)[adapter_name].get(spec.name))
+            for attribute, tensor in layer.frozen_tensors(adapter_name, spec).items():
+                state.setdefault(keys[attribute], tensor)
         if spec.basis == "folded" or keys["clover_S"] not in state:
             continue
         if config.save_bases is True:
@@ -124,21 +124,25 @@ def _complete(layers: dict[str, CloverLayer], adapter_name: str, state: dict[str
 
     A folded adapter has none: S of another adapter cannot be told from its maps.
     """
-    own = {}
-    for name, layer in layers.items():
+    for layer in layers.values():
         if not layer.has_bases(adapter_name) or any(spec.basis == "folded" for spec in layer.specs[adapter_name]):
             return
-        for spec in layer.specs[adapter_name]:
-            for attribute in spec.base_shapes:
-                tensor = getattr(layer, attribute)[adapter_name].get(spec.name)
-                own[tensor_keys(name, adapter_name, spec.name)[attribute]] = tensor
-        for attribute, tensors in layer.trained_tensors(adapter_name).items():
-            for part, tensor in tensors.items():
-                own[tensor_keys(name, adapter_name, part)[attribute]] = tensor.detach()
-    frozen = {*FROZEN, BASES_CHECKSUM}
+    own, frozen = _own_tensors(layers, adapter_name), {*FROZEN, BASES_CHECKSUM}
     if own.keys() & state.keys() and not any(frozen & set(key.split(".")) for key in state):
         for key, tensor in own.items():
             state.setdefault(key, tensor)
+
+
+def _own_tensors(layers: dict[str, CloverLayer], adapter_name: str) -> dict[str, Tensor]:
+    """The adapter's tensors in the model by their keys."""
+    found: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        for spec in layer.specs[adapter_name]:
+            keys = tensor_keys(name, adapter_name, spec.name)
+            found |= {keys[a]: tensor for a, tensor in layer.frozen_tensors(adapter_name, spec).items()}
+        for a, tensors in layer.trained_tensors(adapter_name).items():
+            found |= {tensor_keys(name, adapter_name, part)[a]: tensor.detach() for part, tensor in tensors.items()}
+    return found
 
 
 def _take_layer(
@@ -247,12 +251,7 @@ def _check_tensors(
 
 def _check_nothing_left(layers: dict[str, CloverLayer], adapter_name: str, state: dict[str, Tensor]) -> None:
     """Refuse tensors of an adapter that have no place in the model."""
-    known = set()
-    for name, layer in layers.items():
-        parts = [(a, spec.name) for spec in layer.specs[adapter_name] for a in spec.base_shapes]
-        parts += [(a, part) for a, tensors in layer.trained_tensors(adapter_name).items() for part in tensors]
-        known |= {tensor_keys(name, adapter_name, part)[attribute] for attribute, part in parts}
-    attributes = {*TRAINED, *FROZEN}
+    known, attributes = _own_tensors(layers, adapter_name), {*TRAINED, *FROZEN}
     if left := sorted(key for key in state if key not in known and attributes & set(key.split("."))):
         module, _, tensor = left[0].removeprefix("base_model.model.").rpartition(".clover_")
         raise ValueError(

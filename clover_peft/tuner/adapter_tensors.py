@@ -58,6 +58,7 @@ class AdapterTensors(nn.Module):
             setattr(self, attribute, nn.ModuleDict())
         self.specs: dict[str, tuple[BlockSpec, ...]] = {}
         self.scaling: dict[str, float] = {}
+        self.merged_scaling: dict[str, float] = {}
         # Adapter -> the most directions that it trains in a block, where LoRA's layers have their ranks.
         self.r: dict[str, int] = {}
         self._missing_bases: set[str] = set()
@@ -146,14 +147,23 @@ class AdapterTensors(nn.Module):
             getattr(self, attribute)[adapter_name] = GuardedTensors(tensors, persistent=persistent)
         self.clover_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         if next(self.clover_S[adapter_name].parameters()).is_meta:  # also under `init_empty_weights`
-            for attribute in (*trained, *frozen):
-                getattr(self, attribute)[adapter_name].to("meta")
+            for held in self._held(adapter_name):
+                held.to("meta")
         self._missing_bases.add(adapter_name)
         self._note_loaded()
 
     def change_specs(self, adapter_name: str, **changes: Any) -> None:
         """Set fields of the specs of all slices of an adapter."""
         self.specs[adapter_name] = tuple(replace(spec, **changes) for spec in self.specs[adapter_name])
+
+    def _held(self, adapter_name: str) -> list[GuardedTensors]:
+        """What holds an adapter's tensors, as far as it is here."""
+        held = (getattr(self, attribute) for attribute in (*TRAINED, *FROZEN))
+        return [each[adapter_name] for each in held if adapter_name in each]
+
+    def frozen_tensors(self, adapter_name: str, spec: BlockSpec) -> dict[str, Tensor]:
+        """The frozen tensors of a slice by attribute."""
+        return {attribute: getattr(self, attribute)[adapter_name].get(spec.name) for attribute in spec.base_shapes}
 
     def trained_tensors(self, adapter_name: str) -> dict[str, dict[str, Tensor]]:
         """The trained tensors of an adapter: attribute -> slice name -> tensor."""
@@ -193,8 +203,12 @@ class AdapterTensors(nn.Module):
         """With S in the dtype of the bases and multiplied by the adapter's scale."""
         # Without peft's `autocast_adapter_dtype`, S has the dtype of the base weights.
         s = tensors.s if tensors.norm is None else tensors.s.to(tensors.norm.dtype)
-        scale = self.scaling[adapter_name]
+        scale = self.scale_of(adapter_name)
         return tensors._replace(s=s if scale == 1 else scale * s)
+
+    def scale_of(self, adapter_name: str) -> float:
+        """The adapter's scale; of a merged adapter the one that it was merged with."""
+        return self.merged_scaling.get(adapter_name, self.scaling[adapter_name])
 
     def registered(self, adapter_name: str, spec: BlockSpec) -> dict[str, Tensor | None]:
         """What the map of a slice depends on by attribute; None for what a runtime put something else in place of."""
@@ -235,15 +249,14 @@ class AdapterTensors(nn.Module):
 
     def staged_maps(self, adapter_names: Iterable[str]) -> list[UnfoldedMap]:
         """The same maps as C, dS and E one after the other, without dropout, for features in the precision of S."""
+
+        def mapped(name: str, spec: BlockSpec, tokens: Tensor) -> Tensor:
+            return self.read(name, spec, lambda tensors: spec.mapped(tensors, tokens))
+
         result = []
         for name in adapter_names:
             self.check_bases(name, "run")
-            for spec in self.specs[name]:
-
-                def mapped(tokens: Tensor, name: str = name, spec: BlockSpec = spec) -> Tensor:
-                    return self.read(name, spec, lambda tensors: spec.mapped(tensors, tokens))
-
-                result.append(UnfoldedMap(spec.place, mapped))
+            result += [UnfoldedMap(spec.place, partial(mapped, name, spec)) for spec in self.specs[name]]
         return result
 
     def add_low_rank(self, y: Tensor, x: Tensor | None, adapter_names: Iterable[str], dropout: bool = False) -> Tensor:
@@ -255,15 +268,17 @@ class AdapterTensors(nn.Module):
             adapter_names: the adapters.
             dropout: apply the adapters' dropout in training.
         """
+        dtype = y.dtype
         for name in adapter_names:
             if name in self.clover_A:
                 if x is None:
-                    low = self.clover_A[name](WHOLE, partial(_transposed, y.dtype))
+                    low = self.clover_A[name](WHOLE, lambda a: a.mT.to(dtype))
                 else:
-                    x_name = (self.clover_dropout[name](x) if dropout else x).to(y.dtype)
+                    x_name = (self.clover_dropout[name](x) if dropout else x).to(dtype)
                     low = self.clover_A[name](WHOLE, partial(_linear, x_name))
-                update = self.clover_B[name](WHOLE, partial(_linear, low)).to(y.dtype)
-                y = y + (update if self.scaling[name] == 1 else self.scaling[name] * update)
+                update = self.clover_B[name](WHOLE, partial(_linear, low)).to(dtype)
+                scale = self.scale_of(name)
+                y = y + (update if scale == 1 else scale * update)
         return y
 
     def bases_to_share(self, specs: tuple[BlockSpec, ...]) -> dict[str, dict[str, Tensor]] | None:
@@ -273,18 +288,8 @@ class AdapterTensors(nn.Module):
         """
         for adapter_name, known in self.specs.items():
             if known == specs and self.has_bases(adapter_name):
-                return {
-                    spec.name: {a: getattr(self, a)[adapter_name].get(spec.name) for a in spec.base_shapes}
-                    for spec in specs
-                }
+                return {spec.name: self.frozen_tensors(adapter_name, spec) for spec in specs}
         return None
-
-    def set_frozen(self, adapter_name: str, spec: BlockSpec, found: dict[str, Tensor]) -> None:
-        """Replace frozen tensors of a slice, by attribute; they move to the device of S."""
-        s = self.tensors(adapter_name, spec).s
-        for attribute, tensor in found.items():
-            held: GuardedTensors = getattr(self, attribute)[adapter_name]
-            setattr(held, spec.name, tensor.to(s.device, getattr(held, spec.name).dtype))
 
     def has_bases(self, adapter_name: str) -> bool:
         """Whether the adapter's bases were computed or loaded."""
@@ -314,14 +319,9 @@ class AdapterTensors(nn.Module):
 
     def _note_loaded(self, *_: Any) -> None:
         """Bases are missing as long as a tensor of their adapter is here and on the meta device."""
+        meta = torch.device("meta")
         self._missing_bases = {
-            name
-            for name in self._missing_bases
-            if any(
-                torch.device("meta") in m[name].devices()
-                for m in (getattr(self, a) for a in (*TRAINED, *FROZEN))
-                if name in m
-            )
+            name for name in self._missing_bases if any(meta in held.devices() for held in self._held(name))
         }
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -344,11 +344,10 @@ class AdapterTensors(nn.Module):
         target = device or self.base_weight.stored.device
         if target.type == "meta":
             return
-        for attribute in (*TRAINED, *FROZEN):
-            tensors = getattr(self, attribute)
-            devices = tensors[adapter_name].devices() if adapter_name in tensors else set()
+        for held in self._held(adapter_name):
+            devices = held.devices()
             if torch.device("meta") not in devices and devices - {target}:
-                tensors[adapter_name].to(target)
+                held.to(target)
 
 
 def _fold(spec: BlockSpec, factored: bool, tensors: BlockTensors) -> tuple[Tensor, Tensor | None]:
@@ -359,10 +358,6 @@ def _fold(spec: BlockSpec, factored: bool, tensors: BlockTensors) -> tuple[Tenso
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
     return nn.functional.linear(x, weight.to(x.dtype))
-
-
-def _transposed(dtype: torch.dtype, weight: Tensor) -> Tensor:
-    return weight.mT.to(dtype)
 
 
 def tensor_keys(name: str, adapter_name: str, part: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..base_model.weight import BaseWeight
 from .adapter_tensors import tensor_keys
-from .bases import own_side, partner_side, row_norms
+from .bases import partner_side, row_norms
 from .block_spec import BlockSpec, BlockTensors
 from .config import CloverConfig
 from .layer import CloverLayer
@@ -33,7 +33,7 @@ def fingerprint(model: nn.Module, base: BaseWeight, spec: BlockSpec) -> Tensor |
         if not base.is_present:
             return None
         with partner_side(model, spec) as partner:
-            return row_norms(spec, own_side(base), partner, _COMPARED)
+            return row_norms(spec, base.side, partner, _COMPARED)
 
 
 @torch.no_grad()

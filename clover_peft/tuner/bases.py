@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..base_model.slices import HeadSlice
-from ..base_model.weight import BaseWeight, partner_weight
+from ..base_model.weight import BaseWeight, Side, partner_weight
 from ..io.user_warning import warn
-from ..linalg.decomposition import (
-    Bases,
-    feature_norms,
-    gram,
-    limit_condition,
-    pair_bases,
-    qr_bases,
-    svd_bases,
-)
+from ..linalg.decomposition import Bases, feature_norms, limit_condition, pair_bases, qr_bases, svd_bases
 from ..linalg.moments import Moments, pair_grams, shrink
 from .block_spec import BlockSpec
 
@@ -39,35 +28,9 @@ def warn_of_zero_blocks(found: list[str]) -> None:
         )
 
 
-class Side(NamedTuple):
-    """One of the projections that meet in a slice.
-
-    Attributes:
-        weight: (D, features), with the slice's heads in the last dimension.
-        bias: (features,) or None.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def gram(self, heads: HeadSlice, size: int) -> Tensor:
-        """The Gram matrix of every block, (H, d, d) float64."""
-        return gram(heads.blocks(self.weight, size), None if self.bias is None else heads.blocks(self.bias, size))
-
-
-def own_side(base_weight: BaseWeight) -> Side:
-    """The projection itself; call it inside `base_weight.whole()`."""
-    return Side(base_weight.transposed(), base_weight.bias)
-
-
-@contextmanager
-def partner_side(model: nn.Module, spec: BlockSpec) -> Iterator[Side | None]:
+def partner_side(model: nn.Module, spec: BlockSpec) -> AbstractContextManager[Side | None]:
     """The other projection of a pair, whole inside the context only; None for a projection that is adapted alone."""
-    if spec.partner is None:
-        yield None
-    else:
-        with partner_weight(model, spec.partner) as (weight, bias):
-            yield Side(weight, bias)
+    return nullcontext() if spec.partner is None else partner_weight(model, spec.partner)
 
 
 @torch.no_grad()
@@ -105,7 +68,7 @@ def frozen_tensors(
         with base_weight.whole():
             if not base_weight.is_present:
                 return None
-            own = own_side(base_weight)
+            own = base_weight.side
             return {spec.name: of_slice(spec, own) for spec in specs}
 
     return base_weight.compute(of_all)
@@ -156,13 +119,8 @@ def compute_bases(
         found = plain if own_moments is None else (shrink(own_moments.second.to(g_in), g_in, own_moments.tokens),)
     else:
         assert spec.partner is not None
-        grams = partial(
-            pair_grams,
-            g_in,
-            partner.gram(spec.partner.heads, spec.size),
-            spec.heads.count,
-            reads=spec.partner.reads,
-        )
+        g_out = partner.gram(spec.partner.heads, spec.size)
+        grams = partial(pair_grams, g_in, g_out, spec.heads.count, reads=spec.partner.reads)
         plain = grams()[:2]
         found = grams(own=own_moments, partner=partner_moments)[:2]
     if own_moments is None and partner_moments is None:

@@ -181,24 +181,23 @@ def warn_of_useless_block_size(config: CloverConfig, specs: Sequence[BlockSpec])
 def _block_spec(config: CloverConfig, key: str, target: TargetSlice, rank: int | None) -> BlockSpec:
     """Apply a config to one slice of a target."""
     heads, is_attention = target.heads, target.has_heads
-    paired = config.cross_layer and target.partner is not None
-    size = config.block_size if is_attention else config.mlp_block_size
-    if size is None:
-        size = target.default_block_size
-    if not is_attention and config.mlp_block_size is None and size < min(8, heads.dim):
+    partner = target.partner if config.cross_layer else None
+    given = config.block_size if is_attention else config.mlp_block_size
+    size = given or target.default_block_size
+    if not is_attention and given is None and size < min(8, heads.dim):
         warn(
             f"{key}: {heads.dim} features have no divisor between 8 and 64, blocks are of {size}, which trains "
             "little; pass mlp_block_size, or leave the module out with exclude_modules",
         )
     if heads.features % size or (heads.dim % size and (size % heads.dim or not is_attention)):
         raise ValueError(f"{key}: {_misfit(config, target, size)}")
-    if paired and heads.dim % size:
+    if partner is not None and heads.dim % size:
         raise ValueError(
             f"{key}: block_size={size} spans several heads of {heads.dim}, but heads of a pair attend with different "
             "weights; pass cross_layer=False or a divisor of the head"
         )
     r = size if rank is None else min(rank, size)
-    basis = "pair" if paired else config.basis
+    basis = config.basis if partner is None else "pair"
     if basis is None:
         basis = "qr" if config.s_matrix == "full" and r == size else "svd"
     elif basis == "qr" and r < size:
@@ -206,7 +205,6 @@ def _block_spec(config: CloverConfig, key: str, target: TargetSlice, rank: int |
             f"{key}: r={r} trains the leading directions of {size}, but the QR basis has no order; use "
             "basis='svd' or r=None"
         )
-    partner = target.partner if paired else None
     if partner is not None and partner.heads.count % heads.count:
         raise ValueError(
             f"{key}: {partner.path} has {partner.heads.count} heads, which {heads.count} key-value heads "

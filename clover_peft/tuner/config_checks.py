@@ -38,9 +38,7 @@ def check(values: Mapping[str, Any]) -> None:
         ValueError: for values outside the choices and for combinations that have no meaning.
     """
     for name, allowed in _CHOICES.items():
-        if name not in values:
-            continue
-        value = values[name]
+        value = values.get(name, allowed[0])
         if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in allowed):
             raise ValueError(f"CloverConfig.{name}: expected one of {list(allowed)}, found {value!r}")
     parameters = values.get("target_parameters")

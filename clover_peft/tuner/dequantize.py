@@ -16,8 +16,7 @@ from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 
-from ..base_model.weight import BaseWeight, feature_counts
-from ..runtime.bitsandbytes import check_packing
+from ..base_model.weight import BaseWeight
 from .base_check import check_fingerprint, fingerprint
 from .config import CloverConfig
 from .experts import refuse_experts
@@ -47,19 +46,19 @@ def dequantize(model: ModelT, dtype: torch.dtype | None = None) -> ModelT:
         TypeError: if bitsandbytes has repacked a 4-bit weight.
     """
     inner: Any = inner_model(model)
-    quantised = {}
+    quantised, options = {}, get_quantization_kwargs(inner)
     for path, module in inner.named_modules(remove_duplicate=False):
         if isinstance(module, BaseTunerLayer):
             if module.merged:
                 raise ValueError(f"{path}: an adapter is merged; call unmerge_adapter first, and merge afterwards")
-        elif (backend := resolve_quantization_backend(module, **get_quantization_kwargs(inner))) is not None:
-            if not backend.supports_merge:
+        elif resolve_quantization_backend(module, **options) is not None:
+            quantised[path] = weight = BaseWeight(module, path, options)
+            if not weight.is_readable:
                 raise ValueError(
-                    f"{path}: expected weights that can be dequantised, found {backend.backend_name}, which can only "
+                    f"{path}: expected weights that can be dequantised, found {weight.precision}, which can only "
                     "be run; load the unquantised model and use clover_peft.merge_onto(model, base)"
                 )
-            check_packing(module, path)
-            quantised[path] = (module, backend)
+            weight.check_trainable()
     if not quantised:
         raise ValueError(
             "dequantize: expected a model with quantised projections, found none; use the model as it is, and "
@@ -67,16 +66,16 @@ def dequantize(model: ModelT, dtype: torch.dtype | None = None) -> ModelT:
         )
     dtype = dtype or inner.dtype
     shared: dict[int, Any] = {}  # id of a module or weight -> what replaces it, wherever else it is
-    for path, (module, backend) in quantised.items():
+    for path, weight in quantised.items():
+        module, packed = weight.module, weight.stored
         parent, _, name = path.rpartition(".")
         if id(module) in shared:
             setattr(inner.get_submodule(parent), name, shared[id(module)])
             continue
-        plain = nn.Linear(*feature_counts(module, path), bias=module.bias is not None, device="meta")
-        packed = BaseWeight(module, path, get_quantization_kwargs(inner)).stored
+        plain = nn.Linear(weight.in_features, weight.out_features, bias=module.bias is not None, device="meta")
         if id(packed) not in shared:
-            weight = backend.get_base_weight(module)
-            shared[id(packed)] = nn.Parameter(weight.to(dtype), requires_grad=False)
+            dense = weight.as_stored(weight.transposed())
+            shared[id(packed)] = nn.Parameter(dense.to(dtype), requires_grad=False)
         plain.weight = shared[id(packed)]
         if module.bias is not None:
             plain.bias = nn.Parameter(module.bias.to(dtype), requires_grad=module.bias.requires_grad)

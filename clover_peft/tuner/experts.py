@@ -44,11 +44,6 @@ class CloverExperts(CloverLayer):
         super().__init__(base_layer, adapter_name, name, base_weight=partial(ExpertsWeight, layout=layout))
 
     @property
-    def parameter_name(self) -> str:
-        """The name of the parameter in its module."""
-        return self.base_weight.parameter
-
-    @property
     def below(self) -> nn.Module:
         """The module of the experts; maps of its other parameters do not meet this one's."""
         return self.get_base_layer()
@@ -69,7 +64,10 @@ class CloverExperts(CloverLayer):
         self._unmerge_if_disabled()
         if self.disable_adapters or self.merged or adapter_names is not None or not names:
             return self.base_layer(*args, **kwargs)
-        depth = "base_layer." * self._layers_below()
+        layer: Any = self.base_layer
+        depth = ""
+        while layer is not self.base_weight.module:
+            layer, depth = layer.base_layer, f"{depth}base_layer."
         changed = {depth + name: tensor for name, tensor in self.adapted(names).items()}
         return functional_call(self.base_layer, changed, args, kwargs, tie_weights=False)
 
@@ -79,16 +77,17 @@ class CloverExperts(CloverLayer):
         The product is computed in at least float32 for all experts at once, E I D d multiplications for E experts of I
         adapted features and D inputs, and again in the backward pass, so that nothing but W' is kept for it.
         """
-        weight, biases, layout = self.base_weight.own, self.base_weight.own_biases, self.base_weight.layout
+        base = self.base_weight
+        weight, biases, layout = base.own, base.own_biases, base.layout
         if weight.is_meta or isinstance(weight, DTensor) or weight.ndim != 3:
             raise ValueError(
                 f"{self.name}: expected the experts' whole weights in the forward pass, found them sharded or "
                 "offloaded, which CLOVER's maps of experts cannot be used with; keep the model whole on its devices"
             )
         maps = self.maps(adapter_names)
-        result = {self.parameter_name: layout.with_rows(weight, _mapped(weight, layout.rows, maps))}
+        result = {base.parameter: layout.with_rows(weight, _mapped(weight, layout.rows, maps))}
         if biases is not None:
-            result[f"{self.parameter_name}_bias"] = layout.with_bias(biases, _mapped(biases, layout.bias, maps))
+            result[base.names[1]] = layout.with_bias(biases, _mapped(biases, layout.bias, maps))
         return result
 
     def unload_and_optionally_merge_module(
@@ -105,13 +104,6 @@ class CloverExperts(CloverLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """LoRA's layers for stacks are not the ones that peft converts to."""
         return False
-
-    def _layers_below(self) -> int:
-        layer: Any = self.base_layer
-        count = 0
-        while layer is not self.base_weight.module:
-            count, layer = count + 1, layer.base_layer
-        return count
 
 
 def refuse_experts(layers: Iterable[tuple[str, CloverLayer]], purpose: str) -> None:

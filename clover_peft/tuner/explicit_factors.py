@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.linalg import pinv
 
-from .bases import Side, compute_bases, own_side, partner_side
+from ..base_model.weight import Side
+from .bases import compute_bases, partner_side
 from .block_spec import BlockSpec
 from .layers import clover_layers, inner_model
 
@@ -56,17 +57,16 @@ def explicit_factors(model: nn.Module, target: str, adapter_name: str = "default
         ValueError: if no module or more than one matches, or the adapter is not there, or has no bases of the weights.
     """
     inner = inner_model(model)
-    layers = [(layer.name, layer) for _, layer in clover_layers(inner)]
-    found = [(n, m) for n, m in layers if n == target or n.endswith("." + target)]
-    if len(found) != 1 or adapter_name not in found[0][1].specs:
+    found = [layer for _, layer in clover_layers(inner) if f".{layer.name}".endswith(f".{target}")]
+    if len(found) != 1 or adapter_name not in found[0].specs:
         raise ValueError(
-            f"{target}: expected one module with an adapter {adapter_name!r}, found {[name for name, _ in found]}; "
-            "pass the whole path of one of them"
+            f"{target}: expected one module with an adapter {adapter_name!r}, found "
+            f"{[layer.name for layer in found]}; pass the whole path of one of them"
         )
-    layer = found[0][1]
+    layer = found[0]
     layer.check_bases(adapter_name, "factor")
     with layer.base_weight.whole():
-        own = own_side(layer.base_weight)
+        own = layer.base_weight.side
     result = {}
     for spec in layer.specs[adapter_name]:
         tensors = layer.tensors(adapter_name, spec)
@@ -81,17 +81,15 @@ def explicit_factors(model: nn.Module, target: str, adapter_name: str = "default
             )
         rows = spec.heads.blocks(_with_bias(own), spec.size).transpose(0, 1)
         u, ds = rows @ tensors.c.double().mT, layer.scaling[adapter_name] * tensors.s.double()
-        if spec.balanced_updates:  # which scaled C
-            with partner_side(inner, spec) as partner:
-                unscaled = compute_bases(spec, own, partner).c.to(u)
-            norms = torch.linalg.matrix_norm(unscaled)
-            scale = torch.linalg.matrix_norm(tensors.c.double()) / torch.where(norms > 0, norms, 1.0)
-            scale = torch.where(scale > 0, scale, 1.0)
-            u, ds = u / scale.view(-1, 1, 1), ds * scale.view(-1, *[1] * (ds.ndim - 1))
         v = torch.eye(spec.size).to(u) if tensors.e is None else tensors.e.double()
         v = v.expand(spec.blocks, -1, -1)
-        product = rows.mT @ pinv(u).mT
         with partner_side(inner, spec) as partner:
+            if spec.balanced_updates:  # which scaled C
+                norms = torch.linalg.matrix_norm(compute_bases(spec, own, partner).c.to(u))
+                scale = torch.linalg.matrix_norm(tensors.c.double()) / torch.where(norms > 0, norms, 1.0)
+                scale = torch.where(scale > 0, scale, 1.0)
+                u, ds = u / scale.view(-1, 1, 1), ds * scale.view(-1, *[1] * (ds.ndim - 1))
+            product = rows.mT @ pinv(u).mT
             if partner is not None:
                 columns = _columns(spec, partner)
                 v, product = columns @ v, columns @ product

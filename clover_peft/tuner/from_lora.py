@@ -143,11 +143,12 @@ def _adapted(lora: LoraConfig, model: nn.Module) -> LoraModel:
 
 def _nearest(budget: int, slices: list[TargetSlice]) -> dict[str, int]:
     """The sizes that come nearest to the budget; among those within 10 %, the ones that are most alike."""
-    heads = _divisors(each for each in slices if each.has_heads)
-    others = _divisors(each for each in slices if not each.has_heads)
-    whole = [{"block_size": size, "mlp_block_size": other} for size, other in product(heads, others)]
-    used = [name for name, sizes in (("block_size", heads), ("mlp_block_size", others)) if sizes != [0]]
-    choices = [{name: choice[name] for name in used} for choice in whole]
+    sizes = {
+        "block_size": _divisors(each for each in slices if each.has_heads),
+        "mlp_block_size": _divisors(each for each in slices if not each.has_heads),
+    }
+    used = {name: found for name, found in sizes.items() if found}
+    choices = [dict(zip(used, choice, strict=True)) for choice in product(*used.values())]
 
     def distance(choice: dict[str, int]) -> float:
         return abs(_count(slices, **choice) / budget - 1)
@@ -174,9 +175,9 @@ def _count(
 
 
 def _divisors(slices: Iterable[TargetSlice]) -> list[int]:
-    """The sizes of blocks that divide every head, or every projection without heads; [0] if there is none."""
+    """The sizes of blocks that divide every head, or every projection without heads."""
     common = math.gcd(*(each.heads.dim for each in slices))
-    return [size for size in range(1, common + 1) if common % size == 0] or [0]
+    return [size for size in range(1, common + 1) if common % size == 0]
 
 
 def _default(each: Any) -> Any:

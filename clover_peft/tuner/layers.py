@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
@@ -14,21 +12,8 @@ from .layer import CloverLayer
 
 def clover_layers(model: nn.Module, adapter_name: str | None = None) -> list[tuple[str, CloverLayer]]:
     """Every CLOVER layer of a model and its path; with a name, the layers that have this adapter."""
-    layers = _walk(model, "", set())
+    layers = [(path, module) for path, module in model.named_modules() if isinstance(module, CloverLayer)]
     return [(path, layer) for path, layer in layers if adapter_name is None or adapter_name in layer.specs]
-
-
-def _walk(module: nn.Module, path: str, seen: set[nn.Module]) -> Iterator[tuple[str, CloverLayer]]:
-    """As `named_modules`, which would also walk over the containers of tensors in each layer: 20 modules for one."""
-    if module in seen:
-        return
-    seen.add(module)
-    if isinstance(module, CloverLayer):
-        yield path, module
-        yield from _walk(module.base_layer, f"{path}.base_layer".removeprefix("."), seen)
-        return
-    for name, child in module.named_children():
-        yield from _walk(child, f"{path}.{name}".removeprefix("."), seen)
 
 
 def layers_with(model: nn.Module, adapter_name: str) -> list[tuple[str, CloverLayer]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,21 +34,18 @@ def lora_errors(
     ranks = [ranks] if isinstance(ranks, int) else list(ranks)
     if wrong := [rank for rank in ranks if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1]:
         raise ValueError(f"lora_errors: expected positive integers as ranks, found {wrong[0]!r}")
-    lost = {rank: torch.zeros((), dtype=torch.float64) for rank in ranks}
-    total = torch.zeros((), dtype=torch.float64)
-    result = {}
+    energies = {}
     layers = layers_with(model, adapter_name)
     refuse_experts(layers, "a LoRA that approximates the adapter")
     for name, layer in layers:
         with layer.base_weight.whole():
-            energy = torch.linalg.svdvals(layer.get_delta_weight(adapter_name)).double().square().cpu()
-        result[name] = {rank: _root_share(energy[rank:].sum(), energy.sum()) for rank in ranks}
-        total += energy.sum()
-        for rank in ranks:
-            lost[rank] += energy[rank:].sum()
-    result["all"] = {rank: _root_share(lost[rank], total) for rank in ranks}
-    return result
+            energies[name] = torch.linalg.svdvals(layer.get_delta_weight(adapter_name)).double().square().cpu()
+    result = {name: _errors([energy], ranks) for name, energy in energies.items()}
+    return result | {"all": _errors(energies.values(), ranks)}
 
 
-def _root_share(part: Tensor, whole: Tensor) -> float:
-    return float((part / whole).sqrt()) if whole > 0 else 0.0
+def _errors(energies: Collection[Tensor], ranks: list[int]) -> dict[int, float]:
+    """Rank -> the relative error, from the squared singular values of updates."""
+    total: Any = sum(energy.sum() for energy in energies)
+    lost: Any = {rank: sum(energy[rank:].sum() for energy in energies) for rank in ranks}
+    return {rank: float((lost[rank] / total).sqrt()) if total > 0 else 0.0 for rank in ranks}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -21,14 +20,13 @@ from ..base_model.families import FAMILIES, family_of, unknown_family_message
 from ..base_model.resolve import default_targets, resolve
 from ..base_model.slices import TargetSlice
 from ..io.user_warning import warn
-from ..runtime.load_report import leave_out_of_report
-from ..runtime.loading import loaded_by_transformers, makes_meta_tensors, transformers_loads, weights_follow
+from ..runtime.loading import hand_over, loaded_by_transformers, makes_meta_tensors, transformers_loads, weights_follow
 from ..runtime.sharding import filled_by_rank_0, refuse_sharded, spare_broadcasts
 from .adapter_file import has_same_bases, select_for_saving, take_file
 from .adapter_folder import check_folder
-from .adapter_tensors import BASES_CHECKSUM, FROZEN, PACKED, tensor_keys
+from .adapter_tensors import BASES_CHECKSUM, FROZEN, PACKED
 from .bases import frozen_tensors, warn_of_zero_blocks
-from .block_spec import BlockSpec, block_specs, warn_of_useless_block_size
+from .block_spec import block_specs, warn_of_useless_block_size
 from .combining import add_up, find_sources
 from .config import CloverConfig
 from .experts import CloverExperts
@@ -152,7 +150,8 @@ class CloverModel(TargetParameters, TiedWeights):
             made = (layer.specs[adapter_name] for _, layer in clover_layers(self.model, adapter_name))
             warn_of_useless_block_size(config, [spec for specs in made for spec in specs])
             warn_of_zero_blocks(self._injection.zero_blocks)
-            self._check_file(adapter_name, config, loaded_by_transformers())
+            if tensors := loaded_by_transformers():
+                self._check_file(adapter_name, config, tensors)
             layers = clover_layers(self.model)
             known = {name for _, layer in layers for name in layer.specs}
             for _, layer in layers:
@@ -176,24 +175,16 @@ class CloverModel(TargetParameters, TiedWeights):
             config.awaits_weights = True  # if the load fails, the adapter is taken out again
 
     def _check_file(self, adapter_name: str, config: CloverConfig, tensors: dict[str, Tensor]) -> None:
-        """Check the tensors that transformers loads next as peft's loads are, and load those that it does not know."""
-        if not tensors:
-            return
-        tensors = {key: tensor for key, tensor in tensors.items() if "clover_" in key}
-        file = super()._remap_adapter_state_dict_for_load(self.model, config, adapter_name, tensors)
-        layers = dict(clover_layers(self.model, adapter_name))
+        """Check the tensors that transformers loads next as in peft's loads; it gets the bases that they lack too."""
+        own = {key: tensor for key, tensor in tensors.items() if "clover_" in key}
+        file = super()._remap_adapter_state_dict_for_load(self.model, config, adapter_name, own)
         if not any(f"clover_S.{adapter_name}." in key for key in file):
             return  # no file here, or one with other names for modules, which transformers changes
         before = set(file)
-        take_file(self.model, layers, adapter_name, config, file)
-        for name, layer in layers.items():
-            for spec in layer.specs[adapter_name]:
-                keys = tensor_keys(name, adapter_name, spec.name).items()
-                made = {attribute: file[key] for attribute, key in keys if key in file.keys() - before}
-                layer.set_frozen(adapter_name, spec, made)
-        # What `take_file` lets pass is whole, so these keys are left out on purpose.
-        name = re.escape(adapter_name)
-        leave_out_of_report(self.model, rf"\.clover_[UV]\.{name}\.", rf"\.({BASES_CHECKSUM}|{PACKED})\.")
+        take_file(self.model, dict(clover_layers(self.model, adapter_name)), adapter_name, config, file)
+        whole = {key: tensor for key, tensor in tensors.items() if not {BASES_CHECKSUM, PACKED} & set(key.split("."))}
+        whole |= {self._remove_adapter_name_from_key(key, adapter_name): file[key] for key in file.keys() - before}
+        hand_over(self.model, whole)
 
     def _create_and_replace(
         self,
@@ -209,13 +200,17 @@ class CloverModel(TargetParameters, TiedWeights):
         refuse_shared(current_key, self._injection.shared.get(target, []))
         if parameter_name is not None:
             expert, layout = experts_slice(self.model, current_key)
-            specs = self._specs(peft_config, current_key, (expert,))
-            if not isinstance(layer, CloverExperts) or layer.parameter_name != parameter_name:
+            slices: tuple[TargetSlice, ...] = (expert,)
+            if not isinstance(layer, CloverExperts) or layer.base_weight.parameter != parameter_name:
                 layer = CloverExperts(target, adapter_name, current_key, layout)
         else:
-            specs = self._specs(peft_config, current_key)
+            sizes = dict(head_dim=peft_config.head_dim, num_heads=peft_config.num_heads)
+            slices = resolve(self.model, current_key, **sizes, described=peft_config.mlp_block_size is not None)
             if not isinstance(layer, CloverLayer):
                 layer = CloverLinear(target, adapter_name, current_key, get_quantization_kwargs(self.model))
+        pattern = peft_config.rank_pattern
+        rank = pattern.get(get_pattern_key(list(pattern), current_key), peft_config.r)
+        specs = block_specs(peft_config, current_key, slices, rank)
         now = self._injection
         if not now.may_be_loaded or peft_config.base_precision is None:
             peft_config.base_precision = layer.base_weight.precision
@@ -261,19 +256,6 @@ class CloverModel(TargetParameters, TiedWeights):
                 for tensors in layer.trained_tensors(adapter_name).values():
                     for parameter in tensors.values():
                         parameter.data = parameter.data.to(layer.weight.dtype)
-
-    def _specs(
-        self, config: CloverConfig, key: str, slices: tuple[TargetSlice, ...] | None = None
-    ) -> tuple[BlockSpec, ...]:
-        slices = slices or resolve(
-            self.model,
-            key,
-            head_dim=config.head_dim,
-            num_heads=config.num_heads,
-            described=config.mlp_block_size is not None,
-        )
-        rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key), config.r)
-        return block_specs(config, key, slices, rank)
 
     # ------------------------------------------------------------------ merging
 

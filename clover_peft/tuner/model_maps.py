@@ -110,7 +110,7 @@ class _Pass:
             return None
         if self._slices is None:
             found = {layer: slices for layer in self._layers if (slices := _slices(layer))}
-            _fold(one for slices in found.values() for one in slices)
+            _fold_all(one for slices in found.values() for one in slices)
             self._slices = found
         slices = self._slices.get(layer, [])
         if not slices or not all(list(adapter_names) == [one.adapter_name] and one.is_current() for one in slices):
@@ -162,14 +162,9 @@ class _Slice:
 
     def head_map(self) -> HeadMap:
         """The map, tied to S as the runtime hands it out."""
-        matrix = self.layer.read(self.adapter_name, self.spec, partial(_tied, self.matrix))
+        tied = partial(_Tied.apply, self.matrix)
+        matrix = self.layer.read(self.adapter_name, self.spec, lambda now: tied(now.s, now.c, now.e))
         return HeadMap(self.spec.place, matrix, inversion=self.inversion)
-
-    @property
-    def has_hooks(self) -> bool:
-        """Whether code of others runs before the layer reads its tensors, which may write to them without a trace."""
-        held = (getattr(self.layer, attribute)[self.adapter_name] for attribute in self.tensors)
-        return any(module._forward_pre_hooks for module in (self.layer, *held))
 
 
 def _slices(layer: Any) -> list[_Slice]:
@@ -185,11 +180,13 @@ def _slices(layer: Any) -> list[_Slice]:
         if spec.is_factored or not whole or not tensors["clover_S"].requires_grad:
             return []
         result.append(_Slice(layer, name, spec, tensors))
-    return [] if any(one.has_hooks for one in result) else result
+    # Code of others that runs before the layer reads its tensors may write to them without a trace.
+    read = (layer, *(getattr(layer, attribute)[name] for one in result for attribute in one.tensors))
+    return [] if any(module._forward_pre_hooks for module in read) else result
 
 
 @torch.no_grad()
-def _fold(slices: Iterable[_Slice]) -> None:
+def _fold_all(slices: Iterable[_Slice]) -> None:
     """Fold the maps of all slices, and find out which can be inverted, in one read of numbers a device."""
     groups: dict[tuple, list[_Slice]] = defaultdict(list)
     for one in slices:
@@ -241,12 +238,12 @@ class _Tied(torch.autograd.Function):
     """A map that was folded before, as a function of S."""
 
     @staticmethod
-    def forward(s: Tensor, matrix: Tensor, c: Tensor | None, e: Tensor | None) -> Tensor:
+    def forward(matrix: Tensor, s: Tensor, c: Tensor | None, e: Tensor | None) -> Tensor:
         return matrix.view_as(matrix)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        s, _, *bases = inputs
+        _, s, *bases = inputs
         ctx.is_diagonal = s.ndim == 2
         ctx.save_for_backward(*bases)
 
@@ -254,9 +251,4 @@ class _Tied(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         c, e = ctx.saved_tensors
         with torch.autocast(gradient.device.type, enabled=False):
-            return fold_gradient(gradient, c, e, ctx.is_diagonal), None, None, None
-
-
-def _tied(matrix: Tensor, tensors: BlockTensors) -> Tensor:
-    result: Tensor = _Tied.apply(tensors.s, matrix, tensors.c, tensors.e)
-    return result
+            return None, fold_gradient(gradient, c, e, ctx.is_diagonal), None, None

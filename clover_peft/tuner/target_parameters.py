@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -35,9 +34,11 @@ class TargetParameters(BaseTuner):
                 f"target_parameters={wanted}: expected whole experts, found FSDP or DeepSpeed's ZeRO-3, which shard "
                 "them; train on one device or with DistributedDataParallel or ZeRO-2, or leave target_parameters out"
             )
+        own = (path for path, _ in model.named_parameters() if ".clover_" not in path)
+        paths = [".".join(part for part in path.split(".") if part != "base_layer") for path in own]
         found: set[str] = set()
         for name in wanted:
-            matched = {path for path in _parameter_paths(model) if find_suffix(path, [name])}
+            matched = {path for path in paths if find_suffix(path, [name])}
             if not matched:
                 raise ValueError(
                     "target_parameters: expected names such as 'experts.gate_up_proj', which end the path of a "
@@ -50,7 +51,7 @@ class TargetParameters(BaseTuner):
             holder, _, parameter = path.rpartition(".")
             parent, _, child = holder.rpartition(".")
             target = outermost = model.get_submodule(holder)
-            while isinstance(target, CloverExperts) and target.parameter_name != parameter:
+            while isinstance(target, CloverExperts) and target.base_weight.parameter != parameter:
                 target = target.base_layer
             target = target if isinstance(target, CloverExperts) else outermost
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
@@ -80,10 +81,3 @@ class TargetParameters(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         return file_key(super()._remove_adapter_name_from_key(key, adapter_name))
-
-
-def _parameter_paths(model: nn.Module) -> Iterator[str]:
-    """The path of every parameter of the base model, as in a model without tuner layers."""
-    for path, _ in model.named_parameters():
-        if ".clover_" not in path:
-            yield ".".join(part for part in path.split(".") if part != "base_layer")

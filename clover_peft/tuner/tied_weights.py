@@ -63,8 +63,7 @@ def untie_whole(model: nn.Module) -> None:
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter in seen and f"{path}.{name}".removeprefix(".") not in tied:
-                copied = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-                setattr(module, name, copied)
+                setattr(module, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
             seen.add(parameter)
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..base_model.activations import Probe, TokenReader, evaluating
-from ..runtime.bitsandbytes import check_packing, keep_unpacked
+from ..runtime.bitsandbytes import keep_unpacked
 from .activation_bases import check_new
 from .block_spec import BlockSpec
 from .experts import refuse_experts
@@ -20,19 +19,6 @@ from .layers import inner_model, layers_with
 
 # The sensitivity that every block is given. Rates of about 5e-3 are then right for AdamW (SmolLM2-135M).
 SENSITIVITY = 0.004
-
-
-class _Sums(NamedTuple):
-    """Sums of one slice: of squares of `C z` and of `E^T g`, (H,) float64, and the tokens of the former."""
-
-    coordinates: Tensor
-    gradients: Tensor
-    tokens: int
-
-    @classmethod
-    def empty(cls, blocks: int) -> _Sums:
-        zeros = torch.zeros(blocks, dtype=torch.float64)
-        return cls(zeros, zeros, 0)
 
 
 def balance_updates(model: nn.Module, batches: Iterable[Mapping[str, Any]], adapter_name: str = "default") -> None:
@@ -105,24 +91,26 @@ def update_sensitivities(
                 f"{path}: expected adapter {adapter_name!r} to be active, found {layer.active_adapters}; call "
                 "set_adapter first"
             )
-        check_packing(layer.get_base_layer(), path)
+        layer.base_weight.check_trainable()
     trained = [p for _, layer in layers for p in layer.clover_S[adapter_name].parameters()]
     if not all(parameter.requires_grad for parameter in trained):
         raise ValueError(
             f"adapter {adapter_name!r}: expected one that is trained, found it frozen; make it with "
             "inference_mode=False, or load it with is_trainable=True"
         )
-    specs = {(path, spec.name): spec for path, layer in layers for spec in layer.specs[adapter_name]}
-    sums = {key: _Sums.empty(spec.blocks) for key, spec in specs.items()}
     masks: dict[str, Tensor] = {}
     reader = TokenReader(model)
+    watches = {
+        (path, spec.name): _Watch(layer, adapter_name, spec, reader, masks)
+        for path, layer in layers
+        for spec in layer.specs[adapter_name]
+    }
     predictions = 0
     with evaluating(model), ExitStack() as hooked, torch.enable_grad():
         keep_unpacked(model)
-        for path, layer in layers:
-            of_layer = _Watch(path, layer, adapter_name, reader, masks, sums)
-            hooked.enter_context(layer.base_layer.register_forward_hook(of_layer.add_output))
-            hooked.enter_context(layer.register_forward_hook(of_layer.wait_for_gradient))
+        for watch in watches.values():
+            hooked.enter_context(watch.layer.base_layer.register_forward_hook(watch.add_output))
+            hooked.enter_context(watch.layer.register_forward_hook(watch.wait_for_gradient))
         for batch in batches:
             values, of_batch = reader.start(batch)
             masks.clear()
@@ -137,61 +125,48 @@ def update_sensitivities(
     if not predictions:
         raise ValueError("expected batches to run the model on, found none (a generator that was used up?)")
     result = {}
-    for (path, name), (coordinates, gradients, tokens) in sums.items():
-        if not tokens or not gradients.any():
+    for (path, name), watch in watches.items():
+        if not watch.tokens or not watch.gradients.any():
             raise ValueError(f"{path}: expected gradients, found none; pass batches whose loss depends on it")
-        kappa = (coordinates / tokens * gradients / predictions).sqrt() / specs[path, name].r
+        kappa = (watch.coordinates / watch.tokens * watch.gradients / predictions).sqrt() / watch.spec.r
         if not kappa.isfinite().all():
             raise ValueError(f"{path}: expected finite gradients, found NaN or infinite ones; check model and data")
         result[path, name] = kappa
     return result
 
 
-@dataclass
 class _Watch:
-    """Adds up what the blocks of one layer compute, and the gradients that arrive there."""
+    """Sums of squares of one slice: of `C z` and of `E^T g`, (H,) float64, and the tokens of the former."""
 
-    path: str
-    layer: CloverLayer
-    adapter_name: str
-    reader: TokenReader
-    masks: Mapping[str, Tensor]
-    sums: dict[tuple[str, str], _Sums]
+    def __init__(
+        self, layer: CloverLayer, adapter_name: str, spec: BlockSpec, reader: TokenReader, masks: Mapping[str, Tensor]
+    ) -> None:
+        self.layer, self.adapter_name, self.spec, self.reader, self.masks = layer, adapter_name, spec, reader, masks
+        self.coordinates, self.gradients = torch.zeros(2, spec.blocks, dtype=torch.float64)
+        self.tokens = 0
 
     def add_output(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        def squares(spec: BlockSpec, z: Tensor) -> Tensor:
-            c = self.layer.tensors(self.adapter_name, spec).c
-            return z if c is None else z.to(c) @ c.mT
-
-        for key, count, found in self._sums_of_squares(output, squares):
-            before = self.sums[key]
-            self.sums[key] = before._replace(coordinates=before.coordinates + found, tokens=before.tokens + count)
+        c = self.layer.tensors(self.adapter_name, self.spec).c
+        assert c is not None  # a folded adapter is frozen
+        tokens, found = self._squares(output, c.mT)
+        self.coordinates += found
+        self.tokens += tokens
 
     def wait_for_gradient(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
         if output.requires_grad:
             output.register_hook(self._add_gradient)
 
     def _add_gradient(self, gradient: Tensor) -> None:
-        def squares(spec: BlockSpec, g: Tensor) -> Tensor:
-            e = self.layer.tensors(self.adapter_name, spec).e
-            return g.float() if e is None else g.to(e) @ e
-
-        for key, _, found in self._sums_of_squares(gradient, squares):
-            before = self.sums[key]
-            self.sums[key] = before._replace(gradients=before.gradients + found)
+        self.gradients += self._squares(gradient, self.layer.tensors(self.adapter_name, self.spec).e)[1]
 
     @torch.no_grad()
-    def _sums_of_squares(
-        self, features: Tensor, of: Callable[[BlockSpec, Tensor], Tensor]
-    ) -> Iterable[tuple[tuple[str, str], int, Tensor]]:
-        result = []
-        for spec in self.layer.specs[self.adapter_name]:
-            probe = Probe(self.layer.base_layer, False, spec.heads, spec.size)
-            blocks = self.reader.blocks(probe, features.detach(), self.masks).transpose(0, 1)  # (H, tokens, d)
-            with torch.autocast(blocks.device.type, enabled=False):
-                found = of(spec, blocks).square().sum((1, 2)).cpu().double()
-            result.append(((self.path, spec.name), blocks.shape[1], found))
-        return result
+    def _squares(self, features: Tensor, matrix: Tensor | None) -> tuple[int, Tensor]:
+        """The tokens, and the sum of squares of features by a matrix, None for the identity, of every block, (H,)."""
+        probe = Probe(self.layer.base_layer, False, self.spec.heads, self.spec.size)
+        blocks = self.reader.blocks(probe, features.detach(), self.masks).transpose(0, 1)  # (H, tokens, d)
+        with torch.autocast(blocks.device.type, enabled=False):
+            found = blocks.float() if matrix is None else blocks.to(matrix) @ matrix
+            return blocks.shape[1], found.square().sum((1, 2)).cpu().double()
 
 
 def count_predictions(values: Mapping[str, Any]) -> int:

@@ -57,7 +57,7 @@ def adapted_features(family: str, layer: CloverExperts) -> list[int]:
     """The output features of every expert that have a map, in order."""
     weight = layer.weight.mT if family == "gpt_oss" else layer.weight
     features = list(range(weight.shape[1]))
-    if layer.parameter_name == "down_proj":
+    if layer.base_weight.parameter == "down_proj":
         return features
     return features[1::2] if family == "gpt_oss" else features[len(features) // 2 :]
 
@@ -112,10 +112,10 @@ def test_each_block_of_each_expert_has_a_map_of_its_own(family):
         spec = only_spec(layer)
         weight, biases = by_the_formula(family, layer, spec.map(layer.tensors("default", spec)))
         found = layer.adapted(["default"])
-        assert relative(found[layer.parameter_name], weight) < TOLERANCE[torch.float32]
+        assert relative(found[layer.base_weight.parameter], weight) < TOLERANCE[torch.float32]
         assert (len(found) == 2) == (biases is not None) == (family == "gpt_oss")
         if biases is not None:
-            assert relative(found[f"{layer.parameter_name}_bias"], biases) < TOLERANCE[torch.float32]
+            assert relative(found[f"{layer.base_weight.parameter}_bias"], biases) < TOLERANCE[torch.float32]
 
 
 @each_family
