@@ -15,6 +15,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from harness import finish, options, parser, table
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             kind = path.rpartition(".")[2]
             for label, share in _shares(layer, halves[0][path], halves[1][path], means[path], arguments.rank):
                 found.setdefault(label, {}).setdefault(kind, []).append(share)
-        figures[domain] = {label: {k: statistics.median(v) for k, v in kinds.items()} for label, kinds in found.items()}
+        figures[domain] = {label: {k: statistics.median(v) for k, v in by.items()} for label, by in found.items()}
         kinds = list(next(iter(figures[domain].values())))
         rows = [[label, *(f"{f[k]:.1%}" for k in kinds)] for label, f in figures[domain].items()]
         print(table([f"share of the gradient on {domain}", *kinds], rows))
@@ -75,9 +76,10 @@ def _gradients(
     means: dict[str, Tensor] = {}
 
     def add(path: str, x: Tensor) -> None:
-        means[path] = means.get(path, 0) + x.detach().flatten(0, -2).double().sum(0)
+        total = x.detach().flatten(0, -2).double().sum(0)
+        means[path] = means[path] + total if path in means else total
 
-    weights = {path: layer.get_base_layer().weight for path, layer in layers.items()}
+    weights: dict[str, Any] = {path: layer.get_base_layer().weight for path, layer in layers.items()}
     for weight in weights.values():
         weight.requires_grad_(True)
     hooks = [
@@ -92,8 +94,7 @@ def _gradients(
             model(input_ids=ids, labels=labels[ids], use_cache=False).loss.backward()
             for path, weight in weights.items():
                 half = halves[number % 2]
-                assert weight.grad is not None
-                half[path] = half.get(path, 0) + weight.grad
+                half[path] = half[path] + weight.grad if path in half else weight.grad.clone()
             model.zero_grad()
     for hook in hooks:
         hook.remove()

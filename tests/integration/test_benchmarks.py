@@ -73,7 +73,8 @@ def test_input_dimensions(benchmark, tmp_path, capsys):
 
 def test_gradient_share(benchmark, tmp_path, capsys):
     """Blocks that span all rows of a weight contain the gradient's part in the row space: here, all of it."""
-    record = run(benchmark("gradient_share"), tmp_path / "record.json", "--windows", "6", "--block-size", "64", "--rank", "4")
+    options = ["--windows", "6", "--block-size", "64", "--rank", "4"]
+    record = run(benchmark("gradient_share"), tmp_path / "record.json", *options)
     for shares in record["figures"].values():
         one, eight = (shares[f"its {label} largest singular directions"] for label in ("1", "8"))
         for kind in ("v_proj", "up_proj", "down_proj"):
