@@ -81,7 +81,7 @@ def parse(config: str | Path | Sequence[str | Path], overrides: Sequence[str] = 
     if adapter is None or adapter.peft_type != "CLOVER":
         for key in ("calibration_rows", "own_text_rows", "balance_updates"):
             if getattr(job, key):
-                found = "full fine-tuning" if adapter is None else adapter.peft_type.value
+                found = "full fine-tuning" if adapter is None else peft.PeftType(adapter.peft_type).value
                 raise ValueError(f"{key}: expected peft_type: CLOVER, found {found}; leave {key} out")
     shown = {key: value for key, value in parts.values.items() if not key.endswith("hub_token")}
     return Settings(job, sft, adapter, parts.optimizer, parts.learning_rate_factors, shown)
