@@ -26,7 +26,7 @@ CLASSES = {
     "vision-language": hf.LlavaForConditionalGeneration,
 }
 TASKS = {"encoder": "SEQ_CLS", "vision-language": "CAUSAL_LM"}
-RATES = {"whisper": 2e-3, "encoder": 5e-3, "vision-language": 2e-2}
+RATES = {"whisper": 3e-4, "encoder": 5e-3, "vision-language": 2e-2}
 EXACT, MIXED = 1e-5, 1e-4  # relative distances of float32 outputs: in the same order, and batched in another
 ANIMALS = ["cat", "dog", "horse", "cow", "sheep", "goat", "lion", "tiger", "rabbit", "mouse", "wolf", "bear"]
 VEHICLES = ["car", "bus", "truck", "train", "tram", "boat", "ship", "plane", "lorry", "taxi", "ferry", "van"]
