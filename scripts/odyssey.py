@@ -111,7 +111,7 @@ def travel(trip: Odyssey, kind: str, model: str) -> None:
     count = {"vision-language": 16, "encoder": 8}.get(kind, 4)  # steps of training, each time; a multiple of 4
     sft = [*CLOVER, "sft", "--config", "clover_full", f"data={here / 'base' / 'rows.jsonl'}", "rows=48"]
     sft += ["held_out_rows=8", f"max_steps={count}", "per_device_train_batch_size=2", "gradient_accumulation_steps=1"]
-    sft += ["save_strategy=steps", f"save_steps={count // 4}"]
+    sft += ["save_strategy=steps", f"save_steps={count // 4}", "save_total_limit=4"]  # no checkpoint is taken away
 
     def own(step: str, *arguments: object) -> list[object]:
         return [*STEPS, step, kind, *arguments]
@@ -167,7 +167,7 @@ def main() -> None:
     for kind in given.kinds:
         try:
             travel(trip, kind, given.model)
-        except Failed as step:
+        except (Failed, OSError) as step:  # or a step has not written what it should
             last = given.out / f"{len(trip.lines) - 1:02}-{kind}.log"
             print(last.read_text(encoding="utf-8")[-3000:] if last.exists() else "", file=sys.stderr)
             failed.append(f"{KINDS[kind]}: {step}")
