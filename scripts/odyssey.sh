@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What a user does, in a user's order, from the wheel in a clean environment: see scripts/odyssey.py.
 #   ./scripts/odyssey.sh OUT [options of odyssey.py]
-# OUT is a new folder for the environment (about 1.7 GB), the models and log.md. It takes about an hour on 2 cores.
+# OUT is a new folder for the environment (about 1.7 GB), the models and log.md. It takes about 12 minutes of one
+# core (estimated from its parts) after the installation, and an hour and more where other programs use the cores.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 out="${1:?usage: scripts/odyssey.sh OUT [options of odyssey.py]}"
@@ -12,7 +13,7 @@ python3 -m venv "$out/environment"
 python="$out/environment/bin/python"
 "$python" -m pip wheel --quiet --no-deps --wheel-dir "$out/wheel" "$root"
 wheel="$(echo "$out"/wheel/clover_peft-*.whl)"
-"$python" -m pip install --quiet -c "$root/constraints.txt" torch "$wheel[train,plots]"
-cp "$root/scripts/odyssey.py" "$out/odyssey.py"
+"$python" -m pip install --quiet -c "$root/constraints.txt" torch "$wheel[train,plots]" "transformers[serving]"
+cp "$root"/scripts/odyssey*.py "$root/benchmarks/real_models.py" "$out"
 cd "$out" # nothing of the checkout is on the path
 exec env -u PYTHONPATH OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" "$python" odyssey.py "$out/runs" "$@"

@@ -26,6 +26,8 @@ _FREE = {
     "max_condition",
     *(field.name for field in fields(PeftConfig)),
 }
+# Neither order nor repetition counts: peft adds the names of a task's head again whenever it loads an adapter of it.
+_NAMES = {"modules_to_save", "target_parameters"}
 
 
 def hotswap_adapter(model: PeftModel, model_name_or_path: str, adapter_name: str = "default", **kwargs: Any) -> None:
@@ -60,7 +62,10 @@ def hotswap_adapter(model: PeftModel, model_name_or_path: str, adapter_name: str
             "its own with load_adapter"
         )
     for name in (field.name for field in fields(CloverConfig) if field.name not in _FREE):
-        if getattr(known, name) != getattr(other, name):
+        values = [getattr(config, name) for config in (known, other)]
+        if name in _NAMES:
+            values = [set(names or ()) for names in values]
+        if values[0] != values[1]:
             raise ValueError(
                 f"{model_name_or_path}: expected {name}={getattr(known, name)!r} as in the loaded adapter, found "
                 f"{getattr(other, name)!r}; load it under a name of its own with load_adapter"

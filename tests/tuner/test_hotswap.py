@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers as hf
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from clover_peft import CloverConfig, hotswap_adapter
 from tests.support.tiny import TOLERANCE, build, inputs, logits, perturb, relative
+
+SMALL = dict(vocab_size=32, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=80)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,6 +31,38 @@ def test_a_hotswap_changes_the_numbers_in_place(tmp_path):
     assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == addresses
     hotswap_adapter(model, one)
     assert torch.equal(logits(model, "llama"), logits(PeftModel.from_pretrained(build("llama"), one), "llama"))
+
+
+@pytest.mark.parametrize(
+    ("task_type", "auto"),
+    [
+        ("SEQ_CLS", hf.AutoModelForSequenceClassification),
+        ("TOKEN_CLS", hf.AutoModelForTokenClassification),
+        ("QUESTION_ANS", hf.AutoModelForQuestionAnswering),
+    ],
+)
+def test_the_head_of_a_task_is_swapped_too(tmp_path, task_type, auto):
+    """Peft adds the head's names to `modules_to_save` again whenever it loads such an adapter."""
+
+    def base():
+        torch.manual_seed(0)
+        return auto.from_config(hf.AutoConfig.for_model("bert", **SMALL)).eval()
+
+    def run(model):
+        with torch.no_grad():
+            return model.eval()(input_ids=torch.arange(4, 16).view(2, 6))[0]
+
+    for seed in (1, 2):
+        model = get_peft_model(base(), CloverConfig(task_type=task_type))
+        perturb(model, seed=seed)
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                torch.nn.init.normal_(parameter)
+        model.save_pretrained(tmp_path / str(seed))
+    one, two = (PeftModel.from_pretrained(base(), tmp_path / name) for name in ("1", "2"))
+    assert relative(run(one), run(two)) > 1e-3
+    hotswap_adapter(one, str(tmp_path / "2"))
+    assert torch.equal(run(one), run(two))
 
 
 @pytest.mark.parametrize("save_bases", [True, False])
