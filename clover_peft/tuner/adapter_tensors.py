@@ -58,7 +58,6 @@ class AdapterTensors(nn.Module):
             setattr(self, attribute, nn.ModuleDict())
         self.specs: dict[str, tuple[BlockSpec, ...]] = {}
         self.scaling: dict[str, float] = {}
-        self.merged_scaling: dict[str, float] = {}
         # Adapter -> the most directions that it trains in a block, where LoRA's layers have their ranks.
         self.r: dict[str, int] = {}
         self._missing_bases: set[str] = set()
@@ -203,12 +202,8 @@ class AdapterTensors(nn.Module):
         """With S in the dtype of the bases and multiplied by the adapter's scale."""
         # Without peft's `autocast_adapter_dtype`, S has the dtype of the base weights.
         s = tensors.s if tensors.norm is None else tensors.s.to(tensors.norm.dtype)
-        scale = self.scale_of(adapter_name)
+        scale = self.scaling[adapter_name]
         return tensors._replace(s=s if scale == 1 else scale * s)
-
-    def scale_of(self, adapter_name: str) -> float:
-        """The adapter's scale; of a merged adapter the one that it was merged with."""
-        return self.merged_scaling.get(adapter_name, self.scaling[adapter_name])
 
     def registered(self, adapter_name: str, spec: BlockSpec) -> dict[str, Tensor | None]:
         """What the map of a slice depends on by attribute; None for what a runtime put something else in place of."""
@@ -249,14 +244,15 @@ class AdapterTensors(nn.Module):
 
     def staged_maps(self, adapter_names: Iterable[str]) -> list[UnfoldedMap]:
         """The same maps as C, dS and E one after the other, without dropout, for features in the precision of S."""
-
-        def mapped(name: str, spec: BlockSpec, tokens: Tensor) -> Tensor:
-            return self.read(name, spec, lambda tensors: spec.mapped(tensors, tokens))
-
         result = []
         for name in adapter_names:
             self.check_bases(name, "run")
-            result += [UnfoldedMap(spec.place, partial(mapped, name, spec)) for spec in self.specs[name]]
+            for spec in self.specs[name]:
+
+                def mapped(tokens: Tensor, name: str = name, spec: BlockSpec = spec) -> Tensor:
+                    return self.read(name, spec, lambda tensors: spec.mapped(tensors, tokens))
+
+                result.append(UnfoldedMap(spec.place, mapped))
         return result
 
     def add_low_rank(self, y: Tensor, x: Tensor | None, adapter_names: Iterable[str], dropout: bool = False) -> Tensor:
@@ -277,8 +273,7 @@ class AdapterTensors(nn.Module):
                     x_name = (self.clover_dropout[name](x) if dropout else x).to(dtype)
                     low = self.clover_A[name](WHOLE, partial(_linear, x_name))
                 update = self.clover_B[name](WHOLE, partial(_linear, low)).to(dtype)
-                scale = self.scale_of(name)
-                y = y + (update if scale == 1 else scale * update)
+                y = y + (update if self.scaling[name] == 1 else self.scaling[name] * update)
         return y
 
     def bases_to_share(self, specs: tuple[BlockSpec, ...]) -> dict[str, dict[str, Tensor]] | None:

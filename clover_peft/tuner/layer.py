@@ -64,6 +64,7 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
     ) -> None:
         super().__init__(base_layer, name)
         self.merged_adapters: list[str] = []
+        self._merged_scaling: dict[str, float] = {}
         self.adapters_of_model: set[str] = set()
         self._disable_adapters = False
         self._active_adapter = [adapter_name]
@@ -255,10 +256,18 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
         names = [name for name in wanted if name in self.clover_S]
         if names:
             self.forget_maps()
-            weight, bias = merging.merged_tensors(self, [*self.merged_adapters, *names], safe_merge)
+            weight, bias = self.merged_tensors([*self.merged_adapters, *names], safe_merge)
             self.base_weight.write(weight, bias)
             self.merged_adapters.extend(names)
-            self.merged_scaling |= {name: self.scaling[name] for name in names}
+            self._merged_scaling |= {name: self.scaling[name] for name in names}
+
+    def merged_tensors(self, adapter_names: list[str], safe_merge: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias with adapters merged, those that are merged already with the scales of then."""
+        now, self.scaling = self.scaling, self.scaling | self._merged_scaling
+        try:
+            return merging.merged_tensors(self, adapter_names, safe_merge)
+        finally:
+            self.scaling = now
 
     def unmerge(self) -> None:
         """Put the base's own tensors back."""
@@ -266,7 +275,7 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
             warn("Already unmerged. Nothing to do.")
             return
         self.base_weight.restore()
-        self.merged_adapters, self.merged_scaling = [], {}
+        self.merged_adapters, self._merged_scaling = [], {}
 
     def __repr__(self) -> str:
         """The base layer, and one line per adapter and slice: part, blocks, shape of S, basis."""

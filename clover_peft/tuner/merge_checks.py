@@ -9,7 +9,7 @@ from torch import nn
 
 from ..io.user_warning import warn
 from .layers import clover_layers
-from .merging import check_merge, merged_tensors
+from .merging import check_merge
 
 # Merging warns if rounding changes more than this share of the update.
 MUCH_ROUNDED = 0.1
@@ -37,7 +37,7 @@ def check_merges(model: nn.Module, adapter_names: list[str] | None, safe_merge: 
         check_merge(layer, names)
         if safe_merge:
             with layer.base_weight.whole():
-                merged_tensors(layer, names, safe_merge=True)
+                layer.merged_tensors(names, safe_merge=True)
 
 
 @contextmanager
