@@ -181,7 +181,7 @@ class BaseWeight:
     @property
     def bias(self) -> Tensor | None:
         """The base model's own bias, (out_features,)."""
-        return getattr(self.module, self.names[1], None) if self._original is None else self._original.bias
+        return getattr(self.module, self.names[1]) if self._original is None else self._original.bias
 
     @property
     def side(self) -> Side:

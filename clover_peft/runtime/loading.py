@@ -6,7 +6,6 @@ import inspect
 import warnings
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
 
 import transformers
 from peft import PeftModel
@@ -72,21 +71,6 @@ def loaded_by_transformers() -> dict[str, Tensor]:
             file = cached_file(found["peft_model_id"], SAFETENSORS_WEIGHTS_NAME, **options)
             return {} if file is None else load_file(file)
     return {}
-
-
-def hand_over(model: Any, tensors: dict[str, Tensor]) -> None:
-    """Let transformers' `load_adapter`, which runs now, load these tensors in the place of those that it would read.
-
-    Args:
-        model: the model of transformers that loads an adapter.
-        tensors: by the keys of an adapter's file.
-    """
-
-    def once(**arguments: Any) -> Any:
-        del model._load_pretrained_model  # from here on the class's own again
-        return model._load_pretrained_model(**arguments | {"state_dict": tensors, "checkpoint_files": []})
-
-    model._load_pretrained_model = once
 
 
 def makes_meta_tensors() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -20,11 +21,12 @@ from ..base_model.families import FAMILIES, family_of, unknown_family_message
 from ..base_model.resolve import default_targets, resolve
 from ..base_model.slices import TargetSlice
 from ..io.user_warning import warn
-from ..runtime.loading import hand_over, loaded_by_transformers, makes_meta_tensors, transformers_loads, weights_follow
+from ..runtime.load_report import leave_out_of_report
+from ..runtime.loading import loaded_by_transformers, makes_meta_tensors, transformers_loads, weights_follow
 from ..runtime.sharding import filled_by_rank_0, refuse_sharded, spare_broadcasts
 from .adapter_file import has_same_bases, select_for_saving, take_file
 from .adapter_folder import check_folder
-from .adapter_tensors import BASES_CHECKSUM, FROZEN, PACKED
+from .adapter_tensors import BASES_CHECKSUM, FROZEN, PACKED, tensor_keys
 from .bases import frozen_tensors, warn_of_zero_blocks
 from .block_spec import block_specs, warn_of_useless_block_size
 from .combining import add_up, find_sources
@@ -175,16 +177,22 @@ class CloverModel(TargetParameters, TiedWeights):
             config.awaits_weights = True  # if the load fails, the adapter is taken out again
 
     def _check_file(self, adapter_name: str, config: CloverConfig, tensors: dict[str, Tensor]) -> None:
-        """Check the tensors that transformers loads next as in peft's loads; it gets the bases that they lack too."""
-        own = {key: tensor for key, tensor in tensors.items() if "clover_" in key}
-        file = super()._remap_adapter_state_dict_for_load(self.model, config, adapter_name, own)
+        """Check the tensors that transformers loads next as peft's loads are, and load those that it does not know."""
+        tensors = {key: tensor for key, tensor in tensors.items() if "clover_" in key}
+        file = super()._remap_adapter_state_dict_for_load(self.model, config, adapter_name, tensors)
+        layers = dict(clover_layers(self.model, adapter_name))
         if not any(f"clover_S.{adapter_name}." in key for key in file):
             return  # no file here, or one with other names for modules, which transformers changes
         before = set(file)
-        take_file(self.model, dict(clover_layers(self.model, adapter_name)), adapter_name, config, file)
-        whole = {key: tensor for key, tensor in tensors.items() if not {BASES_CHECKSUM, PACKED} & set(key.split("."))}
-        whole |= {self._remove_adapter_name_from_key(key, adapter_name): file[key] for key in file.keys() - before}
-        hand_over(self.model, whole)
+        take_file(self.model, layers, adapter_name, config, file)
+        for name, layer in layers.items():
+            for spec in layer.specs[adapter_name]:
+                keys = tensor_keys(name, adapter_name, spec.name).items()
+                made = {attribute: file[key] for attribute, key in keys if key in file.keys() - before}
+                layer.set_frozen(adapter_name, spec, made)
+        # What `take_file` lets pass is whole, so these keys are left out on purpose.
+        name = re.escape(adapter_name)
+        leave_out_of_report(self.model, rf"\.clover_[UV]\.{name}\.", rf"\.({BASES_CHECKSUM}|{PACKED})\.")
 
     def _create_and_replace(
         self,

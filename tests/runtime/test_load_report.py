@@ -1,19 +1,22 @@
-"""What is read from transformers and peft while they load an adapter, and what transformers loads and reports then."""
+"""What is read from transformers and peft while they load an adapter: their frames, and their report."""
 
 from __future__ import annotations
 
+import logging
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from torch import nn
 from transformers.integrations import PeftAdapterMixin
 from transformers.integrations import peft as integration
 
-from clover_peft.runtime import loading
+from clover_peft.runtime import load_report, loading
 from tests.support.saved_adapters import WEIGHTS, edit, save_trained
 from tests.support.tiny import build
 
@@ -94,3 +97,29 @@ def test_reports_of_other_methods_are_the_same_after_a_clover_load(tmp_path: Pat
     assert clover == (set(), set())
     assert after == before
     assert beside == before
+
+
+def loading_info() -> SimpleNamespace:
+    return SimpleNamespace(missing_keys={"a.left_out", "b"}, unexpected_keys={"c.left_out", "d"})
+
+
+def test_the_report_takes_positional_arguments_and_filters_once(reports: list) -> None:
+    model, other = nn.Linear(1, 1), nn.Linear(1, 1)
+    load_report.leave_out_of_report(model, "left_out", "left_out")
+    load_report.leave_out_of_report(model, "left_out", "left_out")
+    for each in (other, model, model):
+        integration.log_state_dict_report(each, "folder", loading_info())
+    whole = ({"a.left_out", "b"}, {"c.left_out", "d"})
+    assert reports == [whole, ({"b"}, {"d"}), whole]
+
+
+def test_a_report_with_other_arguments_runs_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(integration, "log_state_dict_report", lambda info, logger: calls.append((info, logger)))
+    load_report.leave_out_of_report(nn.Linear(1, 1), "left_out", "left_out")
+    info, logger = loading_info(), logging.getLogger(__name__)
+    integration.log_state_dict_report(info, logger=logger)
+    assert calls == [(info, logger)]
+    assert vars(info) == vars(loading_info())
+    with pytest.raises(TypeError, match="logger"):
+        integration.log_state_dict_report(info)
