@@ -4,10 +4,10 @@
 
 The gradient of the mean loss on a domain says which change of a projection's weight learns the domain fastest. An
 adapter makes the part of it that lies in the changes it can express: for a block of CLOVER, all matrices whose rows
-are combinations of the block's rows of the weight; for a LoRA of rank r, near any matrices B and A, those of the form
-`B' A + B A'`. Its A starts at random and turns during training, so the rank-r matrix nearest to the gradient is what
-it can reach. The gradient is that of half the windows, and its share is measured by the other half: a subspace that
-fits the noise of the first gains nothing. Figures: the median over projections, by kind of target.
+are combinations of the block's rows of the weight; for a LoRA of rank r, which can turn to it, the nearest matrix of
+rank r. The gradient is that of half the windows, and its share is measured by the other half: a subspace that fits the
+noise of the first gains nothing. The mean input is that of all windows. Figures: the
+median over projections, by kind of target.
 """
 
 from __future__ import annotations
@@ -114,9 +114,7 @@ def _shares(layer: CloverLayer, one: Tensor, other: Tensor, mean: Tensor, rank: 
         yield f"its {count} largest singular directions", share((u[:, :count] * s[:count]) @ v[:count])
     direction = mean / mean.norm()
     yield "along the mean input", share(torch.outer(one @ direction, direction))
-    u, v = u[:, :rank], v[:rank]
-    rest = one - u @ (u.T @ one)
-    yield f"LoRA r={rank}, turned to it", share(one - (rest - rest @ v.T @ v))
+    yield f"LoRA r={rank}, turned to it", share((u[:, :rank] * s[:rank]) @ v[:rank])
     yield f"LoRA r={rank}, at the start", rank / one.shape[1]  # the expectation over random A; B is zero
     yield "CLOVER", share(_in_row_spaces(layer, one))
 

@@ -319,7 +319,8 @@ def _at_equal_learning(
     table = markdown_table(["arm", *(f"{level:.4f} (rate {rate:g})" for rate, level in levels.items())], rows)
     return (
         f"Forgetting at equal learning: loss on {', '.join(others)} less that of {reference}, at the losses on "
-        f"{domain} that its rates reach (standard error; interpolated between rates):\n\n{table}\n"
+        f"{domain} that its rates reach (standard error; interpolated between rates, below an arm's lowest rate from "
+        f"the model without an adapter):\n\n{table}\n"
     )
 
 

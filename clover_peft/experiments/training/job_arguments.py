@@ -29,7 +29,7 @@ class JobArguments:
     )
     own_text_rows: int = field(
         default=0,
-        metadata={"help": "Rows of 256 tokens that the model writes itself, for the same; 0: none."},
+        metadata={"help": "Texts of 256 tokens that the model writes itself, for CLOVER's bases; 0: none."},
     )
     balance_updates: int = field(
         default=0, metadata={"help": "Training batches by which CLOVER's updates are balanced; 0: not balanced."}
@@ -64,6 +64,6 @@ class JobArguments:
                 raise ValueError(f"{name}: expected at least {number}, found {value}{hint}")
         if self.calibration_rows and self.own_text_rows:
             raise ValueError(
-                "own_text_rows: expected no calibration_rows beside it, because bases are made from one text, found "
-                f"{self.calibration_rows}"
+                "own_text_rows: expected no calibration_rows beside it, because bases are made from one of them, "
+                f"found {self.calibration_rows}; leave one of them out"
             )
