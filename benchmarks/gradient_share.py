@@ -12,6 +12,7 @@ median over projections, by kind of target.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,11 +20,10 @@ from typing import Any
 
 import torch
 from harness import finish, options, parser, table
-from peft import get_peft_model
+from input_dimensions import adapted, add_adapter
 from torch import Tensor, nn
+from tqdm.auto import trange
 
-from clover_peft import CloverConfig
-from clover_peft.experiments.adaptation.plan import read_experiment
 from clover_peft.experiments.adaptation.trial import Laboratory, drawn
 from clover_peft.experiments.adaptation.windows import restricted_head
 from clover_peft.io import run_record as records
@@ -33,21 +33,16 @@ from clover_peft.tuner.layers import clover_layers
 
 def main(argv: Sequence[str] | None = None) -> Path:
     command = parser(__doc__.splitlines()[0], "gradient_share")
-    command.add_argument("--windows", type=int, default=24, help="windows of a domain (default: 24)")
-    command.add_argument("--targets", nargs="+", default=["v_proj", "up_proj", "down_proj"])
-    command.add_argument("--block-size", type=int, default=48, help="features of a block of up and down (default: 48)")
-    command.add_argument("--rank", type=int, default=24, help="of LoRA (default: 24)")
+    add_adapter(command)
+    command.add_argument("--rank", type=int, default=24, help="of LoRA")
     arguments = command.parse_args(argv)
     environment = records.environment()
-    experiment = read_experiment("adaptation_tiny" if arguments.fast else "adaptation_search")
-    laboratory = Laboratory(experiment, Path())
-    config = CloverConfig(target_modules=arguments.targets, mlp_block_size=arguments.block_size)
-    model = get_peft_model(laboratory.load(torch.float32), config).eval()
+    laboratory, model = adapted(arguments)
     layers = dict(clover_layers(model))
     figures = dict[str, dict[str, dict[str, float]]]()
     for domain in laboratory.windows:
         found = dict[str, dict[str, list[float]]]()
-        halves, means = _gradients(laboratory, model, layers, domain, arguments.windows)
+        halves, means = _gradients(laboratory, model, layers, domain, arguments)
         for path, layer in layers.items():
             kind = path.rpartition(".")[2]
             for label, share in _shares(layer, halves[0][path], halves[1][path], means[path], arguments.rank):
@@ -69,7 +64,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 def _gradients(
-    laboratory: Laboratory, model: nn.Module, layers: dict[str, CloverLayer], domain: str, windows: int
+    laboratory: Laboratory,
+    model: nn.Module,
+    layers: dict[str, CloverLayer],
+    domain: str,
+    arguments: argparse.Namespace,
 ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
     """Path -> (out_features, in_features), the gradient of either half of the windows; path -> sum of the inputs."""
     halves: list[dict[str, Tensor]] = [{}, {}]
@@ -87,9 +86,9 @@ def _gradients(
         for path, layer in layers.items()
     ]
     text = laboratory.windows[domain]
-    order = drawn(text, 1, 0)
+    order = drawn(text, 1, arguments.seed)
     with restricted_head(model, text.vocabulary) as labels:
-        for number in range(windows):
+        for number in trange(arguments.windows, desc=domain, unit="window"):
             ids = next(order).to(labels.device)
             model(input_ids=ids, labels=labels[ids], use_cache=False).loss.backward()
             for path, weight in weights.items():

@@ -12,6 +12,7 @@ projections, by kind of target; random rows of A are averaged over.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,15 +33,10 @@ from clover_peft.tuner.layers import clover_layers
 
 def main(argv: Sequence[str] | None = None) -> Path:
     command = parser(__doc__.splitlines()[0], "input_dimensions")
-    command.add_argument("--windows", type=int, default=24)
-    command.add_argument("--targets", nargs="+", default=["v_proj", "up_proj", "down_proj"])
-    command.add_argument("--block-size", type=int, default=48, help="features of a block of up and down (default: 48)")
+    add_adapter(command)
     arguments = command.parse_args(argv)
     environment = records.environment()
-    experiment = read_experiment("adaptation_tiny" if arguments.fast else "adaptation_search")
-    laboratory = Laboratory(experiment, Path())
-    config = CloverConfig(target_modules=arguments.targets, mlp_block_size=arguments.block_size)
-    model = get_peft_model(laboratory.load(torch.float32), config).eval()
+    laboratory, model = adapted(arguments)
     layers = dict(clover_layers(model))
     name, *_ = laboratory.windows
     order = drawn(laboratory.windows[name], 1, arguments.seed)
@@ -77,6 +73,20 @@ def main(argv: Sequence[str] | None = None) -> Path:
             "by_projection": found,
         },
     )
+
+
+def add_adapter(command: argparse.ArgumentParser) -> None:
+    """Options for the windows of a domain and for CLOVER's adapter; see `adapted`."""
+    command.add_argument("--windows", type=int, default=24, help="windows of a domain")
+    command.add_argument("--targets", nargs="+", default=["v_proj", "up_proj", "down_proj"])
+    command.add_argument("--block-size", type=int, default=48, help="features of a block of up and down")
+
+
+def adapted(arguments: argparse.Namespace) -> tuple[Laboratory, Any]:
+    """The search's model and domains, and the model in float32 with a new adapter."""
+    laboratory = Laboratory(read_experiment("adaptation_tiny" if arguments.fast else "adaptation_search"), Path())
+    config = CloverConfig(target_modules=arguments.targets, mlp_block_size=arguments.block_size)
+    return laboratory, get_peft_model(laboratory.load(torch.float32), config).eval()
 
 
 @torch.no_grad()

@@ -80,6 +80,7 @@ class BaseWeight:
     """
 
     names = ("weight", "bias")
+    rounding = (0.0, 0.0)
 
     def __init__(self, owner: nn.Module, path: str = "", quantization_kwargs: dict[str, Any] | None = None) -> None:
         self.owner = owner
@@ -87,7 +88,6 @@ class BaseWeight:
         self.in_features, self.out_features = feature_counts(self.module, path)
         self.fan_in_fan_out = isinstance(self.module, Conv1D)
         self.backend = resolve_quantization_backend(self.module, **(quantization_kwargs or {}))
-        self.rounding = (0.0, 0.0)
         self._original: Original | None = None
 
     @property

@@ -101,17 +101,16 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
             callbacks=callbacks,
         )
     _check_trainer(trainer, settings, len(split.train))
-    if job.calibration_rows:
+    if job.calibration_rows or job.own_text_rows:
         started = time.perf_counter()
-        rows = trainer.train_dataset.select(range(min(job.calibration_rows, len(trainer.train_dataset))))
-        say(f"making bases from the activations of {len(rows)} training rows")
-        initialize_from_activations(model, ({"input_ids": torch.tensor([row["input_ids"]])} for row in rows))
-        init_seconds += time.perf_counter() - started
-    if job.own_text_rows:
-        started = time.perf_counter()
-        say(f"making bases from {job.own_text_rows} texts that the model writes itself")
-        with _refused_by("own_text_rows"):
-            initialize_from_activations(model, own_text(model, rows=job.own_text_rows, seed=sft.seed))
+        if job.own_text_rows:
+            say(f"making bases from {job.own_text_rows} texts that the model writes itself")
+            batches = own_text(model, rows=job.own_text_rows, seed=sft.seed)
+        else:
+            rows = trainer.train_dataset.select(range(min(job.calibration_rows, len(trainer.train_dataset))))
+            say(f"making bases from the activations of {len(rows)} training rows")
+            batches = [{"input_ids": torch.tensor([row["input_ids"]])} for row in rows]
+        initialize_from_activations(model, batches)
         init_seconds += time.perf_counter() - started
     if job.balance_updates:
         started = time.perf_counter()
