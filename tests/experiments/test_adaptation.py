@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -40,6 +40,21 @@ pytestmark = [
 
 def tiny() -> Experiment:
     return read_experiment("adaptation_tiny")
+
+
+RECORD = {
+    "place": 0,
+    "split": "validation",
+    "first_rate": 0.1,
+    "model": {"name": "model", "origin": "nowhere"},
+    "vocabulary": {"a": None, "b": None},
+    "settings": {"dtype": "float32"},
+    "parameters": 7,
+    "training_loss": [1.0],
+    "seconds": {"train": 1.0},
+    "peak_memory_bytes": 2**20,
+    "adapter_bytes": 2**20,
+}
 
 
 # --- text -----------------------------------------------------------------------------------------
@@ -342,6 +357,62 @@ def test_a_killed_run_goes_on_to_the_same_table(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"evaluation.documents: expected 4 as in .*base.json, found 3"):
         running.run(replace(experiment, evaluation=replace(experiment.evaluation, documents=3)), out)
     capsys.readouterr()
+
+
+def test_the_rise_on_the_models_own_text_is_the_kl_divergence_from_it(tmp_path, capsys):
+    experiment = tiny()
+    experiment = replace(experiment, evaluation=replace(experiment.evaluation, own_text=48))
+    trial = Trial("asyncio", "lora", 1e-2, 0)
+    laboratory = Laboratory(experiment, tmp_path)
+    base = laboratory.run(Trial("", "base", 0.0, 0))
+    file = tmp_path / "records" / "own_text.safetensors"
+    written = file.read_bytes()
+    after = laboratory.run(trial)
+    assert file.read_bytes() == written, "every trial is measured on the same text"
+    assert list(after["losses"]) == ["asyncio", "email", "own text"]
+    assert set(after["losses"]["own text"]) == {f"own text {row}" for row in range(48)}
+    rise = statistics.fmean(after["losses"]["own text"].values()) - statistics.fmean(
+        base["losses"]["own text"].values()
+    )
+
+    ids = load_file(file)["input_ids"]
+    adapted = PeftModel.from_pretrained(laboratory.load(), tmp_path / "adapters" / trial.name).eval()
+    with torch.no_grad():
+        new = adapted(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
+        with adapted.disable_adapter():
+            old = adapted(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
+    kl = (old.exp() * (old - new)).sum(-1)
+    drawn_rise = (old - new).gather(-1, ids[:, 1:, None])[..., 0]
+    assert rise == pytest.approx(float(drawn_rise.mean()), abs=1e-5), "of the text, as recorded"
+    error = float((drawn_rise - kl).std() / drawn_rise.numel() ** 0.5)
+    assert 5 * error < kl.mean()
+    assert abs(rise - kl.mean()) < 4 * error
+
+    experiment = replace(experiment, evaluation=replace(experiment.evaluation, own_text=47))
+    with pytest.raises(ValueError, match=r"expected text of 47 windows .* found \(48, 32\)"):
+        Laboratory(experiment, tmp_path).run(trial)
+
+
+def test_tables_show_the_rise_on_own_text_apart_from_forgetting():
+    def record(arm, rate, learned, other, own):
+        losses = {"a": {"1": learned}, "b": {"1": other}, "own text": {"1": own}}
+        return RECORD | {"trial": {"domain": "a", "arm": arm, "rate": rate, "seed": 0}, "losses": losses}
+
+    found = {
+        "base": record("base", 0.0, 3.0, 2.0, 1.0) | {"place": -1},
+        "one": record("one", 0.1, 2.0, 2.2, 1.1),
+        "other": record("other", 0.1, 1.0, 2.6, 1.4),
+    }
+    shown = report.markdown(found)
+    assert "own text 1 documents" in shown
+    assert "KL divergence" in shown
+    assert "| one | 0.1 | 1 | 7 | **2.0000** | +0.2000 | +0.1000 |" in shown
+    assert "| arm, best rate | learned | b | all others | own text |" in shown
+    assert "| other, 0.1 | -1.0000 (0.0000) | +0.4000 (0.0000) | +0.4000 (0.0000) | +0.3000 (0.0000) |" in shown
+    at_equal = [line for line in shown.splitlines() if line.startswith("| other | +")]
+    assert at_equal == ["| other | +0.1000 (0.0000) |", "| other | +0.1000 (0.0000) |"]
+    assert "loss on b less that of one" in shown
+    assert "loss on own text less that of one" in shown
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):

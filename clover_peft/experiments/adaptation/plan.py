@@ -18,6 +18,7 @@ from ..settings import check_factors
 from .domains import SPLITS
 
 BASE = "base"  # the model that is not adapted
+OWN = "own text"  # beside the domains in records and tables: text that the model wrote before it was adapted
 TINY = "tiny"  # a small random model with a byte tokenizer, for tests
 FULL = "full"  # the `peft` of an arm that trains all but embeddings and head
 
@@ -58,6 +59,7 @@ class Evaluation:
         batch_size: windows at a time.
         vocabulary: "domain" restricts the head to the tokens that occur in the domain, "full" does not.
         zeroshot: questions that are scored, over all sets; 0 for none.
+        own_text: windows of text that the model writes before it is adapted; 0 for none.
     """
 
     split: str = "validation"
@@ -66,6 +68,7 @@ class Evaluation:
     batch_size: int = 1
     vocabulary: str = "domain"
     zeroshot: int = 0
+    own_text: int = 0
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,10 @@ class Experiment:
     def settings(self, trial: Trial) -> dict[str, Any]:
         """What determines a trial's record: a trial of other settings is another trial."""
         training = {k: v for k, v in asdict(self.training).items() if k != "checkpoint_steps"}
-        shared = {"model": self.model, "dtype": self.dtype, "evaluation": asdict(self.evaluation)}
+        evaluation = asdict(self.evaluation)
+        if not evaluation["own_text"]:  # earlier records do not have it
+            del evaluation["own_text"]
+        shared = {"model": self.model, "dtype": self.dtype, "evaluation": evaluation}
         if trial.arm == BASE:
             return shared
         arm = {key: value for key, value in asdict(self.arm(trial.arm)).items() if key != "rates"}
@@ -257,7 +263,8 @@ def _arm(name: str, block: Any) -> Arm:
 def _check(experiment: Experiment) -> None:
     training, evaluation = experiment.training, experiment.evaluation
     domains, adapt_to, seeds = experiment.domains, experiment.adapt_to, experiment.seeds
-    _expect(isinstance(domains, dict) and len(domains) > 1, "domains", "at least two, each name: source", domains)
+    several = isinstance(domains, dict) and len(domains) > 1 and OWN not in domains
+    _expect(several, "domains", f"at least two, each name: source, none called {OWN}", domains)
     inside = isinstance(adapt_to, list) and adapt_to and set(adapt_to) <= set(domains)
     _expect(bool(inside), "adapt_to", f"some of {', '.join(domains)}", adapt_to)
     whole = isinstance(seeds, list) and seeds and all(type(seed) is int and seed >= 0 for seed in seeds)
@@ -275,6 +282,9 @@ def _check(experiment: Experiment) -> None:
         for name in names:
             value = getattr(block, name)
             _expect(type(value) is int and value > 0, f"{type(block).__name__.lower()}.{name}", "at least 1", value)
+    for name in ("zeroshot", "own_text"):
+        value = getattr(evaluation, name)
+        _expect(type(value) is int and value >= 0, f"evaluation.{name}", "a number from 0 on", value)
     _expect(evaluation.length > 1 and training.length > 1, "length", "at least 2 tokens", evaluation.length)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from ...io import run_record as records
 from ...io.figures import canvas
 from ...io.tables import markdown_table
-from .plan import BASE
+from .plan import BASE, OWN
 
 Record = dict[str, Any]
 
@@ -176,8 +176,11 @@ def markdown(found: dict[str, Record], reference: str | None = None) -> str:
             if reference in arms:
                 arms = {reference: arms[reference], **arms}
             if len(arms) > 1:
-                others = [other for other in base["losses"] if other != domain]
-                parts += [_differences(arms, domain, others), _at_equal_learning(base, arms, domain, others)]
+                others = other_domains(base, domain)
+                kinds = {"all others": others} | ({OWN: [OWN]} if OWN in base["losses"] else {})
+                columns = {"learned": [domain]} | {other: [other] for other in others} | kinds
+                parts.append(_differences(arms, domain, columns))
+                parts += [_at_equal_learning(base, arms, domain, kind) for kind in kinds.values()]
     return "\n".join(parts)
 
 
@@ -191,7 +194,7 @@ def pictures(found: dict[str, Record], folder: Path) -> list[Path]:
             continue
         figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
         colors = pyplot.get_cmap("tab10" if len(arms) <= 10 else "tab20").colors
-        others = [other for other in base["losses"] if other != domain]
+        others = other_domains(base, domain)
         for i, (arm, rates) in enumerate(arms.items()):
             points = [p for rate, runs in rates.items() if (p := point(base, runs, domain)) is not None]
             if points:
@@ -219,7 +222,12 @@ def point(base: Record, runs: list[Record], domain: str) -> tuple[float, float] 
     learned = mean_loss(runs, domain)
     if learned is None:
         return None
-    return learned, statistics.fmean(_rise(base, runs, other) for other in base["losses"] if other != domain)
+    return learned, statistics.fmean(_rise(base, runs, other) for other in other_domains(base, domain))
+
+
+def other_domains(base: Record, domain: str) -> list[str]:
+    """The domains that forgetting is measured on where one was adapted to."""
+    return [other for other in base["losses"] if other not in (domain, OWN)]
 
 
 def _rise(base: Record, runs: list[Record], domain: str) -> float:
@@ -232,17 +240,19 @@ def _rise(base: Record, runs: list[Record], domain: str) -> float:
 def _heading(base: Record) -> str:
     counts = ", ".join(
         f"{name} {len(losses)} documents"
-        + (f", head of {base['vocabulary'][name]:,} tokens" if base["vocabulary"][name] else "")
+        + (f", head of {base['vocabulary'][name]:,} tokens" if base["vocabulary"].get(name) else "")
         for name, losses in base["losses"].items()
     )
     return (
         f"{base['model']['name']} ({base['model']['origin']}), {base['settings']['dtype']} base, {base['split']} text"
-        f": {counts}. Losses in nats a token; rise: of the loss over the model without an adapter.\n"
+        f": {counts}. Losses in nats a token; rise: of the loss over the model without an adapter"
+        + (", which on its own text is the KL divergence from it" if OWN in base["losses"] else "")
+        + ".\n"
     )
 
 
 def _table(base: Record, arms: dict[str, dict[float, list[Record]]], domain: str) -> str:
-    others = [other for other in base["losses"] if other != domain]
+    others = [other for other in base["losses"] if other != domain]  # and, last, the model's own text
     scored = accuracy(base) is not None
     head = ["arm", "rate", "seeds", "parameters", f"{domain} loss", *(f"{other} rise" for other in others)]
     head += ["zero-shot"] * scored + ["s/step", "peak MiB", "adapter MiB"]
@@ -272,20 +282,25 @@ def _table(base: Record, arms: dict[str, dict[float, list[Record]]], domain: str
     return markdown_table(head, rows) + "\n"
 
 
-def _differences(arms: dict[str, dict[float, list[Record]]], domain: str, others: list[str]) -> str:
-    """Every arm against the first, each at its own best rate, with standard errors by document and seed."""
+def _differences(arms: dict[str, dict[float, list[Record]]], domain: str, columns: dict[str, list[str]]) -> str:
+    """Every arm against the first, each at its own best rate, with standard errors by document and seed.
+
+    Args:
+        arms: arm -> rate -> records; the first arm is the reference.
+        domain: what was adapted to.
+        columns: heading -> the domains that are compared.
+    """
     best = {arm: (rate, rates[rate]) for arm, rates in arms.items() if (rate := best_rate(rates, domain)) is not None}
     if len(best) < 2:
         return ""
     reference = next(iter(best))
-    columns = [("learned", [domain]), *((f"{other}", [other]) for other in others), ("all others", others)]
     rows = []
     for arm, (rate, runs) in best.items():
         if arm == reference:
             continue
-        found = [paired(runs, best[reference][1], domains) for _, domains in columns]
+        found = [paired(runs, best[reference][1], domains) for domains in columns.values()]
         rows.append([f"{arm}, {rate:g}", *("" if d is None else f"{d[0]:+.4f} ({d[1]:.4f})" for d in found)])
-    table = markdown_table(["arm, best rate", *(name for name, _ in columns)], rows)
+    table = markdown_table(["arm, best rate", *columns], rows)
     return f"Loss less that of {reference} at {best[reference][0]:g} (standard error):\n\n{table}\n"
 
 

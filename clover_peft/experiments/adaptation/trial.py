@@ -22,8 +22,8 @@ from ...io.hub_models import ModelSource, accelerator, find_model, weights_diges
 from ..training.optimizer import Muon, scale_learning_rates
 from .domains import Domain, read_domain
 from .lora_balance import balance_lora
-from .plan import BASE, TINY, Arm, Experiment, Trial
-from .windows import Windows, document_losses, encode, restricted_head
+from .plan import BASE, OWN, TINY, Arm, Experiment, Trial
+from .windows import Windows, document_losses, encode, own_windows, restricted_head
 from .zeroshot import score
 
 Record = dict[str, Any]
@@ -64,10 +64,13 @@ class Laboratory:
     def run(self, trial: Trial) -> Record:
         """A trial's record: trains, and measures."""
         reset_peak_memory()
-        model, found = self.load(), Record()
+        model, found, held_out = self.load(), Record(), self.windows
+        if rows := self.experiment.evaluation.own_text:
+            file = self.out / "records" / "own_text.safetensors"  # beside the records, which are of this text
+            held_out = {**held_out, OWN: own_windows(file, rows, self.experiment.evaluation.length, model)}
         if trial.arm != BASE:
             model, found = self._train(model, trial)
-        measured = self._measure(model, diverged=found.get("diverged_at_step") is not None)
+        measured = self._measure(model, held_out, diverged=found.get("diverged_at_step") is not None)
         if any(loss is None for losses in measured["losses"].values() for loss in losses.values()):
             found["diverged_at_step"] = found.get("diverged_at_step") or self.experiment.training.steps
         names = [arm.name for arm in self.experiment.arms]
@@ -94,11 +97,11 @@ class Laboratory:
             return LlamaForCausalLM(LlamaConfig(vocab_size=384, **sizes, initializer_range=0.2)).to(dtype)
         return AutoModelForCausalLM.from_pretrained(self.source.path, dtype=dtype).to(accelerator())
 
-    def _measure(self, model: nn.Module, diverged: bool) -> Record:
-        """The loss of every held-out document, and the scored questions; None after training has diverged."""
+    def _measure(self, model: nn.Module, held_out: dict[str, Windows], diverged: bool) -> Record:
+        """The loss of every held-out window, and the scored questions; None after training has diverged."""
         started, evaluation = time.perf_counter(), self.experiment.evaluation
         losses: dict[str, Any] = {}
-        for name, windows in self.windows.items():
+        for name, windows in held_out.items():
             found = {} if diverged else document_losses(model, windows, evaluation.batch_size)
             losses[name] = {
                 key: round(found[key], 6) if math.isfinite(found.get(key, math.nan)) else None for key in windows.keys

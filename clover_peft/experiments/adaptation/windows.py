@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ... import own_text
+from ...io import atomic
 from .domains import SPLITS, Domain
-from .plan import Experiment
+from .plan import OWN, Experiment
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,36 @@ def encode(domain: Domain, tokenizer: Any, experiment: Experiment) -> Windows:
         [key for key, _ in long],
         vocabulary,
     )
+
+
+def own_windows(file: Path, rows: int, length: int, base: Any) -> Windows:
+    """Held-out windows of text that the base model writes: read from a file, or written to it once.
+
+    The model draws each token from its own distribution. So the mean rise of the loss on this text, over many tokens,
+    is the KL divergence of the adapted model from the base model, in nats a token.
+
+    Args:
+        file: a safetensors file that keeps the text: another machine would draw another one.
+        rows: windows.
+        length: tokens of each.
+        base: the model without an adapter.
+
+    Raises:
+        ValueError: the file has text of another size.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_suffix(".lock")):
+        if not file.is_file():
+            # Not seed 0 and its neighbours, which statistics are drawn with.
+            ids = torch.cat([batch["input_ids"] for batch in own_text(base, rows=rows, length=length, seed=1_000_003)])
+            atomic.write_by(file, lambda partial: save_file({"input_ids": ids.cpu()}, partial))
+    ids = load_file(file)["input_ids"]
+    if ids.shape != (rows, length):
+        raise ValueError(
+            f"{file}: expected text of {rows} windows of {length} tokens, found {tuple(ids.shape)}; set "
+            "evaluation.own_text and evaluation.length as before, or choose another --out"
+        )
+    return Windows(ids[:0], ids, [f"{OWN} {row}" for row in range(rows)], None)
 
 
 @contextmanager
