@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# Everything that is to be measured on a GPU, in at most nine minutes of one: see docs/how_to/measure_on_a_gpu.md.
+#
+#   benchmarks/gpu.sh OUT                    $PYTHON (by default python) has the package with its extra train
+#   benchmarks/gpu.sh OUT --fast --grid GRID tiny shapes, to see that it runs; times mean nothing
+#
+# OUT gets records, logs and a file in done/ for each step that is finished. Run the command again to go on.
+set -uo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+python="${PYTHON:-python}"
+out="${1:?usage: benchmarks/gpu.sh OUT [--fast] [--grid CONFIG] [--suite FOLDER] [--minutes N]}"
+shift
+fast="" grid=smollm2_10k minutes=9 suite=()
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --fast) fast=--fast minutes=60 grid="" && shift ;; # a slow machine is no failure
+        --grid) grid="${2:?--grid: expected a configuration after it}" && shift 2 ;;
+        --suite) suite=("data.source=folder:${2:?--suite: expected a folder after it}") && shift 2 ;;
+        --minutes) minutes="${2:?--minutes: expected a number after it}" && shift 2 ;;
+        *) echo "error: $1: expected --fast, --grid CONFIG, --suite FOLDER or --minutes N" >&2 && exit 2 ;;
+    esac
+done
+case "$minutes" in *[!0-9]* | "" | 0) echo "error: --minutes: expected a whole number from 1 on, found $minutes" >&2 && exit 2 ;; esac
+mkdir -p "$out/logs" "$out/done" "$out/records"
+out="$(cd "$out" && pwd)"
+export PYTHONPATH="$(dirname "$here")${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+failed=0
+
+# step NAME SECONDS COMMAND...: a step that is not finished yet, for so many seconds or as many as are left. A step that
+# is cut off goes on the next time, if its command does, and else begins anew.
+step() {
+    local name="$1" seconds="$2" code=0 left
+    shift 2
+    left=$((minutes * 60 - SECONDS))
+    if [ -n "$fast" ]; then seconds=$left; fi
+    if [ -e "$out/done/$name" ]; then
+        echo "$name: done before"
+    elif [ "$left" -lt 5 ]; then
+        echo "$name: no time left; run the command again"
+    else
+        timeout --foreground --kill-after=10 "$((seconds < left ? seconds : left))" "$@" >>"$out/logs/$name.log" 2>&1 || code=$?
+        case $code in
+            0) touch "$out/done/$name" && echo "$name: done at $SECONDS s" ;;
+            124 | 137) echo "$name: cut off at $SECONDS s; run the command again" ;;
+            *) failed=1 && echo "$name: failed, see $out/logs/$name.log" >&2 ;;
+        esac
+    fi
+}
+
+benchmark() {
+    local name="$1" seconds="$2" script="$3"
+    shift 3
+    step "$name" "$seconds" "$python" "$here/$script.py" $fast --out "$out/records/$name.json" "$@"
+}
+
+benchmark train_step_4096 90 train_step --tokens 4096 --rounds 9
+benchmark train_step_512 45 train_step --tokens 512 --rounds 15
+benchmark train_step_compiled 90 train_step --tokens 4096 --rounds 9 --compile --methods dora
+benchmark train_step_checkpointing 60 train_step --tokens 4096 --rounds 9 --gradient-checkpointing
+benchmark init_time 40 init_time --skip-exact-pissa
+benchmark decode 60 decode --batch-sizes 1 64
+benchmark pruned_decode 40 pruned_decode
+# The grid and the experiment go on where they were cut off. They share what is left, so each gets at most half of it.
+half=$(((minutes * 60 - SECONDS) / 2))
+if [ -n "$grid" ]; then
+    step commonsense "$half" "$python" -m clover_peft ablate --config "$grid" --out "$out/commonsense" --jobs 6 \
+        ${suite[@]+"${suite[@]}"}
+else
+    echo "commonsense: left out, because --fast has no --grid CONFIG beside it"
+fi
+adaptation=(--config adaptation_gpu --jobs 6)
+if [ -n "$fast" ]; then adaptation=(--config adaptation_tiny); fi
+step adaptation $((minutes * 60)) "$python" -m clover_peft ablate "${adaptation[@]}" --out "$out/adaptation"
+for name in commonsense adaptation; do # what there is so far
+    if [ -d "$out/$name/records" ]; then
+        "$python" -m clover_peft ablate --table "$out/$name/records" >"$out/$name.md" || failed=1
+    fi
+done
+"$python" - "$out" <<'PYTHON'
+import sys, pathlib, torch
+name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+pathlib.Path(sys.argv[1], "gpu.txt").write_text(name + "\n")
+PYTHON
+exit $failed

@@ -1,0 +1,80 @@
+"""`benchmarks/gpu.sh`: every step runs on a CPU, a second call keeps what is done, and failures are named."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("trl", reason="needs the train extra: pip install clover-peft[train]")
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.sh"
+STEPS = [
+    "train_step_4096",
+    "train_step_512",
+    "train_step_compiled",
+    "train_step_checkpointing",
+    "init_time",
+    "decode",
+    "pruned_decode",
+    "commonsense",
+    "adaptation",
+]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        ["bash", str(SCRIPT), *arguments], env=environment, capture_output=True, text=True, timeout=3000
+    )
+
+
+@pytest.mark.slow
+def test_all_steps_run_and_are_kept(tiny_grid, tmp_path):
+    out = tmp_path / "gpu"
+    done = run(str(out), "--fast", "--grid", str(tiny_grid.path))
+    logs = {log.name: log.read_text()[-2000:] for log in (out / "logs").glob("*.log")}
+    assert done.returncode == 0, (done.stdout, done.stderr, logs)
+    assert sorted(file.name for file in (out / "done").iterdir()) == sorted(STEPS)
+    assert {f"{step}.json" for step in STEPS[:7]} == {file.name for file in (out / "records").iterdir()}
+    assert "clover" in (out / "commonsense.md").read_text()
+    assert "Adapted to asyncio" in (out / "adaptation.md").read_text()
+
+    (out / "done" / "init_time").unlink()
+    again = run(str(out), "--fast", "--grid", str(tiny_grid.path))
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("done before") == len(STEPS) - 1
+    assert "init_time: done at" in again.stdout
+    assert (out / "records" / "init_time-2.json").is_file()
+
+
+def test_a_step_that_fails_is_named_and_the_others_run(tmp_path):
+    out = tmp_path / "gpu"
+    for step in STEPS:
+        if step not in ("commonsense", "init_time"):
+            (out / "done").mkdir(parents=True, exist_ok=True)
+            (out / "done" / step).touch()
+    done = run(str(out), "--fast", "--grid", "no_such_grid")
+    assert done.returncode == 1
+    assert "commonsense: failed, see" in done.stderr
+    assert "no_such_grid" in (out / "logs" / "commonsense.log").read_text()
+    assert (out / "done" / "init_time").is_file()
+    assert not (out / "done" / "commonsense").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--quick"], "expected --fast, --grid CONFIG, --suite FOLDER or --minutes N"),
+        (["--minutes", "soon"], "--minutes: expected a whole number from 1 on, found soon"),
+        (["--grid"], "--grid: expected a configuration after it"),
+    ],
+)
+def test_wrong_options_are_named(tmp_path, arguments, message):
+    done = run(str(tmp_path / "gpu"), *arguments)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert not (tmp_path / "gpu").exists()
