@@ -118,12 +118,17 @@ def _measure(model: PeftModel, batches: list[Batch]) -> dict[str, float]:
 
 def _load(name: str, fast: bool) -> tuple[Any, list[Batch], list[Batch]]:
     """A model in its dtype, batches to train on and held-out ones."""
-    if name == "smollm2":
-        model, tokenizer = real_models.smollm2()
-        ids = torch.tensor(tokenizer("".join(real_models.wikitext2("train")[:2000]))["input_ids"])
-        rows = ids[: 72 * 128].view(-1, 1, 128)
-        batches = [{"input_ids": row, "labels": row} for row in rows]
-        return model.to(DTYPES[name]), batches[:64], batches[64:]
+    if name == "whisper":
+        return load_whisper(fast)
+    model, tokenizer = real_models.smollm2()
+    ids = torch.tensor(tokenizer("".join(real_models.wikitext2("train")[:2000]))["input_ids"])
+    rows = ids[: 72 * 128].view(-1, 1, 128)
+    batches = [{"input_ids": row, "labels": row} for row in rows]
+    return model.to(DTYPES[name]), batches[:64], batches[64:]
+
+
+def load_whisper(fast: bool) -> tuple[Any, list[Batch], list[Batch]]:
+    """Whisper tiny.en in float32, and clips with their text in capitals: four to train on, and held-out ones."""
     if fast:
         sizes = dict(d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_ffn_dim=48)
         torch.manual_seed(0)

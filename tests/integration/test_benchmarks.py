@@ -51,6 +51,24 @@ def test_rounding(benchmark, tmp_path, capsys):
     assert "merged_v_unmerged" in capsys.readouterr().out
 
 
+def test_one_rate(benchmark, tmp_path, capsys):
+    out = tmp_path / "record.json"
+    options = ["--models", "minilm", "vit"]
+    record = run(benchmark("one_rate"), out, *options)
+    for name in ("minilm", "vit"):
+        trials = record["figures"][name]["trials"]
+        assert [(t["method"], t["rate"]) for t in trials] == [
+            (method, rate) for method in ("clover", "clover balanced", "lora") for rate in (2e-4, 5e-4)
+        ]
+        losses = {(t["method"], t["rate"]): t["held_out_loss"] for t in trials}
+        assert len(set(losses.values())) == 6, "every trial is another one"
+        assert record["best_rates"]["lora"][name] == min((2e-4, 5e-4), key=lambda rate: losses["lora", rate])
+    parameters = {t["method"]: t["parameters"] for t in record["figures"]["vit"]["trials"]}
+    assert parameters["clover"] == parameters["clover balanced"]
+    assert parameters["lora"] == pytest.approx(parameters["clover"], rel=0.15)
+    assert "held-out loss before training" in capsys.readouterr().out
+
+
 def test_update_scale(benchmark, tmp_path, capsys):
     record = run(benchmark("update_scale"), tmp_path / "record.json", "--windows", "5")
     assert record["figures"]["kappa"].keys() == {"k_proj", "v_proj", "up_proj", "down_proj"}
