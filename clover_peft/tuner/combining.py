@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .adapter_tensors import WHOLE
 from .config import CloverConfig
 from .layer import CloverLayer
 from .layers import clover_layers
@@ -34,8 +35,6 @@ def find_sources(
             f"{list(adapters)}; pass each adapter once and as many weights"
         )
     for name in adapters:
-        if configs[name].low_rank:
-            raise ValueError(f"adapter {name!r} has a low-rank part, which cannot be added up; merge it instead")
         if configs[name].modules_to_save or configs[name].trainable_token_indices:
             raise ValueError(
                 f"adapter {name!r} trains whole modules or tokens, which cannot be added up; combine adapters "
@@ -69,6 +68,9 @@ def have_same_bases(layer: CloverLayer, one: str, other: str) -> bool:
 def add_up(sources: Sources, adapter_name: str, weights: Mapping[str, float]) -> None:
     """Copy the adapters' bases and the weighted sum of their offsets dS into a new adapter.
 
+    Low-rank parts stand side by side: `w_1 B_1 A_1 + w_2 B_2 A_2 = [w_1 B_1, w_2 B_2] [A_1; A_2]`. Where a module has
+    not all of the adapters, the rest of the new part stays as a new adapter's, with zeros in B.
+
     Raises:
         ValueError: if the new adapter has other slices.
     """
@@ -87,3 +89,18 @@ def add_up(sources: Sources, adapter_name: str, weights: Mapping[str, float]) ->
             new.s.zero_()
             for name in names:
                 new.s.add_(layer.tensors(name, spec).s, alpha=weights[name] * layer.scaling[name])
+        if adapter_name in layer.clover_A:
+            a, b = _low_rank(layer, adapter_name)
+            b.zero_()
+            filled = 0
+            for name in names:
+                if name in layer.clover_A:
+                    a_one, b_one = _low_rank(layer, name)
+                    places = slice(filled, filled := filled + len(a_one))
+                    a[places] = a_one
+                    b[:, places] = weights[name] * layer.scaling[name] * b_one
+
+
+def _low_rank(layer: CloverLayer, adapter_name: str) -> tuple[Tensor, Tensor]:
+    trained = layer.trained_tensors(adapter_name)
+    return trained["clover_A"][WHOLE], trained["clover_B"][WHOLE]

@@ -342,7 +342,8 @@ class CloverModel(TargetParameters, TiedWeights):
     ) -> None:
         """Add an adapter whose map is a weighted sum of other adapters' maps, `E (sum w_i dS_i) C`.
 
-        The sum of truncating adapters is a truncating adapter: it drops the same directions.
+        The sum of truncating adapters is a truncating adapter: it drops the same directions. The rank of its low-rank
+        part is the sum of theirs.
 
         Args:
             adapters: the adapters to combine. In a module that several of them adapt, they must have the same blocks
@@ -372,6 +373,7 @@ class CloverModel(TargetParameters, TiedWeights):
         experts = {path: layer.name for path, (layer, _) in sources.items() if isinstance(layer, CloverExperts)}
         self.peft_config[adapter_name] = replace(
             self.peft_config[adapters[0]],
+            low_rank=sum(self.peft_config[name].low_rank for name in adapters),
             target_modules=set(sources) - set(experts),
             target_parameters=list(experts.values()) or None,
             exclude_modules=None,

@@ -42,6 +42,37 @@ def test_a_weighted_adapter_covers_the_modules_of_all(tmp_path):
     assert torch.equal(logits(again, "llama"), logits(model, "llama"))
 
 
+@pytest.mark.parametrize("options", [{}, {"init_weights": False}])
+def test_low_rank_parts_stand_side_by_side(options, tmp_path):
+    ranks = {"a": 2, "b": 3, "plain": 0, "elsewhere": 1}
+    targets = {name: ["up_proj" if name == "elsewhere" else "v_proj"] for name in ranks}
+    model = build("llama").eval()
+    for name, rank in ranks.items():
+        config = CloverConfig(target_modules=targets[name], low_rank=rank, **options)
+        if name == "a":
+            model = get_peft_model(model, config, adapter_name="a")
+        else:
+            model.add_adapter(name, config)
+    perturb(model)
+    weights = {"a": 0.7, "b": -0.4, "plain": 1.5, "elsewhere": 2.0}
+    for _, layer in clover_layers(model):
+        layer.set_scale("b", 0.5)
+    deltas = {
+        path: sum(weights[name] * layer.get_delta_weight(name).double() for name in ranks if name in layer.specs)
+        for path, layer in clover_layers(model)
+    }
+    model.add_weighted_adapter(list(ranks), list(weights.values()), "sum")
+    assert model.peft_config["sum"].low_rank == 6
+    for path, layer in clover_layers(model):
+        assert relative(layer.get_delta_weight("sum").double(), deltas[path]) < TOLERANCE[torch.float32]
+    model.set_adapter("sum")
+    expected = logits(model, "llama")
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    assert torch.equal(logits(PeftModel.from_pretrained(build("llama"), tmp_path / "sum"), "llama"), expected)
+    trained = [p for name, p in model.named_parameters() if ".clover_A.sum" in name]
+    assert all(bool(row.any()) for p in trained for row in p), "a row of zeros beside a column of zeros never learns"
+
+
 def test_a_weighted_adapter_remembers_the_precision_of_its_base(tmp_path):
     model = get_peft_model(build("llama", torch.bfloat16), CloverConfig(), adapter_name="a")
     perturb(model)

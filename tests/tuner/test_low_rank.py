@@ -122,8 +122,6 @@ def test_mixed_batches_and_several_adapters():
         mixed = model(**batch, adapter_names=["plain", "default"]).logits
     assert relative(mixed[0], expected["plain"][0]) < 1e-5
     assert relative(mixed[1], expected["default"][1]) < 1e-5
-    with pytest.raises(ValueError, match="has a low-rank part, which cannot be added up"):
-        model.add_weighted_adapter(["default", "plain"], [0.5, 0.5], "sum")
 
 
 def test_it_is_trained_and_refused_where_it_has_no_meaning(tmp_path):
