@@ -4,7 +4,8 @@
 #   benchmarks/gpu.sh OUT                    $PYTHON (by default python) has the package with its extra train
 #   benchmarks/gpu.sh OUT --fast --grid GRID tiny shapes, to see that it runs; times mean nothing
 #
-# OUT gets records, logs and a file in done/ for each step that is finished. Run the command again to go on.
+# OUT gets records, logs and a file in done/ for each step that is finished, with its command. Run the command again to
+# go on; a step with another command is made anew. The exit status is 1 if a step failed, and 75 if one is not finished.
 set -uo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 python="${PYTHON:-python}"
@@ -24,7 +25,7 @@ case "$minutes" in *[!0-9]* | "" | 0) echo "error: --minutes: expected a whole n
 mkdir -p "$out/logs" "$out/done" "$out/records"
 out="$(cd "$out" && pwd)"
 export PYTHONPATH="$(dirname "$here")${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-failed=0
+failed=0 unfinished=0
 
 # step NAME SECONDS COMMAND...: a step that is not finished yet, for so many seconds or as many as are left. A step that
 # is cut off goes on the next time, if its command does, and else begins anew.
@@ -33,15 +34,15 @@ step() {
     shift 2
     left=$((minutes * 60 - SECONDS))
     if [ -n "$fast" ]; then seconds=$left; fi
-    if [ -e "$out/done/$name" ]; then
+    if [ "$(cat "$out/done/$name" 2>/dev/null)" = "$*" ]; then
         echo "$name: done before"
     elif [ "$left" -lt 5 ]; then
-        echo "$name: no time left; run the command again"
+        unfinished=1 && echo "$name: no time left; run the command again"
     else
         timeout --foreground --kill-after=10 "$((seconds < left ? seconds : left))" "$@" >>"$out/logs/$name.log" 2>&1 || code=$?
         case $code in
-            0) touch "$out/done/$name" && echo "$name: done at $SECONDS s" ;;
-            124 | 137) echo "$name: cut off at $SECONDS s; run the command again" ;;
+            0) echo "$*" >"$out/done/$name" && echo "$name: done at $SECONDS s" ;;
+            124 | 137) unfinished=1 && echo "$name: cut off at $SECONDS s; run the command again" ;;
             *) failed=1 && echo "$name: failed, see $out/logs/$name.log" >&2 ;;
         esac
     fi
@@ -71,7 +72,7 @@ fi
 adaptation=(--config adaptation_gpu --jobs 6)
 if [ -n "$fast" ]; then adaptation=(--config adaptation_tiny); fi
 step adaptation $((minutes * 60)) "$python" -m clover_peft ablate "${adaptation[@]}" --out "$out/adaptation"
-for name in commonsense adaptation; do # what there is so far
+for name in commonsense adaptation; do # tables of what has been measured
     if [ -d "$out/$name/records" ]; then
         "$python" -m clover_peft ablate --table "$out/$name/records" >"$out/$name.md" || failed=1
     fi
@@ -81,4 +82,5 @@ import sys, pathlib, torch
 name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
 pathlib.Path(sys.argv[1], "gpu.txt").write_text(name + "\n")
 PYTHON
+if [ "$failed" = 0 ] && [ "$unfinished" = 1 ]; then exit 75; fi
 exit $failed

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import GenerationConfig
 
 from .activations import evaluating
 
@@ -18,8 +19,8 @@ def own_text(
     """Text that a causal language model writes by itself, as batches for `initialize_from_activations` (ours).
 
     Every row starts with a random token of the vocabulary; all further ones are drawn from the model's whole
-    distribution, at temperature 1. Such text needs no data, and statistics of it describe what the model knows before
-    it is trained.
+    distribution, at temperature 1, whatever the model's own generation config says. A row goes on after an end of
+    text. Such text needs no data, and statistics of it describe what the model knows before it is trained.
 
     Args:
         model: a causal language model of transformers, or peft's around one. Its active adapters take part.
@@ -48,19 +49,22 @@ def own_text(
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(words, (rows, 1), generator=generator)
     accelerators = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(accelerators), evaluating(model):
-        torch.manual_seed(seed)
-        written = [
-            model.generate(
-                input_ids=part.to(device),
-                attention_mask=torch.ones_like(part, device=device),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                min_new_tokens=length - 1,
-                max_new_tokens=length - 1,
-            )
-            for part in tqdm(first.split(batch_size), desc="CLOVER own text", unit=" batches", delay=3, leave=False)
-        ]
+    # peft's `generate` would put the model's own generation config back.
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kept, inner.generation_config = inner.generation_config, GenerationConfig(do_sample=True, top_k=0, use_cache=True)
+    try:
+        with torch.random.fork_rng(accelerators), evaluating(model):
+            torch.manual_seed(seed)
+            written = [
+                inner.generate(
+                    input_ids=part.to(device),
+                    attention_mask=torch.ones_like(part, device=device),
+                    max_new_tokens=length - 1,
+                )
+                for part in tqdm(
+                    first.split(batch_size), desc="CLOVER own text", unit=" batches", delay=3, leave=False
+                )
+            ]
+    finally:
+        inner.generation_config = kept
     return [{"input_ids": ids} for ids in written]

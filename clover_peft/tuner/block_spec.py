@@ -54,7 +54,7 @@ class BlockSpec:
         r: directions trained in each block.
         form: "full" (S is r x r) or "diagonal".
         basis: "pair", "qr", "svd", or "folded" (no bases: S is the whole map of an adapter that was saved folded).
-        truncate: drop the directions beyond r.
+        truncate: drop the directions beyond r; of a folded adapter: it was trained so.
         from_activations: the bases were computed from moments of activations.
         balanced_updates: `balance_updates` scaled C.
         max_condition: limit of the condition numbers of the bases; None for none, and where r < d.
@@ -86,7 +86,12 @@ class BlockSpec:
     @property
     def place(self) -> Place:
         """The features that the map acts on, and how."""
-        return Place(self.heads, self.size, self.truncate)
+        return Place(self.heads, self.size, self.replaces)
+
+    @property
+    def replaces(self) -> bool:
+        """Whether the map is that of the truncated block, and not added to the block: y = M z."""
+        return self.truncate and self.basis != "folded"
 
     @property
     def s_shape(self) -> tuple[int, ...]:
@@ -96,7 +101,7 @@ class BlockSpec:
     @property
     def is_factored(self) -> bool:
         """Whether to keep the map as C and E dS: autograd then keeps fewer numbers, or it is less work."""
-        keeps_nothing = self.output_is_kept and not self.truncate  # training needs only an output that is kept anyway
+        keeps_nothing = self.output_is_kept and not self.replaces  # training needs only an output that is kept anyway
         return self.r < self.size and (not keeps_nothing or self.r <= self.size // 4)
 
     @property
@@ -140,7 +145,7 @@ class BlockSpec:
     def residual_map(self, tensors: BlockTensors) -> Tensor:
         """(H, d, d), to be added to the features: the map, or with `truncate` the map minus the identity."""
         folded = self.map(tensors)
-        return folded - torch.eye(self.size, dtype=folded.dtype, device=folded.device) if self.truncate else folded
+        return folded - torch.eye(self.size, dtype=folded.dtype, device=folded.device) if self.replaces else folded
 
 
 def block_specs(
@@ -211,7 +216,8 @@ def _block_spec(config: CloverConfig, key: str, target: TargetSlice, rank: int |
             "cannot share evenly; pass cross_layer=False"
         )
     if config.folded and not config.unfolds:
-        return BlockSpec(target.name, target.part, heads, size, size, "full", "folded", False, partner=partner)
+        common = (target.name, target.part, heads, size, size)
+        return BlockSpec(*common, "full", "folded", config.truncate, partner=partner)
     return BlockSpec(
         target.name,
         target.part,

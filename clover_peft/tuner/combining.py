@@ -40,6 +40,12 @@ def find_sources(
                 f"adapter {name!r} trains whole modules or tokens, which cannot be added up; combine adapters "
                 "without modules_to_save and trainable_token_indices"
             )
+    needs_input = configs[adapters[0]].clover_dropout or any(configs[name].low_rank for name in adapters)
+    if needs_input and (stacks := [name for name in adapters if configs[name].target_parameters]):
+        raise ValueError(
+            f"adapters: expected none of experts beside low-rank parts or dropout, found {stacks} among "
+            f"{list(adapters)}; combine the adapters of modules and those of experts apart"
+        )
     sources = {}
     for path, layer in clover_layers(model):
         names = [name for name in adapters if name in layer.specs]
@@ -50,6 +56,14 @@ def find_sources(
                     f"{path}: adapters {names[0]!r} and {name!r} have different bases, in which their S cannot be "
                     "added up; combine adapters of one configuration and one base model, or merge them one after "
                     "the other"
+                )
+        if any(spec.truncate and spec.basis == "folded" for name in names for spec in layer.specs[name]):
+            total = sum(weights[adapters.index(name)] * layer.scaling[name] for name in names)
+            if abs(total - 1) > 1e-6:  # each map has the loss of the dropped directions in it
+                raise ValueError(
+                    f"{path}: adapters {names} were trained with truncate=True and saved folded, so they are added up "
+                    f"only with weights whose sum is 1, found {total:g}; change the weights, or load adapters that "
+                    "were saved with their bases"
                 )
         if names:
             sources[path] = (layer, names)

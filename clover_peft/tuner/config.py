@@ -180,7 +180,7 @@ class CloverConfig(PeftConfig):
                     "model.peft_config['default'].save_bases = 'folded' before the last save_pretrained",
                 )
             # The file has whole maps, for which the options of training no longer matter.
-            whole: dict[str, Any] = dict(r=None, rank_pattern={}, s_matrix="full", basis=None, truncate=False)
+            whole: dict[str, Any] = dict(r=None, rank_pattern={}, s_matrix="full", basis=None)
             whole |= dict(from_activations=False, balanced_updates=False, folded=True, inference_mode=True)
             config = replace(self, **whole)
         with tempfile.TemporaryDirectory() as folder:

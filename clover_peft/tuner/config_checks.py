@@ -101,7 +101,7 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
         "s_matrix='diagonal' has no meaning in the QR basis, whose matrix is triangular; use basis='svd' (or "
         "None) or s_matrix='full'": get("s_matrix") == "diagonal" and get("basis") == "qr",
         "truncate=True drops the directions beyond r; pass r=... or rank_pattern": (
-            get("truncate") and get("r") is None and not get("rank_pattern")
+            get("truncate") and get("r") is None and not get("rank_pattern") and not get("folded")
         ),
         "with truncate=True the map replaces a head's output, which clover_dropout would drop; use one of the "
         "two": get("truncate") and get("clover_dropout", 0.0) > 0,

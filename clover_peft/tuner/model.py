@@ -425,6 +425,7 @@ class CloverModel(TargetParameters, TiedWeights):
                 layer.change_specs(adapter_name, **made_by)
         if config.unfolds and all(s.basis != "folded" for layer in layers.values() for s in layer.specs[adapter_name]):
             config.folded, config.save_bases = False, True
+            config.truncate = config.truncate and bool(config.r or config.rank_pattern)
         config.awaits_weights = False  # from here on the config is that of an adapter of this model
         return result
 

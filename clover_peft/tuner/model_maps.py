@@ -158,7 +158,7 @@ class _Slice:
         """Slices of the same key are folded in one product."""
         kinds = tuple((name, t.shape, t.dtype, t.device) for name, t in self.tensors.items())
         may_invert = self.layer.output_is_kept([self.adapter_name])
-        return kinds, self.spec.truncate, self.layer.scaling[self.adapter_name], may_invert
+        return kinds, self.spec.replaces, self.layer.scaling[self.adapter_name], may_invert
 
     def head_map(self) -> HeadMap:
         """The map, tied to S as the runtime hands it out."""

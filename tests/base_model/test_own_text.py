@@ -30,9 +30,32 @@ def test_tokens_are_drawn_from_the_whole_distribution_of_the_model():
     with torch.no_grad():
         expected = model(found[:, :1]).logits[:, -1].float().softmax(-1).mean(0)
     assert float((whole - expected).abs().sum()) < 0.25  # about 0.1 by chance for 4,000 draws
-    # The model's own settings for answers, such as top_k, do not cut the distribution.
-    model.generation_config.top_k, model.generation_config.temperature = 1, 0.1
-    assert torch.equal(ids(own_text(model, rows=4000, length=2, batch_size=4000, seed=1)), found)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"top_k": 1, "temperature": 0.1, "top_p": 0.5},
+        {"repetition_penalty": 1.8},
+        {"min_p": 0.9},
+        {"no_repeat_ngram_size": 1},
+        {"suppress_tokens": list(range(40))},
+        {"eos_token_id": list(range(40))},
+        {"num_beams": 3},
+        {"max_length": 4},
+        {"bad_words_ids": [[5]]},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_settings_for_answers_do_not_change_the_text(settings, adapted):
+    model = get_peft_model(build("llama"), CloverConfig()) if adapted else build("llama")
+    found = ids(own_text(model, rows=8, length=40))
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    kept = model.generation_config.to_dict()
+    assert torch.equal(ids(own_text(model, rows=8, length=40)), found)
+    assert model.generation_config.to_dict() == kept
 
 
 def test_seeds_give_texts_of_their_own_and_leave_the_global_generator_and_the_model_alone():

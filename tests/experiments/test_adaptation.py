@@ -360,7 +360,7 @@ def test_a_killed_run_goes_on_to_the_same_table(tmp_path, capsys):
 
 
 def test_the_rise_on_the_models_own_text_is_the_kl_divergence_from_it(tmp_path, capsys):
-    experiment = tiny()
+    experiment = replace(tiny(), dtype="bfloat16")
     experiment = replace(experiment, evaluation=replace(experiment.evaluation, own_text=48))
     trial = Trial("asyncio", "lora", 1e-2, 0)
     laboratory = Laboratory(experiment, tmp_path)
@@ -389,7 +389,10 @@ def test_the_rise_on_the_models_own_text_is_the_kl_divergence_from_it(tmp_path, 
     assert abs(rise - kl.mean()) < 4 * error
 
     experiment = replace(experiment, evaluation=replace(experiment.evaluation, own_text=47))
-    with pytest.raises(ValueError, match=r"expected text of 47 windows .* found \(48, 32\)"):
+    with pytest.raises(ValueError, match=r"expected 47 windows of 32 tokens .* found \(48, 32\)"):
+        Laboratory(experiment, tmp_path).run(trial)
+    experiment = replace(experiment, dtype="float32", evaluation=replace(experiment.evaluation, own_text=48))
+    with pytest.raises(ValueError, match=r"by the model .*float32.* found .*bfloat16"):
         Laboratory(experiment, tmp_path).run(trial)
 
 

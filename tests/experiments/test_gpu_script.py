@@ -25,8 +25,8 @@ STEPS = [
 ]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+def run(*arguments: str, python: str = sys.executable, **more: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, **more, "PYTHON": python, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         ["bash", str(SCRIPT), *arguments], env=environment, capture_output=True, text=True, timeout=3000
     )
@@ -53,16 +53,39 @@ def test_all_steps_run_and_are_kept(tiny_grid, tmp_path):
 
 def test_a_step_that_fails_is_named_and_the_others_run(tmp_path):
     out = tmp_path / "gpu"
-    for step in STEPS:
-        if step not in ("commonsense", "init_time"):
-            (out / "done").mkdir(parents=True, exist_ok=True)
-            (out / "done" / step).touch()
-    done = run(str(out), "--fast", "--grid", "no_such_grid")
+    python = fake(tmp_path, 'case "$*" in *init_time*) echo broken >&2 && exit 3 ;; esac')
+    done = run(str(out), "--fast", "--grid", "some_grid", python=python)
     assert done.returncode == 1
-    assert "commonsense: failed, see" in done.stderr
-    assert "no_such_grid" in (out / "logs" / "commonsense.log").read_text()
-    assert (out / "done" / "init_time").is_file()
-    assert not (out / "done" / "commonsense").exists()
+    assert done.stderr.strip() == f"init_time: failed, see {out}/logs/init_time.log"
+    assert "broken" in (out / "logs" / "init_time.log").read_text()
+    assert {file.name for file in (out / "done").iterdir()} == set(STEPS) - {"init_time"}
+
+
+def test_a_step_is_done_only_with_the_same_command(tmp_path):
+    out, python = tmp_path / "gpu", fake(tmp_path, "")
+    assert run(str(out), "--fast", "--grid", "one", python=python).returncode == 0
+    again = run(str(out), "--fast", "--grid", "other", "--suite", "rows", python=python)
+    assert again.returncode == 0
+    assert [line for line in again.stdout.splitlines() if "done at" in line] == ["commonsense: done at 0 s"]
+    whole = run(str(out), python=python)
+    assert whole.stdout.count("done at") == len(STEPS), "none of them was measured with --fast"
+
+
+def test_what_there_was_no_time_for_is_said(tmp_path):
+    python = fake(tmp_path, 'case "$*" in *decode.py*) sleep 100 ;; esac')
+    # Bash counts its seconds from here, so 7 of them are left.
+    done = run(str(tmp_path / "gpu"), "--minutes", "1", "--grid", "one", python=python, SECONDS="53")
+    assert done.returncode == 75
+    assert "decode: cut off at" in done.stdout
+    assert done.stdout.count("no time left; run the command again") == 3
+
+
+def fake(folder: Path, script: str) -> str:
+    """An interpreter that runs a shell script instead."""
+    path = folder / "python"
+    path.write_text(f"#!/bin/sh\n{script}\nexit 0\n")
+    path.chmod(0o755)
+    return str(path)
 
 
 @pytest.mark.parametrize(

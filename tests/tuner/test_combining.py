@@ -8,7 +8,7 @@ from peft import PeftModel, get_peft_model
 
 from clover_peft import CloverConfig
 from clover_peft.tuner.layers import clover_layers
-from tests.support.adapters import two_trained
+from tests.support.adapters import several, two_trained
 from tests.support.tiny import TOLERANCE, build, logits, perturb, relative
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -71,6 +71,44 @@ def test_low_rank_parts_stand_side_by_side(options, tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(build("llama"), tmp_path / "sum"), "llama"), expected)
     trained = [p for name, p in model.named_parameters() if ".clover_A.sum" in name]
     assert all(bool(row.any()) for p in trained for row in p), "a row of zeros beside a column of zeros never learns"
+
+
+def test_truncating_adapters_stay_truncating_when_they_are_saved_folded(tmp_path):
+    model = several({name: {"r": 4, "truncate": True} for name in ("a", "b")})
+    model.add_weighted_adapter(["a", "b"], [0.25, 0.75], "sum")
+    model.set_adapter("sum")
+    expected = logits(model, "llama")
+    for name in ("a", "b"):
+        model.peft_config[name].save_bases = "folded"
+        model.save_pretrained(tmp_path, selected_adapters=[name])
+    folded = PeftModel.from_pretrained(build("llama"), tmp_path / "a", adapter_name="a")
+    folded.load_adapter(tmp_path / "b", "b")
+    before = logits(folded, "llama")
+    with pytest.raises(ValueError, match="at most one active adapter with truncate=True"):
+        folded.base_model.set_adapter(["a", "b"])
+    with pytest.raises(ValueError, match="at most one merged adapter with truncate=True"):
+        folded.merge_adapter(["a", "b"])
+    with pytest.raises(ValueError, match=r"whose sum is 1, found 2; change the weights"):
+        folded.add_weighted_adapter(["a", "b"], [1.0, 1.0], "both")
+    assert torch.equal(logits(folded, "llama"), before)
+    folded.add_weighted_adapter(["a", "b"], [0.25, 0.75], "sum")
+    folded.set_adapter("sum")
+    assert relative(logits(folded, "llama"), expected) < TOLERANCE[torch.float32]
+    again = PeftModel.from_pretrained(build("llama"), tmp_path / "a", is_trainable=True)
+    assert not again.peft_config["default"].truncate, "its S is that of whole blocks"
+    again.peft_config["default"].save_bases = True
+    again.save_pretrained(tmp_path / "again")
+    loaded = PeftModel.from_pretrained(build("llama"), tmp_path / "again")
+    assert relative(logits(loaded, "llama"), before) < TOLERANCE[torch.float32]
+
+
+def test_low_rank_parts_and_experts_are_combined_apart():
+    model = get_peft_model(build("mixtral"), CloverConfig(target_modules=["v_proj"], low_rank=2), adapter_name="a")
+    model.add_adapter("b", CloverConfig(target_parameters=["experts.gate_up_proj"]))
+    for order in (["a", "b"], ["b", "a"]):
+        with pytest.raises(ValueError, match=r"expected none of experts beside low-rank parts .* found \['b'\]"):
+            model.add_weighted_adapter(order, [1.0, 1.0], "sum")
+    assert list(model.peft_config) == ["a", "b"]
 
 
 def test_a_weighted_adapter_remembers_the_precision_of_its_base(tmp_path):

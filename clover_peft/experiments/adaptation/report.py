@@ -246,7 +246,7 @@ def _heading(base: Record) -> str:
     return (
         f"{base['model']['name']} ({base['model']['origin']}), {base['settings']['dtype']} base, {base['split']} text"
         f": {counts}. Losses in nats a token; rise: of the loss over the model without an adapter"
-        + (", which on its own text is the KL divergence from it" if OWN in base["losses"] else "")
+        + (", which on its own text estimates the KL divergence from it" if OWN in base["losses"] else "")
         + ".\n"
     )
 

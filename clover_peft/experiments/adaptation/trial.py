@@ -67,7 +67,9 @@ class Laboratory:
         model, found, held_out = self.load(), Record(), self.windows
         if rows := self.experiment.evaluation.own_text:
             file = self.out / "records" / "own_text.safetensors"  # beside the records, which are of this text
-            held_out = {**held_out, OWN: own_windows(file, rows, self.experiment.evaluation.length, model)}
+            facts = {"weights_sha256": str(self.facts["model"]["weights_sha256"]), "dtype": self.experiment.dtype}
+            length = self.experiment.evaluation.length
+            held_out = {**held_out, OWN: own_windows(file, rows, length, model, facts)}
         if trial.arm != BASE:
             model, found = self._train(model, trial)
         measured = self._measure(model, held_out, diverged=found.get("diverged_at_step") is not None)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ... import own_text
@@ -77,32 +78,35 @@ def encode(domain: Domain, tokenizer: Any, experiment: Experiment) -> Windows:
     )
 
 
-def own_windows(file: Path, rows: int, length: int, base: Any) -> Windows:
+def own_windows(file: Path, rows: int, length: int, base: Any, facts: dict[str, str]) -> Windows:
     """Held-out windows of text that the base model writes: read from a file, or written to it once.
 
-    The model draws each token from its own distribution. So the mean rise of the loss on this text, over many tokens,
-    is the KL divergence of the adapted model from the base model, in nats a token.
+    The model draws each token from its own distribution. So the mean rise of the loss on this text estimates, without
+    a bias, the KL divergence of the adapted model from the base model in nats a token.
 
     Args:
         file: a safetensors file that keeps the text: another machine would draw another one.
         rows: windows.
         length: tokens of each.
         base: the model without an adapter.
+        facts: which model that is.
 
     Raises:
-        ValueError: the file has text of another size.
+        ValueError: the file has text of another size, or of another model.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(file.with_suffix(".lock")):
         if not file.is_file():
             # Not seed 0 and its neighbours, which statistics are drawn with.
             ids = torch.cat([batch["input_ids"] for batch in own_text(base, rows=rows, length=length, seed=1_000_003)])
-            atomic.write_by(file, lambda partial: save_file({"input_ids": ids.cpu()}, partial))
-    ids = load_file(file)["input_ids"]
-    if ids.shape != (rows, length):
+            tensors = {"input_ids": ids.cpu()}
+            atomic.write_by(file, lambda partial: save_file(tensors, partial, metadata=facts))
+    with safe_open(file, "pt") as text:
+        ids, found = text.get_tensor("input_ids"), text.metadata() or {}
+    if ids.shape != (rows, length) or found != facts:
         raise ValueError(
-            f"{file}: expected text of {rows} windows of {length} tokens, found {tuple(ids.shape)}; set "
-            "evaluation.own_text and evaluation.length as before, or choose another --out"
+            f"{file}: expected {rows} windows of {length} tokens by the model {facts}, found {tuple(ids.shape)} by "
+            f"{found}; set evaluation.own_text, evaluation.length, model and dtype as before, or choose another --out"
         )
     return Windows(ids[:0], ids, [f"{OWN} {row}" for row in range(rows)], None)
 
