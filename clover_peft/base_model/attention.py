@@ -178,10 +178,15 @@ class AttentionBlock:
         """Whether a gate, part of some projection, multiplies the heads' outputs."""
         return any("gate" in self.layout_of(name).parts for name in self.present())
 
+    def is_apart(self, part: str, norms: tuple[str, ...]) -> bool:
+        """Whether something stands between a part and its partner: by the table, or by modules of known names."""
+        in_table = self.decide(self.family.between.get(part, "nothing")) != "nothing"
+        return in_table or self.has_any((*norms, *SECOND_STREAM)) or self.fact(CLAMP) is not None
+
     def reader(self, heads: HeadSlice) -> Partner | None:
         """The output projection, as the partner of the value heads; None if something stands between."""
         path = self.prefix + self.family.output
-        if self.has_any((*VALUE_NORMS, *SECOND_STREAM)) or self.fact(CLAMP) is not None or self.is_gated():
+        if self.is_apart("v", VALUE_NORMS) or self.is_gated():
             return None
         if not has_module(self.model, path):  # a module above the block reads the heads together with other features
             return None
@@ -191,7 +196,7 @@ class AttentionBlock:
     def query(self, dim: int, offset: int) -> Partner | None:
         """The coordinates `offset ... offset + dim` of the query heads, as the key's partner; None if something stands
         between."""
-        if self.has_any((*QUERY_KEY_NORMS, *SECOND_STREAM)) or self.fact(CLAMP) is not None:
+        if self.is_apart("k", QUERY_KEY_NORMS):
             return None
         for name in self.present():
             if "q" in self.layout_of(name).parts:

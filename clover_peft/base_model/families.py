@@ -52,8 +52,8 @@ class Family:
             dimension of the experts: "in" stands for the input features, and "out", "gate up" or "gate|up"
             (interleaved) for the output features.
         between: "v" or "k" -> anything else between it and its partner: "norm", "clip", "stream" (tokens of another
-            stream attend too), "other" (the output projection reads other features too) or "nothing". It describes
-            the family before there is a model; `resolve` looks at the modules themselves.
+            stream attend too), "other" (the output projection reads other features too) or "nothing". Modules of the
+            names below count in every family.
     """
 
     projections: dict[str, str | If]

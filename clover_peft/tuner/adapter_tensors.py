@@ -127,7 +127,7 @@ class AdapterTensors(nn.Module):
                     if values
                     else torch.empty(shape, dtype=dtype, device="meta")
                 )
-        if low_rank:  # starts as in LoRA
+        if low_rank:  # they start as LoRA's do
             a = torch.empty(low_rank, self.base_weight.in_features, dtype=dtype, device=device)
             b = torch.zeros(self.base_weight.out_features, low_rank, dtype=dtype, device=device)
             nn.init.kaiming_uniform_(a, a=5**0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -318,6 +319,27 @@ def test_a_row_added_at_run_time_counts_at_once(monkeypatch):
     adapted = get_peft_model(model, CloverConfig())
     assert adapted.peft_config["default"].target_modules == {"k_proj", "v_proj", "up_proj"}
     assert {s.basis for _, layer in clover_layers(adapted) for s in layer.specs["default"]} == {"pair", "qr"}
+
+
+@pytest.mark.parametrize(
+    ("part", "fact", "basis"),
+    [
+        ("v", "norm", "qr"),
+        ("v", families.If("value_layernorm", "norm", "nothing"), "qr"),
+        ("v", families.If("no_such_norm", "norm", "nothing"), "pair"),
+        ("k", "stream", "qr"),
+    ],
+)
+def test_what_a_row_puts_between_a_part_and_its_partner_counts(monkeypatch, part, fact, basis):
+    family, target = ("llama", "v_proj") if part == "v" else ("opt", "k_proj")
+    model = build(family)
+    for module in model.modules():
+        if hasattr(module, target):
+            module.value_layernorm = torch.nn.LayerNorm(4)  # a name that no other family has
+    row = families.FAMILIES[family]
+    monkeypatch.setitem(families.FAMILIES, family, dataclasses.replace(row, between={part: fact}))
+    adapted = get_peft_model(model, CloverConfig(target_modules=[target]))
+    assert {s.basis for _, layer in clover_layers(adapted) for s in layer.specs["default"]} == {basis}
 
 
 def test_the_towers_of_a_multimodal_model_are_told_apart():
