@@ -155,6 +155,60 @@ def test_cross_attention_of_decoders(family):
     assert relative(torch.cat(steps, dim=1), whole) < 1e-5
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("encoded", [6, 4])
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_cross_attention_has_a_mask_of_its_own(family, encoded, implementation):
+    more = {} if family == "gpt2" else {"is_decoder": True}
+    model = build(family, add_cross_attention=True, attn_implementation=implementation, **more)
+    twin = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        clover_peft.prune(model, 0.4)
+        clover_peft.prune(twin, 0.4, masked=True)
+    ids, read = torch.randint(3, VOCAB, (2, 6)), torch.randn(2, encoded, 48)
+    padded, short = torch.ones(2, 6, dtype=torch.long), torch.ones(2, encoded, dtype=torch.long)
+    padded[0, :2], short[1, -1] = 0, 0
+    for masks in ({}, {"attention_mask": padded}, {"encoder_attention_mask": short}):
+        for more_masks in ({}, {"attention_mask": padded, "encoder_attention_mask": short}):
+            batch = {"input_ids": ids, "encoder_hidden_states": read, **masks, **more_masks}
+            with torch.no_grad():
+                expected, found = twin(**batch).logits, model(**batch).logits
+            assert relative(found[:, 2:], expected[:, 2:]) < 1e-5, batch.keys()
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_vision_encoder_decoder_generates_as_its_masked_twin(implementation):
+    torch.manual_seed(0)
+    small = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    encoder = transformers.ViTConfig(image_size=8, patch_size=4, **small)  # five tokens
+    decoder = transformers.GPT2Config(vocab_size=VOCAB, n_embd=48, n_layer=2, n_head=4, add_cross_attention=True)
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = 3, 0, None
+    model = transformers.VisionEncoderDecoderModel(config).eval()
+    model.set_attn_implementation(implementation)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and "decoder" in name:
+            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    twin = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        clover_peft.prune(model, 0.4)
+        clover_peft.prune(twin, 0.4, masked=True)
+    pixels = torch.randn(2, 3, 8, 8)
+    ids = torch.randint(3, VOCAB, (2, 5))
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
+    with torch.no_grad():
+        found, expected = (
+            m(pixel_values=pixels, decoder_input_ids=ids, decoder_attention_mask=mask) for m in (model, twin)
+        )
+    assert relative(found.logits[:, 2:], expected.logits[:, 2:]) < 1e-5
+    for cache in ("dynamic", "static"):
+        options = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache, "eos_token_id": None}
+        written = [m.generate(pixel_values=pixels, pad_token_id=0, **options) for m in (model, twin)]
+        assert torch.equal(*written), cache
+
+
 def test_softmax_keeps_its_scale():
     """Half of Q-K is zero and goes: the same attention."""
     model = build("opt", torch.float64)

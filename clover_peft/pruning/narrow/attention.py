@@ -171,7 +171,9 @@ def _forward(
         What the module returns, (batch, tokens, features), and the attention weights where there are some.
     """
     states = _query_key_value(self, hidden_states, cache, source, positions, rest)
-    return _attended(self, *states, mask if source_mask is None else source_mask, **rest)
+    # A class with a parameter for the mask in cross-attention reads no other one there, also where it is None.
+    has_own = source is not None and "encoder_attention_mask" in self.clover_call.own
+    return _attended(self, *states, source_mask if has_own or source_mask is not None else mask, **rest)
 
 
 def _t5_forward(
