@@ -89,6 +89,7 @@ class BaseWeight:
         self.fan_in_fan_out = isinstance(self.module, Conv1D)
         self.backend = resolve_quantization_backend(self.module, **(quantization_kwargs or {}))
         self._original: Original | None = None
+        self._written: tuple[Tensor, str] | None = None  # what `write` wrote, and its digest
 
     @property
     def module(self) -> Any:
@@ -210,7 +211,9 @@ class BaseWeight:
             own, state = getattr(module, name, None), copy.copy(getattr(module, "state", None))
             self._original = Original(module, own, getattr(module, bias_name, None), state)
         if self.backend is None:
-            setattr(module, name, _like(getattr(module, name), weight))
+            written = _like(getattr(module, name), weight)
+            setattr(module, name, written)
+            self._written = None if written.is_meta or isinstance(written, DTensor) else (written, _digest(written))
         else:
             before, packed = self.as_stored(self.transposed()), self.stored
             self.backend.set_base_weight(self.owner, weight)
@@ -228,8 +231,19 @@ class BaseWeight:
             setattr(self.module, bias_name, bias if own is None else _like(own, bias))  # None in a new module
 
     def restore(self) -> None:
-        """Put the base model's own tensors back, bit for bit."""
+        """Put the base model's own tensors back, bit for bit.
+
+        Raises:
+            ValueError: if the weight that `write` wrote has been changed since, with nothing changed.
+        """
         assert self._original is not None
+        written, digest = self._written or (None, "")
+        if written is not None and written is getattr(self.module, self.names[0]) and _digest(written) != digest:
+            raise ValueError(
+                f"{self.path}: expected the weight as the merge left it, found that something has written into it "
+                "since, such as an adapter of another method around this one that was merged or unmerged; unmerging "
+                "would lose that, and may leave the other adapter's update in the weight; load the base model again"
+            )
         merged, (module, weight, bias, state) = self.module, self._original
         if merged is not module:
             holder: Any = self.owner
@@ -242,10 +256,11 @@ class BaseWeight:
                 module.state = state
         if bias is not None:
             setattr(module, self.names[1], bias)
-        self._original = None
+        self._original = self._written = None
 
     def apply(self, fn: Any) -> None:
         """Move or cast the kept tensors, as `nn.Module._apply` does with a module's own."""
+        self._written = None  # another device or dtype may change the digest
         if self._original is None:
             return
         module, weight, bias, state = self._original
@@ -267,6 +282,13 @@ class BaseWeight:
 def _like(old: Tensor, new: Tensor) -> Tensor:
     """`new` in the place of `old`, which stays as it is: another module may share it."""
     return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+
+
+def _digest(weight: Tensor) -> str:
+    """Two sums over a weight, which a change of it changes."""
+    weight = weight.detach()
+    sums = weight.sum(dtype=torch.float64), torch.linalg.vector_norm(weight, dtype=torch.float64)
+    return " ".join(float(one).hex() for one in sums)  # as text, NaN equals itself
 
 
 def _applied(fn: Any, tensor: Tensor) -> Tensor:

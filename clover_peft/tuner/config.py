@@ -14,7 +14,7 @@ from typing import Any, Literal
 from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig
 from peft.config import PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -170,6 +170,9 @@ class CloverConfig(PeftConfig):
         """Write `adapter_config.json`, and add the loading recipe to the model card beside it, if there is one.
 
         The config of an adapter that is saved folded describes the maps in its file, not the training.
+
+        Raises:
+            ValueError: if the weights beside it were written as a pickle.
         """
         config = self
         if self.save_bases == "folded" and not self.folded:
@@ -183,6 +186,14 @@ class CloverConfig(PeftConfig):
             whole: dict[str, Any] = dict(r=None, rank_pattern={}, s_matrix="full", basis=None)
             whole |= dict(from_activations=False, balanced_updates=False, folded=True, inference_mode=True)
             config = replace(self, **whole)
+        names = (WEIGHTS_NAME, SAFETENSORS_WEIGHTS_NAME)
+        written = {path.name: path.stat().st_mtime_ns for n in names if (path := Path(save_directory, n)).is_file()}
+        # Peft writes the weights before the config.
+        if WEIGHTS_NAME in written and max(written, key=written.__getitem__) == WEIGHTS_NAME:
+            raise ValueError(
+                f"{save_directory}: expected new weights in {SAFETENSORS_WEIGHTS_NAME}, found them in {WEIGHTS_NAME}, "
+                "a pickle, which is never read; delete it, and save with safe_serialization left on"
+            )
         with tempfile.TemporaryDirectory() as folder:
             PeftConfig.save_pretrained(config, folder, **kwargs)
             text = Path(folder, CONFIG_NAME).read_text(encoding="utf-8")

@@ -38,7 +38,7 @@ from .merge_checks import check_merges, warning_of_rounding
 from .merging import check_truncation
 from .mixed_batch import mixed_batch
 from .model_maps import fold_together
-from .target_names import check_names
+from .target_names import check_names, refuse_bypassed
 from .target_parameters import TargetParameters
 from .tied_weights import TiedWeights, refuse_shared, shared_modules, untie_whole
 
@@ -206,6 +206,7 @@ class CloverModel(TargetParameters, TiedWeights):
     ) -> None:
         layer = target
         refuse_shared(current_key, self._injection.shared.get(target, []))
+        refuse_bypassed(parent, current_key)
         if parameter_name is not None:
             expert, layout = experts_slice(self.model, current_key)
             slices: tuple[TargetSlice, ...] = (expert,)

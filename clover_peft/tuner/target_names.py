@@ -1,8 +1,10 @@
-"""The names in `target_modules` and `exclude_modules`: each should be that of a module."""
+"""The names in `target_modules` and `exclude_modules`: each should be that of a module, which the model calls."""
 
 from __future__ import annotations
 
 import difflib
+import inspect
+import re
 
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
@@ -31,6 +33,34 @@ def check_names(model: nn.Module, target_modules: object, exclude_modules: objec
     _, unknown, remedy = _unknown(model, exclude_modules)
     if unknown:
         warn(f"exclude_modules: no module is called {', '.join(unknown)}, nothing is left out for it; {remedy}")
+
+
+def refuse_bypassed(parent: nn.Module, path: str) -> None:
+    """Refuse a projection whose weight a state-space layer reads itself, past the module and so past an adapter.
+
+    Transformers' Mamba layers hand such weights to kernels, on a GPU or in every forward pass.
+
+    Args:
+        parent: the layer that holds the projection.
+        path: of the projection.
+
+    Raises:
+        ValueError: naming the projection.
+    """
+    name = path.rpartition(".")[2]
+    if not hasattr(parent, "conv1d"):  # only layers with a convolution beside the projections do so
+        return
+    reads = re.compile(rf"self\.{re.escape(name)}\.weight\b(?!\.(dtype|device|shape))")
+    for method in [attribute for attribute in dir(type(parent)) if attribute.endswith("forward")]:
+        try:
+            source = inspect.getsource(getattr(type(parent), method))
+        except (OSError, TypeError):  # compiled, or without its file
+            continue
+        if reads.search(source):
+            raise ValueError(
+                f"{path}: expected a module that the model calls, found that {type(parent).__name__}.{method} reads "
+                f"its weight past it, so that an adapter would be skipped; pass exclude_modules=[{name!r}]"
+            )
 
 
 def _unknown(model: nn.Module, given: object) -> tuple[set[str], list[str], str]:

@@ -216,6 +216,19 @@ def test_folded_adapter_saves_and_merges_as_itself(tmp_path: Path) -> None:
     assert relative(logits(model.merge_and_unload(), "llama"), before) < TOLERANCE[torch.float32]
 
 
+def test_a_pickle_is_refused_when_it_is_written(tmp_path: Path) -> None:
+    model = trained_model(build("llama"))
+    for again in (False, True):  # also over an earlier file, which would be loaded in its place
+        if again:
+            (tmp_path / "adapter_model.bin").unlink()
+            model.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=r"found them in adapter_model\.bin, a pickle, which is never read"):
+            model.save_pretrained(tmp_path, safe_serialization=False)
+    (tmp_path / "adapter_model.bin").touch()
+    model.save_pretrained(tmp_path)  # a file of earlier, beside new weights
+    assert torch.equal(logits(load(build("llama"), tmp_path), "llama"), logits(model.eval(), "llama"))
+
+
 # ---------------------------------------------------------------------- cards and checkpoints
 
 

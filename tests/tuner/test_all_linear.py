@@ -5,10 +5,13 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
+import transformers as hf
+from peft import get_peft_model
 from torch import nn
 
 import clover_peft
 from clover_peft import CloverConfig
+from clover_peft.tuner.layers import clover_layers
 from tests.support.tiny import build, logits, perturb
 
 LORA = dict(r=2, init_lora_weights=False)
@@ -68,3 +71,30 @@ def test_clover_on_lora(first: list[str] | str) -> None:
     assert torch.equal(logits(model, "llama"), before)
     perturb(model)
     assert not torch.equal(logits(model, "llama"), before)
+
+
+MAMBA = {
+    "mamba": (hf.MambaForCausalLM, hf.MambaConfig, {"state_size": 8, "time_step_rank": 4}),
+    "mamba2": (
+        hf.Mamba2ForCausalLM,
+        hf.Mamba2Config,
+        {"state_size": 8, "num_heads": 4, "head_dim": 24, "n_groups": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", MAMBA)
+def test_projections_that_a_state_space_layer_reads_past_the_module_are_refused(family):
+    model_class, config_class, more = MAMBA[family]
+
+    def base():
+        return model_class(config_class(vocab_size=32, hidden_size=48, num_hidden_layers=2, **more))
+
+    for target in (["out_proj"], "all-linear"):
+        with pytest.raises(ValueError, match=r"reads its weight past it.*exclude_modules"):
+            get_peft_model(base(), CloverConfig(target_modules=target, mlp_block_size=4))
+    read = ["out_proj"] if family == "mamba2" else ["out_proj", "x_proj", "dt_proj"]
+    model = get_peft_model(base(), CloverConfig(target_modules="all-linear", exclude_modules=read, mlp_block_size=4))
+    assert {name.rpartition(".")[2] for name, _ in clover_layers(model)} == {"in_proj"}
+    model(input_ids=torch.arange(8).view(1, 8)).logits.square().mean().backward()
+    assert all(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if p.requires_grad)

@@ -214,6 +214,30 @@ def test_merging_bfloat16_rounds_once():
         assert float(error.max()) < 2**-8
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_merged_weight_that_something_else_has_written_into_is_not_unmerged(family):
+    model = adapted(family)
+    model.merge_adapter()
+    layer = layers(model)[0]
+    weight = layer.get_base_layer().weight
+    merged = weight.detach().clone()
+    weight.data[0, 0] += 1.0
+    with pytest.raises(ValueError, match="found that something has written into it since"):
+        model.unmerge_adapter()
+    assert layer.merged, "nothing is lost"
+    weight.data.copy_(merged)
+    model.unmerge_adapter()
+    assert not layer.merged
+
+
+def test_lora_around_a_clover_layer_is_not_unmerged_into_another_base():
+    clover = adapted("llama")
+    both = get_peft_model(clover.base_model.model, LoraConfig(target_modules=["v_proj"], init_lora_weights=False))
+    both.merge_adapter()
+    with pytest.raises(ValueError, match="such as an adapter of another method around this one"):
+        both.unmerge_adapter()
+
+
 def test_lora_trains_on_a_merged_clover_model():
     merged = adapted("qwen2").merge_and_unload()
     expected = logits(merged, "qwen2")
