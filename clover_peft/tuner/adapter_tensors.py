@@ -185,7 +185,8 @@ class AdapterTensors(nn.Module):
     def read(self, adapter_name: str, spec: BlockSpec, use: Callable[[BlockTensors], Any]) -> Any:
         """`use` of the tensors of a slice, with S in the dtype of the bases and multiplied by the adapter's scale.
 
-        It runs inside calls of the modules that hold the tensors. Outside, these may be sharded or offloaded.
+        It runs inside calls of the modules that hold the tensors, one inside the other: DeepSpeed's ZeRO-3 gathers a
+        parameter for a call of its module, and only then.
         """
         held = ["clover_S", *(a for a in spec.base_shapes if a != "clover_norm")]
 
