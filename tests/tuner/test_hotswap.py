@@ -33,6 +33,15 @@ def test_a_hotswap_changes_the_numbers_in_place(tmp_path):
     assert torch.equal(logits(model, "llama"), logits(PeftModel.from_pretrained(build("llama"), one), "llama"))
 
 
+def test_folded_adapters_are_swapped_and_stay_as_they_are(tmp_path):
+    one, two = _saved(tmp_path / "one", 1, save_bases="folded"), _saved(tmp_path / "two", 2, save_bases="folded")
+    model = PeftModel.from_pretrained(build("llama"), one)
+    model.load_adapter(one, "second")
+    hotswap_adapter(model, two)
+    assert torch.equal(logits(model, "llama"), logits(PeftModel.from_pretrained(build("llama"), two), "llama"))
+    model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "sum")
+
+
 @pytest.mark.parametrize(
     ("task_type", "auto"),
     [
