@@ -125,8 +125,15 @@ def trainable(model: nn.Module) -> int:
 
 
 def rank_for(budget: int, model: nn.Module, targets: Sequence[str]) -> int:
-    """Rank at which a low-rank pair on every target has closest to `budget` parameters: r (in + out) each."""
-    linears = [m for name, m in model.named_modules() if name.rpartition(".")[2] in targets]
+    """Rank at which a low-rank pair on every target has closest to `budget` parameters: r (in + out) each.
+
+    Args:
+        budget: trained parameters.
+        model: the base model.
+        targets: names of modules, or ends of their paths.
+    """
+    ends = tuple(f".{target}" for target in targets)
+    linears = [m for name, m in model.named_modules() if f".{name}".endswith(ends)]
     return max(1, round(budget / sum(m.in_features + m.out_features for m in linears)))
 
 

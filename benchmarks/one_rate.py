@@ -1,15 +1,17 @@
-"""Which learning rate is best for several kinds of model: CLOVER as it is, with `balance_updates`, and LoRA.
+"""Which learning rate is best for several kinds of model, and what it reaches: CLOVER, LoRA, DoRA, PiSSA and HiRA.
 
     python benchmarks/one_rate.py                              in float32
     python benchmarks/one_rate.py --dtype bfloat16             bases in bfloat16
-    python benchmarks/one_rate.py --models whisper minilm      some of the models
+    python benchmarks/one_rate.py --models vit --seeds 5       one of the models, five seeds at the best rates
 
-CLOVER adapts its default modules; LoRA these and the queries, with about as many parameters. Each trains at each rate
-for as many steps of AdamW, with a warm-up and then a linear decline, from one seed. The figure is the loss on held-out
-data, on which the best rate is chosen too. The models are
+CLOVER adapts its default modules. The others train about as many parameters, on these modules and the queries; LoRA
+and HiRA also on all linear modules of the blocks. Each trains at each rate for as many steps of AdamW, with a warm-up
+and then a linear decline. Its best rate has the lowest loss on validation data with the first seed; there all seeds
+are measured on test data, and paired with those of LoRA. A seed is that of the adapter's start and of the order of
+batches. A new head trains at one rate with all methods (`HEAD_RATE`), so that the methods differ in the adapter alone.
 
     smollm2   SmolLM2-135M on WikiText-2 (from CLOVER_DATA), windows of 256 tokens
-    whisper   Whisper tiny.en, which is to write four sentences of one reader in capitals
+    whisper   Whisper tiny.en, which is to write three sentences of one reader in capitals
     minilm    MiniLM with a new head, which tells 20 articles of WikiText-2 apart by 64 tokens
     vit       a small vision transformer, trained here on pictures of digits, on pictures of ten letters
 
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import copy
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +31,7 @@ from typing import Any
 import real_models
 import torch
 from harness import Rows, options, parser, rank_for, table, trainable
-from peft import LoraConfig, PeftConfig, TaskType, get_peft_model
+from peft import HiraConfig, LoraConfig, PeftConfig, TaskType, get_peft_model
 from PIL import Image, ImageDraw, ImageFont
 from rounding import load_whisper
 from torch import Tensor, nn
@@ -46,7 +49,9 @@ from transformers import (
 from clover_peft import CloverConfig, balance_updates
 from clover_peft.io import run_record as records
 
-METHODS = ("clover", "clover balanced", "lora")
+METHODS = ("clover", "clover balanced", "lora", "lora all", "dora", "pissa", "hira", "hira all")
+REFERENCE = "lora"
+HEAD_RATE = 5e-3
 Batch = dict[str, Tensor]
 
 
@@ -57,16 +62,20 @@ class Task:
     Attributes:
         model: the base model.
         train: batches that give the model a loss, one a step, again and again.
-        held_out: such batches to measure on.
-        lora_targets: modules that LoRA adapts.
+        validation: such batches to choose the rate on.
+        test: such batches to measure on.
+        targets: modules that the other methods adapt.
+        all_targets: all linear modules of the blocks.
         steps: of the optimizer.
         task_type: peft's, which says whether a head is trained too.
     """
 
     model: nn.Module
     train: list[Batch]
-    held_out: list[Batch]
-    lora_targets: list[str]
+    validation: list[Batch]
+    test: list[Batch]
+    targets: list[str]
+    all_targets: list[str]
     steps: int
     task_type: TaskType | None = None
 
@@ -74,57 +83,82 @@ class Task:
 def main(argv: Sequence[str] | None = None) -> Path:
     command = parser(__doc__.splitlines()[0], "one_rate")
     command.add_argument("--models", nargs="+", choices=list(TASKS), default=list(TASKS))
-    command.add_argument("--rates", type=float, nargs="+", default=[2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2])
+    command.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    command.add_argument("--rates", type=float, nargs="+", default=[2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2])
+    command.add_argument("--seeds", type=int, default=1, help="at the best rates, from --seed on")
     command.add_argument("--dtype", default="float32", help="of the base weights")
     arguments = command.parse_args(argv)
     if arguments.fast:
         arguments.rates = arguments.rates[:2]
     environment = records.environment()
-    rows = Rows(arguments.out, {"seed": arguments.seed, "dtype": arguments.dtype, "fast": arguments.fast})
+    rows = Rows(arguments.out, {"dtype": arguments.dtype, "fast": arguments.fast})
+    seeds = range(arguments.seed, arguments.seed + arguments.seeds)
     figures: dict[str, Any] = {}
     for name in arguments.models:
         task = _moved(TASKS[name](arguments.fast), arguments)
-        trials = [(method, rate) for method in METHODS for rate in arguments.rates]
-        found = [
-            rows.get(lambda: _run(task, method, rate, arguments), model=name, method=method, rate=rate)  # noqa: B023
-            for method, rate in tqdm(trials, desc=name, unit="trial")
-        ]
-        figures[name] = {"base": _loss(task.model, task.held_out), "trials": found}
-        _show(name, figures[name], arguments.rates)
-    best = {method: {name: _best(figure, method)["rate"] for name, figure in figures.items()} for method in METHODS}
-    print(table(["best rate", *figures], [[method, *map(str, best[method].values())] for method in METHODS]))
+
+        def trial(method: str, rate: float, seed: int, name: str = name, task: Task = task) -> dict[str, Any]:
+            settings = {"model": name, "method": method, "rate": rate, "seed": seed}
+            return rows.get(lambda: _run(task, method, rate, seed), **settings)
+
+        figures[name] = {
+            "base": {"validation": _loss(task.model, task.validation), "test": _loss(task.model, task.test)}
+        }
+        grid = [(method, rate) for method in arguments.methods for rate in arguments.rates]
+        found = [trial(method, rate, arguments.seed) for method, rate in tqdm(grid, desc=name, unit="trial")]
+        best = {method: _best(found, method)["rate"] for method in arguments.methods}
+        more = [(method, best[method], seed) for method in arguments.methods for seed in seeds]
+        at_best = [trial(*one) for one in tqdm(more, desc=f"{name}, best rates", unit="trial")]
+        figures[name] |= {"trials": found, "best_rates": best, "at_best_rates": at_best}
+        figures[name]["test"] = _compared(at_best, arguments.methods)
+        _show(name, figures[name], arguments)
     record = {"benchmark": "one_rate", "options": options(arguments), "environment": environment}
-    return rows.finish({**record, "figures": figures, "best_rates": best}, arguments.out)
+    return rows.finish({**record, "figures": figures}, arguments.out)
 
 
-def _run(task: Task, method: str, rate: float, arguments: Any) -> dict[str, Any]:
+def _run(task: Task, method: str, rate: float, seed: int) -> dict[str, Any]:
     """Trains an adapter, and measures it."""
-    torch.manual_seed(arguments.seed)
+    torch.manual_seed(seed)
     model = get_peft_model(copy.deepcopy(task.model), _config(task, method))
     if method == "clover balanced":
         balance_updates(model, task.train[:24])
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    heads = [p for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" in name]
+    adapter = [p for p in model.parameters() if p.requires_grad and not any(p is head for head in heads)]
+    groups = [{"params": adapter, "lr": rate}, *([{"params": heads, "lr": HEAD_RATE}] if heads else [])]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     scheduler = get_scheduler("linear", optimizer, max(1, task.steps // 10), task.steps)
+    order = torch.Generator().manual_seed(seed)
     model.train()
-    losses = []
-    for step in range(task.steps):
-        loss = model(**task.train[step % len(task.train)]).loss
+    losses, left = list[float](), list[int]()
+    while len(losses) < task.steps:
+        left = left or torch.randperm(len(task.train), generator=order).tolist()
+        loss = model(**task.train[left.pop()]).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_([*adapter, *heads], 1.0)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return {"parameters": trainable(model), "held_out_loss": _loss(model, task.held_out), "training_loss": losses}
+    held_out = {"validation_loss": _loss(model, task.validation), "test_loss": _loss(model, task.test)}
+    return {"parameters": trainable(model), **held_out, "training_loss": losses}
 
 
 def _config(task: Task, method: str) -> PeftConfig:
-    if method != "lora":
+    if method.startswith("clover"):
         return CloverConfig(task_type=task.task_type)
-    budget = trainable(get_peft_model(copy.deepcopy(task.model), CloverConfig()))
-    rank = rank_for(budget, task.model, task.lora_targets)
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=task.lora_targets, task_type=task.task_type)
+    targets = task.all_targets if method.endswith(" all") else task.targets
+    heads = [p for n, p in _clover(task).named_parameters() if p.requires_grad and "clover_" in n]
+    rank = rank_for(sum(p.numel() for p in heads), task.model, targets)
+    common: dict[str, Any] = {"r": rank, "target_modules": targets, "task_type": task.task_type}
+    if method.startswith("hira"):
+        return HiraConfig(**common)
+    if method == "pissa":
+        return LoraConfig(**common, lora_alpha=rank, init_lora_weights="pissa")
+    return LoraConfig(**common, lora_alpha=2 * rank, use_dora=method == "dora")
+
+
+def _clover(task: Task) -> nn.Module:
+    return get_peft_model(copy.deepcopy(task.model), CloverConfig(task_type=task.task_type))
 
 
 @torch.no_grad()
@@ -145,21 +179,47 @@ def _moved(task: Task, arguments: Any) -> Task:
         ]
 
     model = task.model.to(arguments.device, dtype)
-    return replace(task, model=model, train=moved(task.train), held_out=moved(task.held_out))
-
-
-def _best(figure: dict[str, Any], method: str) -> dict[str, Any]:
-    trials = [trial for trial in figure["trials"] if trial["method"] == method]
-    finite = [trial for trial in trials if trial["held_out_loss"] == trial["held_out_loss"]]
-    return min(finite or trials, key=lambda trial: trial["held_out_loss"])
-
-
-def _show(name: str, figure: dict[str, Any], rates: list[float]) -> None:
-    losses = {(trial["method"], trial["rate"]): trial["held_out_loss"] for trial in figure["trials"]}
-    print(f"\n{name}: held-out loss before training {figure['base']:.3f}")
-    print(
-        table(["rate", *map(str, rates)], [[method, *(losses[method, rate] for rate in rates)] for method in METHODS])
+    return replace(
+        task, model=model, train=moved(task.train), validation=moved(task.validation), test=moved(task.test)
     )
+
+
+def _best(trials: list[dict[str, Any]], method: str) -> dict[str, Any]:
+    """A method's trial with the lowest loss on validation data; NaN counts as the highest."""
+    own = [trial for trial in trials if trial["method"] == method]
+    finite = [trial for trial in own if trial["validation_loss"] == trial["validation_loss"]]
+    return min(finite or own, key=lambda trial: trial["validation_loss"])
+
+
+def _compared(trials: list[dict[str, Any]], methods: Sequence[str]) -> dict[str, Any]:
+    """Each method's mean loss on test data, and its difference from the reference, with its error over seeds."""
+    losses = {method: [t["test_loss"] for t in trials if t["method"] == method] for method in methods}
+    result = {}
+    for method, own in losses.items():
+        differences = [a - b for a, b in zip(own, losses.get(REFERENCE, own), strict=True)]
+        error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None
+        result[method] = {
+            "loss": statistics.fmean(own),
+            "less_reference": statistics.fmean(differences),
+            "standard_error": error,
+            "parameters": next(t["parameters"] for t in trials if t["method"] == method),
+        }
+    return result
+
+
+def _show(name: str, figure: dict[str, Any], arguments: Any) -> None:
+    losses = {(trial["method"], trial["rate"]): trial["validation_loss"] for trial in figure["trials"]}
+    before = figure["base"]
+    print(f"\n{name}: loss before training {before['validation']:.3f} (validation), {before['test']:.3f} (test)")
+    rates = arguments.rates
+    rows = [[method, *(losses[method, rate] for rate in rates)] for method in arguments.methods]
+    print(table(["validation loss at rate", *map(str, rates)], rows))
+    rows = []
+    for method, found in figure["test"].items():
+        error = "" if found["standard_error"] is None else f" ({found['standard_error']:.3f})"
+        difference = f"{found['less_reference']:+.3f}{error}"
+        rows.append([method, str(figure["best_rates"][method]), found["parameters"], found["loss"], difference])
+    print(table(["test", "best rate", "parameters", "loss", f"less {REFERENCE}'s"], rows))
 
 
 # ---------------------------------------------------------------------- tasks
@@ -167,6 +227,7 @@ def _show(name: str, figure: dict[str, Any], rates: list[float]) -> None:
 
 def _smollm2(fast: bool) -> Task:
     targets = ["q_proj", "k_proj", "v_proj", "up_proj"]
+    every = [*targets, "o_proj", "gate_proj", "down_proj"]
     if fast:
         torch.manual_seed(0)
         sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
@@ -178,23 +239,26 @@ def _smollm2(fast: bool) -> Task:
         ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
         rows = ids[: 80 * 256].view(-1, 1, 256)
     batches = [{"input_ids": row, "labels": row} for row in rows]
-    count = len(batches) // 5
-    return Task(model, batches[count:], batches[:count], targets, 2 if fast else 64)
+    return _task(model, batches, targets, every, 2 if fast else 64)
 
 
 def _whisper(fast: bool) -> Task:
+    """Three clips to train on, the fourth to choose the rate, the others to measure."""
     model, train, held_out = load_whisper(fast)
-    return Task(model, train, held_out, ["q_proj", "k_proj", "v_proj", "fc1"], 2 if fast else 32)
+    targets = ["q_proj", "k_proj", "v_proj", "fc1"]
+    every = [*targets, "out_proj", "fc2"]
+    return Task(model, train[:3], train[3:] or held_out, held_out, targets, every, 2 if fast else 32)
 
 
 def _minilm(fast: bool) -> Task:
     """Articles of WikiText-2: the longest ones, cut into windows."""
     targets, classes = ["query", "key", "value", "intermediate.dense"], 20
+    every = [*targets, "attention.output.dense", "output.dense"]
     torch.manual_seed(0)
     if fast:
         sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
         model = BertForSequenceClassification(BertConfig(vocab_size=50, num_labels=classes, **sizes))
-        ids, labels = torch.randint(50, (24, 8)), torch.arange(24) % classes
+        ids, labels = torch.randint(50, (48, 8)), torch.arange(48) % classes
     else:
         body, tokenizer = real_models.minilm()
         body.config.num_labels = classes
@@ -206,8 +270,7 @@ def _minilm(fast: bool) -> Task:
         ids, labels = torch.cat(windows), torch.arange(classes).repeat_interleave(50)
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0)).split(8)
     batches = [{"input_ids": ids[rows], "labels": labels[rows]} for rows in order]
-    count = len(batches) // 4 or 1
-    return Task(model.eval(), batches[count:], batches[:count], targets, 2 if fast else 90, TaskType.SEQ_CLS)
+    return _task(model.eval(), batches, targets, every, 2 if fast else 90, TaskType.SEQ_CLS)
 
 
 def _vit(fast: bool) -> Task:
@@ -224,9 +287,23 @@ def _vit(fast: bool) -> Task:
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-    letters = _pictures("ABCDEFGHJK", 4 if fast else 100, seed=1)
+    letters = _pictures("ABCDEFGHJK", 6 if fast else 100, seed=1)
     targets = ["q_proj", "k_proj", "v_proj", "fc1"]
-    return Task(model.eval(), letters[10:] or letters[:2], letters[:10], targets, 2 if fast else 90)
+    return _task(model.eval(), letters, targets, [*targets, "o_proj", "fc2"], 2 if fast else 90)
+
+
+def _task(
+    model: nn.Module,
+    batches: list[Batch],
+    targets: list[str],
+    all_targets: list[str],
+    steps: int,
+    task_type: TaskType | None = None,
+) -> Task:
+    """A task whose first tenth of batches is for validation, and the next two for the test."""
+    tenth = len(batches) // 10 or 1
+    validation, test, train = batches[:tenth], batches[tenth : 3 * tenth], batches[3 * tenth :]
+    return Task(model, train, validation, test, targets, all_targets, steps, task_type)
 
 
 def _pictures(characters: str, count: int, seed: int) -> list[Batch]:

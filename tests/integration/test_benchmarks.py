@@ -53,20 +53,27 @@ def test_rounding(benchmark, tmp_path, capsys):
 
 def test_one_rate(benchmark, tmp_path, capsys):
     out = tmp_path / "record.json"
-    options = ["--models", "minilm", "vit"]
-    record = run(benchmark("one_rate"), out, *options)
+    methods = ["clover", "clover balanced", "lora", "lora all", "dora", "pissa", "hira", "hira all"]
+    record = run(benchmark("one_rate"), out, "--models", "minilm", "vit", "--seeds", "2")
     for name in ("minilm", "vit"):
-        trials = record["figures"][name]["trials"]
-        assert [(t["method"], t["rate"]) for t in trials] == [
-            (method, rate) for method in ("clover", "clover balanced", "lora") for rate in (2e-4, 5e-4)
-        ]
-        losses = {(t["method"], t["rate"]): t["held_out_loss"] for t in trials}
-        assert len(set(losses.values())) == 6, "every trial is another one"
-        assert record["best_rates"]["lora"][name] == min((2e-4, 5e-4), key=lambda rate: losses["lora", rate])
-    parameters = {t["method"]: t["parameters"] for t in record["figures"]["vit"]["trials"]}
-    assert parameters["clover"] == parameters["clover balanced"]
-    assert parameters["lora"] == pytest.approx(parameters["clover"], rel=0.15)
-    assert "held-out loss before training" in capsys.readouterr().out
+        figure = record["figures"][name]
+        trials = figure["trials"]
+        assert [(t["method"], t["rate"]) for t in trials] == [(m, rate) for m in methods for rate in (2e-4, 5e-4)]
+        losses = {(t["method"], t["rate"]): t["validation_loss"] for t in trials}
+        for method in methods:
+            assert figure["best_rates"][method] == min((2e-4, 5e-4), key=lambda rate: losses[method, rate])
+        # From the best rate on, test data alone count, and seeds are paired.
+        seen = {(t["method"], t["seed"]): t for t in figure["at_best_rates"]}
+        assert seen.keys() == {(method, seed) for method in methods for seed in (0, 1)}
+        assert all(t["rate"] == figure["best_rates"][method] for (method, _), t in seen.items())
+        differences = [seen["clover", s]["test_loss"] - seen["lora", s]["test_loss"] for s in (0, 1)]
+        assert figure["test"]["clover"]["less_reference"] == pytest.approx(sum(differences) / 2)
+        assert figure["test"]["clover"]["standard_error"] == pytest.approx(abs(differences[0] - differences[1]) / 2)
+        assert figure["test"]["lora"]["less_reference"] == 0
+        counts = {method: found["parameters"] for method, found in figure["test"].items()}
+        assert counts["clover"] == counts["clover balanced"]
+        assert all(count == pytest.approx(counts["clover"], rel=0.15) for count in counts.values()), counts
+    assert "loss before training" in capsys.readouterr().out
 
 
 def test_update_scale(benchmark, tmp_path, capsys):
