@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -38,6 +40,8 @@ def _by_transformers_from_a_state_dict(base: nn.Module, folder: Path) -> nn.Modu
 
 
 def _by_transformers_from_a_subfolder(base: nn.Module, folder: Path) -> nn.Module:
+    if Version(transformers.__version__) < Version("5.23"):  # 5.18 does not; those between were not tried
+        pytest.skip("this transformers finds no adapter in a subfolder, a LoRA neither")
     base.load_adapter(str(folder.parent), adapter_kwargs={"subfolder": folder.name})
     return base
 
