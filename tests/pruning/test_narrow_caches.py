@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from clover_peft.pruning.narrow.attention import STYLES
@@ -78,10 +79,17 @@ def given_to(model, family: str) -> tuple[str, dict, int]:
     return name, given, length
 
 
+def skip_bloom(family: str) -> None:
+    if family == "bloom" and Version(transformers.__version__) < Version("5.23"):  # those above 5.18 were not tried
+        pytest.skip("this transformers' Bloom takes no static cache, unpruned either")
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize(("family", "options"), CASES, ids=NAMES)
 def test_token_by_token_is_one_pass(family, options, kind):
     """A few tokens first, then one after the other, with a cache: the logits of all tokens without one."""
+    if kind == "static":
+        skip_bloom(family)
     model = tiny(family, options)
     name, given, source_length = given_to(model, family)
     ids = torch.randint(3, VOCAB, (2, 10))
@@ -109,6 +117,7 @@ def test_sliding_windows_generate_as_without_a_cache(family, options):
 @pytest.mark.parametrize("family", [name for name in GENERATING if FAMILIES[name].kind == "lm"])
 def test_a_prompt_in_chunks(family):
     """A static cache for it is not made with the head size of the config, but by the first keys and values."""
+    skip_bloom(family)
     model = tiny(family, {})
     settings = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
     given = {"input_ids": inputs(family)["input_ids"]}
