@@ -11,16 +11,18 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 python="${PYTHON:-python}"
 out="${1:?usage: benchmarks/gpu.sh OUT [--fast] [--grid CONFIG] [--suite FOLDER] [--minutes N]}"
 shift
-fast="" grid=smollm2_10k minutes=9 suite=()
+fast="" grid="" minutes="" suite=()
 while [ $# -gt 0 ]; do
     case "$1" in
-        --fast) fast=--fast minutes=60 grid="" && shift ;; # a slow machine is no failure
+        --fast) fast=--fast && shift ;;
         --grid) grid="${2:?--grid: expected a configuration after it}" && shift 2 ;;
         --suite) suite=("data.source=folder:${2:?--suite: expected a folder after it}") && shift 2 ;;
         --minutes) minutes="${2:?--minutes: expected a number after it}" && shift 2 ;;
         *) echo "error: $1: expected --fast, --grid CONFIG, --suite FOLDER or --minutes N" >&2 && exit 2 ;;
     esac
 done
+if [ -z "$fast" ]; then grid="${grid:-smollm2_10k}"; fi
+minutes="${minutes:-$([ -z "$fast" ] && echo 9 || echo 60)}" # with --fast, a slow machine is no failure
 case "$minutes" in *[!0-9]* | "" | 0) echo "error: --minutes: expected a whole number from 1 on, found $minutes" >&2 && exit 2 ;; esac
 mkdir -p "$out/logs" "$out/done" "$out/records"
 out="$(cd "$out" && pwd)"
@@ -77,10 +79,5 @@ for name in commonsense adaptation; do # tables of what has been measured
         "$python" -m clover_peft ablate --table "$out/$name/records" >"$out/$name.md" || failed=1
     fi
 done
-"$python" - "$out" <<'PYTHON'
-import sys, pathlib, torch
-name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-pathlib.Path(sys.argv[1], "gpu.txt").write_text(name + "\n")
-PYTHON
 if [ "$failed" = 0 ] && [ "$unfinished" = 1 ]; then exit 75; fi
 exit $failed

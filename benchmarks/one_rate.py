@@ -68,6 +68,7 @@ class Task:
         all_targets: all linear modules of the blocks.
         steps: of the optimizer.
         task_type: peft's, which says whether a head is trained too.
+        budget: parameters of CLOVER's adapter, which the other methods match.
     """
 
     model: nn.Module
@@ -78,6 +79,7 @@ class Task:
     all_targets: list[str]
     steps: int
     task_type: TaskType | None = None
+    budget: int = 0
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -147,18 +149,13 @@ def _config(task: Task, method: str) -> PeftConfig:
     if method.startswith("clover"):
         return CloverConfig(task_type=task.task_type)
     targets = task.all_targets if method.endswith(" all") else task.targets
-    heads = [p for n, p in _clover(task).named_parameters() if p.requires_grad and "clover_" in n]
-    rank = rank_for(sum(p.numel() for p in heads), task.model, targets)
+    rank = rank_for(task.budget, task.model, targets)
     common: dict[str, Any] = {"r": rank, "target_modules": targets, "task_type": task.task_type}
     if method.startswith("hira"):
         return HiraConfig(**common)
     if method == "pissa":
         return LoraConfig(**common, lora_alpha=rank, init_lora_weights="pissa")
     return LoraConfig(**common, lora_alpha=2 * rank, use_dora=method == "dora")
-
-
-def _clover(task: Task) -> nn.Module:
-    return get_peft_model(copy.deepcopy(task.model), CloverConfig(task_type=task.task_type))
 
 
 @torch.no_grad()
@@ -169,7 +166,7 @@ def _loss(model: nn.Module, batches: list[Batch]) -> float:
 
 
 def _moved(task: Task, arguments: Any) -> Task:
-    """A task on the device, in the dtype."""
+    """A task on the device, in the dtype, with its budget."""
     dtype = getattr(torch, arguments.dtype)
 
     def moved(batches: list[Batch]) -> list[Batch]:
@@ -179,9 +176,9 @@ def _moved(task: Task, arguments: Any) -> Task:
         ]
 
     model = task.model.to(arguments.device, dtype)
-    return replace(
-        task, model=model, train=moved(task.train), validation=moved(task.validation), test=moved(task.test)
-    )
+    batches = {name: moved(getattr(task, name)) for name in ("train", "validation", "test")}
+    budget = trainable(get_peft_model(copy.deepcopy(model), CloverConfig()))  # without a task type: no head
+    return replace(task, model=model, budget=budget, **batches)  # type: ignore[arg-type]
 
 
 def _best(trials: list[dict[str, Any]], method: str) -> dict[str, Any]:

@@ -71,6 +71,13 @@ def test_a_step_is_done_only_with_the_same_command(tmp_path):
     assert whole.stdout.count("done at") == len(STEPS), "none of them was measured with --fast"
 
 
+@pytest.mark.parametrize("order", [["--fast", "--minutes", "1"], ["--minutes", "1", "--fast"]])
+def test_a_limit_counts_with_fast_too(tmp_path, order):
+    done = run(str(tmp_path / "gpu"), *order, python=fake(tmp_path, ""), SECONDS="57")
+    assert done.returncode == 75
+    assert "done at" not in done.stdout
+
+
 def test_what_there_was_no_time_for_is_said(tmp_path):
     python = fake(tmp_path, 'case "$*" in *decode.py*) sleep 100 ;; esac')
     # Bash counts its seconds from here, so 7 of them are left.
