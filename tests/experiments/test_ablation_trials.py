@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -192,7 +193,8 @@ def test_a_task_without_questions_shows_before_anything_is_trained(tiny_grid, tm
         trial_runner.make_data(read_grid(tiny_grid.path, [f"data.source=folder:{source}"]), tmp_path / "data")
 
 
-def test_a_step_waits_for_its_turn_and_for_other_processes(tiny_grid, tmp_path):
+def test_a_step_waits_for_its_turn_and_for_other_processes(tiny_grid, tmp_path, monkeypatch):
+    monkeypatch.setattr(trial_runner, "ENDING_SECONDS", 0.1)
     grid, records = read_grid(tiny_grid.path), tmp_path / "records"
     with pytest.raises(
         ValueError, match=r"whose turn it is, found others to be made first, such as clover-lr0.001-seed3"
@@ -206,6 +208,19 @@ def test_a_step_waits_for_its_turn_and_for_other_processes(tiny_grid, tmp_path):
         pytest.raises(ValueError, match="expected no other process to make it, found one"),
     ):
         trial_runner.make(grid, "base.test", tmp_path, records)
+
+
+def test_a_step_outwaits_a_killed_process_that_is_still_ending(tiny_grid, tmp_path):
+    """The process of a killed grid can hold its lock for a moment, and the grid is started again at once."""
+    grid, records = read_grid(tiny_grid.path), tmp_path / "records"
+    try_others(grid, records)
+    held = trial_runner._alone(records / ".clover-lr0.3-seed3.lock")
+    held.__enter__()
+    ending = threading.Timer(0.5, held.__exit__, (None, None, None))
+    ending.start()
+    made = trial_runner.make(grid, "clover-lr0.3-seed3", tmp_path, records)
+    ending.join()
+    assert made == records / "clover-lr0.3-seed3.json"
 
 
 def test_what_was_trained_otherwise_is_not_taken(tiny_grid, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -24,6 +25,8 @@ from ..training.arguments import LOCAL, parse
 from ..training.loading import load_tokenizer
 from .grid import BASE, Grid, Trial, settings_of, trials_of
 from .results import Record, choose, load
+
+ENDING_SECONDS = 10.0  # how long a process that was killed may still hold its lock
 
 
 def make_data(grid: Grid, folder: Path) -> Record:
@@ -257,25 +260,19 @@ def _evaluation_settings(grid: Grid) -> Record:
 
 @contextmanager
 def _alone(lock: Path) -> Iterator[None]:
-    """Keep other processes, such as those left of a grid that was killed, from making the same record.
+    """Keep other processes from making the same record; wait a little for one that was killed and is still ending.
 
     Raises:
         ValueError: another process is making it.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows has no fcntl.
-        yield
-        return
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(
-                f"{lock.stem[1:]}: expected no other process to make it, found one; wait for it, or kill it"
-            ) from error
-        yield
+    try:
+        with FileLock(lock, timeout=ENDING_SECONDS):
+            yield
+    except Timeout as error:
+        raise ValueError(
+            f"{lock.stem[1:]}: expected no other process to make it, found one; wait for it, or kill it"
+        ) from error
 
 
 def _digest(folder: Path) -> str | None:
