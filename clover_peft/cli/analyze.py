@@ -26,7 +26,7 @@ from ..experiments.analysis import (
 from ..experiments.commonsense import sources
 from ..io import run_record as records
 from ..io.figures import find_pyplot
-from ..io.hub_models import ModelSource, find_adapter, find_model, load_adapted, load_tokenizer
+from ..io.hub_models import ModelSource, announce_model, find_adapter, load_adapted, load_tokenizer
 from ..io.model_class import find_class, read_config
 from ..io.tables import markdown_table
 from . import checks, parsers
@@ -44,7 +44,7 @@ def run(given: argparse.Namespace) -> int:
         for label, path in zip(labels, given.adapter, strict=True):
             found[label] = _measure_adapter(label, path, given)
     else:
-        source, end = find_model(given.before), find_model(given.after)
+        source, end = announce_model(given.before), announce_model(given.after)
         before = load_adapted(source, None, _class_of(source, None, given), given.dtype)
         after = load_adapted(end, None, _class_of(end, None, given), given.dtype)
         found[labels[0]] = _measure_models(before, after, _texts(source, None, given), labels[0], given)
@@ -59,7 +59,7 @@ def run(given: argparse.Namespace) -> int:
 
 def _measure_adapter(label: str, path: Path, given: argparse.Namespace) -> list[dict[str, Any]]:
     config = find_adapter(path)
-    source = find_model(given.model or config.base_model_name_or_path)
+    source = announce_model(given.model or config.base_model_name_or_path)
     kind, texts = _class_of(source, config, given), _texts(source, path, given)
     if moves_base(config):
         base = load_adapted(source, None, kind, given.dtype)

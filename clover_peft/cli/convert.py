@@ -11,7 +11,7 @@ from ..convert import ConversionReport, SlicingReport, convert_to_mla, slice_hid
 from ..convert.card import write_card
 from ..io.atomic import new_folder
 from ..io.figures import find_pyplot
-from ..io.hub_models import find_model, load_as_saved
+from ..io.hub_models import announce_model, load_as_saved
 from ..pruning import PruningReport, prune
 from ..pruning.card import needs_import
 from . import checks, parsers
@@ -27,7 +27,7 @@ def run(given: argparse.Namespace) -> int:
     checks.convert(given)
     if not given.no_pictures:
         find_pyplot()
-    source = find_model(given.model)
+    source = announce_model(given.model)
     model, processor = load_as_saved(source, given.model_class, given.dtype)
     batches, data = options.calibration(given, model, processor)
     result, converted, seconds = _convert(given, model, batches or [])
@@ -47,7 +47,7 @@ def run(given: argparse.Namespace) -> int:
             if not given.no_pictures and not isinstance(report, SlicingReport):
                 report.plot(folder / f"{name}.png")
         summary = pruned.summary() if pruned else None
-        write_card(folder, result, converted, summary, source.name, source.license, str(data), needs_import=imports)
+        write_card(folder, result, converted, summary, source, str(data), needs_import=imports)
     how = "after `import clover_peft`" if imports else "with stock transformers"
     print(f"{out}: {seconds:.1f} s; load it {how}")
     return 0

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from ..experiments.commonsense import TASKS, evaluation
 from ..experiments.commonsense.protocols import find_protocol
 from ..io import run_record as records
-from ..io.hub_models import ModelSource, accelerator, find_adapter, find_model, load_trained, weights_digest
+from ..io.hub_models import ModelSource, accelerator, announce_model, find_adapter, load_trained, weights_digest
 from . import checks, parsers
 from .errors import reports_errors
 
@@ -24,7 +24,7 @@ def run(given: argparse.Namespace) -> int:
     given.mode, given.split = given.mode or "generate", given.split or "test"
     trained = _trained(given.adapter or given.model)
     given.dtype = given.dtype or trained.get("model", {}).get("dtype", "torch.float32").removeprefix("torch.")
-    source = find_model(given.model or _base(given.adapter))
+    source = announce_model(given.model or _base(given.adapter))
     result = _harness(given, source, trained) if given.harness else _suite(given, source, trained)
     options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()}
     record = {"options": options, "model": source.name, "origin": source.origin, **result}

@@ -14,7 +14,7 @@ from ..base_model.plain import check_unquantised
 from ..convert.stock import check_stock, save_stock
 from ..io.atomic import new_folder
 from ..io.figures import find_pyplot
-from ..io.hub_models import find_model, load_as_saved
+from ..io.hub_models import announce_model, load_as_saved
 from ..pruning import PruningReport, prune
 from ..pruning.card import needs_import, write_card
 from . import checks, parsers
@@ -41,7 +41,7 @@ def _prune(given: argparse.Namespace) -> tuple[Any, PruningReport]:
     figures = {name: checks.figures(f"--{name}", getattr(given, name)) for name in ("ratio", "threshold", "energy")}
     if not given.no_pictures:
         find_pyplot()
-    source = find_model(given.model)
+    source = announce_model(given.model)
     model, processor = load_as_saved(source, given.model_class)
     check_unquantised(model, source.name)
     if given.stock:
@@ -69,7 +69,7 @@ def _prune(given: argparse.Namespace) -> tuple[Any, PruningReport]:
         report.save(folder / "pruning.json")
         if not given.no_pictures:
             report.plot(folder / "pruning.png")
-        write_card(folder, model, report, source.name, source.license, data, stock=given.stock)
+        write_card(folder, model, report, source, data, stock=given.stock)
     return model, report
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..io import run_record as records
 from ..io.figures import find_pyplot
-from ..io.hub_models import find_model, load_as_saved
+from ..io.hub_models import announce_model, load_as_saved
 from ..io.tables import markdown_table
 from ..pruning import calibrate, find_pairs, ranks
 from ..pruning.figures import plot_spectra
@@ -44,7 +44,7 @@ def run(given: argparse.Namespace) -> int:
     threshold = checks.figures("--threshold", given.threshold)
     if given.out is not None and not given.no_pictures:
         find_pyplot()
-    model, processor = load_as_saved(find_model(given.model), given.model_class)
+    model, processor = load_as_saved(announce_model(given.model), given.model_class)
     kinds = given.kinds or sorted({pair.kind for pair in find_pairs(model)})
     if not kinds or (isinstance(threshold, dict) and set(threshold) - set(kinds)):
         wanted = f"pairs for --threshold {given.threshold}" if kinds else "pairs of projections"

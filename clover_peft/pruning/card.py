@@ -10,6 +10,7 @@ import transformers
 
 from .._version import __version__
 from ..io import cards
+from ..io.hub_models import ModelSource
 from .narrow.loading import read_record
 from .report import PruningReport
 
@@ -30,8 +31,7 @@ def write_card(
     folder: Path,
     model: Any,
     report: PruningReport,
-    base: str,
-    license_name: str,
+    source: ModelSource,
     calibration: str | None,
     *,
     stock: bool = False,
@@ -42,8 +42,7 @@ def write_card(
         folder: where the model was saved.
         model: the pruned model.
         report: from `prune`.
-        base: name of the unpruned model.
-        license_name: its licence, or "not stated".
+        source: the unpruned model.
         calibration: one line that describes the data; None without data.
         stock: it was saved by `save_stock`.
     """
@@ -52,14 +51,14 @@ def write_card(
     versions = {"clover_peft": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     cards.write_card(
         folder,
-        title=f"{base}, pruned",
-        base=base,
+        title=f"{source.name}, pruned",
+        base=source.name,
         library="transformers",
         tags=["pruning", "clover_peft"],
         code=f'{importing}from transformers import {kind}\n\nmodel = {kind}.from_pretrained("<this folder>")',
         text=f"{_STOCK if stock else _needs(model, report)}\n\n{report.summary()}",
         facts={
-            "base model": f"{base}, licence: {license_name}",
+            "base model": source.describe(),
             "calibrated with": calibration or "no data: directions by weights alone",
             "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         },

