@@ -11,6 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from clover_peft import CloverConfig
+from tests.support import tiny_chat
 from tests.support.benchmarks import FOLDER, run
 
 
@@ -210,6 +211,23 @@ def test_a_step_is_taken_apart(benchmark, tmp_path, capsys):
         assert all(figures["milliseconds"][part] > 0 for part in profile.PARTS)
         assert sum(figures["shares"].values()) == pytest.approx(1)
     assert "adapter" in capsys.readouterr().out
+
+
+def test_whole_fine_tunings_are_compared_on_as_many_tokens(benchmark, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("trl", reason="needs the train extra")
+    tiny_chat.save_chat_model(tmp_path / "model")
+    data = tiny_chat.write_jsonl(tmp_path / "train.jsonl", tiny_chat.rows(60))
+    monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
+    programs = benchmark("sft_end_to_end")
+    record = run(programs, tmp_path / "record.json", "--model", str(tmp_path / "model"), "--data", str(data))
+    assert record["figures"].keys() == {"clover", "clover lora", "trl lora"}
+    for figures in record["figures"].values():
+        assert figures["tokens"] == [2 * 2 * programs.LENGTH]
+        assert all(figures[f"{name}_v_trl lora"] > 0 for name in programs.FIGURES)
+    assert record["figures"]["trl lora"]["seconds_v_trl lora"] == 1
+    assert "tokens per second v trl lora" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="ended with 3: no data"):
+        programs._run([programs.sys.executable, "-c", "print('no data'); raise SystemExit(3)"])
 
 
 def test_operations_count_where_their_forward_is_and_kernels_once(benchmark):
