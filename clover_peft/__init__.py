@@ -14,6 +14,7 @@ from .runtime.peft_registry import register
 from .runtime.tested_versions import untested
 from .tuner.activation_bases import initialize_from_activations
 from .tuner.config import CloverConfig
+from .tuner.contrast import initialize_from_contrast
 from .tuner.dequantize import dequantize, merge_onto
 from .tuner.explicit_factors import explicit_factors
 from .tuner.hotswap import hotswap_adapter
@@ -39,6 +40,7 @@ __all__ = [
     "explicit_factors",
     "hotswap_adapter",
     "initialize_from_activations",
+    "initialize_from_contrast",
     "lora_errors",
     "merge_onto",
     "own_text",

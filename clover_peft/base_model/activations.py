@@ -50,7 +50,7 @@ def read_batches(calibration: Iterable[Mapping[str, Any]]) -> list[Mapping[str, 
     return batches
 
 
-def warn_if_few(name: str, tokens: int, size: int, what: str) -> None:
+def warn_if_few(name: str, tokens: int, size: int, what: str, tokens_per_feature: int = TOKENS_PER_FEATURE) -> None:
     """Warn where there are too few tokens for a moment of this size.
 
     Args:
@@ -58,8 +58,9 @@ def warn_if_few(name: str, tokens: int, size: int, what: str) -> None:
         tokens: that the moment was made of.
         size: its rows.
         what: the size in words.
+        tokens_per_feature: how many tokens are enough for a row.
     """
-    if tokens < (wanted := TOKENS_PER_FEATURE * size):
+    if tokens < (wanted := tokens_per_feature * size):
         warn(f"{name}: {tokens} tokens for {what} are few; pass at least {wanted}")
 
 
@@ -142,7 +143,10 @@ class TokenReader:
 
 @torch.no_grad()
 def collect_moments(
-    model: nn.Module, probes: Mapping[str, Probe], batches: Iterable[Mapping[str, Any]]
+    model: nn.Module,
+    probes: Mapping[str, Probe],
+    batches: Iterable[Mapping[str, Any]],
+    tokens_per_feature: int = TOKENS_PER_FEATURE,
 ) -> dict[str, Moments]:
     """Run a model once over data, in evaluation mode and with its active adapters, and collect moments.
 
@@ -150,6 +154,7 @@ def collect_moments(
         model: the model to call.
         probes: the activations to collect, by any name.
         batches: keyword arguments of the model; tensors are moved to its device.
+        tokens_per_feature: fewer tokens for each feature of a block cause a warning.
 
     Returns:
         Name -> moments, on the device of the activations.
@@ -191,10 +196,11 @@ def collect_moments(
         raise ValueError(f"{missing[0]}: expected activations, found none; pass batches of tokens that reach it")
     for name, moments in found.items():
         moments.check_finite(name)
-    few = {name: m.tokens for name, m in found.items() if m.tokens < TOKENS_PER_FEATURE * probes[name].size}
+    few = {name: m.tokens for name, m in found.items() if m.tokens < tokens_per_feature * probes[name].size}
     if few:
         name = min(few, key=few.__getitem__)
-        warn_if_few(name, few[name], probes[name].size, f"blocks of {probes[name].size} features")
+        size = probes[name].size
+        warn_if_few(name, few[name], size, f"blocks of {size} features", tokens_per_feature)
     return found
 
 

@@ -92,10 +92,19 @@ def check_new(adapter_name: str, config: Any, layers: list[tuple[str, CloverLaye
                 f"{path}: expected weights in every process, found them in the first alone; leave "
                 "fsdp_cpu_ram_efficient_loading out"
             )
-        trained = layer.is_trained(adapter_name)
-        folded = any(spec.basis == "folded" for spec in layer.specs[adapter_name])
-        if trained or folded or layer.merged:
-            raise ValueError(
-                f"{path}: expected a new adapter that is not merged, found one that is "
-                f"{'trained' if trained else 'folded' if folded else 'merged'}; make another with add_adapter"
-            )
+        check_untrained(path, layer, adapter_name)
+
+
+def check_untrained(path: str, layer: CloverLayer, adapter_name: str) -> None:
+    """Refuse a layer whose adapter is no longer at its start.
+
+    Raises:
+        ValueError: naming the module and the remedy.
+    """
+    trained = layer.is_trained(adapter_name)
+    folded = any(spec.basis == "folded" for spec in layer.specs[adapter_name])
+    if trained or folded or layer.merged:
+        raise ValueError(
+            f"{path}: expected a new adapter that is not merged, found one that is "
+            f"{'trained' if trained else 'folded' if folded else 'merged'}; make another with add_adapter"
+        )

@@ -438,6 +438,8 @@ def test_all_kinds_of_arms_learn(tmp_path):
             replace(arm, name=on, peft={"peft_type": "CLOVER"}, initialize_from_activations=3, activations_on=on)
             for on in ("domain", "others", "own")
         ),
+        replace(arm, name="contrast", peft={"peft_type": "CLOVER", "low_rank": 2}, contrast=3),
+        replace(arm, name="random", peft={"peft_type": "CLOVER", "low_rank": 2}),
         replace(arm, name="plus", peft={"peft_type": "LORA", "target_modules": targets}, rate_factors={"lora_B": 4.0}),
         replace(arm, name="dora", peft={"peft_type": "LORA", "use_dora": True, "target_modules": targets}),
         replace(
@@ -453,13 +455,16 @@ def test_all_kinds_of_arms_learn(tmp_path):
     running.run(experiment, tmp_path)
     found = report.load(tmp_path / "records")
     base = report.mean_loss([found["base"]], "asyncio")
-    assert len(found) == 11
+    assert len(found) == 13
     rate = max(arm.rates)
     folders = [tmp_path / f"adapters/asyncio-{on}-lr{rate:g}-seed0" for on in ("domain", "others", "own")]
     assert all(json.loads((folder / "adapter_config.json").read_text())["from_activations"] for folder in folders)
     bases = [load_file(folder / "adapter_model.safetensors") for folder in folders]
     name = next(name for name in bases[0] if "clover_U" in name)
     assert len({bytes(tensors[name].numpy()) for tensors in bases}) == 3  # the text makes a difference
+    losses = [found[f"asyncio-{name}-lr{rate:g}-seed0"]["training_loss"] for name in ("contrast", "random")]
+    assert losses[0][0] == losses[1][0]
+    assert losses[0][2:] != losses[1][2:]  # the first step is from B = 0
     arms_of_records = {name: made["settings"]["arm"] for name, made in found.items() if name != "base"}
     on = {name.split("-")[1]: arm.get("activations_on") for name, arm in arms_of_records.items()}
     assert {on[name] for name in ("others", "own")} == {"others", "own"}
@@ -516,6 +521,10 @@ def test_seeds_and_epochs_have_orders_of_their_own():
         (
             "arms.full={peft: full, rates: [1e-4], initialize_from_activations: 3}",
             "arms.full.initialize_from_activations: expected peft_type: CLOVER",
+        ),
+        (
+            "arms.clover={peft: {peft_type: CLOVER}, rates: [1e-3], contrast: 3}",
+            "arms.clover.contrast: expected peft_type: CLOVER with low_rank, found {'peft_type': 'CLOVER'}",
         ),
         (
             "arms.clover={peft: {peft_type: CLOVER}, rates: [1e-3], activations_on: own}",

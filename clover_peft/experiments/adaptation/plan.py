@@ -83,6 +83,8 @@ class Arm:
         initialize_from_activations: batches by which the bases of CLOVER are computed; 0 for none.
         activations_on: the text of these batches: "domain" (that is trained on), "others" (training windows of the
             other domains, in turn) or "own" (`own_text`).
+        contrast: batches of the domain, and as many of `own_text`, by which A of CLOVER's low-rank part starts; 0 for
+            none.
         balance_updates: batches by which updates of CLOVER or of a LoRA are balanced; 0 for none.
         optimizer: "adamw" or "muon".
     """
@@ -93,6 +95,7 @@ class Arm:
     rate_factors: dict[str, float] = field(default_factory=dict)
     initialize_from_activations: int = 0
     activations_on: str = "domain"
+    contrast: int = 0
     balance_updates: int = 0
     optimizer: str = "adamw"
 
@@ -174,7 +177,7 @@ class Experiment:
         if trial.arm == BASE:
             return shared
         arm = {key: value for key, value in asdict(self.arm(trial.arm)).items() if key != "rates"}
-        for key in ("initialize_from_activations", "activations_on"):  # earlier records do not have them
+        for key in ("initialize_from_activations", "activations_on", "contrast"):  # earlier records do not have them
             if arm[key] == getattr(Arm, key):
                 del arm[key]
         return {**shared, "training": training, "arm": arm}
@@ -249,6 +252,8 @@ def _arm(name: str, block: Any) -> Arm:
     kind, starts_at_zero = getattr(config, "peft_type", None), getattr(config, "init_lora_weights", None) is True
     if arm.initialize_from_activations and kind != "CLOVER":
         raise ValueError(f"arms.{name}.initialize_from_activations: expected peft_type: CLOVER, found {kind}")
+    if arm.contrast and (kind != "CLOVER" or not getattr(config, "low_rank", 0)):
+        raise ValueError(f"arms.{name}.contrast: expected peft_type: CLOVER with low_rank, found {arm.peft!r}")
     if arm.activations_on not in ("domain", "others", "own"):
         raise ValueError(f"arms.{name}.activations_on: expected domain, others or own, found {arm.activations_on!r}")
     if arm.activations_on != "domain" and not arm.initialize_from_activations:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, get_scheduler, set_seed
 from transformers.models.byt5 import ByT5Tokenizer
 
-from ... import balance_updates, initialize_from_activations, own_text
+from ... import balance_updates, initialize_from_activations, initialize_from_contrast, own_text
 from ...io import atomic
 from ...io import run_record as records
 from ...io.hub_models import ModelSource, accelerator, find_model, weights_digest
@@ -119,10 +119,15 @@ class Laboratory:
         set_seed(trial.seed)
         started = time.perf_counter()
         statistics = list(self._statistics(base, arm, trial)) if arm.initialize_from_activations else None
+        known = self._own_text(base, arm.contrast, trial.seed) if arm.contrast else None
         model = adapt(base, arm)
         with restricted_head(model, windows.vocabulary) as labels:
             if statistics is not None:
                 initialize_from_activations(model, statistics)
+            if known is not None:
+                order = drawn(windows, training.batch_size, trial.seed)
+                new = [{"input_ids": next(order)} for _ in range(arm.contrast)]
+                initialize_from_contrast(model, new, known)
             if arm.balance_updates:
                 balance = balance_lora if model.peft_type == "LORA" else balance_updates
                 order = drawn(windows, training.batch_size, trial.seed)
@@ -156,16 +161,21 @@ class Laboratory:
         """The batches that the bases of a CLOVER arm are computed from."""
         training, count = self.experiment.training, arm.initialize_from_activations
         if arm.activations_on == "own":
-            rows, seed = count * training.batch_size, trial.seed
-            if (rows, seed) not in self.own_texts:
-                self.own_texts[rows, seed] = own_text(base, rows=rows, length=training.length, seed=seed)
-            yield from self.own_texts[rows, seed]
+            yield from self._own_text(base, count, trial.seed)
             return
         others = [name for name in self.windows if name != trial.domain]
         names = [trial.domain] if arm.activations_on == "domain" else others
         orders = [drawn(self.windows[name], training.batch_size, trial.seed) for name in names]
         for number in range(count):
             yield {"input_ids": next(orders[number % len(orders)])}
+
+    def _own_text(self, base: Any, batches: int, seed: int) -> list[dict[str, Tensor]]:
+        """Text of the base model, as much as so many training batches have; made once."""
+        training = self.experiment.training
+        rows = batches * training.batch_size
+        if (rows, seed) not in self.own_texts:
+            self.own_texts[rows, seed] = own_text(base, rows=rows, length=training.length, seed=seed)
+        return self.own_texts[rows, seed]
 
     def _batch(self, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
         ids = ids.to(labels.device)

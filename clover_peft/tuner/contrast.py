@@ -1,0 +1,118 @@
+"""The start of the low-rank part: directions that the new data have and the model's own text has not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..base_model.activations import Probe, TokenReader, collect_moments, evaluating, read_batches
+from ..base_model.slices import HeadSlice
+from ..linalg.contrast import contrast_directions
+from .activation_bases import check_untrained
+from .layer import CloverLayer
+from .layers import inner_model, layers_with
+
+_BYTES = 4 * 2**30  # of the moments that are in memory at a time
+
+
+def initialize_from_contrast(
+    model: nn.Module,
+    new: Iterable[Mapping[str, Any]],
+    known: Iterable[Mapping[str, Any]],
+    adapter_name: str = "default",
+) -> None:
+    """Let A of the low-rank parts read what is new in the data, instead of random directions (ours).
+
+    The rows of A become the directions of a projection's input x that have most energy `E[(a^T x)^2]` on new data
+    relative to known data, see `linalg.contrast.contrast_directions`; on the new data all rows of A have the mean
+    energy that random ones have. So a change of B changes the model little on what it knows. `own_text` gives text
+    that a language model knows. B stays zero and the model's outputs stay equal, bit for bit. Call it before training,
+    in any order with `initialize_from_activations`. It costs a pass over both data sets for each 4 GiB of moments.
+
+    Args:
+        model: a model with a CLOVER adapter with `low_rank` that is not trained yet.
+        new: batches of the data to be trained on, as keyword arguments for `model`.
+        known: batches of what the model should keep, alike.
+        adapter_name: the adapter.
+
+    Raises:
+        ValueError: the adapter is not there, has no low-rank part, is trained or merged, or the data do not reach a
+            target or have too few directions; then nothing is changed.
+    """
+    layers = dict(layers_with(inner_model(model), adapter_name))
+    for path, layer in layers.items():
+        check_untrained(path, layer, adapter_name)
+        if "clover_A" not in layer.trained_tensors(adapter_name):
+            raise ValueError(
+                f"{path}: expected a low-rank part, whose A is made here, found none; set CloverConfig(low_rank=...)"
+            )
+    data = {"new": read_batches(new), "known": read_batches(known)}
+    first_of = _readers_of_one_input(model, layers, data["new"][0])
+    made: dict[str, Tensor] = {}
+    for paths in _groups({path: layers[path] for path in dict.fromkeys(first_of.values())}):
+        probes = {path: _whole_input(layers[path]) for path in paths}
+        found = {name: collect_moments(model, probes, batches, tokens_per_feature=1) for name, batches in data.items()}
+        for path in paths:
+            new_moment, known_moment = (found[name].pop(path).second[0] for name in ("new", "known"))
+            made[path] = _directions(path, new_moment, known_moment, len(_a_of(layers[path], adapter_name)))
+    with torch.no_grad():
+        for path, layer in layers.items():
+            _a_of(layer, adapter_name).copy_(made[first_of[path]])
+
+
+def _a_of(layer: CloverLayer, adapter_name: str) -> Tensor:
+    (a,) = layer.trained_tensors(adapter_name)["clover_A"].values()
+    return a
+
+
+def _whole_input(layer: CloverLayer) -> Probe:
+    features = layer.base_weight.in_features
+    return Probe(layer, True, HeadSlice.plain(1, features), features)
+
+
+def _directions(path: str, new: Tensor, known: Tensor, rank: int) -> Tensor:
+    """A of one input, (rank, in_features), with the energy on new data of A's usual start, of variance 1 / (3 D)."""
+    try:
+        directions = contrast_directions(new, known, rank)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return directions * (new.trace() / (3 * len(new))).sqrt()
+
+
+@torch.no_grad()
+def _readers_of_one_input(
+    model: nn.Module, layers: Mapping[str, CloverLayer], batch: Mapping[str, Any]
+) -> dict[str, str]:
+    """Every layer's path -> the first one that reads the same tensor, as queries, keys and values do."""
+    seen: list[tuple[Tensor, str]] = []  # with the tensors, so that no other gets the place of one
+    found: dict[str, str] = {}
+
+    def observe(path: str, x: Tensor) -> None:
+        found[path] = next((first for other, first in seen if other is x), path)
+        if found[path] == path:
+            seen.append((x, path))
+
+    with evaluating(model), ExitStack() as hooked:
+        for path, layer in layers.items():
+            hook = layer.register_forward_pre_hook(lambda _, inputs, path=path: observe(path, inputs[0]))
+            hooked.enter_context(hook)
+        model(**TokenReader(model).start_without_logits(batch)[0])
+    return {path: found.get(path, path) for path in layers}
+
+
+def _groups(layers: Mapping[str, CloverLayer]) -> Iterator[list[str]]:
+    """The paths, in groups whose moments of both data sets fit into `_BYTES`; one path at least."""
+    group: list[str] = []
+    taken = 0
+    for path, layer in layers.items():
+        size = 2 * 8 * layer.base_weight.in_features**2
+        if group and taken + size > _BYTES:
+            yield group
+            group, taken = [], 0
+        group.append(path)
+        taken += size
+    yield group
