@@ -174,6 +174,12 @@ def test_overrides_reach_blocks_and_null_replaces_a_default():
         ("lora", {"calibration_rows": 3}, "calibration_rows: expected peft_type: CLOVER"),
         ("full", {"calibration_rows": 3}, "calibration_rows: expected peft_type: CLOVER"),
         ("lora", {"balance_updates": 3}, "balance_updates: expected peft_type: CLOVER, found LORA; leave"),
+        (
+            "clover_full",
+            {"contrast_rows": 3},
+            "contrast_rows: expected a low-rank part, found none; set peft.",
+        ),
+        ("lora", {"contrast_rows": 3}, "contrast_rows: expected peft_type: CLOVER, found LORA"),
         ("full", {"own_text_rows": 3}, "own_text_rows: expected peft_type: CLOVER, found full fine-tuning"),
         ("clover_full", {"own_text_rows": 3, "calibration_rows": 4}, "expected no calibration_rows beside it"),
     ],

@@ -136,16 +136,26 @@ BEST = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 
         {"peft.optimizer": "muon"},
         {"calibration_rows": 20},
         {"own_text_rows": 4},
+        {"contrast_rows": 4, "peft.low_rank": 2},
+        {"own_text_rows": 4, "contrast_rows": 6, "peft.low_rank": 2},
         {"balance_updates": 3},
         {"peft.save_bases": "folded", **BEST},
     ],
-    ids=["muon", "bases from activations", "bases from own text", "balanced updates", "saved folded"],
+    ids=[
+        "muon",
+        "bases from activations",
+        "bases from own text",
+        "contrast",
+        "both",
+        "balanced updates",
+        "saved folded",
+    ],
 )
 def test_other_ways_to_train_resume(options, settings, tmp_path):
     options |= {"max_steps": 8, "save_steps": 4, "peft.learning_rate": 0.02, "questions": 1}
     whole = run(settings(out="whole", **options))
     assert whole["loss"]["last"] < whole["loss"]["first"]
-    assert whole["adapter"]["config"]["from_activations"] == any(key.endswith("_rows") for key in options)
+    assert whole["adapter"]["config"]["from_activations"] == bool({"calibration_rows", "own_text_rows"} & set(options))
     assert whole["adapter"]["config"]["balanced_updates"] == ("balance_updates" in options)
     folded = [
         json.loads((tmp_path / "whole" / folder / "adapter_config.json").read_text())["folded"]

@@ -79,10 +79,12 @@ def parse(config: str | Path | Sequence[str | Path], overrides: Sequence[str] = 
     if job.merge and adapter is None:
         raise ValueError("merge=true: full fine-tuning has nothing to merge; its model is saved in output_dir/model")
     if adapter is None or adapter.peft_type != "CLOVER":
-        for key in ("calibration_rows", "own_text_rows", "balance_updates"):
+        for key in ("calibration_rows", "own_text_rows", "contrast_rows", "balance_updates"):
             if getattr(job, key):
                 found = "full fine-tuning" if adapter is None else block["peft_type"]
                 raise ValueError(f"{key}: expected peft_type: CLOVER, found {found}; leave {key} out")
+    if job.contrast_rows and not getattr(adapter, "low_rank", 0):
+        raise ValueError("contrast_rows: expected a low-rank part, found none; set peft.low_rank, or leave it out")
     shown = {key: value for key, value in parts.values.items() if not key.endswith("hub_token")}
     return Settings(job, sft, adapter, parts.optimizer, parts.learning_rate_factors, shown)
 

@@ -31,6 +31,10 @@ class JobArguments:
         default=0,
         metadata={"help": "Texts of 256 tokens that the model writes itself, for CLOVER's bases; 0: none."},
     )
+    contrast_rows: int = field(
+        default=0,
+        metadata={"help": "Training rows by which CLOVER's low-rank part starts, against own texts; 0: random."},
+    )
     balance_updates: int = field(
         default=0, metadata={"help": "Training batches by which CLOVER's updates are balanced; 0: not balanced."}
     )
@@ -55,7 +59,8 @@ class JobArguments:
             raise ValueError(f"teacher_weight: expected more than 0 and at most 1, found {self.teacher_weight}")
         if not 0 < self.teacher_temperature < math.inf:
             raise ValueError(f"teacher_temperature: expected a positive number, found {self.teacher_temperature}")
-        counts = ("held_out_rows", "calibration_rows", "own_text_rows", "balance_updates", "questions")
+        data = ("held_out_rows", "calibration_rows", "own_text_rows", "contrast_rows", "balance_updates")
+        counts = (*data, "questions")
         least = {"rows": 1, "answer_tokens": 1, **dict.fromkeys(counts, 0)}
         for name, number in least.items():
             value = getattr(self, name)

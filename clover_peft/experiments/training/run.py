@@ -18,7 +18,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from ... import balance_updates, broadcast_bases, initialize_from_activations, own_text
+from ... import broadcast_bases
 from ...io import run_record as records
 from ...io.hub_models import ModelSource, find_model
 from ...io.text_windows import cut
@@ -28,6 +28,7 @@ from .arguments import Settings
 from .card import eighth, show_change, show_training
 from .data import Split, load_data
 from .distillation import load_teacher
+from .initialize import initialize
 from .loading import load_model, load_tokenizer
 from .resuming import Before, Clock, bases_saved, check_rows, find_checkpoint, keep_settings
 from .saving import keep_start, save
@@ -101,22 +102,7 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
             callbacks=callbacks,
         )
     _check_trainer(trainer, settings, len(split.train))
-    if job.calibration_rows or job.own_text_rows:
-        started = time.perf_counter()
-        if job.own_text_rows:
-            say(f"making bases from {job.own_text_rows} texts that the model writes itself")
-            batches = own_text(model, rows=job.own_text_rows, seed=sft.seed)
-        else:
-            rows = trainer.train_dataset.select(range(min(job.calibration_rows, len(trainer.train_dataset))))
-            say(f"making bases from the activations of {len(rows)} training rows")
-            batches = [{"input_ids": torch.tensor([row["input_ids"]])} for row in rows]
-        initialize_from_activations(model, batches)
-        init_seconds += time.perf_counter() - started
-    if job.balance_updates:
-        started = time.perf_counter()
-        say(f"balancing the updates by {job.balance_updates} batches of training rows")
-        balance_updates(model, _batches(trainer, job.balance_updates))
-        init_seconds += time.perf_counter() - started
+    init_seconds += initialize(trainer, job, say)
     if trainer.accelerator.num_processes > 1 and not trainer.is_sharded:
         broadcast_bases(model)
     asked = [question(row, tokenizer, job.answer_tokens) for row in split.held_out[: job.questions]]
@@ -181,14 +167,6 @@ def load_rows(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Split:
         cut=windows,
         skip_bad_rows=job.skip_bad_rows,
     )
-
-
-def _batches(trainer: Trainer, count: int) -> Iterator[dict[str, Any]]:
-    """The first training rows, collated as for training."""
-    size = trainer.args.per_device_train_batch_size
-    rows = trainer.train_dataset.select(range(min(count * size, len(trainer.train_dataset))))
-    for start in range(0, len(rows), size):
-        yield trainer.data_collator([rows[i] for i in range(start, min(start + size, len(rows)))])
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
