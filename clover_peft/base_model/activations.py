@@ -7,19 +7,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..io.user_warning import warn
-from ..linalg.moments import Moments
+from ..linalg.moments import Moments, SecondMoment
 from .slices import HeadSlice
 
 # With fewer tokens for each feature of a block, a moment is mostly noise.
 TOKENS_PER_FEATURE = 10
 TEXT = "input_ids"  # the main input of models of text
+MomentsT = TypeVar("MomentsT", Moments, SecondMoment)
 OF_LOGITS = ("labels", "logits_to_keep")  # keywords that a model's head takes, and its trunk does not
 _NONE = "expected batches to run the model on, found none (a generator that was used up?)"
 
@@ -146,14 +147,16 @@ def collect_moments(
     model: nn.Module,
     probes: Mapping[str, Probe],
     batches: Iterable[Mapping[str, Any]],
+    kind: type[MomentsT] = Moments,  # type: ignore[assignment]
     tokens_per_feature: int = TOKENS_PER_FEATURE,
-) -> dict[str, Moments]:
+) -> dict[str, MomentsT]:
     """Run a model once over data, in evaluation mode and with its active adapters, and collect moments.
 
     Args:
         model: the model to call.
         probes: the activations to collect, by any name.
         batches: keyword arguments of the model; tensors are moved to its device.
+        kind: what is collected.
         tokens_per_feature: fewer tokens for each feature of a block cause a warning.
 
     Returns:
@@ -162,7 +165,7 @@ def collect_moments(
     Raises:
         ValueError: if there is no batch, a module did not run, or an activation is not finite.
     """
-    found: dict[str, Moments] = {}
+    found: dict[str, MomentsT] = {}
     masks: dict[str, Tensor] = {}
     reader = TokenReader(model)
 
@@ -171,11 +174,7 @@ def collect_moments(
         if name not in found:
             # A device without float64 leaves the sums to the CPU.
             at = torch.device("cpu") if blocks.device.type == "mps" else blocks.device
-            shape = blocks.shape[1:]
-            found[name] = Moments(
-                torch.zeros(*shape, shape[-1], dtype=torch.float64, device=at),
-                torch.zeros(shape, dtype=torch.float64, device=at),
-            )
+            found[name] = kind.empty(blocks.shape[1:], at)
         found[name].add(blocks)
 
     with evaluating(model), ExitStack() as hooked:

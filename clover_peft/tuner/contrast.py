@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..base_model.activations import Probe, TokenReader, collect_moments, evaluating, read_batches
 from ..base_model.slices import HeadSlice
 from ..linalg.contrast import contrast_directions
+from ..linalg.moments import SecondMoment
 from .activation_bases import check_untrained
 from .layer import CloverLayer
 from .layers import inner_model, layers_with
@@ -55,9 +56,9 @@ def initialize_from_contrast(
     made: dict[str, Tensor] = {}
     for paths in _groups({path: layers[path] for path in dict.fromkeys(first_of.values())}):
         probes = {path: _whole_input(layers[path]) for path in paths}
-        found = {name: collect_moments(model, probes, batches, tokens_per_feature=1) for name, batches in data.items()}
+        found = {name: collect_moments(model, probes, batches, SecondMoment, 1) for name, batches in data.items()}
         for path in paths:
-            new_moment, known_moment = (found[name].pop(path).second[0] for name in ("new", "known"))
+            new_moment, known_moment = (found[name].pop(path).mean[0] for name in ("new", "known"))
             made[path] = _directions(path, new_moment, known_moment, len(_a_of(layers[path], adapter_name)))
     with torch.no_grad():
         for path, layer in layers.items():
@@ -109,7 +110,7 @@ def _groups(layers: Mapping[str, CloverLayer]) -> Iterator[list[str]]:
     group: list[str] = []
     taken = 0
     for path, layer in layers.items():
-        size = 2 * 8 * layer.base_weight.in_features**2
+        size = 2 * 4 * layer.base_weight.in_features**2
         if group and taken + size > _BYTES:
             yield group
             group, taken = [], 0

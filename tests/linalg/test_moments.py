@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from clover_peft.linalg.decomposition import gram, per_key_value_head
-from clover_peft.linalg.moments import Moments, centred, pair_grams, shrink
+from clover_peft.linalg.moments import Moments, SecondMoment, centred, pair_grams, shrink
 from tests.support.tiny import relative
 
 HEADS, SIZE, TOKENS = 2, 5, 40
@@ -136,3 +136,17 @@ def test_no_tokens_is_no_division_by_zero():
     empty = Moments(torch.zeros(1, 2, 2).double(), torch.zeros(1, 2).double())
     assert not empty.second.any()
     assert not empty.covariance.any()
+
+
+def test_the_cheaper_second_moment_is_the_plain_mean_of_squares():
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(70, 2, SIZE, generator=generator) + 3
+    found = SecondMoment.empty(x.shape[1:], torch.device("cpu"))
+    for rows in x.bfloat16().split([40, 29, 1]):
+        found.add(rows)
+    z = x.bfloat16().double()
+    assert found.tokens == 70
+    assert torch.allclose(found.mean, torch.einsum("thi,thj->hij", z, z) / 70, rtol=1e-5)
+    found.add(torch.full((1, 2, SIZE), torch.inf))
+    with pytest.raises(ValueError, match="k_proj: expected finite activations"):
+        found.check_finite("k_proj")
