@@ -17,6 +17,7 @@ from .activation_bases import check_untrained
 from .layer import CloverLayer
 from .layers import inner_model, layers_with
 
+ENERGY = 4.0  # of the rows of A on new data, relative to that of LoRA's random start
 _BYTES = 4 * 2**30  # of the moments that are in memory at a time
 
 
@@ -29,8 +30,9 @@ def initialize_from_contrast(
     """Let A of the low-rank parts read what is new in the data, instead of random directions (ours).
 
     The rows of A become the directions of a projection's input x that have most energy `E[(a^T x)^2]` on new data
-    relative to known data, see `linalg.contrast.contrast_directions`; on the new data all rows of A have the mean
-    energy that random ones have. So a change of B changes the model little on what it knows. `own_text` gives text
+    relative to known data, see `linalg.contrast.contrast_directions`. So a change of B changes the model little
+    on what it knows. On the new data all rows have four times the energy of LoRA's random ones: they are twice as
+    long, which steps of the same learning rate turn less. `own_text` gives text
     that a language model knows. B stays zero and the model's outputs stay equal, bit for bit. Call it before training,
     in any order with `initialize_from_activations`. It costs a pass over both data sets for each 4 GiB of moments.
 
@@ -76,12 +78,12 @@ def _whole_input(layer: CloverLayer) -> Probe:
 
 
 def _directions(path: str, new: Tensor, known: Tensor, rank: int) -> Tensor:
-    """A of one input, (rank, in_features), with the energy on new data of A's usual start, of variance 1 / (3 D)."""
+    """A of one input, (rank, in_features); LoRA's random start has a variance of 1 / (3 D)."""
     try:
         directions = contrast_directions(new, known, rank)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return directions * (new.trace() / (3 * len(new))).sqrt()
+    return directions * (ENERGY * new.trace() / (3 * len(new))).sqrt()
 
 
 @torch.no_grad()
