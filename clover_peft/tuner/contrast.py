@@ -30,11 +30,11 @@ def initialize_from_contrast(
     """Let A of the low-rank parts read what is new in the data, instead of random directions (ours).
 
     The rows of A become the directions of a projection's input x that have most energy `E[(a^T x)^2]` on new data
-    relative to known data, see `linalg.contrast.contrast_directions`. So a change of B changes the model little
-    on what it knows. On the new data all rows have four times the energy of LoRA's random ones: they are twice as
-    long, which steps of the same learning rate turn less. `own_text` gives text
-    that a language model knows. B stays zero and the model's outputs stay equal, bit for bit. Call it before training,
-    in any order with `initialize_from_activations`. It costs a pass over both data sets for each 4 GiB of moments.
+    relative to known data, see `linalg.contrast.contrast_directions`. So a change of B changes the model little on
+    what it knows. On the new data `A x` is twice as large as with LoRA's random rows: steps of one learning rate then
+    turn A less and move B's part more. `own_text` gives text that a language model knows. B stays zero and the model's
+    outputs stay equal, bit for bit. Call it before training, in any order with `initialize_from_activations`. It costs
+    a pass over both data sets for each 4 GiB of moments.
 
     Args:
         model: a model with a CLOVER adapter with `low_rank` that is not trained yet.
