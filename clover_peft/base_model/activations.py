@@ -25,29 +25,29 @@ OF_LOGITS = ("labels", "logits_to_keep")  # keywords that a model's head takes, 
 _NONE = "expected batches to run the model on, found none (a generator that was used up?)"
 
 
-def refuse_one_batch(calibration: Any) -> None:
-    """Check that calibration data are not a single batch.
+def refuse_one_batch(calibration: Any, name: str = "calibration") -> None:
+    """Check that data are not a single batch.
 
     Raises:
         TypeError: if they are.
     """
     if isinstance(calibration, Mapping):
-        raise TypeError("calibration: expected batches, found one batch; pass a list of them")
+        raise TypeError(f"{name}: expected batches, found one batch; pass a list of them")
 
 
-def read_batches(calibration: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """All batches of calibration data, for what runs over them more than once.
+def read_batches(calibration: Iterable[Mapping[str, Any]], name: str = "calibration") -> list[Mapping[str, Any]]:
+    """All batches of data, for what runs over them more than once; the name is that of the argument.
 
     Raises:
         TypeError: if it is a single batch.
         ValueError: if there is none.
     """
     if calibration is None:
-        raise ValueError("calibration: expected batches to run the model on, found None; pass a list of them")
-    refuse_one_batch(calibration)
+        raise ValueError(f"{name}: expected batches to run the model on, found None; pass a list of them")
+    refuse_one_batch(calibration, name)
     batches = list(calibration)
     if not batches:
-        raise ValueError(f"calibration: {_NONE}")
+        raise ValueError(f"{name}: {_NONE}")
     return batches
 
 
@@ -136,10 +136,16 @@ class TokenReader:
         blocks = probe.heads.blocks(x, probe.size)
         in_decoder = self.encoding and probe.module not in self.encoding
         kinds = ["decoder_attention_mask", "attention_mask"] if in_decoder else ["attention_mask"]
-        fitting = (masks[kind] for kind in kinds if kind in masks and masks[kind].shape == blocks.shape[:-2])
+        places = blocks.shape[:-2]
+        fitting = (masks[kind] for kind in kinds if kind in masks and _fits(masks[kind], places))
         if probe.module not in self.unmasked and (mask := next(fitting, None)) is not None:
-            blocks = blocks[mask]
+            blocks = blocks[mask.reshape(places)]
         return blocks.reshape(-1, *blocks.shape[-2:])
+
+
+def _fits(mask: Tensor, places: torch.Size) -> bool:
+    """Whether activations at these places are those of a mask's tokens: in its shape, joined, or with further ones."""
+    return places == (mask.numel(),) or [n for n in places if n != 1] == [n for n in mask.shape if n != 1]
 
 
 @torch.no_grad()

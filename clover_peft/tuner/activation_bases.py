@@ -13,7 +13,7 @@ from .bases import compute_bases, partner_side, stored_bases
 from .block_spec import BlockSpec
 from .experts import refuse_experts
 from .layer import CloverLayer
-from .layers import inner_model, layers_with
+from .layers import clover_layers, inner_model, layers_with
 
 
 def initialize_from_activations(
@@ -40,6 +40,7 @@ def initialize_from_activations(
     config = getattr(model, "peft_config", {}).get(adapter_name)
     layers = layers_with(inner, adapter_name)
     refuse_experts(layers, "initialize_from_activations")
+    check_active(model, adapter_name)
     check_new(adapter_name, config, layers)
     probes: dict[str, Probe] = {}
     for path, layer in layers:
@@ -93,6 +94,20 @@ def check_new(adapter_name: str, config: Any, layers: list[tuple[str, CloverLaye
                 "fsdp_cpu_ram_efficient_loading out"
             )
         check_untrained(path, layer, adapter_name)
+
+
+def check_active(model: nn.Module, adapter_name: str) -> None:
+    """Refuse a model in which other adapters would change the activations that an adapter is made from.
+
+    Raises:
+        ValueError: naming those that are active.
+    """
+    active = {name for _, layer in clover_layers(model) for name in layer.active_adapters if name in layer.specs}
+    if others := sorted(active - {adapter_name}):
+        raise ValueError(
+            f"adapter {adapter_name!r}: expected no other active adapter, whose activations would be used, found "
+            f"{', '.join(others)}; call set_adapter({adapter_name!r}) first"
+        )
 
 
 def check_untrained(path: str, layer: CloverLayer, adapter_name: str) -> None:

@@ -13,7 +13,7 @@ from ..base_model.activations import Probe, TokenReader, collect_moments, evalua
 from ..base_model.slices import HeadSlice
 from ..linalg.contrast import contrast_directions
 from ..linalg.moments import SecondMoment
-from .activation_bases import check_untrained
+from .activation_bases import check_active, check_untrained
 from .layer import CloverLayer
 from .layers import inner_model, layers_with
 
@@ -43,17 +43,18 @@ def initialize_from_contrast(
         adapter_name: the adapter.
 
     Raises:
-        ValueError: the adapter is not there, has no low-rank part, is trained or merged, or the data do not reach a
-            target or have too few directions; then nothing is changed.
+        ValueError: the adapter is not there, has no low-rank part, is trained or merged, or others are active, or the
+            data do not reach a target or have too few directions; then nothing is changed.
     """
     layers = dict(layers_with(inner_model(model), adapter_name))
+    check_active(model, adapter_name)
     for path, layer in layers.items():
         check_untrained(path, layer, adapter_name)
         if "clover_A" not in layer.trained_tensors(adapter_name):
             raise ValueError(
                 f"{path}: expected a low-rank part, whose A is made here, found none; set CloverConfig(low_rank=...)"
             )
-    data = {"new": read_batches(new), "known": read_batches(known)}
+    data = {"new": read_batches(new, "new"), "known": read_batches(known, "known")}
     first_of = _readers_of_one_input(model, layers, data["new"][0])
     made: dict[str, Tensor] = {}
     for paths in _groups({path: layers[path] for path in dict.fromkeys(first_of.values())}):
@@ -91,20 +92,15 @@ def _readers_of_one_input(
     model: nn.Module, layers: Mapping[str, CloverLayer], batch: Mapping[str, Any]
 ) -> dict[str, str]:
     """Every layer's path -> the first one that reads the same tensor, as queries, keys and values do."""
-    seen: list[tuple[Tensor, str]] = []  # with the tensors, so that no other gets the place of one
-    found: dict[str, str] = {}
-
-    def observe(path: str, x: Tensor) -> None:
-        found[path] = next((first for other, first in seen if other is x), path)
-        if found[path] == path:
-            seen.append((x, path))
+    read: dict[str, list[Tensor]] = {path: [] for path in layers}  # kept, so that no other tensor gets one's place
 
     with evaluating(model), ExitStack() as hooked:
         for path, layer in layers.items():
-            hook = layer.register_forward_pre_hook(lambda _, inputs, path=path: observe(path, inputs[0]))
+            hook = layer.register_forward_pre_hook(lambda _, inputs, path=path: read[path].append(inputs[0]))
             hooked.enter_context(hook)
-        model(**TokenReader(model).start_without_logits(batch)[0])
-    return {path: found.get(path, path) for path in layers}
+        model(**TokenReader(model).start(batch)[0])
+    first: dict[tuple[int, ...], str] = {}
+    return {path: first.setdefault(tuple(map(id, inputs)) or (id(path),), path) for path, inputs in read.items()}
 
 
 def _groups(layers: Mapping[str, CloverLayer]) -> Iterator[list[str]]:

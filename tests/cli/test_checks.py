@@ -148,7 +148,7 @@ def test_missing_matplotlib_is_found_before_the_model_is_looked_for(line, monkey
 
 
 def test_names_of_the_other_kind_are_not_offered():
-    with pytest.raises(ValueError, match="shipped are clover_diagonal, ") as error:
+    with pytest.raises(ValueError, match="shipped are clover_contrast, clover_diagonal, ") as error:
         checks.sft(argparse.Namespace(config=["zzz"], overrides=[]))
     assert "ablations/" not in str(error.value)
     assert "accelerate/" not in str(error.value)

@@ -21,24 +21,19 @@ from tests.support.tiny import load_script
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-METHODS = {"clover_diagonal", "clover_full", "dora", "full", "hira", "lora", "pissa"}
+METHODS = {"clover_contrast", "clover_diagonal", "clover_full", "dora", "full", "hira", "lora", "pissa"}
 
 
 # --- settings -------------------------------------------------------------------------------------
 
 
 def test_configs_differ_in_the_peft_block_alone():
+    """And in the text that `clover_contrast` starts from."""
     assert {path.stem for path in CONFIGS} == METHODS
-    shared = set()
-    for path in CONFIGS:
-        lines, inside = [], False
-        for line in path.read_text().splitlines():
-            inside = line.startswith("peft:") or (inside and line.startswith(" "))
-            if not inside:
-                lines.append(line)
-        shared.add("\n".join(lines))
-        assert "peft" in yaml.safe_load(path.read_text())
-    assert len(shared) == 1
+    found = {path.stem: yaml.safe_load(path.read_text()) for path in CONFIGS}
+    assert {key: found["clover_contrast"].pop(key) for key in ("own_text_rows", "contrast_rows")}
+    assert all(values.pop("peft") for values in found.values())
+    assert all(values == found["lora"] for values in found.values())
 
 
 @pytest.mark.parametrize(

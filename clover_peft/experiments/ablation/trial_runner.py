@@ -266,13 +266,17 @@ def _alone(lock: Path) -> Iterator[None]:
         ValueError: another process is making it.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
+    held = FileLock(lock, timeout=ENDING_SECONDS)
     try:
-        with FileLock(lock, timeout=ENDING_SECONDS):
-            yield
+        held.acquire()
     except Timeout as error:
         raise ValueError(
             f"{lock.stem[1:]}: expected no other process to make it, found one; wait for it, or kill it"
         ) from error
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def _digest(folder: Path) -> str | None:

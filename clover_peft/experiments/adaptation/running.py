@@ -44,18 +44,19 @@ def run(experiment: Experiment, out: Path, on_step: OnStep | None = None) -> Non
         for key, now in laboratory.facts.items():
             records.check_same(record[key], now, str(results), "choose another --out", f"{key}.")
     for trial in experiment.trials():
-        lock = FileLock(_lock(out, trial))
         try:
-            with lock.acquire(timeout=0):
-                if trial not in pending(experiment, results):
-                    continue
-                print(f"{trial.name}: begins", flush=True)
-                record = laboratory.run(trial)
-                print(f"{trial.name}: {_summary(record)}", flush=True)
-                records.write(results / f"{trial.name}.json", record)
-                (out / "checkpoints" / f"{trial.name}.pt").unlink(missing_ok=True)
+            held = FileLock(_lock(out, trial)).acquire(timeout=0)
         except Timeout:
             print(f"{trial.name}: another process is at it", flush=True)
+            continue
+        with held:
+            if trial not in pending(experiment, results):
+                continue
+            print(f"{trial.name}: begins", flush=True)
+            record = laboratory.run(trial)
+            print(f"{trial.name}: {_summary(record)}", flush=True)
+            records.write(results / f"{trial.name}.json", record)
+            (out / "checkpoints" / f"{trial.name}.pt").unlink(missing_ok=True)
 
 
 def run_in_processes(experiment: Experiment, out: Path, count: int) -> None:

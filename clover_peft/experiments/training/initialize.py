@@ -22,7 +22,7 @@ def initialize(trainer: Trainer, job: JobArguments, say: Callable[[str], None]) 
     """
     started, model = time.perf_counter(), trainer.model
     written: list[dict[str, Tensor]] = []
-    if count := job.own_text_rows or job.contrast_rows:
+    if count := max(job.own_text_rows, job.contrast_rows):
         say(f"the model writes {count} texts")
         written = own_text(model, rows=count, seed=trainer.args.seed)
     if job.calibration_rows or job.own_text_rows:
