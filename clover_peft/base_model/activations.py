@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from ..io.user_warning import warn
 from ..linalg.moments import Moments, SecondMoment
 from .slices import HeadSlice
+from .weight import base_of
 
 # With fewer tokens for each feature of a block, a moment is mostly noise.
 TOKENS_PER_FEATURE = 10
@@ -93,7 +94,8 @@ class TokenReader:
     def __init__(self, model: nn.Module) -> None:
         self.device = next(model.parameters()).device
         # A cache of keys and values costs memory, and nothing here reads it.
-        known = inspect.signature(model.forward).parameters
+        inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        known = inspect.signature(inner.forward).parameters
         self.defaults: dict[str, Any] = {"use_cache": False} if "use_cache" in known else {}
         self.one_logit: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         # BERT also calls its layers an "encoder", and its labels are not a decoder's.
@@ -127,8 +129,13 @@ class TokenReader:
         return values, masks
 
     def start_without_logits(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """As `start`, where nobody reads logits or loss: no labels, and one logit a row if the model can."""
+        """As `start`, where nobody reads logits or loss: no labels, and one logit a row if the model can.
+
+        The labels of a model with encoder and decoder are what its decoder reads, and stay.
+        """
         values, masks = self.start(batch)
+        if self.encoding:
+            return values, masks
         return {k: v for k, v in values.items() if k not in OF_LOGITS} | self.one_logit, masks
 
     def blocks(self, probe: Probe, x: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
@@ -183,6 +190,9 @@ def collect_moments(
             found[name] = kind.empty(blocks.shape[1:], at)
         found[name].add(blocks)
 
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    reads_head = any(base_of(probe.module) is base_of(head) for probe in probes.values() if head is not None)
+    start = reader.start if reads_head else reader.start_without_logits
     with evaluating(model), ExitStack() as hooked:
         for name, probe in probes.items():
             module = probe.module
@@ -190,7 +200,7 @@ def collect_moments(
             hooked.enter_context(register(partial(observe, name, probe)))
         count = 0
         for batch in tqdm(batches, desc="CLOVER moments", unit=" batches", delay=3, leave=False):
-            values, of_batch = reader.start(batch)
+            values, of_batch = start(batch)
             masks.clear()
             masks |= of_batch
             model(**values)

@@ -98,7 +98,7 @@ def _readers_of_one_input(
         for path, layer in layers.items():
             hook = layer.register_forward_pre_hook(lambda _, inputs, path=path: read[path].append(inputs[0]))
             hooked.enter_context(hook)
-        model(**TokenReader(model).start(batch)[0])
+        model(**TokenReader(model).start_without_logits(batch)[0])
     first: dict[tuple[int, ...], str] = {}
     return {path: first.setdefault(tuple(map(id, inputs)) or (id(path),), path) for path, inputs in read.items()}
 

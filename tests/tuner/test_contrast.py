@@ -201,3 +201,15 @@ def test_bad_input_changes_nothing():
     merged.merge_adapter()
     with pytest.raises(ValueError, match="found one that is merged"):
         initialize_from_contrast(merged, new, known)
+
+
+@pytest.mark.parametrize("targets", [["k_proj"], ["lm_head"]])
+def test_no_cache_and_no_logits_are_made_that_nobody_reads(targets):
+    """A vocabulary is the largest of all outputs. The head itself reads every token where it is adapted."""
+    base, seen, read = build("llama"), [], []
+    base.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    base.lm_head.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0].shape[1]))
+    model = get_peft_model(base, CloverConfig(target_modules=targets, low_rank=2, mlp_block_size=4)).eval()
+    initialize_from_contrast(model, batches("llama", 0), batches("llama", 1))
+    assert {kwargs["use_cache"] for kwargs in seen} == {False}
+    assert set(read[1:]) == ({24} if targets == ["lm_head"] else {1})  # the first pass only compares inputs
