@@ -44,9 +44,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
     arguments = _arguments(argv)
     environment = records.environment()
     source = find_model(arguments.model)
-    model = AutoModelForCausalLM.from_pretrained(source.path)
-    budget = trainable(get_peft_model(model, CloverConfig()).base_model)
-    rank = rank_for(budget, AutoModelForCausalLM.from_pretrained(source.path), PAPER_LORA_TARGETS)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(source.path), CloverConfig())
+    budget = trainable(model)
+    rank = rank_for(budget, model.unload(), PAPER_LORA_TARGETS)
     del model
     found: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as place:

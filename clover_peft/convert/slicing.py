@@ -203,8 +203,7 @@ class Slicer:
     def _zero(self) -> Moments:
         weight = self.old_norm.weight
         at = torch.device("cpu") if weight.device.type == "mps" else weight.device
-        zeros = torch.zeros(1, self.size, self.size, dtype=torch.float64, device=at)
-        return Moments(zeros, zeros[:, 0].clone())
+        return Moments.empty(torch.Size((1, self.size)), at)
 
     def _add(self, moments: Moments, x: Tensor, mask: Tensor | None) -> None:
         """Add what a norm without gains makes of the tokens that the mask keeps, of (batch, tokens, D)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,10 +82,10 @@ def find_model(model: str | None) -> ModelSource:
     return ModelSource(str(path), model, _license(_card(str(path))), origin)
 
 
-def announce_model(model: str | None) -> ModelSource:
-    """Find a model as `find_model` does, and print which weights it has and where they are."""
+def announce_model(model: str | None, say: Callable[[str], None] = print) -> ModelSource:
+    """Find a model as `find_model` does, and say which weights it has and where they are."""
     source = find_model(model)
-    print(f"model: {source.describe()}, read from {source.path}", flush=True)
+    say(f"model: {source.describe()}, read from {source.path}")
     return source
 
 

@@ -112,7 +112,7 @@ class SecondMoment:
         check_finite(self.total, name)
 
     @property
-    def mean(self) -> Tensor:
+    def second(self) -> Tensor:
         """(H, d, d) float64, the mean of `z z^T`."""
         return self.total.double() / max(1, self.tokens)
 

@@ -40,8 +40,7 @@ def initialize_from_activations(
     config = getattr(model, "peft_config", {}).get(adapter_name)
     layers = layers_with(inner, adapter_name)
     refuse_experts(layers, "initialize_from_activations")
-    check_active(model, adapter_name)
-    check_new(adapter_name, config, layers)
+    check_new(model, adapter_name, layers)
     probes: dict[str, Probe] = {}
     for path, layer in layers:
         for spec in layer.specs[adapter_name]:
@@ -75,12 +74,13 @@ def _names(path: str, spec: BlockSpec) -> tuple[str, str]:
     return own, f"{own}, beside it {spec.partner.path if spec.partner else None}"
 
 
-def check_new(adapter_name: str, config: Any, layers: list[tuple[str, CloverLayer]]) -> None:
+def check_new(model: nn.Module, adapter_name: str, layers: list[tuple[str, CloverLayer]]) -> None:
     """Refuse an adapter whose bases can no longer be changed, or would not be saved.
 
     Raises:
         ValueError: naming the adapter or the module, and the remedy.
     """
+    config = getattr(model, "peft_config", {}).get(adapter_name)
     if config is not None and config.save_bases is False:
         raise ValueError(
             f"adapter {adapter_name!r}: expected save_bases=True or 'folded', found False, which computes the bases "
@@ -93,33 +93,26 @@ def check_new(adapter_name: str, config: Any, layers: list[tuple[str, CloverLaye
                 f"{path}: expected weights in every process, found them in the first alone; leave "
                 "fsdp_cpu_ram_efficient_loading out"
             )
-        check_untrained(path, layer, adapter_name)
+    check_at_start(model, adapter_name, layers)
 
 
-def check_active(model: nn.Module, adapter_name: str) -> None:
-    """Refuse a model in which other adapters would change the activations that an adapter is made from.
+def check_at_start(model: nn.Module, adapter_name: str, layers: list[tuple[str, CloverLayer]]) -> None:
+    """Refuse an adapter that is no longer at its start, or beside which others would change what it is made from.
 
     Raises:
-        ValueError: naming those that are active.
+        ValueError: naming the module or the other adapters, and the remedy.
     """
+    for path, layer in layers:
+        trained = layer.is_trained(adapter_name)
+        folded = any(spec.basis == "folded" for spec in layer.specs[adapter_name])
+        if trained or folded or layer.merged:
+            raise ValueError(
+                f"{path}: expected a new adapter that is not merged, found one that is "
+                f"{'trained' if trained else 'folded' if folded else 'merged'}; make another with add_adapter"
+            )
     active = {name for _, layer in clover_layers(model) for name in layer.active_adapters if name in layer.specs}
     if others := sorted(active - {adapter_name}):
         raise ValueError(
             f"adapter {adapter_name!r}: expected no other active adapter, whose activations would be used, found "
             f"{', '.join(others)}; call set_adapter({adapter_name!r}) first"
-        )
-
-
-def check_untrained(path: str, layer: CloverLayer, adapter_name: str) -> None:
-    """Refuse a layer whose adapter is no longer at its start.
-
-    Raises:
-        ValueError: naming the module and the remedy.
-    """
-    trained = layer.is_trained(adapter_name)
-    folded = any(spec.basis == "folded" for spec in layer.specs[adapter_name])
-    if trained or folded or layer.merged:
-        raise ValueError(
-            f"{path}: expected a new adapter that is not merged, found one that is "
-            f"{'trained' if trained else 'folded' if folded else 'merged'}; make another with add_adapter"
         )

@@ -13,7 +13,7 @@ from ..base_model.activations import Probe, TokenReader, collect_moments, evalua
 from ..base_model.slices import HeadSlice
 from ..linalg.contrast import contrast_directions
 from ..linalg.moments import SecondMoment
-from .activation_bases import check_active, check_untrained
+from .activation_bases import check_at_start
 from .layer import CloverLayer
 from .layers import inner_model, layers_with
 
@@ -47,9 +47,8 @@ def initialize_from_contrast(
             data do not reach a target or have too few directions; then nothing is changed.
     """
     layers = dict(layers_with(inner_model(model), adapter_name))
-    check_active(model, adapter_name)
+    check_at_start(model, adapter_name, list(layers.items()))
     for path, layer in layers.items():
-        check_untrained(path, layer, adapter_name)
         if "clover_A" not in layer.trained_tensors(adapter_name):
             raise ValueError(
                 f"{path}: expected a low-rank part, whose A is made here, found none; set CloverConfig(low_rank=...)"
@@ -61,7 +60,7 @@ def initialize_from_contrast(
         probes = {path: _whole_input(layers[path]) for path in paths}
         found = {name: collect_moments(model, probes, batches, SecondMoment, 1) for name, batches in data.items()}
         for path in paths:
-            new_moment, known_moment = (found[name].pop(path).mean[0] for name in ("new", "known"))
+            new_moment, known_moment = (found[name].pop(path).second[0] for name in ("new", "known"))
             made[path] = _directions(path, new_moment, known_moment, len(_a_of(layers[path], adapter_name)))
     with torch.no_grad():
         for path, layer in layers.items():

@@ -47,7 +47,7 @@ def balance_updates(model: nn.Module, batches: Iterable[Mapping[str, Any]], adap
     """
     layers = layers_with(inner_model(model), adapter_name)
     config = getattr(model, "peft_config", {}).get(adapter_name)
-    check_new(adapter_name, config, layers)
+    check_new(model, adapter_name, layers)
     found = update_sensitivities(model, batches, adapter_name)
     for path, layer in layers:
         for spec in layer.specs[adapter_name]:

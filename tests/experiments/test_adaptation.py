@@ -526,9 +526,12 @@ def test_seeds_and_epochs_have_orders_of_their_own():
             "arms.clover={peft: {peft_type: CLOVER}, rates: [1e-3], contrast: 3}",
             "arms.clover.contrast: expected peft_type: CLOVER with low_rank, found {'peft_type': 'CLOVER'}",
         ),
-        (
-            "arms.clover={peft: {peft_type: CLOVER, low_rank: 2}, rates: [1e-3], contrast: -3}",
-            "arms.clover.contrast: expected a number of batches from 0 on, found -3",
+        *(
+            (
+                f"arms.clover={{peft: {{peft_type: CLOVER, low_rank: 2}}, rates: [1e-3], {key}: {value}}}",
+                f"arms.clover.{key}: expected a number of batches from 0 on, found {value}",
+            )
+            for key, value in (("contrast", -3), ("initialize_from_activations", 2.5), ("balance_updates", -1))
         ),
         (
             "arms.clover={peft: {peft_type: CLOVER}, rates: [1e-3], activations_on: own}",

@@ -146,7 +146,7 @@ def test_the_cheaper_second_moment_is_the_plain_mean_of_squares():
         found.add(rows)
     z = x.bfloat16().double()
     assert found.tokens == 70
-    assert torch.allclose(found.mean, torch.einsum("thi,thj->hij", z, z) / 70, rtol=1e-5)
+    assert torch.allclose(found.second, torch.einsum("thi,thj->hij", z, z) / 70, rtol=1e-5)
     found.add(torch.full((1, 2, SIZE), torch.inf))
     with pytest.raises(ValueError, match="k_proj: expected finite activations"):
         found.check_finite("k_proj")

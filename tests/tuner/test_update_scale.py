@@ -257,8 +257,16 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(one_thread):
     with pytest.raises(ValueError, match=r"give the model a loss, found \['input_ids'\]; add labels"):
         balance_updates(model, [{"input_ids": data[0]["input_ids"]}])
     model.add_adapter("other", CloverConfig())
-    with pytest.raises(ValueError, match="expected adapter 'other' to be active"):
+    with pytest.raises(
+        ValueError, match=r"'other': expected no other active .* found default; call set_adapter\('other"
+    ):
         balance_updates(model, data, "other")
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match=r"'default': expected no other active adapter, .* found other; call set_ad"):
+        balance_updates(model, data)
+    model.set_adapter("default")
+    with model.disable_adapter(), pytest.raises(ValueError, match="expected adapter 'default' to be active"):
+        balance_updates(model, data)
     model.delete_adapter("other")
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="found it frozen; make it with inference_mode=False, or load"):

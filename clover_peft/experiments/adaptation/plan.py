@@ -250,10 +250,11 @@ def _arm(name: str, block: Any) -> Arm:
         raise ValueError(f"arms.{name}.optimizer: expected adamw or muon, found {arm.optimizer!r}")
     config = arm.config()
     kind, starts_at_zero = getattr(config, "peft_type", None), getattr(config, "init_lora_weights", None) is True
+    for key in ("initialize_from_activations", "contrast", "balance_updates"):
+        if type(value := getattr(arm, key)) is not int or value < 0:
+            raise ValueError(f"arms.{name}.{key}: expected a number of batches from 0 on, found {value!r}")
     if arm.initialize_from_activations and kind != "CLOVER":
         raise ValueError(f"arms.{name}.initialize_from_activations: expected peft_type: CLOVER, found {kind}")
-    if type(arm.contrast) is not int or arm.contrast < 0:
-        raise ValueError(f"arms.{name}.contrast: expected a number of batches from 0 on, found {arm.contrast!r}")
     if arm.contrast and (kind != "CLOVER" or not getattr(config, "low_rank", 0)):
         raise ValueError(f"arms.{name}.contrast: expected peft_type: CLOVER with low_rank, found {arm.peft!r}")
     if arm.activations_on not in ("domain", "others", "own"):

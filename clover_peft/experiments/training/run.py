@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from ... import broadcast_bases
 from ...io import run_record as records
-from ...io.hub_models import ModelSource, find_model
+from ...io.hub_models import ModelSource, announce_model
 from ...io.text_windows import cut
 from ..commonsense.protocols import find_protocol
 from .answers import Questions, question
@@ -67,8 +67,7 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
     say = sft.distributed_state.print  # Of several processes on a machine, only one prints.
     checkpoint = find_checkpoint(out, settings)
 
-    source = find_model(job.model)
-    say(f"model: {source.describe()}, read from {source.path}")
+    source = announce_model(job.model, say)
     tokenizer = load_tokenizer(source, sft)
     split = load_rows(settings, tokenizer)
     if job.resume:
