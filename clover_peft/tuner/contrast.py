@@ -53,18 +53,46 @@ def initialize_from_contrast(
             raise ValueError(
                 f"{path}: expected a low-rank part, whose A is made here, found none; set CloverConfig(low_rank=...)"
             )
+    inputs = {path: (layer, layer.base_weight.in_features) for path, layer in layers.items()}
+    ranks = {len(_a_of(layer, adapter_name)) for layer in layers.values()}
+    starts = contrast_starts(model, inputs, max(ranks), new, known)
+    with torch.no_grad():
+        for path, layer in layers.items():
+            _a_of(layer, adapter_name).copy_(starts[path])
+
+
+def contrast_starts(
+    model: nn.Module,
+    inputs: Mapping[str, tuple[nn.Module, int]],
+    rank: int,
+    new: Iterable[Mapping[str, Any]],
+    known: Iterable[Mapping[str, Any]],
+) -> dict[str, Tensor]:
+    """Compute the start of A for any low-rank adapter, see `initialize_from_contrast`.
+
+    Args:
+        model: the model, whose adapters change nothing yet.
+        inputs: path -> the module that is adapted and the features of its input.
+        rank: rows of A.
+        new: batches of the data to be trained on, as keyword arguments for `model`.
+        known: batches of what the model should keep, alike.
+
+    Returns:
+        Path -> A (rank, in_features) in float64; modules that read one tensor have one A.
+
+    Raises:
+        ValueError: the data do not reach a module or have too few directions.
+    """
     data = {"new": read_batches(new, "new"), "known": read_batches(known, "known")}
-    first_of = _readers_of_one_input(model, layers, data["new"][0])
+    first_of = _readers_of_one_input(model, {path: module for path, (module, _) in inputs.items()}, data["new"][0])
     made: dict[str, Tensor] = {}
-    for paths in _groups({path: layers[path] for path in dict.fromkeys(first_of.values())}):
-        probes = {path: _whole_input(layers[path]) for path in paths}
+    for paths in _groups({path: inputs[path][1] for path in dict.fromkeys(first_of.values())}):
+        probes = {path: _whole_input(*inputs[path]) for path in paths}
         found = {name: collect_moments(model, probes, batches, SecondMoment, 1) for name, batches in data.items()}
         for path in paths:
             new_moment, known_moment = (found[name].pop(path).second[0] for name in ("new", "known"))
-            made[path] = _directions(path, new_moment, known_moment, len(_a_of(layers[path], adapter_name)))
-    with torch.no_grad():
-        for path, layer in layers.items():
-            _a_of(layer, adapter_name).copy_(made[first_of[path]])
+            made[path] = _directions(path, new_moment, known_moment, rank)
+    return {path: made[first] for path, first in first_of.items()}
 
 
 def _a_of(layer: CloverLayer, adapter_name: str) -> Tensor:
@@ -72,9 +100,8 @@ def _a_of(layer: CloverLayer, adapter_name: str) -> Tensor:
     return a
 
 
-def _whole_input(layer: CloverLayer) -> Probe:
-    features = layer.base_weight.in_features
-    return Probe(layer, True, HeadSlice.plain(1, features), features)
+def _whole_input(module: nn.Module, features: int) -> Probe:
+    return Probe(module, True, HeadSlice.plain(1, features), features)
 
 
 def _directions(path: str, new: Tensor, known: Tensor, rank: int) -> Tensor:
@@ -88,26 +115,26 @@ def _directions(path: str, new: Tensor, known: Tensor, rank: int) -> Tensor:
 
 @torch.no_grad()
 def _readers_of_one_input(
-    model: nn.Module, layers: Mapping[str, CloverLayer], batch: Mapping[str, Any]
+    model: nn.Module, modules: Mapping[str, nn.Module], batch: Mapping[str, Any]
 ) -> dict[str, str]:
-    """Every layer's path -> the first one that reads the same tensor, as queries, keys and values do."""
-    read: dict[str, list[Tensor]] = {path: [] for path in layers}  # kept, so that no other tensor gets one's place
+    """Every module's path -> the first one that reads the same tensor, as queries, keys and values do."""
+    read: dict[str, list[Tensor]] = {path: [] for path in modules}  # kept, so that no other tensor gets one's place
 
     with evaluating(model), ExitStack() as hooked:
-        for path, layer in layers.items():
-            hook = layer.register_forward_pre_hook(lambda _, inputs, path=path: read[path].append(inputs[0]))
+        for path, module in modules.items():
+            hook = module.register_forward_pre_hook(lambda _, inputs, path=path: read[path].append(inputs[0]))
             hooked.enter_context(hook)
         model(**TokenReader(model).start_without_logits(batch)[0])
     first: dict[tuple[int, ...], str] = {}
     return {path: first.setdefault(tuple(map(id, inputs)) or (id(path),), path) for path, inputs in read.items()}
 
 
-def _groups(layers: Mapping[str, CloverLayer]) -> Iterator[list[str]]:
+def _groups(features: Mapping[str, int]) -> Iterator[list[str]]:
     """The paths, in groups whose moments of both data sets fit into `_BYTES`; one path at least."""
     group: list[str] = []
     taken = 0
-    for path, layer in layers.items():
-        size = 2 * 4 * layer.base_weight.in_features**2
+    for path, count in features.items():
+        size = 2 * 4 * count**2
         if group and taken + size > _BYTES:
             yield group
             group, taken = [], 0

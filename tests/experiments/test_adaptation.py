@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
 import os
@@ -20,10 +21,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 pytest.importorskip("trl", reason="needs the train extra: pip install clover-peft[train]")
 
+from clover_peft import CloverConfig, initialize_from_contrast
 from clover_peft.cli.ablate import main
 from clover_peft.experiments.adaptation import mechanism, report, running
 from clover_peft.experiments.adaptation.domains import Document, read_domain
-from clover_peft.experiments.adaptation.lora_balance import balance_lora
+from clover_peft.experiments.adaptation.lora_starts import balance_lora, contrast_lora
 from clover_peft.experiments.adaptation.plan import Experiment, Trial, read_experiment
 from clover_peft.experiments.adaptation.trial import Laboratory, drawn
 from clover_peft.experiments.adaptation.troff import plain_text
@@ -440,6 +442,20 @@ def test_all_kinds_of_arms_learn(tmp_path):
         ),
         replace(arm, name="contrast", peft={"peft_type": "CLOVER", "low_rank": 2}, contrast=3),
         replace(arm, name="random", peft={"peft_type": "CLOVER", "low_rank": 2}),
+        replace(arm, name="lora", peft={"peft_type": "LORA", "target_modules": targets}, contrast=3),
+        *(
+            replace(
+                arm,
+                name=start,
+                peft={"peft_type": "LORA", "init_lora_weights": start, "target_modules": targets, **more},
+                initialize_from_activations=3,
+                activations_on=on,
+            )
+            for start, on, more in (
+                ("eva", "domain", {"eva_config": {"rho": 1.0}}),
+                ("corda", "own", {"corda_config": {"corda_method": "kpm"}}),
+            )
+        ),
         replace(arm, name="plus", peft={"peft_type": "LORA", "target_modules": targets}, rate_factors={"lora_B": 4.0}),
         replace(arm, name="dora", peft={"peft_type": "LORA", "use_dora": True, "target_modules": targets}),
         replace(
@@ -455,7 +471,7 @@ def test_all_kinds_of_arms_learn(tmp_path):
     running.run(experiment, tmp_path)
     found = report.load(tmp_path / "records")
     base = report.mean_loss([found["base"]], "asyncio")
-    assert len(found) == 13
+    assert len(found) == 16
     rate = max(arm.rates)
     folders = [tmp_path / f"adapters/asyncio-{on}-lr{rate:g}-seed0" for on in ("domain", "others", "own")]
     assert all(json.loads((folder / "adapter_config.json").read_text())["from_activations"] for folder in folders)
@@ -473,6 +489,29 @@ def test_all_kinds_of_arms_learn(tmp_path):
         if name != "base":
             assert report.mean_loss([made], "asyncio") < base, name
             assert (made["adapter_bytes"] is None) == (made["trial"]["arm"] == "full")
+
+
+def test_a_lora_gets_the_start_of_clovers_low_rank_part():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+    )
+    base = LlamaForCausalLM(config).double().eval()
+    new, known = ([{"input_ids": torch.randint(50, (1, 40))} for _ in range(6)] for _ in range(2))
+    targets = ["q_proj", "v_proj", "down_proj"]
+    lora = get_peft_model(copy.deepcopy(base), LoraConfig(r=3, target_modules=targets)).double()
+    contrast_lora(lora, new, known)
+    clover = get_peft_model(base, CloverConfig(target_modules=targets, low_rank=3)).double()
+    initialize_from_contrast(clover, new, known)
+    found, expected = (
+        {name: p for name, p in model.named_parameters() if key in name}
+        for model, key in ((lora, "lora_A"), (clover, "clover_A"))
+    )
+    assert len(found) == len(expected) == 6
+    assert all(torch.equal(a, b) for a, b in zip(found.values(), expected.values(), strict=True))
+    torch.nn.init.ones_(next(m for m in lora.modules() if isinstance(m, LoraLayer)).lora_B["default"].weight)
+    with pytest.raises(ValueError, match="whose B is zero"):
+        contrast_lora(lora, new, known)
 
 
 def test_a_trial_that_diverges_is_recorded_as_such(tmp_path):
@@ -523,8 +562,20 @@ def test_seeds_and_epochs_have_orders_of_their_own():
             "arms.full.initialize_from_activations: expected peft_type: CLOVER",
         ),
         (
+            "arms.lora={peft: {peft_type: LORA}, rates: [1e-4], initialize_from_activations: 3}",
+            "arms.lora.initialize_from_activations: expected peft_type: CLOVER, or a LORA with .*: corda or eva",
+        ),
+        (
+            "arms.lora={peft: {peft_type: LORA, init_lora_weights: eva}, rates: [1e-4]}",
+            "arms.lora.initialize_from_activations: expected a number of batches for init_lora_weights: eva, found 0",
+        ),
+        (
+            "arms.lora={peft: {peft_type: LORA, init_lora_weights: pissa}, rates: [1e-4], contrast: 3}",
+            "arms.lora.contrast: expected .* a LORA that starts with B = 0",
+        ),
+        (
             "arms.clover={peft: {peft_type: CLOVER}, rates: [1e-3], contrast: 3}",
-            "arms.clover.contrast: expected peft_type: CLOVER with low_rank, found {'peft_type': 'CLOVER'}",
+            "arms.clover.contrast: expected peft_type: CLOVER with low_rank, .* found {'peft_type': 'CLOVER'}",
         ),
         *(
             (

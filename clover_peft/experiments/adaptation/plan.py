@@ -16,6 +16,7 @@ from ...io.configs import find_config
 from ...io.overrides import apply_override, load_yaml
 from ..settings import check_factors
 from .domains import SPLITS
+from .lora_starts import FROM_DATA
 
 BASE = "base"  # the model that is not adapted
 OWN = "own text"  # beside the domains in records and tables: text that the model wrote before it was adapted
@@ -80,11 +81,12 @@ class Arm:
         peft: an adapter's config as a block with `peft_type`, or "full".
         rates: those tried.
         rate_factors: see `optimizer.scale_learning_rates`.
-        initialize_from_activations: batches by which the bases of CLOVER are computed; 0 for none.
+        initialize_from_activations: batches by which the bases of CLOVER are computed, or the start of a LoRA with
+            `init_lora_weights` "corda" or "eva"; 0 for none.
         activations_on: the text of these batches: "domain" (that is trained on), "others" (training windows of the
             other domains, in turn) or "own" (`own_text`).
-        contrast: batches of the domain, and as many of `own_text`, by which A of CLOVER's low-rank part starts; 0 for
-            none.
+        contrast: batches of the domain, and as many of `own_text`, by which A of CLOVER's low-rank part or of a LoRA
+            starts; 0 for none.
         balance_updates: batches by which updates of CLOVER or of a LoRA are balanced; 0 for none.
         optimizer: "adamw" or "muon".
     """
@@ -249,21 +251,33 @@ def _arm(name: str, block: Any) -> Arm:
     if arm.optimizer not in ("adamw", "muon"):
         raise ValueError(f"arms.{name}.optimizer: expected adamw or muon, found {arm.optimizer!r}")
     config = arm.config()
-    kind, starts_at_zero = getattr(config, "peft_type", None), getattr(config, "init_lora_weights", None) is True
+    kind, start = getattr(config, "peft_type", None), getattr(config, "init_lora_weights", None)
+    starts_at_zero, from_data = kind == "LORA" and start is True, kind == "LORA" and start in FROM_DATA
     for key in ("initialize_from_activations", "contrast", "balance_updates"):
         if type(value := getattr(arm, key)) is not int or value < 0:
             raise ValueError(f"arms.{name}.{key}: expected a number of batches from 0 on, found {value!r}")
-    if arm.initialize_from_activations and kind != "CLOVER":
-        raise ValueError(f"arms.{name}.initialize_from_activations: expected peft_type: CLOVER, found {kind}")
-    if arm.contrast and (kind != "CLOVER" or not getattr(config, "low_rank", 0)):
-        raise ValueError(f"arms.{name}.contrast: expected peft_type: CLOVER with low_rank, found {arm.peft!r}")
+    if arm.initialize_from_activations and kind != "CLOVER" and not from_data:
+        raise ValueError(
+            f"arms.{name}.initialize_from_activations: expected peft_type: CLOVER, or a LORA with init_lora_weights: "
+            f"{' or '.join(FROM_DATA)}, found {arm.peft!r}"
+        )
+    if from_data and not arm.initialize_from_activations:
+        raise ValueError(
+            f"arms.{name}.initialize_from_activations: expected a number of batches for init_lora_weights: {start}, "
+            "found 0"
+        )
+    if arm.contrast and not starts_at_zero and not getattr(config, "low_rank", 0):
+        raise ValueError(
+            f"arms.{name}.contrast: expected peft_type: CLOVER with low_rank, or a LORA that starts with B = 0, found "
+            f"{arm.peft!r}"
+        )
     if arm.activations_on not in ("domain", "others", "own"):
         raise ValueError(f"arms.{name}.activations_on: expected domain, others or own, found {arm.activations_on!r}")
     if arm.activations_on != "domain" and not arm.initialize_from_activations:
         raise ValueError(
             f"arms.{name}.activations_on: expected initialize_from_activations beside it, with the number of batches"
         )
-    if arm.balance_updates and kind != "CLOVER" and not (kind == "LORA" and starts_at_zero):
+    if arm.balance_updates and kind != "CLOVER" and not starts_at_zero:
         raise ValueError(f"arms.{name}.balance_updates: expected peft_type: CLOVER, or a LORA that starts with B = 0")
     return arm
 

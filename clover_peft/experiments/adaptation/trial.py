@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, get_scheduler, set_seed
 from transformers.models.byt5 import ByT5Tokenizer
@@ -21,7 +21,7 @@ from ...io import run_record as records
 from ...io.hub_models import ModelSource, accelerator, find_model, weights_digest
 from ..training.optimizer import Muon, scale_learning_rates
 from .domains import Domain, read_domain
-from .lora_balance import balance_lora
+from .lora_starts import FROM_DATA, add_lora_from_data, balance_lora, contrast_lora
 from .plan import BASE, OWN, TINY, Arm, Experiment, Trial
 from .windows import Windows, document_losses, encode, own_windows, restricted_head
 from .zeroshot import score
@@ -120,16 +120,17 @@ class Laboratory:
         started = time.perf_counter()
         statistics = list(self._statistics(base, arm, trial)) if arm.initialize_from_activations else None
         known = self._own_text(base, arm.contrast, trial.seed) if arm.contrast else None
-        model = adapt(base, arm)
+        model = adapt(base, arm, statistics)
+        lora = getattr(model, "peft_type", None) == "LORA"
         with restricted_head(model, windows.vocabulary) as labels:
-            if statistics is not None:
+            if statistics is not None and not lora:
                 initialize_from_activations(model, statistics)
             if known is not None:
                 order = drawn(windows, training.batch_size, trial.seed)
                 new = [{"input_ids": next(order)} for _ in range(arm.contrast)]
-                initialize_from_contrast(model, new, known)
+                (contrast_lora if lora else initialize_from_contrast)(model, new, known)
             if arm.balance_updates:
-                balance = balance_lora if model.peft_type == "LORA" else balance_updates
+                balance = balance_lora if lora else balance_updates
                 order = drawn(windows, training.batch_size, trial.seed)
                 balance(model, (self._batch(next(order), labels) for _ in range(arm.balance_updates)))
             init_seconds = time.perf_counter() - started
@@ -158,7 +159,7 @@ class Laboratory:
         }
 
     def _statistics(self, base: Any, arm: Arm, trial: Trial) -> Iterator[dict[str, Tensor]]:
-        """The batches that the bases of a CLOVER arm are computed from."""
+        """The batches that the bases of a CLOVER arm, or the start of a LoRA, are computed from."""
         training, count = self.experiment.training, arm.initialize_from_activations
         if arm.activations_on == "own":
             yield from self._own_text(base, count, trial.seed)
@@ -190,9 +191,17 @@ class Laboratory:
         return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def adapt(base: Any, arm: Arm) -> Any:
-    """The model with the arm's adapter, or with all but embeddings and head to be trained."""
+def adapt(base: Any, arm: Arm, statistics: Sequence[dict[str, Tensor]] | None = None) -> Any:
+    """The model with the arm's adapter, or with all but embeddings and head to be trained.
+
+    Args:
+        base: the model, which is changed.
+        arm: the arm.
+        statistics: batches that peft starts a LoRA from, if the arm's does.
+    """
     config = arm.config()
+    if isinstance(config, LoraConfig) and config.init_lora_weights in FROM_DATA:
+        return add_lora_from_data(base, config, statistics or ())
     if config is not None:
         return get_peft_model(base, config)
     frozen = {id(p) for m in (base.get_input_embeddings(), base.get_output_embeddings()) for p in m.parameters()}

@@ -1,0 +1,128 @@
+"""Starts of a LoRA from data, so that the baseline has the same freedom: peft's own, and those of this package (ours)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from ...base_model.activations import evaluating
+from ...tuner.contrast import contrast_starts
+from ...tuner.update_scale import SENSITIVITY, count_predictions
+
+FROM_DATA = ("corda", "eva")  # of LoRA's `init_lora_weights`
+
+
+def add_lora_from_data(base: Any, config: LoraConfig, batches: Sequence[Mapping[str, Tensor]]) -> Any:
+    """Add a LoRA that peft starts from data: CorDA (arXiv 2406.05223) or EVA (arXiv 2410.07170).
+
+    Args:
+        base: the model.
+        config: with `init_lora_weights` "corda", which moves a part of the base's weights into the adapter, or "eva".
+        batches: each with `input_ids` (rows, tokens), without padding.
+
+    Returns:
+        peft's model.
+    """
+    if config.init_lora_weights == "corda":
+        from peft.tuners.lora.corda import preprocess_corda  # needs attrs
+
+        def run() -> None:
+            for ids in (row for batch in batches for row in batch["input_ids"]):
+                base(input_ids=ids.unsqueeze(0).to(base.device), use_cache=False)  # peft's hooks take one row at a time
+
+        preprocess_corda(base, config, run_model=run)
+        return get_peft_model(base, config)
+    from peft.tuners.lora.eva import initialize_lora_eva_weights
+
+    model = get_peft_model(base, config)
+    initialize_lora_eva_weights(model, list(batches), show_progress_bar=False)
+    return model
+
+
+def contrast_lora(
+    model: nn.Module,
+    new: Iterable[Mapping[str, Tensor]],
+    known: Iterable[Mapping[str, Tensor]],
+    adapter_name: str = "default",
+) -> None:
+    """Give A of a new LoRA the start that `initialize_from_contrast` gives the low-rank part of CLOVER.
+
+    Args:
+        model: a model with a new LoRA adapter of one rank, whose B is zero.
+        new: batches of the data to be trained on, as keyword arguments for `model`.
+        known: batches of what the model should keep, alike.
+        adapter_name: the adapter.
+
+    Raises:
+        ValueError: B is not zero, or the data do not reach a module or have too few directions.
+    """
+    layers = _new_layers(model, adapter_name)
+    inputs = {path: (layer, int(layer.in_features)) for path, layer in layers.items()}
+    (rank,) = {int(layer.r[adapter_name]) for layer in layers.values()}
+    starts = contrast_starts(model, inputs, rank, new, known)
+    with torch.no_grad():
+        for path, layer in layers.items():
+            layer.lora_A[adapter_name].weight.copy_(starts[path])
+
+
+def _new_layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
+    layers: dict[str, Any] = {
+        p: m for p, m in model.named_modules() if isinstance(m, LoraLayer) and adapter_name in m.lora_A
+    }
+    if not layers or any(bool(layer.lora_B[adapter_name].weight.any()) for layer in layers.values()):
+        raise ValueError(f"adapter {adapter_name!r}: expected a new LoRA whose B is zero, found another")
+    return layers
+
+
+def balance_lora(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], adapter_name: str = "default") -> None:
+    """Scale A of every new LoRA, so that equal steps of B change the predictions equally.
+
+    A step of B by the rate changes the predictions by about `rate^2 / 2 * kappa^2` an entry, as KL divergence, with
+    `kappa^2 = s^2 * mean_j E[(A x)_j^2] * mean_i E[g_i^2]`, s LoRA's scaling, x the projection's input, g the gradient
+    of the loss of one prediction at its output. A is multiplied by `0.004 / kappa`; as B is zero, the function stays.
+
+    Args:
+        model: a model with a new LoRA adapter, whose B is zero.
+        batches: keyword arguments for `model` with `labels`, unpadded.
+        adapter_name: the adapter.
+
+    Raises:
+        ValueError: B is not zero, there is no batch, or no gradient arrives.
+    """
+    layers = _new_layers(model, adapter_name)
+    inputs, gradients = ({path: [0.0, 0.0] for path in layers} for _ in range(2))
+
+    def add(sums: list[float], values: Tensor) -> None:
+        sums[0] += float(values.detach().double().square().mean(-1).sum())
+        sums[1] += values.shape[:-1].numel()
+
+    predictions = 0
+    with evaluating(model), ExitStack() as hooked, torch.enable_grad():
+        for path, layer in layers.items():
+
+            def after_a(module: nn.Module, _: Any, output: Tensor, path: str = path) -> None:
+                add(inputs[path], output)
+
+            def after_layer(module: nn.Module, _: Any, output: Tensor, path: str = path) -> None:
+                output.register_hook(lambda gradient: add(gradients[path], gradient))
+
+            hooked.enter_context(layer.lora_A[adapter_name].register_forward_hook(after_a))
+            hooked.enter_context(layer.register_forward_hook(after_layer))
+        trained = [layer.lora_B[adapter_name].weight for layer in layers.values()]
+        for batch in batches:
+            count = count_predictions(batch)
+            torch.autograd.grad(count * model(**batch).loss.float(), trained)
+            predictions += count
+    if not predictions or any(not sums[0] for sums in (*inputs.values(), *gradients.values())):
+        raise ValueError("expected batches whose loss depends on every adapted module, found none")
+    with torch.no_grad():
+        for path, layer in layers.items():
+            (square, tokens), (gradient, _) = inputs[path], gradients[path]
+            kappa = layer.scaling[adapter_name] * (square / tokens * gradient / predictions) ** 0.5
+            layer.lora_A[adapter_name].weight.mul_(SENSITIVITY / kappa)
