@@ -27,7 +27,7 @@ from clover_peft.experiments.adaptation import mechanism, report, running
 from clover_peft.experiments.adaptation.domains import Document, read_domain
 from clover_peft.experiments.adaptation.lora_starts import balance_lora, contrast_lora
 from clover_peft.experiments.adaptation.plan import Experiment, Trial, read_experiment
-from clover_peft.experiments.adaptation.trial import Laboratory, drawn
+from clover_peft.experiments.adaptation.trial import Laboratory, _State, drawn
 from clover_peft.experiments.adaptation.troff import plain_text
 from clover_peft.experiments.adaptation.windows import Windows, document_losses, restricted_head
 from clover_peft.tuner.update_scale import SENSITIVITY
@@ -361,6 +361,51 @@ def test_a_killed_run_goes_on_to_the_same_table(tmp_path, capsys):
     capsys.readouterr()
 
 
+def test_domains_in_turn(tmp_path):
+    experiment = replace(tiny(), adapt_to=["asyncio", "asyncio+email"])
+    experiment = replace(experiment, arms=[replace(arm, rates=(5e-3,)) for arm in experiment.arms])
+    steps = experiment.training.steps
+    with pytest.raises(Killed):  # in the second domain
+        running.run(replace(experiment, adapt_to=["asyncio+email"]), tmp_path / "killed", kill_at(steps + 4))
+    for out in (tmp_path / "killed", tmp_path / "whole"):
+        running.run(experiment, out)
+    killed, found = losses(tmp_path / "killed"), losses(tmp_path / "whole")
+    assert killed == found
+    for arm in experiment.arms:
+        (_, first), (after, both) = (
+            found[f"{task}-{arm.name}-lr0.005-seed0"] for task in ("asyncio", "asyncio+email")
+        )
+        assert both[:steps] == first
+        assert len(both) == 2 * steps
+        base, (one, _) = found["base"][0], found[f"asyncio-{arm.name}-lr0.005-seed0"]
+        email = [statistics.fmean(of["email"].values()) for of in (base, one, after)]
+        assert email[2] < min(email[:2])  # learned by the second training
+        assert statistics.fmean(after["asyncio"].values()) != statistics.fmean(one["asyncio"].values())
+    shown = running.show(tmp_path / "whole" / "records", tmp_path / "pictures")
+    assert "## Adapted to asyncio\n" in shown
+    assert "## Adapted to asyncio, then to email\n" in shown
+    assert "| email loss | asyncio rise |" in shown
+
+
+def test_each_domain_in_turn_has_a_schedule_and_an_optimizer_of_its_own(tmp_path, monkeypatch):
+    experiment = replace(tiny(), adapt_to=["asyncio+email"])
+    rates, moments = [], []
+    advance = _State.advance
+
+    def watched(state, *arguments):
+        moments.append(sum(len(kept) for kept in state.optimizer.state.values()))
+        rates.append(state.optimizer.param_groups[0]["lr"])
+        advance(state, *arguments)
+
+    monkeypatch.setattr(_State, "advance", watched)
+    trial = next(trial for trial in experiment.trials() if trial.arm != "base")
+    Laboratory(experiment, tmp_path).run(trial)
+    steps = experiment.training.steps
+    assert rates[:steps] == rates[steps:]
+    assert len(set(rates)) > 2
+    assert [bool(count) for count in moments] == [step % steps > 0 for step in range(2 * steps)]
+
+
 def test_the_rise_on_the_models_own_text_is_the_kl_divergence_from_it(tmp_path, capsys):
     experiment = replace(tiny(), dtype="bfloat16")
     experiment = replace(experiment, evaluation=replace(experiment.evaluation, own_text=48))
@@ -548,7 +593,10 @@ def test_seeds_and_epochs_have_orders_of_their_own():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("adapt_to=[latin]", r"adapt_to: expected some of french, wikitext, python, found \['latin'\]"),
+        ("adapt_to=[latin]", r"adapt_to: expected some of french, wikitext, python, .*, found \['latin'\]"),
+        ("adapt_to=[french+latin]", r"adapt_to: expected some of french, .*, found \['french\+latin'\]"),
+        ("adapt_to=[french+french]", r"adapt_to: expected .* different ones in turn .*, found \['french\+french'\]"),
+        ("domains.a+b=text:x", r"domains: expected at least two, .* or with a \+, found"),
         ("evaluation.split=train", "evaluation.split: expected validation or test, found 'train'"),
         ("training.epochs=3", "training: expected some of steps, .*, found epochs"),
         ("arms.clover.peft={peft_type: NONE}", "arms.clover.peft: "),

@@ -1,4 +1,4 @@
-"""Starts of a LoRA from data, so that the baseline has the same freedom: peft's own, and those of this package (ours)."""
+"""Starts of a LoRA from data, so that the baseline has the same freedom: peft's own, and those of this package."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def add_lora_from_data(base: Any, config: LoraConfig, batches: Sequence[Mapping[
         from peft.tuners.lora.corda import preprocess_corda  # needs attrs
 
         def run() -> None:
-            for ids in (row for batch in batches for row in batch["input_ids"]):
-                base(input_ids=ids.unsqueeze(0).to(base.device), use_cache=False)  # peft's hooks take one row at a time
+            for ids in (row for batch in batches for row in batch["input_ids"]):  # peft's hooks take one row
+                base(input_ids=ids.unsqueeze(0).to(base.device), use_cache=False)
 
         preprocess_corda(base, config, run_model=run)
         return get_peft_model(base, config)

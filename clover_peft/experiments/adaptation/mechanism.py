@@ -20,7 +20,7 @@ from ...io.figures import canvas
 from ...io.tables import markdown_table
 from ..analysis import adapter_changes, collect_inputs, measure, moves_base
 from . import report
-from .plan import BASE, Trial
+from .plan import BASE, Trial, stages_of
 from .trial import Laboratory
 from .windows import Windows, document_losses, restricted_head
 
@@ -90,8 +90,8 @@ def _measured(laboratory: Laboratory, trial: Trial, record: Record) -> Record:
         "intruders": sum(one["intruders"]["count"] for one in found),
         "effective_rank": statistics.fmean(one["update"]["effective_rank"] for one in found),
         "relative_size": statistics.fmean(one["update"]["relative"] for one in found),
-        "kl": _split(kl, trial.domain),
-        "output_change": _split(output, trial.domain),
+        "kl": _split(kl, trial.stages[-1]),
+        "output_change": _split(output, trial.stages[-1]),
         "merged_rise": _merged_rise(laboratory, trial, record, windows),
         "environment": records.environment(),
     }
@@ -187,7 +187,7 @@ def _rows(results: Path, folder: Path) -> list[tuple[Record, float, float, list[
     for name, record in found.items():
         path = folder / f"{name}.json"
         if BASE in found and path.is_file():
-            domain = record["trial"]["domain"]
+            domain = stages_of(record["trial"]["domain"])[-1]
             point = report.point(found[BASE], [record], domain)
             if point is not None:
                 properties = records.read_json(path, "delete it, and measure again")

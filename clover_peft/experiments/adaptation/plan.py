@@ -21,6 +21,7 @@ from .lora_starts import FROM_DATA
 BASE = "base"  # the model that is not adapted
 OWN = "own text"  # beside the domains in records and tables: text that the model wrote before it was adapted
 TINY = "tiny"  # a small random model with a byte tokenizer, for tests
+THEN = "+"  # between domains that are trained on in turn
 FULL = "full"  # the `peft` of an arm that trains all but embeddings and head
 
 
@@ -112,14 +113,24 @@ class Arm:
             raise ValueError(f"arms.{self.name}.peft: {' '.join(str(error).split())}") from error
 
 
+def stages_of(domain: str) -> list[str]:
+    """The domains of an entry of `adapt_to`, such as "wikitext+french": first the one, then the other."""
+    return domain.split(THEN)
+
+
 @dataclass(frozen=True)
 class Trial:
-    """One record: an arm at a rate and a seed, adapted to a domain; or the base model."""
+    """One record: an arm at a rate and a seed, adapted to a domain, or to several in turn; or the base model."""
 
     domain: str
     arm: str
     rate: float
     seed: int
+
+    @property
+    def stages(self) -> list[str]:
+        """The domains that are trained on, in turn."""
+        return stages_of(self.domain)
 
     @property
     def name(self) -> str:
@@ -134,7 +145,8 @@ class Experiment:
         model: folder or hub name; None for SmolLM2-135M-Instruct; "tiny".
         dtype: of the base weights; trained numbers are float32.
         domains: name -> source, see `domains.read_domain`.
-        adapt_to: the domains that are trained on; each is measured on all.
+        adapt_to: the domains that are trained on; each is measured on all. "wikitext+french" trains one adapter on
+            WikiText-2 and then on French, each with a schedule and an optimizer of its own.
         arms: the methods; the first is what the others are compared with.
         seeds: of the adapters' start and of the order of windows.
         curve_seeds: so many of the seeds, from the first on, are trained at all rates, the others at each arm's first
@@ -285,10 +297,13 @@ def _arm(name: str, block: Any) -> Arm:
 def _check(experiment: Experiment) -> None:
     training, evaluation = experiment.training, experiment.evaluation
     domains, adapt_to, seeds = experiment.domains, experiment.adapt_to, experiment.seeds
-    several = isinstance(domains, dict) and len(domains) > 1 and OWN not in domains
-    _expect(several, "domains", f"at least two, each name: source, none called {OWN}", domains)
-    inside = isinstance(adapt_to, list) and adapt_to and set(adapt_to) <= set(domains)
-    _expect(bool(inside), "adapt_to", f"some of {', '.join(domains)}", adapt_to)
+    several = isinstance(domains, dict) and len(domains) > 1 and not any(n == OWN or THEN in str(n) for n in domains)
+    _expect(several, "domains", f"at least two, each name: source, none called {OWN} or with a {THEN}", domains)
+    named = isinstance(adapt_to, list) and adapt_to and all(isinstance(entry, str) for entry in adapt_to)
+    inside = named and all(set(stages) <= set(domains) for stages in map(stages_of, adapt_to))
+    once = inside and all(len(set(stages)) == len(stages) for stages in map(stages_of, adapt_to))
+    expected = f"some of {', '.join(domains)}, or different ones in turn with {THEN} between them"
+    _expect(bool(once), "adapt_to", expected, adapt_to)
     whole = isinstance(seeds, list) and seeds and all(type(seed) is int and seed >= 0 for seed in seeds)
     _expect(bool(whole) and len(set(seeds)) == len(seeds), "seeds", "different whole numbers from 0 on", seeds)
     count = experiment.curve_seeds

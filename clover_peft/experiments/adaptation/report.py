@@ -11,7 +11,7 @@ from typing import Any
 from ...io import run_record as records
 from ...io.figures import canvas
 from ...io.tables import markdown_table
-from .plan import BASE, OWN
+from .plan import BASE, OWN, stages_of
 
 Record = dict[str, Any]
 
@@ -84,8 +84,16 @@ def accuracy(record: Record) -> float | None:
     return statistics.fmean(statistics.fmean(rows.values()) for rows in found.values()) if found else None
 
 
+def adapted_to(found: dict[str, Record]) -> list[str]:
+    """What arms were adapted to: domains, in the order of the base model's record, and then domains in turn."""
+    trials = [record["trial"] for record in found.values()]
+    tasks = {trial["domain"] for trial in trials if trial["arm"] != BASE}
+    places = list(found[BASE]["losses"])
+    return sorted(tasks, key=lambda task: (len(stages_of(task)), [places.index(name) for name in stages_of(task)]))
+
+
 def by_arm(found: dict[str, Record], domain: str) -> dict[str, dict[float, list[Record]]]:
-    """Arm -> rate -> records of all seeds, of what was adapted to a domain; arms in the order of the experiment."""
+    """Arm -> rate -> records of all seeds, of what was adapted to an entry; arms in the order of the experiment."""
     result: dict[str, dict[float, list[Record]]] = {}
     for record in sorted(found.values(), key=lambda record: record["place"]):
         trial = record["trial"]
@@ -169,18 +177,17 @@ def markdown(found: dict[str, Record], reference: str | None = None) -> str:
     if base is None:
         return f"no record of the model without an adapter yet ({len(found)} records)"
     parts = [_heading(base)]
-    for domain in base["losses"]:
-        arms = by_arm(found, domain)
-        if arms:
-            parts += [f"## Adapted to {domain}\n", _table(base, arms, domain)]
-            if reference in arms:
-                arms = {reference: arms[reference], **arms}
-            if len(arms) > 1:
-                others = other_domains(base, domain)
-                kinds = {"all others": others} | ({OWN: [OWN]} if OWN in base["losses"] else {})
-                columns = {"learned": [domain]} | {other: [other] for other in others} | kinds
-                parts.append(_differences(arms, domain, columns))
-                parts += [_at_equal_learning(base, arms, domain, kind) for kind in kinds.values()]
+    for task in adapted_to(found):
+        arms, domain = by_arm(found, task), stages_of(task)[-1]
+        parts += [f"## Adapted to {', then to '.join(stages_of(task))}\n", _table(base, arms, domain)]
+        if reference in arms:
+            arms = {reference: arms[reference], **arms}
+        if len(arms) > 1:
+            others = other_domains(base, domain)
+            kinds = {"all others": others} | ({OWN: [OWN]} if OWN in base["losses"] else {})
+            columns = {"learned": [domain]} | {other: [other] for other in others} | kinds
+            parts.append(_differences(arms, domain, columns))
+            parts += [_at_equal_learning(base, arms, domain, kind) for kind in kinds.values()]
     return "\n".join(parts)
 
 
@@ -188,10 +195,8 @@ def pictures(found: dict[str, Record], folder: Path) -> list[Path]:
     """Curves of forgetting against learning over every arm's rates, one picture a domain; needs matplotlib."""
     pyplot, save, made = canvas(folder)
     base = found[BASE]
-    for domain in base["losses"]:
-        arms = by_arm(found, domain)
-        if not arms:
-            continue
+    for task in adapted_to(found):
+        arms, domain = by_arm(found, task), stages_of(task)[-1]
         figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
         colors = pyplot.get_cmap("tab10" if len(arms) <= 10 else "tab20").colors
         others = other_domains(base, domain)
@@ -209,11 +214,11 @@ def pictures(found: dict[str, Record], folder: Path) -> list[Path]:
             for rate, runs in rates.items():
                 if (p := point(base, runs, domain)) is not None:
                     axes.annotate(f"{rate:g}", p, fontsize=6, xytext=(2, 2), textcoords="offset points")
-        axes.set_xlabel(f"loss on {domain} after training (learned: left)")
+        axes.set_xlabel(f"loss on {domain} after training on {', then on '.join(stages_of(task))} (learned: left)")
         axes.set_ylabel(f"rise of the loss on {', '.join(others)} (forgot: up)")
         if axes.lines:
             axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
-        save(f"learn_forget_{domain}", figure)
+        save(f"learn_forget_{task}", figure)
     return made
 
 

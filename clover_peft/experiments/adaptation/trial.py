@@ -115,7 +115,7 @@ class Laboratory:
 
     def _train(self, base: Any, trial: Trial) -> tuple[Any, Record]:
         arm, training = self.experiment.arm(trial.arm), self.experiment.training
-        windows = self.windows[trial.domain]
+        windows = self.windows[trial.stages[0]]
         set_seed(trial.seed)
         started = time.perf_counter()
         statistics = list(self._statistics(base, arm, trial)) if arm.initialize_from_activations else None
@@ -133,22 +133,11 @@ class Laboratory:
                 balance = balance_lora if lora else balance_updates
                 order = drawn(windows, training.batch_size, trial.seed)
                 balance(model, (self._batch(next(order), labels) for _ in range(arm.balance_updates)))
-            init_seconds = time.perf_counter() - started
-            trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-            state = _State(model, arm, trial, self)
-            order = drawn(windows, training.batch_size, trial.seed)
-            for _ in range(state.step):
-                next(order)
-            model.train()
-            while state.step < training.steps and state.is_finite():
-                began = time.perf_counter()
-                loss = model(**self._batch(next(order), labels), use_cache=False).loss
-                loss.backward()
-                state.advance(loss.item(), time.perf_counter() - began)
-                if state.step % training.checkpoint_steps == 0:
-                    state.save()
-                if self.on_step is not None:
-                    self.on_step(trial, state.step)
+        init_seconds = time.perf_counter() - started
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        state = _State(model, arm, trial, self)
+        for number, domain in enumerate(trial.stages):
+            self._train_on(self.windows[domain], model, trial, state, number * training.steps)
         return model, {
             "parameters": sum(p.numel() for p in trained.values()),
             "adapter_bytes": self._save(model, arm, trial),
@@ -158,14 +147,36 @@ class Laboratory:
             "diverged_at_step": None if state.is_finite() else state.step,
         }
 
+    def _train_on(self, windows: Windows, model: Any, trial: Trial, state: _State, first: int) -> None:
+        """Trains on a domain, from the trial's step `first` on, or from where it was cut off."""
+        training = self.experiment.training
+        if state.step >= first + training.steps:
+            return
+        order = drawn(windows, training.batch_size, trial.seed)
+        for _ in range(first, state.step):
+            next(order)
+        if state.step == first:
+            state.optimizer.state.clear()
+        model.train()
+        with restricted_head(model, windows.vocabulary) as labels:
+            while state.step < first + training.steps and state.is_finite():
+                began = time.perf_counter()
+                loss = model(**self._batch(next(order), labels), use_cache=False).loss
+                loss.backward()
+                state.advance(loss.item(), time.perf_counter() - began)
+                if state.step % training.checkpoint_steps == 0:
+                    state.save()
+                if self.on_step is not None:
+                    self.on_step(trial, state.step)
+
     def _statistics(self, base: Any, arm: Arm, trial: Trial) -> Iterator[dict[str, Tensor]]:
         """The batches that the bases of a CLOVER arm, or the start of a LoRA, are computed from."""
         training, count = self.experiment.training, arm.initialize_from_activations
         if arm.activations_on == "own":
             yield from self._own_text(base, count, trial.seed)
             return
-        others = [name for name in self.windows if name != trial.domain]
-        names = [trial.domain] if arm.activations_on == "domain" else others
+        others = [name for name in self.windows if name not in trial.stages]
+        names = trial.stages[:1] if arm.activations_on == "domain" else others
         orders = [drawn(self.windows[name], training.batch_size, trial.seed) for name in names]
         for number in range(count):
             yield {"input_ids": next(orders[number % len(orders)])}
@@ -245,6 +256,9 @@ class _State:
         for group in self.optimizer.param_groups:
             group["params"] = [by_id.get(id(p), p) for p in group["params"]]
         self.scheduler = get_scheduler(training.schedule, self.optimizer, training.warmup_steps, training.steps)
+        if len(trial.stages) > 1:  # from the start again on each domain
+            whole = self.scheduler.lr_lambdas
+            self.scheduler.lr_lambdas = [lambda step, one=one: one(step % training.steps) for one in whole]
         if self.file.is_file():
             self._load()
 
