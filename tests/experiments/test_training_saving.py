@@ -81,7 +81,7 @@ def test_a_folder_without_a_card_is_no_model_of_the_hub(settings, tiny, tmp_path
     run(settings(model=tmp_path / "plain", max_steps=1))
     card = ModelCard.load(tmp_path / "run" / "adapter" / "README.md")
     assert card.data.base_model is None
-    assert "| base model | plain, licence: not stated" in card.text
+    assert "| base model | plain, folder plain, licence: not stated" in card.text
 
 
 def test_the_merged_model_needs_nothing_of_ours(settings, tmp_path):

@@ -45,7 +45,7 @@ def write_card(folder: Path, kind: str, record: dict[str, Any]) -> None:
         code=(_REGISTER if kind == "adapter" and method == "CLOVER" else "") + _LOAD[kind],
         text=notes,
         facts={
-            "base model": f"{model['name']}, licence: {model['license']} ({model['origin']})",
+            "base model": f"{model['name']}, {model['origin']}, licence: {model['license']}",
             "data": f"{data['source']}: {data['train_rows']} rows, fingerprint {data['fingerprint'][:16]}",
             "trainable parameters": "{trainable:,} of {total:,}".format(**record["parameters"]),
             "training loss": show_training(loss, record["steps"]),
