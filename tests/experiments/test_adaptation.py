@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gzip
+import importlib.util
 import json
 import os
 import statistics
@@ -777,3 +778,11 @@ def test_zero_shot_questions_are_scored(tmp_path, monkeypatch):
     made = laboratory.run(experiment.trials()[0])
     assert {name: len(found) for name, found in made["zeroshot"].items()} == dict.fromkeys(rows, 4)
     assert 0 <= report.accuracy(made) <= 1
+
+
+def test_the_published_tables_are_those_of_the_records():
+    script = Path(__file__).parents[2] / "scripts" / "adaptation_tables.py"
+    spec = importlib.util.spec_from_file_location("adaptation_tables", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text(encoding="utf-8") == module.page()

@@ -1,0 +1,53 @@
+"""docs/results/adaptation_tables.md and the pictures of docs/results/adaptation.md, from records alone.
+
+python scripts/adaptation_tables.py    writes them anew; the pictures need the plots extra
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from clover_peft.experiments.adaptation import report
+
+ROOT = Path(__file__).parents[1]
+RECORDS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "results" / "adaptation_tables.md"
+REFERENCE = "lora_all_r12"
+# A folder of records -> the heading of its tables, and what its pictures' names start with.
+PARTS = {
+    "adaptation_test": ("The registered test", "adaptation_test"),
+    "adaptation_sequence": ("Two domains in turn", "adaptation_sequence"),
+    "adaptation_search": ("The search", "learn_forget"),
+}
+HEAD = """# Tables of learning and forgetting
+
+`python scripts/adaptation_tables.py` makes this page from the records in `benchmarks/results/`. \
+[Learning and forgetting](adaptation.md) says what the tables show, and \
+[how to read the tables](../how_to/adaptation_benchmark.md#read-the-tables) explains the columns. \
+Seconds a step are those of shared machines and cannot be compared.
+"""
+
+
+def page() -> str:
+    """The text of the page."""
+    parts = [HEAD]
+    for folder, (heading, _) in PARTS.items():
+        tables = report.markdown(report.load(RECORDS / folder), REFERENCE).strip()
+        command = f"clover ablate --table benchmarks/results/{folder} --reference {REFERENCE}"
+        nested = tables.replace("## Adapted to", f"### {heading}: adapted to")
+        parts.append(f"## {heading}\n\n`{command}` prints:\n\n{nested}\n")
+    return "\n".join(parts)
+
+
+def main() -> None:
+    PAGE.write_text(page(), encoding="utf-8")
+    for folder, (_, name) in PARTS.items():
+        with TemporaryDirectory() as scratch:
+            for picture in report.pictures(report.load(RECORDS / folder), Path(scratch)):
+                shutil.move(picture, ROOT / "docs" / "images" / picture.name.replace("learn_forget", name))
+
+
+if __name__ == "__main__":
+    main()
