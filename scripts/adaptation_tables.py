@@ -15,12 +15,8 @@ ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results" / "adaptation_tables.md"
 REFERENCE = "lora_all_r12"
-# A folder of records -> the heading of its tables, and what its pictures' names start with.
-PARTS = {
-    "adaptation_test": ("The registered test", "adaptation_test"),
-    "adaptation_sequence": ("Two domains in turn", "adaptation_sequence"),
-    "adaptation_search": ("The search", "learn_forget"),
-}
+# A folder of records, and of pictures' names -> the heading of its tables.
+PARTS = {"adaptation_test": "The registered test", "adaptation_search": "The search"}
 HEAD = """# Tables of learning and forgetting
 
 `python scripts/adaptation_tables.py` makes this page from the records in `benchmarks/results/`. \
@@ -33,7 +29,7 @@ Seconds a step are those of shared machines and cannot be compared.
 def page() -> str:
     """The text of the page."""
     parts = [HEAD]
-    for folder, (heading, _) in PARTS.items():
+    for folder, heading in PARTS.items():
         tables = report.markdown(report.load(RECORDS / folder), REFERENCE).strip()
         command = f"clover ablate --table benchmarks/results/{folder} --reference {REFERENCE}"
         nested = tables.replace("## Adapted to", f"### {heading}: adapted to")
@@ -43,10 +39,10 @@ def page() -> str:
 
 def main() -> None:
     PAGE.write_text(page(), encoding="utf-8")
-    for folder, (_, name) in PARTS.items():
+    for folder in PARTS:
         with TemporaryDirectory() as scratch:
             for picture in report.pictures(report.load(RECORDS / folder), Path(scratch)):
-                shutil.move(picture, ROOT / "docs" / "images" / picture.name.replace("learn_forget", name))
+                shutil.move(picture, ROOT / "docs" / "images" / picture.name.replace("learn_forget", folder))
 
 
 if __name__ == "__main__":

@@ -54,8 +54,8 @@ def initialize_from_contrast(
                 f"{path}: expected a low-rank part, whose A is made here, found none; set CloverConfig(low_rank=...)"
             )
     inputs = {path: (layer, layer.base_weight.in_features) for path, layer in layers.items()}
-    ranks = {len(_a_of(layer, adapter_name)) for layer in layers.values()}
-    starts = contrast_starts(model, inputs, max(ranks), new, known)
+    (rank,) = {len(_a_of(layer, adapter_name)) for layer in layers.values()}
+    starts = contrast_starts(model, inputs, rank, new, known)
     with torch.no_grad():
         for path, layer in layers.items():
             _a_of(layer, adapter_name).copy_(starts[path])

@@ -23,7 +23,8 @@ def add_lora_from_data(base: Any, config: LoraConfig, batches: Sequence[Mapping[
 
     Args:
         base: the model.
-        config: with `init_lora_weights` "corda", which moves a part of the base's weights into the adapter, or "eva".
+        config: with `init_lora_weights` "corda", which moves a part of the base's weights into the adapter and takes
+            names of modules alone, or "eva".
         batches: each with `input_ids` (rows, tokens), without padding.
 
     Returns:
@@ -60,12 +61,14 @@ def contrast_lora(
         adapter_name: the adapter.
 
     Raises:
-        ValueError: B is not zero, or the data do not reach a module or have too few directions.
+        ValueError: B is not zero, ranks differ, or the data do not reach a module or have too few directions.
     """
     layers = _new_layers(model, adapter_name)
     inputs = {path: (layer, int(layer.in_features)) for path, layer in layers.items()}
-    (rank,) = {int(layer.r[adapter_name]) for layer in layers.values()}
-    starts = contrast_starts(model, inputs, rank, new, known)
+    ranks = {int(layer.r[adapter_name]) for layer in layers.values()}
+    if len(ranks) > 1:
+        raise ValueError(f"adapter {adapter_name!r}: expected one rank, found {sorted(ranks)}")
+    starts = contrast_starts(model, inputs, ranks.pop(), new, known)
     with torch.no_grad():
         for path, layer in layers.items():
             layer.lora_A[adapter_name].weight.copy_(starts[path])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ...io.figures import canvas
 from ...io.tables import markdown_table
 from ..analysis import adapter_changes, collect_inputs, measure, moves_base
 from . import report
-from .plan import BASE, Trial, stages_of
+from .plan import BASE, Trial
 from .trial import Laboratory
 from .windows import Windows, document_losses, restricted_head
 
@@ -44,7 +44,7 @@ PROPERTIES: dict[str, Callable[[Record], float]] = {
 def measure_all(laboratory: Laboratory) -> None:
     """Writes `<out>/mechanism/<trial>.json` for every saved adapter that has a record and no such file yet.
 
-    Adapters whose method moves the base's weights (PiSSA) are passed over.
+    Adapters whose method moves the base's weights (PiSSA, CorDA) are passed over.
     """
     found, folder = report.load(laboratory.out / "records"), laboratory.out / "mechanism"
     names = [
@@ -90,8 +90,8 @@ def _measured(laboratory: Laboratory, trial: Trial, record: Record) -> Record:
         "intruders": sum(one["intruders"]["count"] for one in found),
         "effective_rank": statistics.fmean(one["update"]["effective_rank"] for one in found),
         "relative_size": statistics.fmean(one["update"]["relative"] for one in found),
-        "kl": _split(kl, trial.stages[-1]),
-        "output_change": _split(output, trial.stages[-1]),
+        "kl": _split(kl, trial.stages),
+        "output_change": _split(output, trial.stages),
         "merged_rise": _merged_rise(laboratory, trial, record, windows),
         "environment": records.environment(),
     }
@@ -129,10 +129,10 @@ def _merged_rise(laboratory: Laboratory, trial: Trial, record: Record, windows: 
     return statistics.fmean(rises)
 
 
-def _split(found: dict[str, float], domain: str) -> dict[str, float]:
+def _split(found: dict[str, float], stages: Sequence[str]) -> dict[str, float]:
     return {
-        "domain": found[domain],
-        "others": statistics.fmean(value for name, value in found.items() if name != domain),
+        "domain": found[stages[-1]],
+        "others": statistics.fmean(value for name, value in found.items() if name not in stages),
     }
 
 
@@ -149,9 +149,16 @@ def markdown(results: Path, folder: Path) -> str:
     rows = _rows(results, folder)
     if not rows:
         return ""
-    header = ["arm", "rate", "learned", "forgot", *PROPERTIES]
+    header = ["adapted to", "arm", "rate", "learned", "forgot", *PROPERTIES]
     lines = [
-        [trial["arm"], f"{trial['rate']:g}", f"{learned:.4f}", f"{forgot:+.4f}", *(f"{v:.4g}" for v in values)]
+        [
+            trial["domain"],
+            trial["arm"],
+            f"{trial['rate']:g}",
+            f"{learned:.4f}",
+            f"{forgot:+.4f}",
+            *(f"{v:.4g}" for v in values),
+        ]
         for trial, learned, forgot, values in rows
     ]
     parts = ["## What goes with forgetting\n", markdown_table(header, lines), ""]
@@ -187,8 +194,7 @@ def _rows(results: Path, folder: Path) -> list[tuple[Record, float, float, list[
     for name, record in found.items():
         path = folder / f"{name}.json"
         if BASE in found and path.is_file():
-            domain = stages_of(record["trial"]["domain"])[-1]
-            point = report.point(found[BASE], [record], domain)
+            point = report.point(found[BASE], [record], record["trial"]["domain"])
             if point is not None:
                 properties = records.read_json(path, "delete it, and measure again")
                 rows.append((record["trial"], *point, [float(of(properties)) for of in PROPERTIES.values()]))

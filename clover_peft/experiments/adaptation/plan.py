@@ -84,11 +84,11 @@ class Arm:
         rate_factors: see `optimizer.scale_learning_rates`.
         initialize_from_activations: batches by which the bases of CLOVER are computed, or the start of a LoRA with
             `init_lora_weights` "corda" or "eva"; 0 for none.
-        activations_on: the text of these batches: "domain" (that is trained on), "others" (training windows of the
-            other domains, in turn) or "own" (`own_text`).
-        contrast: batches of the domain, and as many of `own_text`, by which A of CLOVER's low-rank part or of a LoRA
-            starts; 0 for none.
-        balance_updates: batches by which updates of CLOVER or of a LoRA are balanced; 0 for none.
+        activations_on: the text of these batches: "domain" (that is trained on; of several in turn the first),
+            "others" (training windows of the other domains, in turn) or "own" (`own_text`).
+        contrast: batches of the (first) domain, and as many of `own_text`, by which A of CLOVER's low-rank part or of
+            a LoRA starts; 0 for none.
+        balance_updates: batches of the (first) domain by which CLOVER or a LoRA is balanced; 0 for none.
         optimizer: "adamw" or "muon".
     """
 
@@ -146,7 +146,7 @@ class Experiment:
         dtype: of the base weights; trained numbers are float32.
         domains: name -> source, see `domains.read_domain`.
         adapt_to: the domains that are trained on; each is measured on all. "wikitext+french" trains one adapter on
-            WikiText-2 and then on French, each with a schedule and an optimizer of its own.
+            WikiText-2 and then on French, each with a schedule and an optimizer of its own; one domain must be left.
         arms: the methods; the first is what the others are compared with.
         seeds: of the adapters' start and of the order of windows.
         curve_seeds: so many of the seeds, from the first on, are trained at all rates, the others at each arm's first
@@ -278,6 +278,14 @@ def _arm(name: str, block: Any) -> Arm:
             f"arms.{name}.initialize_from_activations: expected a number of batches for init_lora_weights: {start}, "
             "found 0"
         )
+    block = arm.peft if isinstance(arm.peft, dict) else {}
+    if start == "corda" and (
+        not isinstance(block.get("target_modules"), list) or "corda_method" not in (block.get("corda_config") or {})
+    ):  # peft's CorDA knows no "all-linear", and its two methods are opposites
+        raise ValueError(
+            f"arms.{name}.peft: expected target_modules as a list and corda_config: {{corda_method: kpm or ipm}} for "
+            f"init_lora_weights: corda, found {block!r}"
+        )
     if arm.contrast and not starts_at_zero and not getattr(config, "low_rank", 0):
         raise ValueError(
             f"arms.{name}.contrast: expected peft_type: CLOVER with low_rank, or a LORA that starts with B = 0, found "
@@ -301,8 +309,8 @@ def _check(experiment: Experiment) -> None:
     _expect(several, "domains", f"at least two, each name: source, none called {OWN} or with a {THEN}", domains)
     named = isinstance(adapt_to, list) and adapt_to and all(isinstance(entry, str) for entry in adapt_to)
     inside = named and all(set(stages) <= set(domains) for stages in map(stages_of, adapt_to))
-    once = inside and all(len(set(stages)) == len(stages) for stages in map(stages_of, adapt_to))
-    expected = f"some of {', '.join(domains)}, or different ones in turn with {THEN} between them"
+    once = inside and all(len(set(stages)) == len(stages) < len(domains) for stages in map(stages_of, adapt_to))
+    expected = f"some of {', '.join(domains)}, or different ones (not all) in turn with {THEN} between them"
     _expect(bool(once), "adapt_to", expected, adapt_to)
     whole = isinstance(seeds, list) and seeds and all(type(seed) is int and seed >= 0 for seed in seeds)
     _expect(bool(whole) and len(set(seeds)) == len(seeds), "seeds", "different whole numbers from 0 on", seeds)

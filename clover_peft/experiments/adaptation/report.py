@@ -87,8 +87,10 @@ def accuracy(record: Record) -> float | None:
 def adapted_to(found: dict[str, Record]) -> list[str]:
     """What arms were adapted to: domains, in the order of the base model's record, and then domains in turn."""
     trials = [record["trial"] for record in found.values()]
-    tasks = {trial["domain"] for trial in trials if trial["arm"] != BASE}
     places = list(found[BASE]["losses"])
+    tasks = {
+        trial["domain"] for trial in trials if trial["arm"] != BASE and {*stages_of(trial["domain"])} <= {*places}
+    }
     return sorted(tasks, key=lambda task: (len(stages_of(task)), [places.index(name) for name in stages_of(task)]))
 
 
@@ -183,9 +185,10 @@ def markdown(found: dict[str, Record], reference: str | None = None) -> str:
         if reference in arms:
             arms = {reference: arms[reference], **arms}
         if len(arms) > 1:
-            others = other_domains(base, domain)
+            others = other_domains(base, task)
             kinds = {"all others": others} | ({OWN: [OWN]} if OWN in base["losses"] else {})
-            columns = {"learned": [domain]} | {other: [other] for other in others} | kinds
+            before = {f"{stage}, learned before": [stage] for stage in stages_of(task)[:-1]}
+            columns = {"learned": [domain]} | before | {other: [other] for other in others} | kinds
             parts.append(_differences(arms, domain, columns))
             parts += [_at_equal_learning(base, arms, domain, kind) for kind in kinds.values()]
     return "\n".join(parts)
@@ -199,9 +202,9 @@ def pictures(found: dict[str, Record], folder: Path) -> list[Path]:
         arms, domain = by_arm(found, task), stages_of(task)[-1]
         figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
         colors = pyplot.get_cmap("tab10" if len(arms) <= 10 else "tab20").colors
-        others = other_domains(base, domain)
+        others = other_domains(base, task)
         for i, (arm, rates) in enumerate(arms.items()):
-            points = [p for rate, runs in rates.items() if (p := point(base, runs, domain)) is not None]
+            points = [p for rate, runs in rates.items() if (p := point(base, runs, task)) is not None]
             if points:
                 axes.plot(
                     *zip(*points, strict=True),
@@ -212,7 +215,7 @@ def pictures(found: dict[str, Record], folder: Path) -> list[Path]:
                     linewidth=1,
                 )
             for rate, runs in rates.items():
-                if (p := point(base, runs, domain)) is not None:
+                if (p := point(base, runs, task)) is not None:
                     axes.annotate(f"{rate:g}", p, fontsize=6, xytext=(2, 2), textcoords="offset points")
         axes.set_xlabel(f"loss on {domain} after training on {', then on '.join(stages_of(task))} (learned: left)")
         axes.set_ylabel(f"rise of the loss on {', '.join(others)} (forgot: up)")
@@ -222,17 +225,17 @@ def pictures(found: dict[str, Record], folder: Path) -> list[Path]:
     return made
 
 
-def point(base: Record, runs: list[Record], domain: str) -> tuple[float, float] | None:
-    """Loss on the domain, and rise of the loss on the others; None if a run diverged."""
-    learned = mean_loss(runs, domain)
+def point(base: Record, runs: list[Record], task: str) -> tuple[float, float] | None:
+    """Loss on the (last) domain, and rise of the loss on the others; None if a run diverged."""
+    learned = mean_loss(runs, stages_of(task)[-1])
     if learned is None:
         return None
-    return learned, statistics.fmean(_rise(base, runs, other) for other in other_domains(base, domain))
+    return learned, statistics.fmean(_rise(base, runs, other) for other in other_domains(base, task))
 
 
-def other_domains(base: Record, domain: str) -> list[str]:
-    """The domains that forgetting is measured on where one was adapted to."""
-    return [other for other in base["losses"] if other not in (domain, OWN)]
+def other_domains(base: Record, task: str) -> list[str]:
+    """The domains that forgetting is measured on: none that was trained on."""
+    return [other for other in base["losses"] if other not in (*stages_of(task), OWN)]
 
 
 def _rise(base: Record, runs: list[Record], domain: str) -> float:

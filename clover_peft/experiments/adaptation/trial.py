@@ -74,7 +74,7 @@ class Laboratory:
             model, found = self._train(model, trial)
         measured = self._measure(model, held_out, diverged=found.get("diverged_at_step") is not None)
         if any(loss is None for losses in measured["losses"].values() for loss in losses.values()):
-            found["diverged_at_step"] = found.get("diverged_at_step") or self.experiment.training.steps
+            found["diverged_at_step"] = found.get("diverged_at_step") or len(found["training_loss"])
         names = [arm.name for arm in self.experiment.arms]
         return {
             "trial": vars(trial),
@@ -155,7 +155,7 @@ class Laboratory:
         order = drawn(windows, training.batch_size, trial.seed)
         for _ in range(first, state.step):
             next(order)
-        if state.step == first:
+        if state.step == first:  # moments are of the domain before
             state.optimizer.state.clear()
         model.train()
         with restricted_head(model, windows.vocabulary) as labels:
@@ -194,8 +194,12 @@ class Laboratory:
         return {"input_ids": ids, "labels": labels[ids]}
 
     def _save(self, model: Any, arm: Arm, trial: Trial) -> int | None:
-        """Saves the adapter, for later analysis; returns the bytes of its weights."""
-        if arm.config() is None:
+        """Saves the adapter, for later analysis; returns the bytes of its weights.
+
+        A CorDA is not saved: peft cannot load one without the statistics that it started from.
+        """
+        config = arm.config()
+        if config is None or getattr(config, "init_lora_weights", None) == "corda":
             return None
         folder = self.out / "adapters" / trial.name
         model.save_pretrained(folder)
@@ -256,7 +260,7 @@ class _State:
         for group in self.optimizer.param_groups:
             group["params"] = [by_id.get(id(p), p) for p in group["params"]]
         self.scheduler = get_scheduler(training.schedule, self.optimizer, training.warmup_steps, training.steps)
-        if len(trial.stages) > 1:  # from the start again on each domain
+        if len(trial.stages) > 1:  # from the start again on each domain; one scheduler, so that one state is saved
             whole = self.scheduler.lr_lambdas
             self.scheduler.lr_lambdas = [lambda step, one=one: one(step % training.steps) for one in whole]
         if self.file.is_file():
