@@ -108,7 +108,7 @@ def travel(trip: Odyssey, kind: str, model: str) -> None:
         Failed: a step has failed; those after it were not taken.
     """
     here, decoder = trip.out / kind, kind == "decoder"
-    count = {"vision-language": 16, "encoder": 8}.get(kind, 4)  # steps of training, each time; a multiple of 4
+    count = {"vision-language": 16, "whisper": 4}.get(kind, 8)  # steps of training, each time; a multiple of 4
     sft = [*CLOVER, "sft", "--config", "clover_full", f"data={here / 'base' / 'rows.jsonl'}", "rows=48"]
     sft += ["held_out_rows=8", f"max_steps={count}", "per_device_train_batch_size=2", "gradient_accumulation_steps=1"]
     sft += ["save_strategy=steps", f"save_steps={count // 4}", "save_total_limit=4"]  # no checkpoint is taken away
