@@ -195,7 +195,10 @@ def markdown(found: dict[str, Record], reference: str | None = None) -> str:
 
 
 def pictures(found: dict[str, Record], folder: Path) -> list[Path]:
-    """Curves of forgetting against learning over every arm's rates, one picture a domain; needs matplotlib."""
+    """Curves of forgetting against learning over every arm's rates, one picture a domain; needs matplotlib.
+
+    Bars are standard errors over seeds.
+    """
     pyplot, save, made = canvas(folder)
     base = found[BASE]
     for task in adapted_to(found):
@@ -204,22 +207,17 @@ def pictures(found: dict[str, Record], folder: Path) -> list[Path]:
         colors = pyplot.get_cmap("tab10" if len(arms) <= 10 else "tab20").colors
         others = other_domains(base, task)
         for i, (arm, rates) in enumerate(arms.items()):
-            points = [p for rate, runs in rates.items() if (p := point(base, runs, task)) is not None]
+            points = {rate: p for rate, runs in rates.items() if (p := point(base, runs, task)) is not None}
             if points:
-                axes.plot(
-                    *zip(*points, strict=True),
-                    "o-",
-                    color=colors[i % len(colors)],
-                    label=arm,
-                    markersize=4,
-                    linewidth=1,
-                )
-            for rate, runs in rates.items():
-                if (p := point(base, runs, task)) is not None:
-                    axes.annotate(f"{rate:g}", p, fontsize=6, xytext=(2, 2), textcoords="offset points")
+                x, y = zip(*points.values(), strict=True)
+                x_error, y_error = zip(*(_seed_errors(base, rates[rate], task) for rate in points), strict=True)
+                style = dict(color=colors[i % len(colors)], markersize=4, linewidth=1)
+                axes.errorbar(x, y, y_error, x_error, "o-", label=arm, **style)
+            for rate, p in points.items():
+                axes.annotate(f"{rate:g}", p, fontsize=6, xytext=(2, 2), textcoords="offset points")
         axes.set_xlabel(f"loss on {domain} after training on {', then on '.join(stages_of(task))} (learned: left)")
         axes.set_ylabel(f"rise of the loss on {', '.join(others)} (forgot: up)")
-        if axes.lines:
+        if axes.containers:
             axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
         save(f"learn_forget_{task}", figure)
     return made
@@ -231,6 +229,15 @@ def point(base: Record, runs: list[Record], task: str) -> tuple[float, float] | 
     if learned is None:
         return None
     return learned, statistics.fmean(_rise(base, runs, other) for other in other_domains(base, task))
+
+
+def _seed_errors(base: Record, runs: list[Record], task: str) -> tuple[float, float]:
+    """Standard errors over seeds of both numbers of `point`; 0 of one seed."""
+    points = [p for record in runs if (p := point(base, [record], task)) is not None]
+    if len(points) < 2:
+        return 0.0, 0.0
+    learned, forgot = (statistics.stdev(values) / len(points) ** 0.5 for values in zip(*points, strict=True))
+    return learned, forgot
 
 
 def other_domains(base: Record, task: str) -> list[str]:
