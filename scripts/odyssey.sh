@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # What a user does, in a user's order, from the wheel in a clean environment: see scripts/odyssey.py.
 #   ./scripts/odyssey.sh OUT [options of odyssey.py]
-# OUT is a new folder for the environment (about 1.7 GB), the models and log.md. It takes about 12 minutes of one
-# core (estimated from its parts) after the installation, and an hour and more where other programs use the cores.
+# OUT is a new folder for the environment (about 1.7 GB), the models and log.md. It takes about eight minutes of one
+# core after the installation.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 out="${1:?usage: scripts/odyssey.sh OUT [options of odyssey.py]}"
