@@ -9,10 +9,12 @@ import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from clover_peft.experiments.adaptation import report
+from clover_peft.experiments.adaptation import mechanism, report
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "benchmarks" / "results"
+MECHANISM = RECORDS / "adaptation_mechanism"  # of the adapters of the registered test with seed 2
+IMAGES = ROOT / "docs" / "images"
 PAGE = ROOT / "docs" / "results" / "adaptation_tables.md"
 REFERENCE = "lora_all_r12"
 # A folder of records, and of pictures' names -> the heading of its tables.
@@ -34,7 +36,7 @@ def page() -> str:
         command = f"clover ablate --table benchmarks/results/{folder} --reference {REFERENCE}"
         nested = tables.replace("## Adapted to", f"### {heading}: adapted to")
         parts.append(f"## {heading}\n\n`{command}` prints:\n\n{nested}\n")
-    return "\n".join(parts)
+    return "\n".join([*parts, mechanism.markdown(RECORDS / "adaptation_test", MECHANISM)])
 
 
 def main() -> None:
@@ -42,7 +44,8 @@ def main() -> None:
     for folder in PARTS:
         with TemporaryDirectory() as scratch:
             for picture in report.pictures(report.load(RECORDS / folder), Path(scratch)):
-                shutil.move(picture, ROOT / "docs" / "images" / picture.name.replace("learn_forget", folder))
+                shutil.move(picture, IMAGES / picture.name.replace("learn_forget", folder))
+    mechanism.picture(RECORDS / "adaptation_test", MECHANISM, IMAGES)
 
 
 if __name__ == "__main__":

@@ -177,12 +177,15 @@ def picture(results: Path, folder: Path, pictures: Path) -> None:
     """Forgetting against every property, an arm a colour; needs matplotlib."""
     rows = _rows(results, folder)
     pyplot, save, _ = canvas(pictures)
-    figure, all_axes = pyplot.subplots(2, (len(PROPERTIES) + 1) // 2, figsize=(14, 6), sharey=True)
+    figure, all_axes = pyplot.subplots(
+        2, (len(PROPERTIES) + 1) // 2, figsize=(14, 6), sharey=True, layout="constrained"
+    )
     for axes, (i, name) in zip(all_axes.flat, enumerate(PROPERTIES), strict=False):
         for arm in dict.fromkeys(trial["arm"] for trial, *_ in rows):
             points = [(values[i], forgot) for trial, _, forgot, values in rows if trial["arm"] == arm]
             axes.plot(*zip(*points, strict=True), "o", markersize=4, label=arm)
         axes.set_xlabel(name)
+        axes.locator_params(axis="x", nbins=4)
     all_axes.flat[0].set_ylabel("rise of the loss on the other domains")
     all_axes.flat[0].legend(fontsize=6)
     save("mechanism", figure)
