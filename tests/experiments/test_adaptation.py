@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gzip
-import importlib.util
 import json
 import os
 import statistics
@@ -33,6 +32,7 @@ from clover_peft.experiments.adaptation.trial import Laboratory, _State, drawn
 from clover_peft.experiments.adaptation.troff import plain_text
 from clover_peft.experiments.adaptation.windows import Windows, document_losses, restricted_head
 from clover_peft.tuner.update_scale import SENSITIVITY
+from tests.support.tiny import load_script
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "ablations"
 PROBE = CONFIGS / "adaptation_probe.yaml"
@@ -846,8 +846,23 @@ def test_zero_shot_questions_are_scored(tmp_path, monkeypatch):
 
 
 def test_the_published_tables_are_those_of_the_records():
-    script = Path(__file__).parents[2] / "scripts" / "adaptation_tables.py"
-    spec = importlib.util.spec_from_file_location("adaptation_tables", script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("adaptation_tables")
     assert module.PAGE.read_text(encoding="utf-8") == module.page()
+
+
+def test_the_readme_says_what_the_registered_test_found():
+    root = Path(__file__).parents[2]
+    found = report.load(root / "benchmarks" / "results" / "adaptation_test")
+    base, arms = found["base"], report.by_arm(found, "wikitext")
+    clover, lora = arms["clover_all_contrast_7"], arms["lora_all_r12"]
+    assert all(len(runs) == 5 for rates in (clover, lora) for runs in rates.values())
+    rises = [report.point(base, rates[report.best_rate(rates, "wikitext")], "wikitext")[1] for rates in (clover, lora)]
+    less = []
+    for rate in sorted(lora, reverse=True):
+        level = report.mean_loss(lora[rate], "wikitext")
+        mean, error = report.paired(report.at_level(base, clover, "wikitext", level), lora[rate], ["french", "python"])
+        assert mean < -2 * error
+        less.append(f"{-mean:.3f}")
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    assert "rises by {:.3f}, with LoRA by {:.3f}".format(*rises) in readme
+    assert "CLOVER forgets {}, {} and {} less".format(*less) in readme
