@@ -17,8 +17,13 @@ MECHANISM = RECORDS / "adaptation_mechanism"  # of the adapters of the registere
 IMAGES = ROOT / "docs" / "images"
 PAGE = ROOT / "docs" / "results" / "adaptation_tables.md"
 REFERENCE = "lora_all_r12"
-# A folder of records, and of pictures' names -> the heading of its tables.
-PARTS = {"adaptation_test": "The registered test", "adaptation_search": "The search"}
+# A folder of records -> the heading of its tables.
+PARTS = {
+    "adaptation_test": "The registered test",
+    "adaptation_sequence": "Two domains in turn",
+    "adaptation_search": "The search",
+}
+PICTURES = ["adaptation_test", "adaptation_search"]  # of these folders' curves; the others have single rates
 HEAD = """# Tables of learning and forgetting
 
 `python scripts/adaptation_tables.py` makes this page from the records in `benchmarks/results/`. \
@@ -41,7 +46,7 @@ def page() -> str:
 
 def main() -> None:
     PAGE.write_text(page(), encoding="utf-8")
-    for folder in PARTS:
+    for folder in PICTURES:
         with TemporaryDirectory() as scratch:
             for picture in report.pictures(report.load(RECORDS / folder), Path(scratch)):
                 shutil.move(picture, IMAGES / picture.name.replace("learn_forget", folder))
