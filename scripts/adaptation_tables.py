@@ -5,9 +5,7 @@ python scripts/adaptation_tables.py    writes them anew; the pictures need the p
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from clover_peft.experiments.adaptation import mechanism, report
 
@@ -23,7 +21,7 @@ PARTS = {
     "adaptation_sequence": "Two domains in turn",
     "adaptation_search": "The search",
 }
-PICTURES = ["adaptation_test", "adaptation_search"]  # of these folders' curves; the others have single rates
+PICTURES = ["adaptation_test", "adaptation_search"]  # of these folders; the others have single rates so far
 HEAD = """# Tables of learning and forgetting
 
 `python scripts/adaptation_tables.py` makes this page from the records in `benchmarks/results/`. \
@@ -40,16 +38,14 @@ def page() -> str:
         tables = report.markdown(report.load(RECORDS / folder), REFERENCE).strip()
         command = f"clover ablate --table benchmarks/results/{folder} --reference {REFERENCE}"
         nested = tables.replace("## Adapted to", f"### {heading}: adapted to")
-        parts.append(f"## {heading}\n\n`{command}` prints:\n\n{nested}\n")
+        parts.append(f"## {heading}\n\nFrom `{command}`:\n\n{nested}\n")
     return "\n".join([*parts, mechanism.markdown(RECORDS / "adaptation_test", MECHANISM)])
 
 
 def main() -> None:
     PAGE.write_text(page(), encoding="utf-8")
     for folder in PICTURES:
-        with TemporaryDirectory() as scratch:
-            for picture in report.pictures(report.load(RECORDS / folder), Path(scratch)):
-                shutil.move(picture, IMAGES / picture.name.replace("learn_forget", folder))
+        report.pictures(report.load(RECORDS / folder), IMAGES, folder)
     mechanism.picture(RECORDS / "adaptation_test", MECHANISM, IMAGES)
 
 

@@ -112,7 +112,7 @@ def travel(trip: Odyssey, kind: str, model: str) -> None:
     sft = [*CLOVER, "sft", "--config", "clover_full", f"data={here / 'base' / 'rows.jsonl'}", "rows=48"]
     sft += ["held_out_rows=8", f"max_steps={count}", "per_device_train_batch_size=2", "gradient_accumulation_steps=1"]
     sft += ["save_strategy=steps", f"save_steps={count // 4}", "save_total_limit=4"]  # no checkpoint is taken away
-    sft += ["warmup_steps=0"]  # within a warm-up, adapters of two seeds would hardly differ
+    sft += ["warmup_steps=0"]  # as the other kinds: within a warm-up, adapters of two seeds would hardly differ
 
     def own(step: str, *arguments: object) -> list[object]:
         return [*STEPS, step, kind, *arguments]

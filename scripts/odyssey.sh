@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # What a user does, in a user's order, from the wheel in a clean environment: see scripts/odyssey.py.
 #   ./scripts/odyssey.sh OUT [options of odyssey.py]
-# OUT is a new folder for the environment (about 1.7 GB), the models and log.md. It takes about eight minutes of one
-# core after the installation.
+# OUT is a new folder for the environment (about 1.7 GB), the models and log.md. It takes about eight minutes of
+# the processor after the installation.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 out="${1:?usage: scripts/odyssey.sh OUT [options of odyssey.py]}"

@@ -53,9 +53,9 @@ def initialize_from_contrast(
             raise ValueError(
                 f"{path}: expected a low-rank part, whose A is made here, found none; set CloverConfig(low_rank=...)"
             )
-    inputs = {path: (layer, layer.base_weight.in_features) for path, layer in layers.items()}
-    (rank,) = {len(_a_of(layer, adapter_name)) for layer in layers.values()}
-    starts = contrast_starts(model, inputs, rank, new, known)
+    modules = {path: (layer, layer.base_weight.in_features) for path, layer in layers.items()}
+    (rank,) = {len(_a_of(layer, adapter_name)) for layer in layers.values()}  # the config has one for all
+    starts = contrast_starts(model, modules, rank, new, known)
     with torch.no_grad():
         for path, layer in layers.items():
             _a_of(layer, adapter_name).copy_(starts[path])
@@ -63,7 +63,7 @@ def initialize_from_contrast(
 
 def contrast_starts(
     model: nn.Module,
-    inputs: Mapping[str, tuple[nn.Module, int]],
+    modules: Mapping[str, tuple[nn.Module, int]],
     rank: int,
     new: Iterable[Mapping[str, Any]],
     known: Iterable[Mapping[str, Any]],
@@ -72,7 +72,7 @@ def contrast_starts(
 
     Args:
         model: the model, whose adapters change nothing yet.
-        inputs: path -> the module that is adapted and the features of its input.
+        modules: path -> a module that is adapted, and the features of its input.
         rank: rows of A.
         new: batches of the data to be trained on, as keyword arguments for `model`.
         known: batches of what the model should keep, alike.
@@ -81,13 +81,14 @@ def contrast_starts(
         Path -> A (rank, in_features) in float64; modules that read one tensor have one A.
 
     Raises:
+        TypeError: data that are a single batch.
         ValueError: the data do not reach a module or have too few directions.
     """
     data = {"new": read_batches(new, "new"), "known": read_batches(known, "known")}
-    first_of = _readers_of_one_input(model, {path: module for path, (module, _) in inputs.items()}, data["new"][0])
+    first_of = _readers_of_one_input(model, {path: module for path, (module, _) in modules.items()}, data["new"][0])
     made: dict[str, Tensor] = {}
-    for paths in _groups({path: inputs[path][1] for path in dict.fromkeys(first_of.values())}):
-        probes = {path: _whole_input(*inputs[path]) for path in paths}
+    for paths in _groups({path: modules[path][1] for path in dict.fromkeys(first_of.values())}):
+        probes = {path: _whole_input(*modules[path]) for path in paths}
         found = {name: collect_moments(model, probes, batches, SecondMoment, 1) for name, batches in data.items()}
         for path in paths:
             new_moment, known_moment = (found[name].pop(path).second[0] for name in ("new", "known"))

@@ -15,7 +15,9 @@ from peft import PeftConfig
 import clover_peft
 from clover_peft import CloverConfig
 from clover_peft.base_model.families import FAMILIES
+from clover_peft.experiments.adaptation import report
 from tests.support.pages import DOCS, ROOT, pages, read
+from tests.support.tiny import load_script
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECORDS = ROOT / "benchmarks" / "results"
@@ -126,3 +128,23 @@ def test_figures_of_the_readme_are_those_of_the_records():
     files = _record("adapter_io-3")["figures"]
     sizes = [round(files[name]["bytes"] / 2**20) for name in ("clover", "clover folded", "lora")]
     assert "| {} MiB; {} MiB folded | {} MiB |".format(*sizes) in row("adapter file")
+
+
+def test_the_published_tables_are_those_of_the_records():
+    module = load_script("adaptation_tables")
+    same = module.PAGE.read_text(encoding="utf-8") == module.page()
+    assert same, "run python scripts/adaptation_tables.py"
+
+
+def test_the_readme_says_what_the_registered_test_found():
+    found = report.load(RECORDS / "adaptation_test")
+    base, arms = found["base"], report.by_arm(found, "wikitext")
+    clover, lora = arms["clover_all_contrast_7"], arms["lora_all_r12"]
+    assert all(len(runs) == 5 for rates in (clover, lora) for runs in rates.values())
+    less = []
+    for rate in sorted(lora, reverse=True):
+        level = report.mean_loss(lora[rate], "wikitext")
+        mean, error = report.paired(report.at_level(base, clover, "wikitext", level), lora[rate], ["french", "python"])
+        assert mean < -2 * error
+        less.append(f"{-mean:.3f}")
+    assert "rises by {}, {} and {} less".format(*less) in README

@@ -170,6 +170,19 @@ def test_qr_coordinates_are_the_inverse_of_a_triangular_factor_with_positive_dia
     assert off_identity(u.mT @ u) <= ORTHONORMAL
 
 
+def test_qr_singular_values_are_those_of_the_projection_and_zero_where_directions_are_dropped():
+    torch.manual_seed(0)
+    w = torch.randn(3, 8, 40, dtype=torch.float64)
+    w[1] *= torch.logspace(0, -4, 8, dtype=torch.float64).unsqueeze(-1)
+    w[2, 5:] = w[2, :3]
+    bases, expected = qr_bases(w @ w.mT), torch.linalg.svdvals(w)
+    torch.testing.assert_close(bases.singular_values[:2], expected[:2], rtol=1e-7, atol=0)
+    torch.testing.assert_close(bases.singular_values[2, :5], expected[2, :5], rtol=1e-7, atol=0)
+    assert not bases.singular_values[2, 5:].any()
+    assert not bases.c[2, 5:].any()
+    assert bases.c[2, :5].any(-1).all()
+
+
 @repeated
 @given(weights())
 def test_svd_maps_into_the_bases_and_back_to_the_identity(sides):

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -22,14 +22,22 @@ def add_lora_from_data(base: Any, config: LoraConfig, batches: Sequence[Mapping[
     """Add a LoRA that peft starts from data: CorDA (arXiv 2406.05223) or EVA (arXiv 2410.07170).
 
     Args:
-        base: the model.
+        base: the model; peft leaves it in evaluation mode.
         config: with `init_lora_weights` "corda", which moves a part of the base's weights into the adapter and takes
             names of modules alone, or "eva".
         batches: each with `input_ids` (rows, tokens), without padding.
 
     Returns:
         peft's model.
+
+    Raises:
+        ValueError: another `init_lora_weights`, or no batches; the model is as it was.
     """
+    if config.init_lora_weights not in FROM_DATA or not batches:
+        raise ValueError(
+            f"init_lora_weights: expected {' or '.join(FROM_DATA)} and batches, found {config.init_lora_weights!r} "
+            f"and {len(batches)} batches; for others call get_peft_model"
+        )
     if config.init_lora_weights == "corda":
         from peft.tuners.lora.corda import preprocess_corda  # needs attrs
 
@@ -39,8 +47,6 @@ def add_lora_from_data(base: Any, config: LoraConfig, batches: Sequence[Mapping[
 
         preprocess_corda(base, config, run_model=run)
         return get_peft_model(base, config)
-    from peft.tuners.lora.eva import initialize_lora_eva_weights
-
     model = get_peft_model(base, config)
     initialize_lora_eva_weights(model, list(batches), show_progress_bar=False)
     return model
@@ -55,20 +61,22 @@ def contrast_lora(
     """Give A of a new LoRA the start that `initialize_from_contrast` gives the low-rank part of CLOVER.
 
     Args:
-        model: a model with a new LoRA adapter of one rank, whose B is zero.
+        model: a model with a new LoRA adapter on linear modules, of one rank, whose B is zero, active alone.
         new: batches of the data to be trained on, as keyword arguments for `model`.
         known: batches of what the model should keep, alike.
         adapter_name: the adapter.
 
     Raises:
-        ValueError: B is not zero, ranks differ, or the data do not reach a module or have too few directions.
+        TypeError: data that are a single batch.
+        ValueError: another adapter, see above, or the data do not reach a module or have too few directions; then
+            nothing is changed.
     """
     layers = _new_layers(model, adapter_name)
-    inputs = {path: (layer, int(layer.in_features)) for path, layer in layers.items()}
     ranks = {int(layer.r[adapter_name]) for layer in layers.values()}
     if len(ranks) > 1:
-        raise ValueError(f"adapter {adapter_name!r}: expected one rank, found {sorted(ranks)}")
-    starts = contrast_starts(model, inputs, ranks.pop(), new, known)
+        raise ValueError(f"adapter {adapter_name!r}: expected one rank, found {sorted(ranks)}; leave out rank_pattern")
+    modules = {path: (layer, int(layer.in_features)) for path, layer in layers.items()}
+    starts = contrast_starts(model, modules, ranks.pop(), new, known)
     with torch.no_grad():
         for path, layer in layers.items():
             layer.lora_A[adapter_name].weight.copy_(starts[path])
@@ -76,10 +84,19 @@ def contrast_lora(
 
 def _new_layers(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     layers: dict[str, Any] = {
-        p: m for p, m in model.named_modules() if isinstance(m, LoraLayer) and adapter_name in m.lora_A
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, LoraLayer) and adapter_name in module.r
     }
-    if not layers or any(bool(layer.lora_B[adapter_name].weight.any()) for layer in layers.values()):
-        raise ValueError(f"adapter {adapter_name!r}: expected a new LoRA whose B is zero, found another")
+    if not layers:
+        raise ValueError(f"adapter {adapter_name!r}: expected a LoRA of this name, found none; correct the name")
+    for path, layer in layers.items():
+        if adapter_name not in layer.lora_A or not isinstance(layer.get_base_layer(), nn.Linear):
+            raise ValueError(f"{path}: expected a linear module, found {type(layer).__name__}; leave it out")
+        if layer.merged or layer.active_adapters != [adapter_name]:
+            raise ValueError(f"{path}: expected adapter {adapter_name!r} active alone and unmerged; call set_adapter")
+        if layer.lora_B[adapter_name].weight.any():
+            raise ValueError(f"{path}: expected a new LoRA whose B is zero, found a trained one; start with a new one")
     return layers
 
 

@@ -64,8 +64,9 @@ def _measured(laboratory: Laboratory, trial: Trial, record: Record) -> Record:
 
     - `intruders`, `effective_rank`, `relative_size`: of the weights, see `analysis.measure`; sum and means over
       projections.
-    - `kl`: mean KL divergence of a token's prediction from the base model's, on held-out text of the domain and of the
-      others. To second order it is half the squared norm of the update in the Fisher metric of that text.
+    - `kl`: mean KL divergence of a token's prediction from the base model's, on held-out text of the (last) domain and
+      of those that were not trained on. To second order it is half the squared norm of the update in the Fisher metric
+      of that text.
     - `output_change`: root of the summed squares of `dW x` over those of `W x`, with the base model's inputs x there.
     - `merged_rise`: loss of the merged model less that of the unmerged one, in the base's precision, over all domains.
     """

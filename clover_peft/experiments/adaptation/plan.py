@@ -21,7 +21,7 @@ from .lora_starts import FROM_DATA
 BASE = "base"  # the model that is not adapted
 OWN = "own text"  # beside the domains in records and tables: text that the model wrote before it was adapted
 TINY = "tiny"  # a small random model with a byte tokenizer, for tests
-THEN = "+"  # between domains that are trained on in turn
+IN_TURN = "+"  # between domains that are trained on in turn
 FULL = "full"  # the `peft` of an arm that trains all but embeddings and head
 
 
@@ -113,14 +113,21 @@ class Arm:
             raise ValueError(f"arms.{self.name}.peft: {' '.join(str(error).split())}") from error
 
 
-def stages_of(domain: str) -> list[str]:
+def stages_of(task: str) -> list[str]:
     """The domains of an entry of `adapt_to`, such as "wikitext+french": first the one, then the other."""
-    return domain.split(THEN)
+    return task.split(IN_TURN)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One record: an arm at a rate and a seed, adapted to a domain, or to several in turn; or the base model."""
+    """One record: an arm at a rate and a seed, adapted to a task; or the base model.
+
+    Attributes:
+        domain: the task, an entry of `adapt_to`: a domain, or several in turn with + between them.
+        arm: the arm's name.
+        rate: one of its rates.
+        seed: of the adapter's start and of the order of windows.
+    """
 
     domain: str
     arm: str
@@ -264,7 +271,8 @@ def _arm(name: str, block: Any) -> Arm:
         raise ValueError(f"arms.{name}.optimizer: expected adamw or muon, found {arm.optimizer!r}")
     config = arm.config()
     kind, start = getattr(config, "peft_type", None), getattr(config, "init_lora_weights", None)
-    starts_at_zero, from_data = kind == "LORA" and start is True, kind == "LORA" and start in FROM_DATA
+    is_plain_lora = kind == "LORA" and start in (True, "gaussian") and not getattr(config, "rank_pattern", None)
+    from_data = kind == "LORA" and start in FROM_DATA
     for key in ("initialize_from_activations", "contrast", "balance_updates"):
         if type(value := getattr(arm, key)) is not int or value < 0:
             raise ValueError(f"arms.{name}.{key}: expected a number of batches from 0 on, found {value!r}")
@@ -278,18 +286,18 @@ def _arm(name: str, block: Any) -> Arm:
             f"arms.{name}.initialize_from_activations: expected a number of batches for init_lora_weights: {start}, "
             "found 0"
         )
-    block = arm.peft if isinstance(arm.peft, dict) else {}
-    if start == "corda" and (
-        not isinstance(block.get("target_modules"), list) or "corda_method" not in (block.get("corda_config") or {})
-    ):  # peft's CorDA knows no "all-linear", and its two methods are opposites
+    if start == "corda" and isinstance(arm.peft, dict):
+        # peft's CorDA knows no "all-linear", its two methods are opposites, and its files would replace the batches.
+        method, named = arm.peft.get("corda_config"), isinstance(arm.peft.get("target_modules"), list)
+        if not named or method not in ({"corda_method": "kpm"}, {"corda_method": "ipm"}):
+            raise ValueError(
+                f"arms.{name}.peft: expected target_modules as a list and corda_config: {{corda_method: kpm or ipm}} "
+                f"for init_lora_weights: corda, found {arm.peft!r}"
+            )
+    if arm.contrast and not is_plain_lora and not getattr(config, "low_rank", 0):
         raise ValueError(
-            f"arms.{name}.peft: expected target_modules as a list and corda_config: {{corda_method: kpm or ipm}} for "
-            f"init_lora_weights: corda, found {block!r}"
-        )
-    if arm.contrast and not starts_at_zero and not getattr(config, "low_rank", 0):
-        raise ValueError(
-            f"arms.{name}.contrast: expected peft_type: CLOVER with low_rank, or a LORA that starts with B = 0, found "
-            f"{arm.peft!r}"
+            f"arms.{name}.contrast: expected peft_type: CLOVER with low_rank, or a LORA with init_lora_weights: "
+            f"true or gaussian and one rank, found {arm.peft!r}"
         )
     if arm.activations_on not in ("domain", "others", "own"):
         raise ValueError(f"arms.{name}.activations_on: expected domain, others or own, found {arm.activations_on!r}")
@@ -297,20 +305,26 @@ def _arm(name: str, block: Any) -> Arm:
         raise ValueError(
             f"arms.{name}.activations_on: expected initialize_from_activations beside it, with the number of batches"
         )
-    if arm.balance_updates and kind != "CLOVER" and not starts_at_zero:
-        raise ValueError(f"arms.{name}.balance_updates: expected peft_type: CLOVER, or a LORA that starts with B = 0")
+    if arm.balance_updates and kind != "CLOVER" and not is_plain_lora:
+        raise ValueError(
+            f"arms.{name}.balance_updates: expected peft_type: CLOVER, or a LORA with init_lora_weights: true or "
+            f"gaussian and one rank, found {arm.peft!r}"
+        )
     return arm
 
 
 def _check(experiment: Experiment) -> None:
     training, evaluation = experiment.training, experiment.evaluation
     domains, adapt_to, seeds = experiment.domains, experiment.adapt_to, experiment.seeds
-    several = isinstance(domains, dict) and len(domains) > 1 and not any(n == OWN or THEN in str(n) for n in domains)
-    _expect(several, "domains", f"at least two, each name: source, none called {OWN} or with a {THEN}", domains)
+    several = (
+        isinstance(domains, dict) and len(domains) > 1 and not any(n == OWN or IN_TURN in str(n) for n in domains)
+    )
+    _expect(several, "domains", f"at least two, each name: source, none called {OWN} or with a {IN_TURN}", domains)
     named = isinstance(adapt_to, list) and adapt_to and all(isinstance(entry, str) for entry in adapt_to)
     inside = named and all(set(stages) <= set(domains) for stages in map(stages_of, adapt_to))
-    once = inside and all(len(set(stages)) == len(stages) < len(domains) for stages in map(stages_of, adapt_to))
-    expected = f"some of {', '.join(domains)}, or different ones (not all) in turn with {THEN} between them"
+    once = inside and len(set(adapt_to)) == len(adapt_to)
+    once = once and all(len(set(stages)) == len(stages) < len(domains) for stages in map(stages_of, adapt_to))
+    expected = f"some of {', '.join(domains)}, or different ones (not all) in turn with {IN_TURN} between them"
     _expect(bool(once), "adapt_to", expected, adapt_to)
     whole = isinstance(seeds, list) and seeds and all(type(seed) is int and seed >= 0 for seed in seeds)
     _expect(bool(whole) and len(set(seeds)) == len(seeds), "seeds", "different whole numbers from 0 on", seeds)

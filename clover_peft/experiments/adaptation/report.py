@@ -85,7 +85,7 @@ def accuracy(record: Record) -> float | None:
 
 
 def adapted_to(found: dict[str, Record]) -> list[str]:
-    """What arms were adapted to: domains, in the order of the base model's record, and then domains in turn."""
+    """The tasks: domains, in the order of the base model's record, and then several in turn."""
     trials = [record["trial"] for record in found.values()]
     places = list(found[BASE]["losses"])
     tasks = {
@@ -94,12 +94,12 @@ def adapted_to(found: dict[str, Record]) -> list[str]:
     return sorted(tasks, key=lambda task: (len(stages_of(task)), [places.index(name) for name in stages_of(task)]))
 
 
-def by_arm(found: dict[str, Record], domain: str) -> dict[str, dict[float, list[Record]]]:
-    """Arm -> rate -> records of all seeds, of what was adapted to an entry; arms in the order of the experiment."""
+def by_arm(found: dict[str, Record], task: str) -> dict[str, dict[float, list[Record]]]:
+    """Arm -> rate -> records of all seeds, of what was adapted to a task; arms in the order of the experiment."""
     result: dict[str, dict[float, list[Record]]] = {}
     for record in sorted(found.values(), key=lambda record: record["place"]):
         trial = record["trial"]
-        if trial["arm"] != BASE and trial["domain"] == domain:
+        if trial["arm"] != BASE and trial["domain"] == task:
             result.setdefault(trial["arm"], {}).setdefault(trial["rate"], []).append(record)
     return {arm: dict(sorted(rates.items())) for arm, rates in result.items()}
 
@@ -194,8 +194,8 @@ def markdown(found: dict[str, Record], reference: str | None = None) -> str:
     return "\n".join(parts)
 
 
-def pictures(found: dict[str, Record], folder: Path) -> list[Path]:
-    """Curves of forgetting against learning over every arm's rates, one picture a domain; needs matplotlib.
+def pictures(found: dict[str, Record], folder: Path, prefix: str = "learn_forget") -> list[Path]:
+    """Curves of forgetting against learning over every arm's rates, `<prefix>_<task>.png`; needs matplotlib.
 
     Bars are standard errors over seeds.
     """
@@ -219,7 +219,7 @@ def pictures(found: dict[str, Record], folder: Path) -> list[Path]:
         axes.set_ylabel(f"rise of the loss on {', '.join(others)} (forgot: up)")
         if axes.containers:
             axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
-        save(f"learn_forget_{task}", figure)
+        save(f"{prefix}_{task}", figure)
     return made
 
 

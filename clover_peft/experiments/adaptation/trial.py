@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -155,8 +156,8 @@ class Laboratory:
         order = drawn(windows, training.batch_size, trial.seed)
         for _ in range(first, state.step):
             next(order)
-        if state.step == first:  # moments are of the domain before
-            state.optimizer.state.clear()
+        if state.step == first:
+            state.begin_stage()
         model.train()
         with restricted_head(model, windows.vocabulary) as labels:
             while state.step < first + training.steps and state.is_finite():
@@ -196,7 +197,8 @@ class Laboratory:
     def _save(self, model: Any, arm: Arm, trial: Trial) -> int | None:
         """Saves the adapter, for later analysis; returns the bytes of its weights.
 
-        A CorDA is not saved: peft cannot load one without the statistics that it started from.
+        A model that is trained whole is not saved, and neither is a CorDA: unlike PiSSA, peft cannot repeat its start
+        when it loads one, without the batches.
         """
         config = arm.config()
         if config is None or getattr(config, "init_lora_weights", None) == "corda":
@@ -216,7 +218,8 @@ def adapt(base: Any, arm: Arm, statistics: Sequence[dict[str, Tensor]] | None = 
     """
     config = arm.config()
     if isinstance(config, LoraConfig) and config.init_lora_weights in FROM_DATA:
-        return add_lora_from_data(base, config, statistics or ())
+        assert statistics is not None, "plan.py asks for them"
+        return add_lora_from_data(base, config, statistics)
     if config is not None:
         return get_peft_model(base, config)
     frozen = {id(p) for m in (base.get_input_embeddings(), base.get_output_embeddings()) for p in m.parameters()}
@@ -259,12 +262,19 @@ class _State:
         by_id = {id(self.trained[name]): copy for name, copy in self.copies.items()}
         for group in self.optimizer.param_groups:
             group["params"] = [by_id.get(id(p), p) for p in group["params"]]
-        self.scheduler = get_scheduler(training.schedule, self.optimizer, training.warmup_steps, training.steps)
-        if len(trial.stages) > 1:  # from the start again on each domain; one scheduler, so that one state is saved
-            whole = self.scheduler.lr_lambdas
-            self.scheduler.lr_lambdas = [lambda step, one=one: one(step % training.steps) for one in whole]
+        self.new_scheduler = partial(
+            get_scheduler, training.schedule, self.optimizer, training.warmup_steps, training.steps
+        )
+        self.scheduler = self.new_scheduler()
         if self.file.is_file():
             self._load()
+
+    def begin_stage(self) -> None:
+        """Starts the optimizer and the schedule anew, for the next domain."""
+        self.optimizer.state.clear()
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"]
+        self.scheduler = self.new_scheduler()
 
     def is_finite(self) -> bool:
         """Whether the last loss is."""
