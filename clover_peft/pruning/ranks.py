@@ -63,7 +63,9 @@ def by_layer(spectra: Spectra, ratio: float) -> Ranks:
     squares = {name: values.double().square().mean(0).cpu() for name, values in spectra.items()}
     values = torch.cat(list(squares.values()))
     heads = torch.cat([(part > 0).sum(0).to(values) for part in spectra.values()])  # that have a k-th direction
-    order = values.argsort(stable=True)
+    place = torch.cat([torch.arange(len(part)) for part in squares.values()])
+    last_first = place.argsort(descending=True, stable=True)
+    order = last_first[values[last_first].argsort(stable=True)]  # of equal directions of a layer, the last goes first
     removed = torch.zeros_like(values, dtype=torch.bool)
     removed[order] = heads[order].cumsum(0) <= ratio * float(heads.sum()) + heads[order] / 2
     parts = (~removed & (values > 0)).split([len(part) for part in squares.values()])

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -282,6 +282,7 @@ SPECTRA = st.lists(
 
 @settings(max_examples=50, deadline=None)
 @given(SPECTRA, st.floats(0, 0.99))
+@example([[[0.0, 0.0, 1.0, 4.5e-23], [1.0, 1.0, 1.0, 1.0]]], 0.5625)  # directions 2 to 4 have one mean square
 def test_a_ratio_is_the_share_of_directions_removed(lists, ratio):
     spectra = {str(i): torch.tensor(rows).sort(dim=1, descending=True).values for i, rows in enumerate(lists)}
     total = sum(int((values > 0).sum()) for values in spectra.values())  # the others pad their heads
