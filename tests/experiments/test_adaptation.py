@@ -667,7 +667,7 @@ def test_seeds_and_epochs_have_orders_of_their_own():
         ("arms.clover.rates=[1e-3, 1e-3]", "arms.clover.rates: expected different positive numbers"),
         (
             "arms.full={peft: full, rates: [1e-4], balance_updates: 3}",
-            "expected peft_type: CLOVER, or a LORA with init_lora_weights: true or gaussian and one rank",
+            "expected peft_type: CLOVER, or a LORA with init_lora_weights: true or gaussian",
         ),
         (
             "arms.full={peft: full, rates: [1e-4], initialize_from_activations: 3}",
@@ -676,6 +676,10 @@ def test_seeds_and_epochs_have_orders_of_their_own():
         (
             "arms.lora={peft: {peft_type: LORA}, rates: [1e-4], initialize_from_activations: 3}",
             "arms.lora.initialize_from_activations: expected peft_type: CLOVER, or a LORA with .*: corda or eva",
+        ),
+        (
+            "arms.lora={peft: {peft_type: LORA, rank_pattern: {v_proj: 3}}, rates: [1e-4], contrast: 3}",
+            "arms.lora.contrast: expected .* a LORA with init_lora_weights: true or gaussian and one rank",
         ),
         (
             "arms.lora={peft: {peft_type: LORA, init_lora_weights: eva}, rates: [1e-4]}",

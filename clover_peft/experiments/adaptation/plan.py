@@ -271,7 +271,8 @@ def _arm(name: str, block: Any) -> Arm:
         raise ValueError(f"arms.{name}.optimizer: expected adamw or muon, found {arm.optimizer!r}")
     config = arm.config()
     kind, start = getattr(config, "peft_type", None), getattr(config, "init_lora_weights", None)
-    is_plain_lora = kind == "LORA" and start in (True, "gaussian") and not getattr(config, "rank_pattern", None)
+    is_plain_lora = kind == "LORA" and start in (True, "gaussian")
+    has_one_rank = getattr(config, "low_rank", 0) or (is_plain_lora and not getattr(config, "rank_pattern", None))
     from_data = kind == "LORA" and start in FROM_DATA
     for key in ("initialize_from_activations", "contrast", "balance_updates"):
         if type(value := getattr(arm, key)) is not int or value < 0:
@@ -294,7 +295,7 @@ def _arm(name: str, block: Any) -> Arm:
                 f"arms.{name}.peft: expected target_modules as a list and corda_config: {{corda_method: kpm or ipm}} "
                 f"for init_lora_weights: corda, found {arm.peft!r}"
             )
-    if arm.contrast and not is_plain_lora and not getattr(config, "low_rank", 0):
+    if arm.contrast and not has_one_rank:
         raise ValueError(
             f"arms.{name}.contrast: expected peft_type: CLOVER with low_rank, or a LORA with init_lora_weights: "
             f"true or gaussian and one rank, found {arm.peft!r}"
@@ -308,7 +309,7 @@ def _arm(name: str, block: Any) -> Arm:
     if arm.balance_updates and kind != "CLOVER" and not is_plain_lora:
         raise ValueError(
             f"arms.{name}.balance_updates: expected peft_type: CLOVER, or a LORA with init_lora_weights: true or "
-            f"gaussian and one rank, found {arm.peft!r}"
+            f"gaussian, found {arm.peft!r}"
         )
     return arm
 
