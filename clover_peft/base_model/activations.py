@@ -75,12 +75,14 @@ class Probe:
         reads: True for the module's input, False for its output.
         heads: the features of interest.
         size: features of a block, d.
+        counted: features that need ten tokens each; those of a block by default.
     """
 
     module: nn.Module
     reads: bool
     heads: HeadSlice
     size: int
+    counted: int | None = None
 
 
 class TokenReader:
@@ -211,10 +213,11 @@ def collect_moments(
         raise ValueError(f"{missing[0]}: expected activations, found none; pass batches of tokens that reach it")
     for name, moments in found.items():
         moments.check_finite(name)
-    few = {name: m.tokens for name, m in found.items() if m.tokens < tokens_per_feature * probes[name].size}
+    sizes = {name: probe.counted or probe.size for name, probe in probes.items()}
+    few = {name: m.tokens for name, m in found.items() if m.tokens < tokens_per_feature * sizes[name]}
     if few:
         name = min(few, key=few.__getitem__)
-        size = probes[name].size
+        size = sizes[name]
         warn_if_few(name, few[name], size, f"blocks of {size} features", tokens_per_feature)
     return found
 

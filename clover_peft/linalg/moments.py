@@ -60,6 +60,12 @@ class Moments:
         """Raise `ValueError`, naming the module, if a moment is NaN or infinite."""
         check_finite(self.scatter, name)
 
+    def parts(self, count: int) -> Moments:
+        """The moments of `count` equal parts of one block, as of that many blocks."""
+        size = self.mean.shape[1] // count
+        own = self.scatter[0].view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        return Moments(own, self.mean.view(count, size), self.tokens, self.precision)
+
     @property
     def second(self) -> Tensor:
         """(H, d, d) float64, the mean of `z z^T`."""

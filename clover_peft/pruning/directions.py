@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base_model.weight import base_of, base_weight, partner_weight
+from ..linalg.across_heads import balance, fit_back, fit_down, joint_moments
 from ..linalg.decomposition import gram, pair_bases
 from ..linalg.moments import Moments, pair_grams
 from .calibration import Calibration, measure
@@ -31,57 +32,76 @@ class Directions:
         down: (H, d, d) float64, C: maps a head's features to their coordinates along its directions.
         back: (H, d, d) float64, E: maps these coordinates back to features; `back @ down = I`.
         seen: (G, d, d) float64, second moments about `bias` of the features that the output projection reads from
-            every query head, drawn towards the weights. Each query head of a group fits an E of its own to them. None
-            without moments, or if no query heads share a key-value head.
+            every query head, drawn towards the weights. None for queries and keys, and without moments.
+        together: moments of these features with all heads in one block, as they were collected; None if `seen` is.
         bias: (G, d) float64, the bias of the value projection for every query head. It is a constant in the features
             that the output projection reads, so the part along removed directions moves into the output's bias. None
             if there is no bias, or it cannot move.
+        turn: whether other directions may take the place of these, if all heads together lose less by them.
     """
 
     values: Tensor
     down: Tensor
     back: Tensor
     seen: Tensor | None = None
+    together: Moments | None = None
     bias: Tensor | None = None
+    turn: bool = True
 
-    def factors(self, ranks: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    def factors(self, ranks: Tensor, groups: int, gram: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """C and E, with the trailing directions zeroed.
 
-        Under grouped-query attention the query heads of a group share one C. If the moments A of each query head are
-        known (`seen`), each gets its own `E = A C^T (C A C^T)^-1`, which has the least mean squared error.
+        Under grouped-query attention the query heads of a group share one C. If the moments of what the output
+        projection reads are known (`seen`), C and E are those of all heads together that change its output least:
+        one head makes up for directions that another has lost (`linalg.across_heads`, ours).
 
         Args:
             ranks: (H,), the number of directions that every head keeps.
             groups: query heads that share a key-value head.
+            gram: (n, n) float64, the Gram of the output projection; without it C stays, and only E is fitted.
 
         Returns:
-            C (H, d, d), whose rows beyond a head's rank are zero, and E (H * groups, d, d), whose columns beyond it
-            are zero; float64. Both are the identity for a head that keeps all its directions.
+            C (H, d, d), whose rows beyond a head's rank are zero, and E (G, d, d), or (G, d, G, d) if `seen` is known,
+            whose columns beyond it are zero; float64. C is the identity for a head that keeps all its directions, and
+            E leaves its features as they are.
         """
         size = self.values.shape[1]
         eye = torch.eye(size, dtype=self.down.dtype, device=self.down.device)
         whole = (ranks.to(eye.device) == size).view(-1, 1, 1)
         kept = (torch.arange(size, device=self.down.device) < ranks.to(self.down.device).unsqueeze(1)).to(self.down)
         down = torch.where(whole, eye, kept.unsqueeze(-1) * self.down)
-        if self.seen is None:
+        if self.seen is None or bool(whole.all()) or not bool(kept.any()):
             back = torch.where(whole, eye, self.back * kept.unsqueeze(1))
             return down, back.repeat_interleave(groups, dim=0)
-        each = down.repeat_interleave(groups, dim=0)
-        read = self.seen @ each.mT
-        back = read @ torch.linalg.pinv(each @ read, hermitian=True)
-        back = back * kept.repeat_interleave(groups, dim=0).unsqueeze(1)
-        return down, torch.where(whole.repeat_interleave(groups, dim=0), eye, back)
+        read = self.read_moments()
+        if gram is None:
+            return down, fit_back(down.repeat_interleave(groups, dim=0), read)
+        down = fit_down(down, read, gram, groups)
+        back = fit_back(down.repeat_interleave(groups, dim=0), read)
+        return balance(down, back, read, gram, groups)
+
+    def read_moments(self) -> Tensor:
+        """(n, n) float64, with n = G d: `seen`, and what heads have in common (`joint_moments`)."""
+        assert self.seen is not None
+        assert self.together is not None
+        mean = self.together.mean
+        point = torch.zeros_like(mean) if self.bias is None else self.bias.to(mean).view_as(mean)
+        (joint,) = self.together.about(point).to(self.seen)
+        return joint_moments(self.seen, joint, self.together.tokens)
 
     @staticmethod
     def product(down: Tensor, back: Tensor) -> Tensor:
-        """`P = E C`, (G, d, d): maps the features of every query head to their part along the kept directions."""
-        return back @ down.repeat_interleave(len(back) // len(down), dim=0)
+        """`P = E C`, in E's shape: maps the features of every query head to what the kept directions tell of them."""
+        each = down.repeat_interleave(len(back) // len(down), dim=0)
+        return back @ each if back.ndim == 3 else torch.einsum("gdhr,hre->gdhe", back, each)
 
     def constant(self, down: Tensor, back: Tensor) -> Tensor | None:
         """(G, d), the part of the bias along removed directions, `(I - E C) b`; None without a bias."""
         if self.bias is None:
             return None
-        return self.bias - (self.product(down, back) @ self.bias.unsqueeze(-1)).squeeze(-1)
+        p = self.product(down, back)
+        kept = torch.einsum("gde,ge->gd" if p.ndim == 3 else "gdhe,he->gd", p, self.bias)
+        return self.bias - kept
 
     def energy(self, ranks: Tensor) -> Tensor:
         """(H,), the leading directions' share of the sum of squared values; 1 if all values are zero."""
@@ -91,9 +111,15 @@ class Directions:
         return torch.where(total > 0, (squares * kept).sum(1) / total.clamp(min=1e-300), torch.ones_like(total))
 
 
+def through(rows: Tensor, factor: Tensor) -> Tensor:
+    """Rows (..., G, d) of an output projection times E, (G, d, r) or (G, d, G, r): (..., G, r)."""
+    return torch.einsum("...gd,gdr->...gr" if factor.ndim == 3 else "...gd,gdhr->...hr", rows, factor)
+
+
 Found = dict[str, tuple[Pair, Directions]]  # name of a pair -> the pair and its directions
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def decompose(
     model: nn.Module,
@@ -110,7 +136,8 @@ def decompose(
         method: "clover" uses singular directions; "vanilla" uses the coordinates themselves, ordered by the product of
             their norms on both sides.
         calibration: batches, each of the model's keyword arguments, or the result of `calibrate`. With it, moments of
-            activations replace the Grams of the weights that compute them (`pair_grams`).
+            activations replace the Grams of the weights that compute them (`pair_grams`), and output projections are
+            fitted to what stays (`Directions.factors`).
         target_modules: selects pairs, see `select_pairs`.
 
     Returns:
@@ -156,29 +183,31 @@ def decompose_pair(pair: Pair, method: Method, moments: Mapping[str, Moments]) -
         g_in, own_bias = gram(pair.heads.blocks(reader.transposed(), size)), reader.bias
         if own_bias is not None:
             own_bias = pair.heads.blocks(own_bias, size).to(g_in)
-    with partner_weight(model, pair.partner) as beside:
-        g_out = beside.gram(pair.partner.heads, size)
+    with partner_weight(model, pair.partner) as other:
+        g_out = other.gram(pair.partner.heads, size)
     bias = None
     if pair.kind == "vo" and own_bias is not None and _takes_bias(pair):
         bias = own_bias.repeat_interleave(pair.groups, dim=0)
+    beside = moments.get(beside_name(pair))
     g_in, g_out, read = pair_grams(
         g_in,
         g_out,
         pair.heads.count,
         reads=pair.partner.reads,
         own=moments.get(pair.name),
-        partner=moments.get(beside_name(pair)),
+        partner=beside.parts(pair.partner.heads.count) if beside is not None and pair.partner.reads else beside,
         constant=bias,  # The bias is known from the weights; the mean of these data is not that of later ones.
     )
     if read is not None:
         g_in = g_in / pair.groups  # The mean over the group, because `g_out` is the sum.
+    seen, together = (None, None) if read is None else (read, beside)
     if method == "vanilla":
-        return replace(_coordinates(g_in, g_out), bias=bias)
+        return replace(_coordinates(g_in, g_out), seen=seen, together=together, bias=bias, turn=False)
     bases = pair_bases(g_in, g_out)
     assert bases.e is not None  # Only the basis of a single projection is the identity.
     root = bases.singular_values.sqrt()
     down, back = root.unsqueeze(-1) * bases.c, bases.e * root.unsqueeze(-2)
-    return Directions(bases.singular_values, down, back, read if pair.groups > 1 else None, bias)
+    return Directions(bases.singular_values, down, back, seen, together, bias)
 
 
 def _takes_bias(pair: Pair) -> bool:
@@ -200,7 +229,7 @@ def _coordinates(g_in: Tensor, g_out: Tensor) -> Directions:
     return Directions(values, down, down.mT)
 
 
-Factors = dict[str, tuple[Tensor, Tensor]]  # name of a pair -> C (H, d, d) and E (G, d, d)
+Factors = dict[str, tuple[Tensor, Tensor]]  # name of a pair -> C and E, see `Directions.factors`
 
 
 def compute_factors(found: Mapping[str, tuple[Pair, Directions]], ranks: Mapping[str, Tensor]) -> Factors:
@@ -216,8 +245,16 @@ def compute_factors(found: Mapping[str, tuple[Pair, Directions]], ranks: Mapping
     factors = {}
     for name, (pair, directions) in found.items():
         check_ranks(name, ranks.get(name), *directions.values.shape)
-        factors[name] = directions.factors(ranks[name], pair.groups)
+        factors[name] = directions.factors(ranks[name], pair.groups, _output_gram(pair, directions))
     return factors
+
+
+def _output_gram(pair: Pair, directions: Directions) -> Tensor | None:
+    """(n, n) float64, the Gram of the output projection over all heads; None where nothing is fitted to it."""
+    if directions.seen is None or not directions.turn:
+        return None
+    with partner_weight(pair.attention.model, pair.partner) as output:
+        return output.gram(pair.partner.heads, pair.partner.heads.features)[0].to(directions.seen)
 
 
 def check_ranks(name: str, ranks: Sequence[int] | Tensor | None, count: int, size: int) -> None:
@@ -227,6 +264,7 @@ def check_ranks(name: str, ranks: Sequence[int] | Tensor | None, count: int, siz
         raise ValueError(f"{name}: expected {count} ranks from 0 to {size}, found {found and list(found)}")
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def mask(model: nn.Module, found: Mapping[str, tuple[Pair, Directions]], ranks: Mapping[str, Tensor]) -> None:
     """Zero all but the leading directions in place and keep every shape, for analysis.
@@ -253,7 +291,7 @@ def mask(model: nn.Module, found: Mapping[str, tuple[Pair, Directions]], ranks: 
             lost = torch.einsum("ogd,gd->o", heads.blocks(rows.mT, pair.heads.dim).to(p), constant)
             _add_bias(module, lost)
         for side in [rows.mT] if pair.partner.reads else [rows, *([module.bias] if module.bias is not None else [])]:
-            changed = torch.einsum("...gd,gde->...ge", heads.blocks(side, pair.heads.dim).to(p), p)
+            changed = through(heads.blocks(side, pair.heads.dim).to(p), p)
             place = heads.heads(side)
             place.copy_(changed.reshape(place.shape))
 

@@ -139,12 +139,14 @@ def beside_name(pair: Pair) -> str:
 def probes(pairs: Iterable[Pair]) -> dict[str, Probe]:
     """The activations to measure for these pairs, by name.
 
-    They are the input of an output projection, or the outputs of a query and of its key.
+    They are the input of an output projection, with all heads in one block, or the outputs of a query and of its key,
+    head by head. Tokens are enough if they are enough for a head: `joint_moments` needs no more.
     """
     found = {}
     for pair in pairs:
         size, partner = pair.heads.dim, pair.partner
-        found[beside_name(pair)] = Probe(pair.partner_projection, partner.reads, partner.heads, size)
+        together = partner.heads.features if partner.reads else size
+        found[beside_name(pair)] = Probe(pair.partner_projection, partner.reads, partner.heads, together, size)
         if pair.kind == "qk":
             found[pair.name] = Probe(pair.projection, False, pair.heads, size)
     return found

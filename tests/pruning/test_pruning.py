@@ -12,6 +12,7 @@ from torch import Tensor
 
 import clover_peft
 from clover_peft.base_model.resolve import attention_blocks, resolve
+from clover_peft.base_model.weight import base_weight
 from clover_peft.linalg.decomposition import gram
 from clover_peft.linalg.moments import Moments
 from clover_peft.pruning import (
@@ -25,7 +26,7 @@ from clover_peft.pruning import (
     threshold,
     uniform,
 )
-from clover_peft.pruning.directions import decompose_pair
+from clover_peft.pruning.directions import compute_factors, decompose_pair
 from clover_peft.pruning.pairs import beside_name
 from tests.support.pruning import NARROW, prune
 from tests.support.tiny import FAMILIES, VOCAB, build, logits, relative
@@ -221,7 +222,8 @@ def test_the_energy_of_a_group_is_that_of_its_query_heads():
     assert groups > 1
     seen = gram(torch.randn(40, 1, size, generator=torch.Generator().manual_seed(1)).double())
     tokens = 10**12  # the weights have no say
-    moments = Moments(seen.repeat(heads, 1, 1) * tokens, torch.zeros(heads, size).double(), tokens, 1e-16)
+    scatter = torch.block_diag(*seen.repeat(heads, 1, 1)).unsqueeze(0) * tokens
+    moments = Moments(scatter, torch.zeros(1, heads * size).double(), tokens, 1e-16)
     found = decompose_pair(pair, "clover", {beside_name(pair): moments}).values
     o = model.get_submodule(pair.partner.path).weight.detach().unflatten(1, (heads, size))
     each = torch.einsum("ohd,ohe,ed->h", o, o, seen[0])
@@ -233,23 +235,40 @@ def test_too_few_tokens_are_warned_of():
         decompose(build("llama"), ["vo"], calibration=[{"input_ids": torch.arange(3, 9).unsqueeze(0)}])
 
 
-def test_every_query_head_of_a_group_fits_its_own_way_back():
+@pytest.mark.parametrize("family", ["llama", "opt", "bert", "gpt2", "deepseek_v3"])
+@pytest.mark.parametrize("method", ["clover", "vanilla"])
+def test_heads_are_fitted_together(family, method):
+    """The output of a block on the calibration data loses less than with every head by itself."""
     batches = text()
-    model = build("llama", torch.float64).eval()
-    block = "model.layers.0.self_attn.o_proj"
-    found = decompose(model, ["vo"], calibration=batches)
-    name = next(name for name in found if "layers.0" in name)
-    pair, directions = found[name]
-    groups = pair.partner.heads.count // pair.heads.count
-    assert groups > 1
-    ranks = torch.full((pair.heads.count,), pair.heads.dim // 2)
-    z = read_by_output(model, block, batches).unflatten(-1, (pair.partner.heads.count, -1))
+    model = build(family, torch.float64).eval()
+    found = decompose(model, ["vo"], method, batches)
+    name, (pair, directions) = next(iter(found.items()))
+    size = pair.heads.dim
+    ranks = {name: torch.full((pair.heads.count,), size // 2)}
+    z = pair.partner.heads.blocks(read_by_output(model, pair.partner.path, batches), size)
+    output = pair.partner.heads.blocks(base_weight(model, pair.partner.path).transposed().mT, size)
+    apart = dataclasses.replace(directions, together=dataclasses.replace(directions.together, tokens=0))
+    each = [apart.factors(ranks[name], pair.groups), compute_factors({name: (pair, directions)}, ranks)[name]]
+    assert torch.equal(each[0][0], each[1][0]) == (method == "vanilla")  # whose directions are coordinates
     lost = []
-    for each in (directions, dataclasses.replace(directions, seen=None)):
-        down, back = each.factors(ranks, groups)
-        p = back @ down.repeat_interleave(groups, dim=0)
-        lost.append(float((z - torch.einsum("nge,gde->ngd", z, p)).square().sum()))
-    assert lost[0] < lost[1]
+    for down, back in each:
+        p = directions.product(down, back)
+        constant = directions.constant(down, back)
+        kept = torch.einsum("ngd,hegd->nhe", z, p) + (0 if constant is None else constant)
+        lost.append(float(torch.einsum("ohd,nhd->no", output, z - kept).square().sum()))
+    assert lost[1] < 0.98 * lost[0]
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "bert", "t5", "deepseek_v3"])
+def test_without_tokens_no_head_knows_of_another(family):
+    model = build(family).eval()
+    pair = next(pair for pair in find_pairs(model) if pair.kind == "vo")
+    moments = Moments.empty(torch.Size((1, pair.partner.heads.features)), torch.device("cpu"))
+    seen = decompose_pair(pair, "clover", {beside_name(pair): moments}).read_moments()
+    blocks = seen.view(pair.partner.heads.count, pair.heads.dim, pair.partner.heads.count, pair.heads.dim)
+    for g in range(pair.partner.heads.count):
+        assert not blocks[g, :, :g].any()
+        assert not blocks[g, :, g + 1 :].any()
 
 
 def test_what_cannot_be_cut_is_said():

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...base_model.attention import AttentionBlock
 from ...base_model.slices import HeadSlice
-from ..directions import Directions
+from ..directions import Directions, through
 from ..pairs import Pair
 from .modules import narrow, undone_on_error
 
@@ -23,7 +23,7 @@ class Change(NamedTuple):
         pair: the pair.
         directions: its directions.
         down: (H, d, d) float64, C, from `Directions.factors`.
-        back: (G, d, d) float64, E.
+        back: (G, d, d) or (G, d, G, d) float64, E.
         width: the new width of all its heads.
     """
 
@@ -71,7 +71,7 @@ def _rewrite(attention: AttentionBlock, changes: Sequence[Change]) -> None:
                 lost = torch.einsum("ogd,gd->o", read, constant)
                 bias = lost if bias is None else bias + lost
             parts["v"] = torch.einsum("nhd,hwd->nhw", parts["v"], down)
-            read = torch.einsum("ogd,gdw->ogw", read, back)
+            read = through(read, back)
             continue
         for part, heads, factor in (("k", pair.heads, down.mT), ("q", pair.partner.heads, back)):
             # Under partial rotation a pair is a part of its heads, and their other features stay.

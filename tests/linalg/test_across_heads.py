@@ -1,0 +1,154 @@
+"""Directions and output maps of all heads of a block together: best on the samples that they are fitted to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from clover_peft.linalg.across_heads import balance, fit_back, fit_down, joint_moments
+from clover_peft.linalg.decomposition import pair_bases
+
+HEADS, GROUPS, SIZE, OUT = 2, 2, 6, 20
+COUNT = HEADS * GROUPS
+N = COUNT * SIZE
+
+
+def samples(groups: int = GROUPS, tokens: int = 4000) -> tuple[Tensor, Tensor]:
+    """Features of query heads that have much in common, (tokens, n), and an output weight (OUT, n)."""
+    generator = torch.Generator().manual_seed(0)
+    n = HEADS * groups * SIZE
+    common = torch.randn(tokens, 8, generator=generator) @ torch.randn(8, n, generator=generator)
+    features = common + 0.5 * torch.randn(tokens, n, generator=generator)
+    return features.double(), torch.randn(OUT, n, generator=generator).double()
+
+
+def problem(ranks: list[int], groups: int = GROUPS) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """C by each head alone, the moments, the Gram of the output, and the features."""
+    features, output = samples(groups)
+    moments, gram = features.mT @ features / len(features), output.mT @ output
+    shape = (HEADS, groups, SIZE, HEADS, groups, SIZE)
+    own, out = (
+        torch.stack([sum(each.view(shape)[h, g, :, h, g] for g in range(groups)) for h in range(HEADS)])
+        for each in (moments, gram)
+    )
+    kept = torch.arange(SIZE) < torch.tensor(ranks).unsqueeze(1)
+    down = pair_bases(own, out).c * kept.unsqueeze(-1)
+    whole = kept.all(-1).view(-1, 1, 1)
+    return torch.where(whole, torch.eye(SIZE).double(), down), moments, gram, features
+
+
+def error(down: Tensor, back: Tensor, moments: Tensor, gram: Tensor) -> float:
+    """`tr((I - P) M (I - P)^T G)`, as it is written."""
+    each = down.repeat_interleave(len(back) // len(down), dim=0)
+    lost = torch.eye(len(moments)).double() - back.flatten(2).flatten(0, 1) @ torch.block_diag(*each)
+    return float(torch.trace(lost @ moments @ lost.mT @ gram))
+
+
+def test_the_way_back_is_the_regression_on_the_kept_coordinates():
+    down, moments, _, features = problem([3, 2])
+    each = down.repeat_interleave(GROUPS, dim=0)
+    back = fit_back(each, moments)
+    kept = torch.block_diag(*each)[each.any(-1).flatten()]
+    expected = torch.linalg.lstsq(features @ kept.mT, features).solution.mT
+    found = back.flatten(2).flatten(0, 1)
+    torch.testing.assert_close(found[:, each.any(-1).flatten()], expected)
+    assert bool((found[:, ~each.any(-1).flatten()] == 0).all())
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("ranks", [[3, 3], [4, 1], [6, 2], [0, 3]])
+def test_directions_of_all_heads_together_lose_less(ranks, groups):
+    down, moments, gram, _ = problem(ranks, groups)
+    apart = torch.block_diag(*moments.view(HEADS * groups, SIZE, -1, SIZE).diagonal(dim1=0, dim2=2).permute(2, 0, 1))
+    each = down.repeat_interleave(groups, dim=0)
+    alone = error(down, fit_back(each, apart), moments, gram)
+    fitted = error(down, fit_back(each, moments), moments, gram)
+    turned = fit_down(down, moments, gram, groups)
+    best = error(turned, fit_back(turned.repeat_interleave(groups, dim=0), moments), moments, gram)
+    assert best < 0.99 * fitted < 0.95 * alone
+    assert torch.equal(turned.any(-1), down.any(-1))
+    for head, rank in enumerate(ranks):
+        if rank == SIZE:
+            assert torch.equal(turned[head], down[head])
+
+
+def test_no_directions_nearby_are_better():
+    """The gradient of the plain formula vanishes where the search ends."""
+    down, moments, gram, _ = problem([3, 3])
+    for _ in range(10):  # the search stops after few steps
+        down = fit_down(down, moments, gram, GROUPS)
+    best = error(down, fit_back(down.repeat_interleave(GROUPS, dim=0), moments), moments, gram)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(20):
+        noise = 1e-2 * down.norm() * torch.randn(down.shape, generator=generator).double()
+        near = down + noise * down.any(-1, keepdim=True)
+        worse = error(near, fit_back(near.repeat_interleave(GROUPS, dim=0), moments), moments, gram)
+        assert worse > best * (1 - 1e-6)
+
+
+def test_a_single_head_cannot_do_better_than_its_singular_directions():
+    """Eckart and Young: with one head there is nothing to share."""
+    features, output = samples(1)
+    features, output = features[:, :SIZE], output[:, :SIZE]
+    moments, gram = features.mT @ features, output.mT @ output
+    down = pair_bases(moments.unsqueeze(0), gram.unsqueeze(0)).c
+    down[:, 3:] = 0
+    s = torch.linalg.svdvals(output @ torch.linalg.cholesky(moments))
+    optimum = float(s[3:].square().sum())
+    turned = fit_down(down, moments, gram, 1)
+    assert error(down, fit_back(down, moments), moments, gram) == pytest.approx(optimum)
+    assert error(turned, fit_back(turned, moments), moments, gram) == pytest.approx(optimum)
+
+
+@pytest.mark.parametrize("ranks", [[3, 3], [6, 2]])
+def test_balance_leaves_the_product_and_orders_the_directions(ranks):
+    down, moments, gram, _ = problem(ranks)
+    down = fit_down(down, moments, gram, GROUPS)
+    back = fit_back(down.repeat_interleave(GROUPS, dim=0), moments)
+    other_down, other_back = balance(down, back, moments, gram, GROUPS)
+    before, after = (
+        torch.einsum("gdhr,hre->gdhe", b, d.repeat_interleave(GROUPS, dim=0))
+        for d, b in ((down, back), (other_down, other_back))
+    )
+    torch.testing.assert_close(after, before)
+    for head, rank in enumerate(ranks):
+        if rank == SIZE:
+            assert torch.equal(other_down[head], torch.eye(SIZE).double())
+            continue
+        heads = range(head * GROUPS, (head + 1) * GROUPS)
+        blocks = moments.view(COUNT, SIZE, COUNT, SIZE)
+        read = sum(other_down[head] @ blocks[h, :, h] @ other_down[head].mT for h in heads) / GROUPS
+        columns = [other_back.flatten(0, 1)[:, h] for h in heads]
+        written = sum(c.mT @ gram @ c for c in columns)
+        torch.testing.assert_close(read, torch.diag(read.diagonal()))
+        torch.testing.assert_close(written, read)  # S^1/2 on both sides
+        assert bool((read.diagonal().diff() <= 1e-9).all())
+        assert bool((other_down[head, rank:] == 0).all())
+
+
+def test_features_that_carry_nothing_are_no_obstacle():
+    """As in a head that an earlier pruning padded."""
+    down, moments, gram, _ = problem([3, 3])
+    dead = torch.ones(N).double()
+    dead[SIZE - 2 : SIZE] = dead[2 * SIZE - 2 : 2 * SIZE] = 0
+    moments, gram = (dead.diag() @ each @ dead.diag() for each in (moments, gram))
+    down[0] = 0
+    down[0, range(5), range(5)] = 1  # the fifth is dead
+    turned = fit_down(down, moments, gram, GROUPS)
+    back = fit_back(turned.repeat_interleave(GROUPS, dim=0), moments)
+    assert bool(back.isfinite().all())
+    assert bool(turned.isfinite().all())
+    assert error(turned, back, moments, gram) < float(torch.trace(moments @ gram))
+
+
+@pytest.mark.parametrize("tokens", [0, 24, 10**9])
+def test_joint_moments_are_between_those_of_heads_apart_and_together(tokens):
+    _, moments, _, _ = problem([3, 3])
+    own = moments.view(COUNT, SIZE, COUNT, SIZE).diagonal(dim1=0, dim2=2).permute(2, 0, 1) + torch.eye(SIZE)
+    found = joint_moments(own, moments, tokens)
+    share = tokens / (N + tokens)
+    apart = torch.block_diag(*torch.ones(COUNT, SIZE, SIZE)).bool()
+    torch.testing.assert_close(found[~apart], share * moments[~apart])
+    torch.testing.assert_close(found[apart], torch.block_diag(*own)[apart])
+    assert float(torch.linalg.eigvalsh(found)[0]) > 0
