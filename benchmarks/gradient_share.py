@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +82,12 @@ def _gradients(
     weights: dict[str, Any] = {path: layer.get_base_layer().weight for path, layer in layers.items()}
     for weight in weights.values():
         weight.requires_grad_(True)
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, inputs, path=path: add(path, inputs[0]))
-        for path, layer in layers.items()
-    ]
     text = laboratory.windows[domain]
     order = drawn(text, 1, arguments.seed)
-    with restricted_head(model, text.vocabulary) as labels:
+    with restricted_head(model, text.vocabulary) as labels, ExitStack() as hooked:
+        for path, layer in layers.items():
+            hook = layer.register_forward_pre_hook(lambda _, inputs, path=path: add(path, inputs[0]))
+            hooked.enter_context(hook)
         for number in trange(arguments.windows, desc=domain, unit="window"):
             ids = next(order).to(labels.device)
             model(input_ids=ids, labels=labels[ids], use_cache=False).loss.backward()
@@ -95,8 +95,6 @@ def _gradients(
                 half = halves[number % 2]
                 half[path] = half[path] + weight.grad if path in half else weight.grad.clone()
             model.zero_grad()
-    for hook in hooks:
-        hook.remove()
     return halves, means
 
 

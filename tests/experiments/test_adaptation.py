@@ -725,6 +725,7 @@ def test_seeds_and_epochs_have_orders_of_their_own():
         ("seeds=[]", "seeds: expected different whole numbers"),
         ("curve_seeds=-1", "curve_seeds: expected a number of seeds, found -1"),
         ("training.steps=0", "training.steps: expected at least 1, found 0"),
+        ("training.schedule=cosin", "training.schedule: expected one of linear, cosine, .*, found 'cosin'"),
         ("something=1", "expected the keys model"),
     ],
 )

@@ -22,6 +22,7 @@ BASE = "base"  # the model that is not adapted
 OWN = "own text"  # beside the domains in records and tables: text that the model wrote before it was adapted
 TINY = "tiny"  # a small random model with a byte tokenizer, for tests
 IN_TURN = "+"  # between domains that are trained on in turn
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")  # those that need no arguments of their own
 FULL = "full"  # the `peft` of an arm that trains all but embeddings and head
 
 
@@ -34,7 +35,7 @@ class Training:
         length: tokens of a window.
         batch_size: windows a step.
         warmup_steps: at the start.
-        schedule: of the learning rate, by transformers' name.
+        schedule: of the learning rate, one of `SCHEDULES` (transformers' names).
         weight_decay: of AdamW.
         max_grad_norm: gradients are clipped at it.
         checkpoint_steps: a killed trial goes on from a multiple of it.
@@ -335,6 +336,7 @@ def _check(experiment: Experiment) -> None:
     _expect(
         evaluation.vocabulary in ("domain", "full"), "evaluation.vocabulary", "domain or full", evaluation.vocabulary
     )
+    _expect(training.schedule in SCHEDULES, "training.schedule", f"one of {', '.join(SCHEDULES)}", training.schedule)
     for block, names in (
         (training, ("steps", "length", "batch_size", "checkpoint_steps")),
         (evaluation, ("documents",)),
