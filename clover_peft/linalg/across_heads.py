@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .decomposition import limit_condition, pair_bases
 
-_ITERATIONS = 20  # of L-BFGS: on SmolLM2-135M, 40 take twice as long for a tenth more
+_ITERATIONS = 20  # of L-BFGS: on SmolLM2-135M, 40 take twice as long and lower the error by 1.5 % more
 _CONDITION = 1e3  # of the moments that the search is scaled by
 
 
@@ -73,12 +73,13 @@ def fit_down(down: Tensor, moments: Tensor, gram: Tensor, groups: int) -> Tensor
     """
     heads, size = down.shape[:2]
     kept = down.any(-1)
-    most = int(kept.sum(-1).max())
+    if not (most := int(kept.sum(-1).max())):
+        return down
     live = kept[:, :most].unsqueeze(1).expand(-1, groups, -1).flatten()
     shape = (heads, groups, size, heads, groups, size)
     found, weighted = moments.view(shape), (moments @ gram @ moments).view(shape)
     total = torch.sum(moments * gram)
-    own = found.diagonal(dim1=0, dim2=3).diagonal(dim1=0, dim2=2).sum(-1).permute(2, 0, 1)
+    own = _of_heads(moments, heads, groups).sum(1)
     scale = torch.linalg.cholesky(limit_condition(own, _CONDITION))  # L, with own = L L^T
 
     def at(rows: Tensor) -> Tensor:
@@ -91,7 +92,6 @@ def fit_down(down: Tensor, moments: Tensor, gram: Tensor, groups: int) -> Tensor
 
     rows = torch.linalg.qr((down[:, :most] @ scale).mT)[0].mT.contiguous().requires_grad_()
     search = torch.optim.LBFGS([rows], max_iter=_ITERATIONS, history_size=10, line_search_fn="strong_wolfe")
-
     losses: list[float] = []
 
     def closure() -> float:
@@ -135,8 +135,7 @@ def balance(down: Tensor, back: Tensor, moments: Tensor, gram: Tensor, groups: i
         C and E in these shapes; their product is the same. A head that keeps all its directions is left as it is.
     """
     heads, size = down.shape[:2]
-    shape = (heads, groups, size, heads, groups, size)
-    own = moments.view(shape).diagonal(dim1=0, dim2=3).diagonal(dim1=0, dim2=2).mean(-1).permute(2, 0, 1)
+    own = _of_heads(moments, heads, groups).mean(1)
     columns = back.flatten(0, 1).permute(1, 0, 2)  # (G, n, d)
     written = (columns.mT @ gram @ columns).unflatten(0, (heads, groups)).sum(1)
     bases = pair_bases(down @ own @ down.mT, written)
@@ -147,3 +146,9 @@ def balance(down: Tensor, back: Tensor, moments: Tensor, gram: Tensor, groups: i
     into = torch.where(whole, eye, root.unsqueeze(-1) * bases.c)
     out_of = torch.where(whole, eye, bases.e * root.unsqueeze(-2)).repeat_interleave(groups, dim=0)
     return into @ down, torch.einsum("gdhr,hrs->gdhs", back, out_of)
+
+
+def _of_heads(moments: Tensor, heads: int, groups: int) -> Tensor:
+    """The diagonal blocks of (n, n) moments, (H, groups, d, d): those of every query head."""
+    blocks = moments.view(heads * groups, len(moments) // (heads * groups), heads * groups, -1)
+    return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).unflatten(0, (heads, groups))

@@ -142,6 +142,22 @@ def test_features_that_carry_nothing_are_no_obstacle():
     assert error(turned, back, moments, gram) < float(torch.trace(moments @ gram))
 
 
+@pytest.mark.parametrize("dead", ["all", "one head", "the weights", "the data"])
+def test_dead_heads_keep_nothing_and_disturb_nobody(dead):
+    down, moments, gram, _ = problem([3, 3])
+    if dead in ("all", "one head"):
+        down[: 1 if dead == "one head" else 2] = 0
+    moments, gram = moments * (dead != "the data"), gram * (dead != "the weights")
+    turned = fit_down(down, moments, gram, GROUPS)
+    back = fit_back(turned.repeat_interleave(GROUPS, dim=0), moments)
+    turned, back = balance(turned, back, moments, gram, GROUPS)
+    assert bool(turned.isfinite().all())
+    assert bool(back.isfinite().all())
+    if dead == "one head":
+        assert not turned[0].any()
+        assert error(turned, back, moments, gram) < float(torch.trace(moments @ gram))
+
+
 @pytest.mark.parametrize("tokens", [0, 24, 10**9])
 def test_joint_moments_are_between_those_of_heads_apart_and_together(tokens):
     _, moments, _, _ = problem([3, 3])
