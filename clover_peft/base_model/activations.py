@@ -75,7 +75,7 @@ class Probe:
         reads: True for the module's input, False for its output.
         heads: the features of interest.
         size: features of a block, d.
-        counted: features that need ten tokens each; those of a block by default.
+        counted: features that need some tokens each, see `collect_moments`; those of a block by default.
     """
 
     module: nn.Module

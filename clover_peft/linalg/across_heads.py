@@ -8,22 +8,38 @@ from torch import Tensor
 from .decomposition import limit_condition, pair_bases
 
 _ITERATIONS = 20  # of L-BFGS: on SmolLM2-135M, 40 take twice as long and lower the error by 1.5 % more
-_CONDITION = 1e3  # of the moments that the search is scaled by
+_CONDITION = 1e3  # of a head's moments: below are the rounding errors of their sums in float32
+_RIDGE = 1e-6  # of kept coordinates, each scaled to 1, for the same reason
 
 
 def joint_moments(own: Tensor, joint: Tensor, tokens: int) -> Tensor:
-    """Second moments of all heads' features together; the fewer tokens, the less of what heads have in common (ours).
+    """Second moments of all heads' features together, with the less of what heads have in common the more of it may be
+    noise (ours).
+
+    In coordinates in which `own` is the identity, T independent tokens leave about `tr M_gg tr M_hh / T` of squares
+    between two heads that have nothing in common. The part between heads is multiplied by the share of its squares
+    that is more than this, as in James and Stein's estimator.
 
     Args:
-        own: (G, d, d) float64, the moments of every head, drawn towards the weights.
-        joint: (n, n) float64, with n = G d; only its part between different heads is read.
-        tokens: that it was made of.
+        own: (G, d, d) float64, the moments of every head, drawn towards the weights by `moments.shrink`.
+        joint: (n, n) float64, with n = G d, as they were found.
+        tokens: T, that it was made of.
 
     Returns:
-        (n, n) float64, positive semidefinite: `own` on the diagonal, the rest times `tokens / (n + tokens)`.
+        (n, n) float64, positive semidefinite: `own` on the diagonal, with condition numbers that float32 can hold, and
+        the rest of `joint` times a share from 0 to T / (d + T). Costs n^2 d.
     """
     count, size = own.shape[:2]
-    result = joint * (tokens / (len(joint) + tokens))
+    own = limit_condition(own, _CONDITION)
+    factor = torch.linalg.cholesky(own)
+    half = torch.linalg.solve_triangular(factor, joint.reshape(count, size, -1), upper=False).flatten(0, 1)
+    whitened = torch.linalg.solve_triangular(factor, half.mT.reshape(count, size, -1), upper=False)
+    squares = whitened.square().sum(1).unflatten(1, (count, size)).sum(-1)
+    traces = whitened.unflatten(2, (count, size)).diagonal(dim1=0, dim2=2).diagonal(dim1=0, dim2=1).sum(-1)
+    between = ~torch.eye(count, dtype=torch.bool, device=own.device)
+    noise = (traces * traces.unsqueeze(1))[between].sum() / max(1, tokens)
+    share = (1 - noise / squares[between].sum().clamp(min=1e-300)).clamp(0, tokens / (size + tokens))
+    result = joint * share
     result.view(count, size, count, size).diagonal(dim1=0, dim2=2).copy_(own.permute(1, 2, 0))
     return result
 
@@ -35,7 +51,7 @@ def fit_back(down: Tensor, moments: Tensor) -> Tensor:
 
     Args:
         down: (G, d, d) float64, C of every query head; rows of removed directions are zero.
-        moments: M, (n, n) float64, with n = G d.
+        moments: M, (n, n) float64, with n = G d, from `joint_moments`.
 
     Returns:
         (G, d, G, d) float64: from the coordinates in the last two dimensions to features in the first two.
@@ -44,13 +60,11 @@ def fit_back(down: Tensor, moments: Tensor) -> Tensor:
     kept = down.flatten(0, 1).any(-1)
     read = torch.einsum("xgd,grd->xgr", moments.unflatten(1, (count, size)), down).flatten(1)
     inner = torch.einsum("grd,gdx->grx", down, read.unflatten(0, (count, size))).flatten(0, 1)[kept][:, kept]
-    factor, info = torch.linalg.cholesky_ex(inner)
-    if info:  # Some kept directions carry nothing, or data are few.
-        solved = read[:, kept] @ torch.linalg.pinv(inner, hermitian=True)
-    else:
-        solved = torch.cholesky_solve(read[:, kept].mT, factor).mT
+    unit = inner.diagonal().sqrt()
+    scaled = inner / unit / unit.unsqueeze(1)
+    scaled.diagonal().add_(_RIDGE)
     back = torch.zeros_like(read)
-    back[:, kept] = solved
+    back[:, kept] = torch.cholesky_solve((read[:, kept] / unit).mT, torch.linalg.cholesky(scaled)).mT / unit
     return back.view(count, size, count, size)
 
 
@@ -63,7 +77,8 @@ def fit_down(down: Tensor, moments: Tensor, gram: Tensor, groups: int) -> Tensor
 
     Args:
         down: C, (H, d, d) float64, of every key-value head; rows of removed directions are zero and come last.
-        moments: M, (n, n) float64, of the features that the output projection reads, with n = H groups d.
+        moments: M, (n, n) float64, of the features that the output projection reads, with n = H groups d, from
+            `joint_moments`.
         gram: G, (n, n) float64, the Gram `W_o^T W_o` of the output projection.
         groups: query heads that share a key-value head.
 
@@ -78,9 +93,7 @@ def fit_down(down: Tensor, moments: Tensor, gram: Tensor, groups: int) -> Tensor
     live = kept[:, :most].unsqueeze(1).expand(-1, groups, -1).flatten()
     shape = (heads, groups, size, heads, groups, size)
     found, weighted = moments.view(shape), (moments @ gram @ moments).view(shape)
-    total = torch.sum(moments * gram)
-    own = _of_heads(moments, heads, groups).sum(1)
-    scale = torch.linalg.cholesky(limit_condition(own, _CONDITION))  # L, with own = L L^T
+    scale = torch.linalg.cholesky(_of_heads(moments, heads, groups).sum(1))  # L, with L L^T a head's own moments
 
     def at(rows: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(scale, rows, upper=False, left=False)
@@ -92,7 +105,7 @@ def fit_down(down: Tensor, moments: Tensor, gram: Tensor, groups: int) -> Tensor
 
     rows = torch.linalg.qr((down[:, :most] @ scale).mT)[0].mT.contiguous().requires_grad_()
     search = torch.optim.LBFGS([rows], max_iter=_ITERATIONS, history_size=10, line_search_fn="strong_wolfe")
-    losses: list[float] = []
+    explained: list[float] = []
 
     def closure() -> float:
         c = at(rows)
@@ -101,20 +114,17 @@ def fit_down(down: Tensor, moments: Tensor, gram: Tensor, groups: int) -> Tensor
             inverse = torch.cholesky_inverse(torch.linalg.cholesky(k))
             product = inverse @ y
             outer = product @ inverse
-        # The gradient of tr(K^-1 Y), without a pass back through the inverse. In percent: L-BFGS stops at absolute
-        # changes.
+        # The gradient of tr(K^-1 Y), without a pass back through the inverse.
         (gradient,) = torch.autograd.grad((outer * k).sum() - (inverse * y).sum(), rows)
-        rows.grad = (gradient * (100 / total)).contiguous()
-        losses.append(float(-100 * product.trace() / total))
-        return losses[-1]
+        explained.append(float(product.trace()))
+        percent = 100 / explained[0] if explained[0] else 0.0  # L-BFGS stops at absolute changes
+        rows.grad = (gradient * percent).contiguous()
+        return -percent * explained[-1]
 
-    try:
-        with torch.enable_grad():
-            search.step(closure)
-            better = closure() < losses[0]
-    except torch.linalg.LinAlgError:  # Some kept directions carry nothing.
-        better = False
-    if not better:
+    with torch.enable_grad():
+        search.step(closure)
+        closure()
+    if not explained[-1] > explained[0]:
         return down
     result = torch.zeros_like(down)
     result[:, :most] = at(rows.detach()) * kept[:, :most].unsqueeze(-1)

@@ -6,12 +6,14 @@ own features z (ours): `P = E_r C_r`, where `C z = S^1/2 U^T x`, `W_o E = V S^1/
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from ..base_model.weight import base_of, base_weight, partner_weight
 from ..linalg.across_heads import balance, fit_back, fit_down, joint_moments
@@ -24,6 +26,35 @@ Method = Literal["clover", "vanilla"]
 
 
 @dataclass(frozen=True)
+class OutputFit:
+    """What an output projection reads and writes, to which C and E of all its heads are fitted together.
+
+    Attributes:
+        own: (G, d, d) float64, second moments about the values' bias of the features that it reads from every query
+            head, drawn towards the weights.
+        together: moments of these features with all heads in one block of n = G d, as they were collected.
+        point: (1, n) float64, the values' bias; zeros without one.
+        gram: computes its Gram, (n, n) float64; None if the directions stay, and only E is fitted.
+    """
+
+    own: Tensor
+    together: Moments
+    point: Tensor
+    gram: Callable[[], Tensor] | None
+
+    def factors(self, down: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+        """C (H, d, d), from one whose removed rows are zero, and E (G, d, G, d)."""
+        (joint,) = self.together.about(self.point).to(self.own)
+        moments = joint_moments(self.own, joint, self.together.tokens)
+        if self.gram is None:
+            return down, fit_back(down.repeat_interleave(groups, dim=0), moments)
+        gram = self.gram().to(moments)
+        down = fit_down(down, moments, gram, groups)
+        back = fit_back(down.repeat_interleave(groups, dim=0), moments)
+        return balance(down, back, moments, gram, groups)
+
+
+@dataclass(frozen=True)
 class Directions:
     """The directions of a pair's heads, most important first.
 
@@ -31,68 +62,48 @@ class Directions:
         values: (H, d) float64, descending: singular values, or importances of coordinates.
         down: (H, d, d) float64, C: maps a head's features to their coordinates along its directions.
         back: (H, d, d) float64, E: maps these coordinates back to features; `back @ down = I`.
-        seen: (G, d, d) float64, second moments about `bias` of the features that the output projection reads from
-            every query head, drawn towards the weights. None for queries and keys, and without moments.
-        together: moments of these features with all heads in one block, as they were collected; None if `seen` is.
         bias: (G, d) float64, the bias of the value projection for every query head. It is a constant in the features
             that the output projection reads, so the part along removed directions moves into the output's bias. None
             if there is no bias, or it cannot move.
-        turn: whether other directions may take the place of these, if all heads together lose less by them.
+        fit: what C and E of a value and output are fitted to; None for queries and keys, and without moments.
     """
 
     values: Tensor
     down: Tensor
     back: Tensor
-    seen: Tensor | None = None
-    together: Moments | None = None
     bias: Tensor | None = None
-    turn: bool = True
+    fit: OutputFit | None = None
 
-    def factors(self, ranks: Tensor, groups: int, gram: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def factors(self, ranks: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         """C and E, with the trailing directions zeroed.
 
-        Under grouped-query attention the query heads of a group share one C. If the moments of what the output
-        projection reads are known (`seen`), C and E are those of all heads together that change its output least:
-        one head makes up for directions that another has lost (`linalg.across_heads`, ours).
+        Under grouped-query attention the query heads of a group share one C. With moments, C and E of a value and
+        output are those of all heads together that change the output least: one head makes up for directions that
+        another has lost (`linalg.across_heads`, ours).
 
         Args:
             ranks: (H,), the number of directions that every head keeps.
             groups: query heads that share a key-value head.
-            gram: (n, n) float64, the Gram of the output projection; without it C stays, and only E is fitted.
 
         Returns:
-            C (H, d, d), whose rows beyond a head's rank are zero, and E (G, d, d), or (G, d, G, d) if `seen` is known,
-            whose columns beyond it are zero; float64. C is the identity for a head that keeps all its directions, and
-            E leaves its features as they are.
+            C (H, d, d), whose rows beyond a head's rank are zero, and E (G, d, d), or (G, d, G, d) if all heads are
+            fitted together, whose columns beyond it are zero; float64. C is the identity for a head that keeps all its
+            directions, and E leaves its features as they are.
         """
         size = self.values.shape[1]
         eye = torch.eye(size, dtype=self.down.dtype, device=self.down.device)
         whole = (ranks.to(eye.device) == size).view(-1, 1, 1)
         kept = (torch.arange(size, device=self.down.device) < ranks.to(self.down.device).unsqueeze(1)).to(self.down)
         down = torch.where(whole, eye, kept.unsqueeze(-1) * self.down)
-        if self.seen is None or bool(whole.all()) or not bool(kept.any()):
-            back = torch.where(whole, eye, self.back * kept.unsqueeze(1))
-            return down, back.repeat_interleave(groups, dim=0)
-        read = self.read_moments()
-        if gram is None:
-            return down, fit_back(down.repeat_interleave(groups, dim=0), read)
-        down = fit_down(down, read, gram, groups)
-        back = fit_back(down.repeat_interleave(groups, dim=0), read)
-        return balance(down, back, read, gram, groups)
-
-    def read_moments(self) -> Tensor:
-        """(n, n) float64, with n = G d: `seen`, and what heads have in common (`joint_moments`)."""
-        assert self.seen is not None
-        assert self.together is not None
-        mean = self.together.mean
-        point = torch.zeros_like(mean) if self.bias is None else self.bias.to(mean).view_as(mean)
-        (joint,) = self.together.about(point).to(self.seen)
-        return joint_moments(self.seen, joint, self.together.tokens)
+        if self.fit is not None and bool(kept.any()) and not bool(whole.all()):
+            return self.fit.factors(down, groups)
+        back = torch.where(whole, eye, self.back * kept.unsqueeze(1))
+        return down, back.repeat_interleave(groups, dim=0)
 
     @staticmethod
     def product(down: Tensor, back: Tensor) -> Tensor:
         """`P = E C`, in E's shape: maps the features of every query head to what the kept directions tell of them."""
-        each = down.repeat_interleave(len(back) // len(down), dim=0)
+        each = down[:, : back.shape[-1]].repeat_interleave(len(back) // len(down), dim=0)
         return back @ each if back.ndim == 3 else torch.einsum("gdhr,hre->gdhe", back, each)
 
     def constant(self, down: Tensor, back: Tensor) -> Tensor | None:
@@ -200,14 +211,17 @@ def decompose_pair(pair: Pair, method: Method, moments: Mapping[str, Moments]) -
     )
     if read is not None:
         g_in = g_in / pair.groups  # The mean over the group, because `g_out` is the sum.
-    seen, together = (None, None) if read is None else (read, beside)
+    fit = None
+    if read is not None and beside is not None:
+        point = torch.zeros_like(beside.mean) if bias is None else bias.to(beside.mean).view_as(beside.mean)
+        fit = OutputFit(read, beside, point, partial(_output_gram, pair) if method == "clover" else None)
     if method == "vanilla":
-        return replace(_coordinates(g_in, g_out), seen=seen, together=together, bias=bias, turn=False)
+        return replace(_coordinates(g_in, g_out), bias=bias, fit=fit)
     bases = pair_bases(g_in, g_out)
     assert bases.e is not None  # Only the basis of a single projection is the identity.
     root = bases.singular_values.sqrt()
     down, back = root.unsqueeze(-1) * bases.c, bases.e * root.unsqueeze(-2)
-    return Directions(bases.singular_values, down, back, seen, together, bias)
+    return Directions(bases.singular_values, down, back, bias, fit)
 
 
 def _takes_bias(pair: Pair) -> bool:
@@ -232,29 +246,35 @@ def _coordinates(g_in: Tensor, g_out: Tensor) -> Directions:
 Factors = dict[str, tuple[Tensor, Tensor]]  # name of a pair -> C and E, see `Directions.factors`
 
 
-def compute_factors(found: Mapping[str, tuple[Pair, Directions]], ranks: Mapping[str, Tensor]) -> Factors:
-    """The factors C and E of all pairs at these ranks.
+def compute_factors(found: Found, ranks: Mapping[str, Tensor], release: bool = False) -> Factors:
+    """The factors C and E of all pairs at these ranks; E only as wide as the widest head where it is (G, d, G, r).
 
     Args:
         found: from `decompose`.
         ranks: name of a pair -> (H,), the number of directions that every head keeps.
+        release: give up the moments of every pair of `found` when its factors are made; without them, none can be
+            made again.
 
     Raises:
         ValueError: if a pair has no ranks, or a rank exceeds the number of directions.
     """
-    factors = {}
-    for name, (pair, directions) in found.items():
+    for name, (_, directions) in found.items():
         check_ranks(name, ranks.get(name), *directions.values.shape)
-        factors[name] = directions.factors(ranks[name], pair.groups, _output_gram(pair, directions))
+    factors = {}
+    for name, (pair, directions) in tqdm(found.items(), desc="CLOVER directions", unit=" pairs", delay=3, leave=False):
+        down, back = directions.factors(ranks[name], pair.groups)
+        if back.ndim == 4:
+            back = back[..., : int(ranks[name].max())].clone()
+        factors[name] = (down, back)
+        if release:
+            found[name] = (pair, replace(directions, fit=None))
     return factors
 
 
-def _output_gram(pair: Pair, directions: Directions) -> Tensor | None:
-    """(n, n) float64, the Gram of the output projection over all heads; None where nothing is fitted to it."""
-    if directions.seen is None or not directions.turn:
-        return None
+def _output_gram(pair: Pair) -> Tensor:
+    """(n, n) float64, the Gram of the output projection over all heads."""
     with partner_weight(pair.attention.model, pair.partner) as output:
-        return output.gram(pair.partner.heads, pair.partner.heads.features)[0].to(directions.seen)
+        return output.gram(pair.partner.heads, pair.partner.heads.features)[0]
 
 
 def check_ranks(name: str, ranks: Sequence[int] | Tensor | None, count: int, size: int) -> None:
@@ -266,7 +286,7 @@ def check_ranks(name: str, ranks: Sequence[int] | Tensor | None, count: int, siz
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def mask(model: nn.Module, found: Mapping[str, tuple[Pair, Directions]], ranks: Mapping[str, Tensor]) -> None:
+def mask(model: nn.Module, found: Found, ranks: Mapping[str, Tensor]) -> None:
     """Zero all but the leading directions in place and keep every shape, for analysis.
 
     `P = E C` is multiplied into the output projection, or into the query projection. An output projection gets a bias
@@ -280,7 +300,12 @@ def mask(model: nn.Module, found: Mapping[str, tuple[Pair, Directions]], ranks: 
     Raises:
         ValueError: if a pair has no ranks, or a rank exceeds the number of directions.
     """
-    for name, (down, back) in compute_factors(found, ranks).items():
+    write_masks(model, found, compute_factors(found, ranks))
+
+
+def write_masks(model: nn.Module, found: Found, factors: Factors) -> None:
+    """What `mask` writes, from the factors of all pairs."""
+    for name, (down, back) in factors.items():
         pair, directions = found[name]
         module: Any = base_of(model.get_submodule(pair.partner.path))
         rows = base_weight(model, pair.partner.path).transposed()  # (in, out), a view of the weight

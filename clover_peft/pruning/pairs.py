@@ -140,7 +140,8 @@ def probes(pairs: Iterable[Pair]) -> dict[str, Probe]:
     """The activations to measure for these pairs, by name.
 
     They are the input of an output projection, with all heads in one block, or the outputs of a query and of its key,
-    head by head. Tokens are enough if they are enough for a head: `joint_moments` needs no more.
+    head by head. Tokens are enough if they are enough for a head: what heads seem to have in common by
+    chance, `joint_moments` leaves out.
     """
     found = {}
     for pair in pairs:

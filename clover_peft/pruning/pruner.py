@@ -20,12 +20,11 @@ from ..base_model.resolve import attention_blocks
 from ..io.user_warning import warn
 from ..runtime.interrupts import uninterrupted
 from .calibration import Calibration, measure
-from .directions import Directions, Found, Method, compute_factors, decompose_pairs, mask
+from .directions import Directions, Factors, Found, Method, compute_factors, decompose_pairs, write_masks
 from .narrow.loading import VERSION, read_record, relative_base, relative_prefix, write_record
 from .narrow.modules import become_stock, check_projections, check_supported, padded_width, widths
 from .narrow.rewriting import Change, rewrite
 from .pairs import Kind, Pair, find_pairs, select_pairs
-from .ranks import Ranks
 from .report import PrunedPair, PruningReport
 from .rule import RankRule, Rule, check_pairs, choose_ranks, choose_rule, default_spread
 
@@ -107,24 +106,26 @@ def prune(
     data = measure(model, pairs, calibration, gradients=rule.name == "gradient")
     found = decompose_pairs(pairs, method, data.moments)
     kept = choose_ranks(found, rule, multiple, data.sensitivities if rule.name == "gradient" else {})
+    del data  # Of moments that belong to nobody else, `found` alone is left.
     if (
         calibration is None
         and method == "clover"
         and any(bool((k < found[n][1].values.shape[1]).any()) for n, k in kept.items())
     ):
         warn("directions are chosen by weights alone, which often ruins a model; pass calibration=<batches of data>")
+    factors = compute_factors(found, kept, release=True)
     attentions = attention_blocks(model)
     before = _sizes(model, attentions)
     if masked:
         new_widths = {name: directions.values.shape[1] for name, (_, directions) in found.items()}
         with uninterrupted():
-            mask(model, found, kept)
+            write_masks(model, found, factors)
     else:
         new_widths = {pair.name: padded_width(pair.attention, pair.kind, int(kept[pair.name].max())) for pair in pairs}
         if rule.name == "uniform":
             new_widths = _one_width(pairs, new_widths, multiple)
         step = {"method": method, **rule.to_dict(), "multiple": multiple, "calibrated": calibration is not None}
-        _rewrite_all(model, attentions, found, kept, new_widths, step)
+        _rewrite_all(model, attentions, found, factors, new_widths, step)
     after = _sizes(model, attentions)
     report = PruningReport(
         method=method,
@@ -236,7 +237,7 @@ def _rewrite_all(
     model: nn.Module,
     attentions: Mapping[str, AttentionBlock],
     found: Found,
-    kept: Ranks,
+    factors: Factors,
     new_widths: Mapping[str, int],
     step: Mapping[str, Any],
 ) -> None:
@@ -246,11 +247,10 @@ def _rewrite_all(
         model: the model.
         attentions: all its attention blocks, by path.
         found: the pairs and their directions.
-        kept: name of a pair -> (H,), the number of directions that every head keeps.
+        factors: their C and E.
         new_widths: name of a pair -> width of its heads.
         step: what the record states about this pruning.
     """
-    factors = compute_factors(found, kept)
     changes: dict[str, list[Change]] = defaultdict(list)  # path of an attention block -> changes to its pairs
     for name, (pair, directions) in found.items():
         changes[pair.attention.path].append(Change(pair, directions, *factors[name], new_widths[name]))

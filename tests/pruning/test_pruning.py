@@ -247,7 +247,8 @@ def test_heads_are_fitted_together(family, method):
     ranks = {name: torch.full((pair.heads.count,), size // 2)}
     z = pair.partner.heads.blocks(read_by_output(model, pair.partner.path, batches), size)
     output = pair.partner.heads.blocks(base_weight(model, pair.partner.path).transposed().mT, size)
-    apart = dataclasses.replace(directions, together=dataclasses.replace(directions.together, tokens=0))
+    none = dataclasses.replace(directions.fit.together, tokens=0)
+    apart = dataclasses.replace(directions, fit=dataclasses.replace(directions.fit, together=none))
     each = [apart.factors(ranks[name], pair.groups), compute_factors({name: (pair, directions)}, ranks)[name]]
     assert torch.equal(each[0][0], each[1][0]) == (method == "vanilla")  # whose directions are coordinates
     lost = []
@@ -263,12 +264,17 @@ def test_heads_are_fitted_together(family, method):
 def test_without_tokens_no_head_knows_of_another(family):
     model = build(family).eval()
     pair = next(pair for pair in find_pairs(model) if pair.kind == "vo")
-    moments = Moments.empty(torch.Size((1, pair.partner.heads.features)), torch.device("cpu"))
-    seen = decompose_pair(pair, "clover", {beside_name(pair): moments}).read_moments()
-    blocks = seen.view(pair.partner.heads.count, pair.heads.dim, pair.partner.heads.count, pair.heads.dim)
+    features = pair.partner.heads.features
+    moments = Moments.empty(torch.Size((1, features)), torch.device("cpu"))
+    moments.add(torch.randn(50, 1, features, generator=torch.Generator().manual_seed(0)))
+    moments = dataclasses.replace(moments, tokens=0)
+    directions = decompose_pair(pair, "clover", {beside_name(pair): moments})
+    ranks = torch.full((pair.heads.count,), pair.heads.dim // 2)
+    _, back = directions.factors(ranks, pair.groups)
     for g in range(pair.partner.heads.count):
-        assert not blocks[g, :, :g].any()
-        assert not blocks[g, :, g + 1 :].any()
+        assert back[g, :, g].any()
+        assert not back[g, :, :g].any()
+        assert not back[g, :, g + 1 :].any()
 
 
 def test_what_cannot_be_cut_is_said():

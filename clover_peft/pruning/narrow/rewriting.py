@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...base_model.attention import AttentionBlock
@@ -23,7 +23,7 @@ class Change(NamedTuple):
         pair: the pair.
         directions: its directions.
         down: (H, d, d) float64, C, from `Directions.factors`.
-        back: (G, d, d) or (G, d, G, d) float64, E.
+        back: (G, d, d) or (G, d, G, r) float64, E.
         width: the new width of all its heads.
     """
 
@@ -72,6 +72,7 @@ def _rewrite(attention: AttentionBlock, changes: Sequence[Change]) -> None:
                 bias = lost if bias is None else bias + lost
             parts["v"] = torch.einsum("nhd,hwd->nhw", parts["v"], down)
             read = through(read, back)
+            read = nn.functional.pad(read, (0, width - read.shape[-1]))
             continue
         for part, heads, factor in (("k", pair.heads, down.mT), ("q", pair.partner.heads, back)):
             # Under partial rotation a pair is a part of its heads, and their other features stay.
