@@ -52,7 +52,8 @@ def prune(
 
     Everything is computed before any weight changes. Then layers are rewritten one by one, and an interrupt is raised
     when all of them are rewritten. Costs D d^2 for a head and one pass over the calibration data; "gradient" adds one.
-    With data, V-O also costs some 20 R^3 for each layer, with R directions kept in all its heads.
+    With data, V-O also costs D n^2 + 4 n^3, and about 100 R^3 for some 25 steps of a search, for each layer with n
+    inputs of the output projection and R directions kept in all its heads.
 
     Args:
         model: a model of a known family, without adapters and not quantised.
