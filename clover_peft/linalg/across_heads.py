@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from .decomposition import limit_condition, pair_bases
+from .moments import diagonal_blocks
 
 _ITERATIONS = 20  # of L-BFGS: on SmolLM2-135M, 40 take twice as long and lower the error by 1.5 % more
-_CONDITION = 1e3  # of a head's moments: below are the rounding errors of their sums in float32
+_CONDITION = 1e3  # of a factor of a head's moments, whose own is 1e6: smaller ones are rounding errors of float32 sums
 _RIDGE = 1e-6  # of kept coordinates, each scaled to 1, for the same reason
 
 
 def joint_moments(own: Tensor, joint: Tensor, tokens: int) -> Tensor:
-    """Second moments of all heads' features together, with the less of what heads have in common the more of it may be
-    noise (ours).
+    """Second moments of all heads' features together (ours). The part between heads is reduced: some of it is noise.
 
     In coordinates in which `own` is the identity, T independent tokens leave about `tr M_gg tr M_hh / T` of squares
     between two heads that have nothing in common. The part between heads is multiplied by the share of its squares
@@ -35,19 +35,20 @@ def joint_moments(own: Tensor, joint: Tensor, tokens: int) -> Tensor:
     half = torch.linalg.solve_triangular(factor, joint.reshape(count, size, -1), upper=False).flatten(0, 1)
     whitened = torch.linalg.solve_triangular(factor, half.mT.reshape(count, size, -1), upper=False)
     squares = whitened.square().sum(1).unflatten(1, (count, size)).sum(-1)
-    traces = whitened.unflatten(2, (count, size)).diagonal(dim1=0, dim2=2).diagonal(dim1=0, dim2=1).sum(-1)
+    traces = diagonal_blocks(whitened.flatten(0, 1), count).diagonal(dim1=1, dim2=2).sum(-1)
     between = ~torch.eye(count, dtype=torch.bool, device=own.device)
     noise = (traces * traces.unsqueeze(1))[between].sum() / max(1, tokens)
     share = (1 - noise / squares[between].sum().clamp(min=1e-300)).clamp(0, tokens / (size + tokens))
     result = joint * share
-    result.view(count, size, count, size).diagonal(dim1=0, dim2=2).copy_(own.permute(1, 2, 0))
+    diagonal_blocks(result, count).copy_(own)
     return result
 
 
 def fit_back(down: Tensor, moments: Tensor) -> Tensor:
     """The map back from the kept coordinates of all heads to all features, with the least mean squared error.
 
-    `E = M C^T (C M C^T)^-1`. A feature of one head is also predicted from the coordinates of the others. Costs n^3.
+    `E = M C^T (C M C^T)^-1`, with a small ridge. A feature of one head is also predicted from the coordinates of the
+    others. The features of a head whose C is the identity stay exactly as they are. Costs n^3.
 
     Args:
         down: (G, d, d) float64, C of every query head; rows of removed directions are zero.
@@ -65,6 +66,10 @@ def fit_back(down: Tensor, moments: Tensor) -> Tensor:
     scaled.diagonal().add_(_RIDGE)
     back = torch.zeros_like(read)
     back[:, kept] = torch.cholesky_solve((read[:, kept] / unit).mT, torch.linalg.cholesky(scaled)).mT / unit
+    eye = torch.eye(size).to(down)
+    whole = (down == eye).flatten(1).all(1)
+    back.view(count, size, -1)[whole] = 0
+    diagonal_blocks(back, count)[whole] = eye
     return back.view(count, size, count, size)
 
 
@@ -88,28 +93,28 @@ def fit_down(down: Tensor, moments: Tensor, gram: Tensor, groups: int) -> Tensor
     """
     heads, size = down.shape[:2]
     kept = down.any(-1)
-    if not (most := int(kept.sum(-1).max())):
+    if not (widest := int(kept.sum(-1).max())):
         return down
-    live = kept[:, :most].unsqueeze(1).expand(-1, groups, -1).flatten()
+    kept_rows = kept[:, :widest].unsqueeze(1).expand(-1, groups, -1).flatten()
     shape = (heads, groups, size, heads, groups, size)
-    found, weighted = moments.view(shape), (moments @ gram @ moments).view(shape)
-    scale = torch.linalg.cholesky(_of_heads(moments, heads, groups).sum(1))  # L, with L L^T a head's own moments
+    read, written = moments.view(shape), (moments @ gram @ moments).view(shape)
+    root = torch.linalg.cholesky(_of_heads(moments, heads, groups).sum(1))  # L, with L L^T a head's own moments
 
-    def at(rows: Tensor) -> Tensor:
-        return torch.linalg.solve_triangular(scale, rows, upper=False, left=False)
+    def from_whitened(rows: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(root, rows, upper=False, left=False)
 
-    def inside(c: Tensor, middle: Tensor) -> Tensor:
-        """`C A C^T` for the live rows of all query heads."""
-        product = torch.einsum("krd,kgdlhe,lse->kgrlhs", c, middle, c).reshape(len(live), len(live))
-        return product[live][:, live]
+    def sandwich(c: Tensor, middle: Tensor) -> Tensor:
+        """`C A C^T` for the kept rows of all query heads."""
+        product = torch.einsum("krd,kgdlhe,lse->kgrlhs", c, middle, c).reshape(len(kept_rows), len(kept_rows))
+        return product[kept_rows][:, kept_rows]
 
-    rows = torch.linalg.qr((down[:, :most] @ scale).mT)[0].mT.contiguous().requires_grad_()
+    rows = torch.linalg.qr((down[:, :widest] @ root).mT)[0].mT.contiguous().requires_grad_()
     search = torch.optim.LBFGS([rows], max_iter=_ITERATIONS, history_size=10, line_search_fn="strong_wolfe")
     explained: list[float] = []
 
     def closure() -> float:
-        c = at(rows)
-        k, y = inside(c, found), inside(c, weighted)
+        c = from_whitened(rows)
+        k, y = sandwich(c, read), sandwich(c, written)
         with torch.no_grad():
             inverse = torch.cholesky_inverse(torch.linalg.cholesky(k))
             product = inverse @ y
@@ -121,13 +126,16 @@ def fit_down(down: Tensor, moments: Tensor, gram: Tensor, groups: int) -> Tensor
         rows.grad = (gradient * percent).contiguous()
         return -percent * explained[-1]
 
-    with torch.enable_grad():
-        search.step(closure)
-        closure()
+    try:
+        with torch.enable_grad():
+            search.step(closure)
+            closure()
+    except torch.linalg.LinAlgError:  # A step made the kept directions of some heads dependent.
+        return down
     if not explained[-1] > explained[0]:
         return down
     result = torch.zeros_like(down)
-    result[:, :most] = at(rows.detach()) * kept[:, :most].unsqueeze(-1)
+    result[:, :widest] = from_whitened(rows.detach()) * kept[:, :widest].unsqueeze(-1)
     return torch.where(kept.all(-1).view(-1, 1, 1), down, result)
 
 
@@ -142,7 +150,7 @@ def balance(down: Tensor, back: Tensor, moments: Tensor, gram: Tensor, groups: i
         groups: query heads that share a key-value head.
 
     Returns:
-        C and E in these shapes; their product is the same. A head that keeps all its directions is left as it is.
+        C and E in these shapes; their product is the same. C of a head that keeps all its directions stays as it is.
     """
     heads, size = down.shape[:2]
     own = _of_heads(moments, heads, groups).mean(1)
@@ -160,5 +168,4 @@ def balance(down: Tensor, back: Tensor, moments: Tensor, gram: Tensor, groups: i
 
 def _of_heads(moments: Tensor, heads: int, groups: int) -> Tensor:
     """The diagonal blocks of (n, n) moments, (H, groups, d, d): those of every query head."""
-    blocks = moments.view(heads * groups, len(moments) // (heads * groups), heads * groups, -1)
-    return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).unflatten(0, (heads, groups))
+    return diagonal_blocks(moments, heads * groups).unflatten(0, (heads, groups))

@@ -62,9 +62,8 @@ class Moments:
 
     def parts(self, count: int) -> Moments:
         """The moments of `count` equal parts of one block, as of that many blocks."""
-        size = self.mean.shape[1] // count
-        own = self.scatter[0].view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        return Moments(own, self.mean.view(count, size), self.tokens, self.precision)
+        scatter = diagonal_blocks(self.scatter[0], count)
+        return Moments(scatter, self.mean.view(count, -1), self.tokens, self.precision)
 
     @property
     def second(self) -> Tensor:
@@ -132,6 +131,12 @@ def check_finite(sums: Tensor, name: str) -> None:
 def _square(vectors: Tensor) -> Tensor:
     """(H, d) to (H, d, d), `v v^T`."""
     return vectors.unsqueeze(-1) * vectors.unsqueeze(-2)
+
+
+def diagonal_blocks(matrix: Tensor, count: int) -> Tensor:
+    """The blocks on the diagonal of an (n, n) matrix, a view of (count, n / count, n / count)."""
+    size = len(matrix) // count
+    return matrix.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
 def centred(moments: Moments, weight_gram: Tensor) -> Tensor:

@@ -140,8 +140,8 @@ def probes(pairs: Iterable[Pair]) -> dict[str, Probe]:
     """The activations to measure for these pairs, by name.
 
     They are the input of an output projection, with all heads in one block, or the outputs of a query and of its key,
-    head by head. Tokens are enough if they are enough for a head: what heads seem to have in common by
-    chance, `joint_moments` leaves out.
+    head by head. Tokens are enough if they are enough for a head: `joint_moments` leaves out
+    what heads may have in common by chance.
     """
     found = {}
     for pair in pairs:

@@ -52,8 +52,8 @@ def prune(
 
     Everything is computed before any weight changes. Then layers are rewritten one by one, and an interrupt is raised
     when all of them are rewritten. Costs D d^2 for a head and one pass over the calibration data; "gradient" adds one.
-    With data, V-O also costs D n^2 + 4 n^3, and about 100 R^3 for some 25 steps of a search, for each layer with n
-    inputs of the output projection and R directions kept in all its heads.
+    With data, V-O also costs D n^2 + 4 n^3, and about 100 R^3 for some 25 evaluations of a search, for each layer
+    with n inputs of the output projection and R directions kept in all its heads.
 
     Args:
         model: a model of a known family, without adapters and not quantised.
@@ -62,8 +62,8 @@ def prune(
         method: "clover", or the baseline "vanilla", which removes coordinates by their norms on both sides.
         calibration: batches, each of the model's keyword arguments, or the result of `calibrate`. Moments of
             activations then replace the Grams of the weights that compute them, which is far better. The output
-            projection is fitted to what is left of all heads together, and so are the directions of values, but for
-            "vanilla" (ours). Pass about ten tokens for each dimension of a head, or more.
+            projection is fitted to what is left of all heads together, and so are the directions of values, except
+            with "vanilla" (ours). Pass about ten tokens for each dimension of a head, or more.
         ranks: how `ratio` is distributed; by default "layer" for causal language models, which "global" may ruin, and
             "global" for other models. "global": one threshold for all heads; narrower heads are padded to the
             widest of their layer. "layer": one rank for all heads of a layer, by singular values relative to the

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from clover_peft.linalg.across_heads import _RIDGE, balance, fit_back, fit_down, joint_moments
 from clover_peft.linalg.decomposition import pair_bases
-from clover_peft.linalg.moments import Moments
+from clover_peft.linalg.moments import Moments, diagonal_blocks, shrink
 
 HEADS, GROUPS, SIZE, OUT = 2, 2, 6, 20
 COUNT = HEADS * GROUPS
@@ -61,10 +61,40 @@ def test_the_way_back_is_the_regression_on_the_kept_coordinates():
 
 
 @pytest.mark.parametrize("groups", [1, 2])
+def test_a_head_that_keeps_all_its_directions_stays_exact(groups):
+    down, moments, gram, _ = problem([6, 2], groups)
+    weak = torch.ones(len(moments)).double()
+    weak[:3] = 1e-4
+    moments = weak.diag() @ moments @ weak.diag()
+    moments = joint_moments(diagonal_blocks(moments, HEADS * groups), moments, 10**6)
+    turned = fit_down(down, moments, gram, groups)
+    back = fit_back(turned.repeat_interleave(groups, dim=0), moments)
+    turned, back = balance(turned, back, moments, gram, groups)
+    eye = torch.eye(SIZE).double()
+    assert torch.equal(turned[0], eye)
+    for head in range(groups):
+        assert torch.equal(back[head, :, head], eye)
+        assert not back[head, :, :head].any()
+        assert not back[head, :, head + 1 :].any()
+
+
+def test_a_search_that_finds_nothing_better_changes_nothing(monkeypatch):
+    down, moments, gram, _ = problem([3, 2])
+    monkeypatch.setattr(torch.optim.LBFGS, "step", lambda search, closure: closure())
+    assert fit_down(down, moments, gram, GROUPS) is down
+
+    def fail(search, closure):
+        raise torch.linalg.LinAlgError("dependent")
+
+    monkeypatch.setattr(torch.optim.LBFGS, "step", fail)
+    assert fit_down(down, moments, gram, GROUPS) is down
+
+
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("ranks", [[3, 3], [4, 1], [6, 2], [0, 3]])
 def test_directions_of_all_heads_together_lose_less(ranks, groups):
     down, moments, gram, _ = problem(ranks, groups)
-    apart = torch.block_diag(*moments.view(HEADS * groups, SIZE, -1, SIZE).diagonal(dim1=0, dim2=2).permute(2, 0, 1))
+    apart = torch.block_diag(*diagonal_blocks(moments, HEADS * groups))
     each = down.repeat_interleave(groups, dim=0)
     alone = error(down, fit_back(each, apart), moments, gram)
     fitted = error(down, fit_back(each, moments), moments, gram)
@@ -165,10 +195,22 @@ def test_dead_heads_keep_nothing_and_disturb_nobody(dead):
 
 
 def own_of(moments: Tensor) -> Tensor:
-    return moments.view(COUNT, SIZE, COUNT, SIZE).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    return diagonal_blocks(moments, COUNT)
 
 
 APART = torch.block_diag(*torch.ones(COUNT, SIZE, SIZE)).bool()
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 24, 1000])
+def test_joint_moments_are_positive_if_moments_of_heads_are_drawn_to_the_weights(tokens):
+    """Then heads have less of their own than they seem to have in common, so that this must be less too."""
+    generator = torch.Generator().manual_seed(4)
+    features = torch.randn(tokens, 3, generator=generator) @ torch.randn(3, N, generator=generator)
+    moments = (features.mT @ features).double() / tokens
+    weights = torch.eye(SIZE).double().expand(COUNT, -1, -1)
+    found = joint_moments(shrink(own_of(moments), weights, tokens), moments, tokens)
+    assert float(torch.linalg.eigvalsh(found)[0]) > 0
+    assert float((found[~APART] / moments[~APART]).mean()) <= tokens / (SIZE + tokens) + 1e-12
 
 
 @pytest.mark.parametrize("tokens", [0, 24, 10**9])
@@ -204,10 +246,9 @@ def test_directions_that_carry_only_rounding_are_not_sought():
         gathered.add(features.unsqueeze(1))
         output = torch.randn(OUT, HEADS * SIZE, generator=generator).double()
         gram, exact = output.mT @ output, features.double().mT @ features.double() / len(features)
-        read = gathered.second[0].view(HEADS, SIZE, HEADS, SIZE).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        read = diagonal_blocks(gathered.second[0], HEADS)
         moments = joint_moments(read, gathered.second[0], 600)
-        written = gram.view(HEADS, SIZE, HEADS, SIZE).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        down = pair_bases(read, written).c
+        down = pair_bases(read, diagonal_blocks(gram, HEADS)).c
         down[:, 2:] = 0
         before = error(down, fit_back(down, moments), exact, gram)
         turned = fit_down(down, moments, gram, 1)
