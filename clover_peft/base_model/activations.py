@@ -75,14 +75,15 @@ class Probe:
         reads: True for the module's input, False for its output.
         heads: the features of interest.
         size: features of a block, d.
-        counted: features that need some tokens each, see `collect_moments`; those of a block by default.
+        parts: equal parts of a block whose moments are used with those between them, such as the heads that an output
+            projection reads. Then tokens are counted for a part, and every second batch is collected alone too.
     """
 
     module: nn.Module
     reads: bool
     heads: HeadSlice
     size: int
-    counted: int | None = None
+    parts: int = 1
 
 
 class TokenReader:
@@ -172,7 +173,7 @@ def collect_moments(
         probes: the activations to collect, by any name.
         batches: keyword arguments of the model; tensors are moved to its device.
         kind: what is collected.
-        tokens_per_feature: fewer tokens for each feature of a block cause a warning.
+        tokens_per_feature: fewer tokens for each feature of a block, or of its parts, cause a warning.
 
     Returns:
         Name -> moments, on the device of the activations.
@@ -183,6 +184,7 @@ def collect_moments(
     found: dict[str, MomentsT] = {}
     masks: dict[str, Tensor] = {}
     reader = TokenReader(model)
+    count = 0
 
     def observe(name: str, probe: Probe, module: nn.Module, inputs: Any, output: Any = None) -> None:
         blocks = reader.blocks(probe, inputs[0] if probe.reads else output, masks)
@@ -190,7 +192,11 @@ def collect_moments(
             # A device without float64 leaves the sums to the CPU.
             at = torch.device("cpu") if blocks.device.type == "mps" else blocks.device
             found[name] = kind.empty(blocks.shape[1:], at)
-        found[name].add(blocks)
+        moments: Any = found[name]
+        if probe.parts > 1:
+            moments.split(blocks, second=count % 2 == 1)
+        else:
+            moments.add(blocks)
 
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     reads_head = any(base_of(probe.module) is base_of(head) for probe in probes.values() if head is not None)
@@ -200,7 +206,6 @@ def collect_moments(
             module = probe.module
             register: Any = module.register_forward_pre_hook if probe.reads else module.register_forward_hook
             hooked.enter_context(register(partial(observe, name, probe)))
-        count = 0
         for batch in tqdm(batches, desc="CLOVER moments", unit=" batches", delay=3, leave=False):
             values, of_batch = start(batch)
             masks.clear()
@@ -213,7 +218,7 @@ def collect_moments(
         raise ValueError(f"{missing[0]}: expected activations, found none; pass batches of tokens that reach it")
     for name, moments in found.items():
         moments.check_finite(name)
-    sizes = {name: probe.counted or probe.size for name, probe in probes.items()}
+    sizes = {name: probe.size // probe.parts for name, probe in probes.items()}
     few = {name: m.tokens for name, m in found.items() if m.tokens < tokens_per_feature * sizes[name]}
     if few:
         name = min(few, key=few.__getitem__)

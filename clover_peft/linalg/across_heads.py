@@ -13,17 +13,19 @@ _CONDITION = 1e3  # of a factor of a head's moments, whose own is 1e6: smaller o
 _RIDGE = 1e-6  # of kept coordinates, each scaled to 1, for the same reason
 
 
-def joint_moments(own: Tensor, joint: Tensor, tokens: int) -> Tensor:
+def joint_moments(own: Tensor, joint: Tensor, tokens: int, half: tuple[Tensor, int] | None = None) -> Tensor:
     """Second moments of all heads' features together (ours). The part between heads is reduced: some of it is noise.
 
-    In coordinates in which `own` is the identity, T independent tokens leave about `tr M_gg tr M_hh / T` of squares
-    between two heads that have nothing in common. The part between heads is multiplied by the share of its squares
-    that is more than this, as in James and Stein's estimator.
+    In coordinates in which `own` is the identity, the part between heads is multiplied by the share of its squares
+    that is no noise, as in James and Stein's estimator. What two halves of the data have in common is none: their
+    moments are compared. Without halves, T independent tokens are assumed, which leave about `tr M_gg tr M_hh / T` of
+    squares between two heads that have nothing in common; tokens of one text are not independent.
 
     Args:
         own: (G, d, d) float64, the moments of every head, drawn towards the weights by `moments.shrink`.
         joint: (n, n) float64, with n = G d, as they were found.
         tokens: T, that it was made of.
+        half: those of a part of the tokens, and their number.
 
     Returns:
         (n, n) float64, positive semidefinite: `own` on the diagonal, with condition numbers that float32 can hold, and
@@ -32,13 +34,25 @@ def joint_moments(own: Tensor, joint: Tensor, tokens: int) -> Tensor:
     count, size = own.shape[:2]
     own = limit_condition(own, _CONDITION)
     factor = torch.linalg.cholesky(own)
-    half = torch.linalg.solve_triangular(factor, joint.reshape(count, size, -1), upper=False).flatten(0, 1)
-    whitened = torch.linalg.solve_triangular(factor, half.mT.reshape(count, size, -1), upper=False)
-    squares = whitened.square().sum(1).unflatten(1, (count, size)).sum(-1)
-    traces = diagonal_blocks(whitened.flatten(0, 1), count).diagonal(dim1=1, dim2=2).sum(-1)
-    between = ~torch.eye(count, dtype=torch.bool, device=own.device)
-    noise = (traces * traces.unsqueeze(1))[between].sum() / max(1, tokens)
-    share = (1 - noise / squares[between].sum().clamp(min=1e-300)).clamp(0, tokens / (size + tokens))
+
+    def between(moments: Tensor) -> tuple[Tensor, Tensor]:
+        """The whitened part between heads, and the traces of the rest."""
+        rows = torch.linalg.solve_triangular(factor, moments.reshape(count, size, -1), upper=False).flatten(0, 1)
+        both = torch.linalg.solve_triangular(factor, rows.mT.reshape(count, size, -1), upper=False).flatten(0, 1)
+        inside = diagonal_blocks(both, count)
+        traces = inside.diagonal(dim1=1, dim2=2).sum(-1)
+        inside.zero_()
+        return both, traces
+
+    whole, traces = between(joint)
+    squares = whole.square().sum()
+    if half is not None and 0 < half[1] < tokens:
+        first, _ = between(half[0])
+        second = (tokens * whole - half[1] * first) / (tokens - half[1])
+        signal = (first * second).sum()
+    else:
+        signal = squares - (traces.sum().square() - traces.square().sum()) / max(1, tokens)
+    share = (signal / squares.clamp(min=1e-300)).clamp(0, tokens / (size + tokens))
     result = joint * share
     diagonal_blocks(result, count).copy_(own)
     return result

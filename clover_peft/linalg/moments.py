@@ -23,12 +23,14 @@ class Moments:
         mean: (H, d) float64.
         tokens: number of tokens.
         precision: machine epsilon of the activations' dtype.
+        half: those of every second batch alone, which tell what is noise; None if they were not collected.
     """
 
     scatter: Tensor
     mean: Tensor
     tokens: int = 0
     precision: float = 0.0
+    half: Moments | None = None
 
     @classmethod
     def empty(cls, shape: torch.Size, device: torch.device) -> Moments:
@@ -55,6 +57,13 @@ class Moments:
         self.scatter += scatter + count * self.tokens / (self.tokens + count) * _square(away)
         self.mean += count / (self.tokens + count) * away
         self.tokens += count
+
+    def split(self, blocks: Tensor, second: bool) -> None:
+        """`add` tokens, those of every second batch (`second`) to `half` too."""
+        self.half = self.half or Moments(torch.zeros_like(self.scatter), torch.zeros_like(self.mean))
+        self.add(blocks)
+        if second:
+            self.half.add(blocks)
 
     def check_finite(self, name: str) -> None:
         """Raise `ValueError`, naming the module, if a moment is NaN or infinite."""

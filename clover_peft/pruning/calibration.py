@@ -52,8 +52,9 @@ def calibrate(
 ) -> Calibration:
     """Run a model over data once, in order to prune copies of it at several ratios or by several rules.
 
-    Costs one pass over the data, and n^2 numbers in float64 for every output projection with n inputs (4.3 GB for
-    Llama-2-7B), for Q-K d^2 for every query head and key head.
+    Costs one pass over the data, and 2 n^2 numbers in float64 for every output projection with n inputs (8.6 GB for
+    Llama-2-7B), for Q-K d^2 for every query head and key head. Pass several batches: every second one tells what in
+    the others is noise.
 
     Args:
         model: the model to prune, or a copy. It is not changed.

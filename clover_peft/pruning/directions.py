@@ -44,8 +44,10 @@ class OutputFit:
 
     def factors(self, down: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         """C (H, d, d), from one whose removed rows are zero, and E (G, d, G, d)."""
-        (joint,) = self.together.about(self.point).to(self.own)
-        moments = joint_moments(self.own, joint, self.together.tokens)
+        (joint,), tokens = self.together.about(self.point).to(self.own), self.together.tokens
+        half = self.together.half
+        part = None if half is None else (half.about(self.point).to(self.own)[0], half.tokens)
+        moments = joint_moments(self.own, joint, tokens, part)
         if self.gram is None:
             return down, fit_back(down.repeat_interleave(groups, dim=0), moments)
         gram = self.gram().to(moments)

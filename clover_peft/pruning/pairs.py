@@ -146,8 +146,8 @@ def probes(pairs: Iterable[Pair]) -> dict[str, Probe]:
     found = {}
     for pair in pairs:
         size, partner = pair.heads.dim, pair.partner
-        together = partner.heads.features if partner.reads else size
-        found[beside_name(pair)] = Probe(pair.partner_projection, partner.reads, partner.heads, together, size)
+        heads = partner.heads.count if partner.reads else 1
+        found[beside_name(pair)] = Probe(pair.partner_projection, partner.reads, partner.heads, heads * size, heads)
         if pair.kind == "qk":
             found[pair.name] = Probe(pair.projection, False, pair.heads, size)
     return found

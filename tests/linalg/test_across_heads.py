@@ -235,6 +235,29 @@ def test_joint_moments_of_heads_with_nothing_in_common_are_those_of_heads_apart(
     assert float(found[~APART].norm()) < 0.35 * float(moments[~APART].norm())
 
 
+def test_two_halves_tell_what_repeated_tokens_hide():
+    """Forty tokens, each a hundred times: as many tokens as wanted, and nothing that another token would show."""
+    generator = torch.Generator().manual_seed(5)
+    common = torch.randn(3, N, generator=generator)
+    for shared in (0.0, 3.0):
+        tokens = torch.randn(40, N, generator=generator) + shared * torch.randn(40, 3, generator=generator) @ common
+        parts = [each.double().mT @ each.double() / 20 for each in tokens.split(20)]
+        joint = (parts[0] + parts[1]) / 2
+        own = own_of(joint)
+        alone, split = (joint_moments(own, joint, 4000, half) for half in (None, (parts[0], 2000)))
+        shares = [float((found[~APART] / joint[~APART]).mean()) for found in (alone, split)]
+        assert shares[0] > 0.9  # as if they were independent
+        assert shares[1] < 0.2 if shared == 0 else shares[1] > 0.6
+
+
+def test_halves_of_independent_tokens_agree_with_the_formula():
+    features, _ = samples(GROUPS, 4000)
+    features = features + 3 * torch.randn(features.shape, generator=torch.Generator().manual_seed(6)).double()
+    joint, half = features.mT @ features / 4000, features[:2000].mT @ features[:2000] / 2000
+    alone, split = (joint_moments(own_of(joint), joint, 4000, each) for each in (None, (half, 2000)))
+    torch.testing.assert_close(split, alone, rtol=0.02, atol=0)
+
+
 def test_directions_that_carry_only_rounding_are_not_sought():
     """Values of low rank: float32 sums leave indefinite moments in directions that no feature has."""
     generator = torch.Generator().manual_seed(3)
