@@ -60,9 +60,9 @@ class Moments:
 
     def split(self, blocks: Tensor, second: bool) -> None:
         """`add` tokens, those of every second batch (`second`) to `half` too."""
-        self.half = self.half or Moments(torch.zeros_like(self.scatter), torch.zeros_like(self.mean))
         self.add(blocks)
-        if second:
+        if second:  # A single batch needs no second matrix.
+            self.half = self.half or Moments.empty(self.mean.shape, self.mean.device)
             self.half.add(blocks)
 
     def check_finite(self, name: str) -> None:

@@ -100,3 +100,22 @@ def test_hooks_come_off_when_the_model_fails():
         collect_moments(model, probes, [])
     with pytest.raises(ValueError, match="out: expected finite activations"):
         collect_moments(model, probes, [{"x": torch.full((1, 2, 6), float("nan"))}])
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_every_second_batch_is_also_collected_alone(count):
+    model = build("llama").eval()
+    rows = torch.randint(3, 60, (count, 1, 16), generator=torch.Generator().manual_seed(0))
+    o = model.model.layers[0].self_attn.o_proj
+    batches = [{"input_ids": ids} for ids in rows]
+
+    def collect(data: list, parts: int):
+        probe = Probe(o, True, HeadSlice.plain(1, o.in_features), o.in_features, parts)
+        return collect_moments(model, {"o": probe}, data, tokens_per_feature=0)["o"]
+
+    found = collect(batches, 4)
+    torch.testing.assert_close(found.scatter, collect(batches, 1).scatter)
+    assert (found.half is None) == (count == 1)
+    if count > 1:
+        torch.testing.assert_close(found.half.scatter, collect(batches[1::2], 1).scatter)
+        assert found.half.tokens == 16 * (count // 2)
