@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from ..io.user_warning import warn
 from ..linalg.moments import Moments, SecondMoment
+from ..runtime.bitsandbytes import keep_unpacked
 from .slices import HeadSlice
 from .weight import base_of
 
@@ -229,10 +230,11 @@ def collect_moments(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode for the duration of the context."""
+    """Put the model into evaluation mode for the duration of the context; 4-bit weights are not repacked in it."""
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
+        keep_unpacked(model)
         yield
     finally:
         for module, training in modes.items():

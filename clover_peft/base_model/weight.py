@@ -122,8 +122,14 @@ class BaseWeight:
 
     @property
     def precision(self) -> str:
-        """The name of the weight's precision, such as "bfloat16" or "bnb 4bit"."""
-        return str(self.stored.dtype).removeprefix("torch.") if self.backend is None else self.backend.backend_name
+        """The name of the weight's precision, such as "bfloat16", "bnb 4bit", "hqq 4bit" or "torchao Int8Tensor"."""
+        if self.backend is None:
+            return str(self.stored.dtype).removeprefix("torch.")
+        name = self.backend.backend_name
+        if name == "torchao":  # one class for each format
+            return f"{name} {type(self.stored).__name__}"
+        bits = (getattr(self.module, "quant_config", None) or {}).get("weight_quant_params", {}).get("nbits")
+        return name if bits is None else f"{name} {bits}bit"
 
     @property
     def merge_dtype(self) -> torch.dtype:

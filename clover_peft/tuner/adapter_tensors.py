@@ -201,10 +201,8 @@ class AdapterTensors(nn.Module):
 
     def scaled(self, adapter_name: str, tensors: BlockTensors) -> BlockTensors:
         """With S in the dtype of the bases and multiplied by the adapter's scale."""
-        # Without peft's `autocast_adapter_dtype`, S has the dtype of the base weights.
-        s = tensors.s if tensors.norm is None else tensors.s.to(tensors.norm.dtype)
-        scale = self.scaling[adapter_name]
-        return tensors._replace(s=s if scale == 1 else scale * s)
+        tensors, scale = tensors.promoted(), self.scaling[adapter_name]
+        return tensors if scale == 1 else tensors._replace(s=scale * tensors.s)
 
     def registered(self, adapter_name: str, spec: BlockSpec) -> dict[str, Tensor | None]:
         """What the map of a slice depends on by attribute; None for what a runtime put something else in place of."""

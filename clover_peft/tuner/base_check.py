@@ -14,10 +14,18 @@ from .layer import CloverLayer
 
 # The largest relative difference of two fingerprints by rounding of the base's weights, for the coarser precision of
 # the two. It is far below the precision itself, because rounding averages out over a row.
-ROUNDING = {"float64": 1e-5, "float32": 1e-5, "bfloat16": 5e-3, "float16": 1e-3, "bnb 8bit": 1e-2}
-COARSE = 0.1  # any other quantisation
+FINGERPRINT_TOLERANCE = {"float64": 1e-5, "float32": 1e-5, "bfloat16": 5e-3, "float16": 1e-3, "bnb 8bit": 1e-2}
+COARSE_TOLERANCE = 0.1  # any other quantisation, of which 4 bits are the coarsest
 # Root mean square of the rounding error of normally distributed weights, relative to that of the weights.
-ROUNDED = {"float64": 0.0, "float32": 0.0, "bfloat16": 1.7e-3, "float16": 2e-4, "bnb 8bit": 8e-3, "bnb 4bit": 0.092}
+WEIGHT_ERROR = {
+    "float64": 0.0,
+    "float32": 0.0,
+    "bfloat16": 1.7e-3,
+    "float16": 2e-4,
+    "bnb 8bit": 8e-3,
+    "bnb 4bit": 0.092,
+}
+COARSE_ERROR = 0.1  # any other quantisation, as of 4 bits
 # Loading warns if rounding of the base's weights changes more than this share of an adapter's effect.
 MUCH_CHANGED = 0.05
 _COMPARED = 8  # features of a block in a fingerprint: reading all of them takes longer than the rest of loading
@@ -46,7 +54,7 @@ def error_from_rounding(layers: dict[str, CloverLayer], adapter_name: str, confi
     changed = effect = 0.0
     for name, layer in layers.items():
         precisions = {layer.base_weight.precision, config.base_precision or layer.base_weight.precision}
-        rounded = max(ROUNDED.get(precision, COARSE) for precision in precisions)
+        rounded = max(WEIGHT_ERROR.get(precision, COARSE_ERROR) for precision in precisions)
         if len(precisions) == 1 or not rounded:
             continue
         with layer.base_weight.whole():
@@ -76,7 +84,7 @@ def check_fingerprint(base: BaseWeight, spec: BlockSpec, config: CloverConfig, h
     there = there[:, : here.shape[1]]
     error = (here - there).abs() / torch.maximum(here, there).clamp(min=1e-30)
     precisions = (base.precision, config.base_precision or base.precision)
-    allowed = max(ROUNDING.get(precision, COARSE) for precision in precisions)
+    allowed = max(FINGERPRINT_TOLERANCE.get(precision, COARSE_TOLERANCE) for precision in precisions)
     if float(error.max()) > allowed:
         block = int(error.amax(-1).argmax())
         raise ValueError(

@@ -39,6 +39,10 @@ class BlockTensors(NamedTuple):
         c, e, s0, norm = (found.get(name) for name in ("clover_U", "clover_V", "clover_S0", "clover_norm"))
         return cls(found["clover_S"], c, e, s0, norm)
 
+    def promoted(self) -> BlockTensors:
+        """With S in the dtype of the bases: S has the base's without peft's `autocast_adapter_dtype`."""
+        return self if self.norm is None else self._replace(s=self.s.to(self.norm.dtype))
+
 
 @dataclass(frozen=True)
 class BlockSpec:
@@ -136,7 +140,8 @@ class BlockSpec:
         return (result if e is None else torch.bmm(result, e.mT)).to(tokens.dtype)
 
     def _with_frozen_part(self, tensors: BlockTensors) -> BlockTensors:
-        """With `truncate`, S0 + dS in the place of dS."""
+        """In one dtype, and with `truncate` S0 + dS in the place of dS."""
+        tensors = tensors.promoted()
         s, s0 = tensors.s, tensors.s0
         if self.truncate and s0 is not None:
             s = s + (s0 if self.form == "diagonal" else torch.diag_embed(s0))

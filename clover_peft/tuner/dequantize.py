@@ -7,6 +7,7 @@ or the trained update is added to the other weights unchanged.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_quantization_kwargs
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from peft.utils.quantization_utils import resolve_quantization_backend
-from torch import nn
+from torch import Tensor, nn
 
 from ..base_model.weight import BaseWeight
 from .base_check import check_fingerprint, fingerprint
@@ -23,6 +24,7 @@ from .experts import refuse_experts
 from .layer import CloverLayer
 from .layers import clover_layers, inner_model, layers_with
 from .merging import map_base_tensor
+from .tied_weights import untie_config
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -118,36 +120,77 @@ def merge_onto(model: nn.Module, base: ModelT, adapter_name: str = "default") ->
     config: CloverConfig = model.peft_config[adapter_name]  # type: ignore[index,assignment]
     if inner_model(base) is not base or any(isinstance(module, BaseTunerLayer) for module in base.modules()):
         raise ValueError("base: expected a model without adapters, found some; merge or unload them first")
-    for path, layer in layers:
-        _check_target(base, path, layer, adapter_name, config)
-    for path, layer in layers:
-        target: Any = base.get_submodule(path)
+    targets = [(layer, _target(base, path, layer, adapter_name, config)) for path, layer in layers]
+    copied = _trained_beside(inner, adapter_name, config)
+    for name, value in copied.items():
+        _check_tensor(base, name, value)
+    for layer, target in targets:
         with layer.base_weight.whole():
-            own: Any = target.weight
-            changed = own + layer.get_delta_weight(adapter_name).to(own.device)
+            delta = layer.get_delta_weight(adapter_name)
+            if layer.base_weight.fan_in_fan_out != target.fan_in_fan_out:  # Quantisation turns a Conv1D around.
+                delta = delta.mT
+            module = target.module
+            changed = module.weight + delta.to(module.weight.device)
             # A new parameter: another module of base may share the old one.
-            target.weight = nn.Parameter(changed.to(own.dtype), requires_grad=own.requires_grad)
-            if (own := target.bias) is not None:
+            module.weight = nn.Parameter(changed.to(module.weight.dtype), requires_grad=module.weight.requires_grad)
+            if (own := module.bias) is not None:
                 # Biases are never quantised, and may have been trained.
                 trained: Any = layer.base_weight.bias
-                target.bias = nn.Parameter(
+                module.bias = nn.Parameter(
                     map_base_tensor(layer, trained, [adapter_name]).to(own), requires_grad=own.requires_grad
                 )
-    for path, module in inner.named_modules():
-        mine: Any = module
-        if isinstance(module, ModulesToSaveWrapper) and adapter_name in mine.modules_to_save:
-            base.get_submodule(path).load_state_dict(mine.modules_to_save[adapter_name].state_dict())
-        elif isinstance(module, TrainableTokensWrapper) and adapter_name in mine.token_adapter.trainable_tokens_delta:
-            base.get_parameter(f"{path}.weight").copy_(mine.token_adapter.get_merged_weights([adapter_name]))
-    if config.bias == "all":
-        for name, parameter in inner.named_parameters():
-            if name.endswith(".bias") and ".base_layer." not in name:
-                base.get_parameter(name).copy_(parameter)
+    _copy(base, copied)
+    untie_config(base)
     return base
 
 
-def _check_target(base: nn.Module, path: str, layer: CloverLayer, adapter_name: str, config: CloverConfig) -> None:
-    """Refuse a projection that is not the one the adapter was trained on, in plain weights."""
+def _copy(base: nn.Module, values: dict[str, Tensor]) -> None:
+    """Write tensors by name. A parameter that others share gets a copy of its own, unless all get the same value."""
+    sharing = defaultdict(list)
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        sharing[id(parameter)].append(name)
+    state = base.state_dict(keep_vars=True)
+    for name, value in values.items():
+        own = state[name]
+        if all(other in values and torch.equal(values[other], value) for other in sharing[id(own)]):
+            own.copy_(value)
+        else:
+            path, _, leaf = name.rpartition(".")
+            setattr(base.get_submodule(path), leaf, nn.Parameter(value.to(own, copy=True), own.requires_grad))
+
+
+def _trained_beside(inner: nn.Module, adapter_name: str, config: CloverConfig) -> dict[str, Tensor]:
+    """What an adapter has trained beside its targets: name of a tensor of the base model -> its value."""
+    found: dict[str, Tensor] = {}
+    for path, module in inner.named_modules():
+        mine: Any = module
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in mine.modules_to_save:
+            of_module = mine.modules_to_save[adapter_name].state_dict()
+            found |= {f"{path}.{name}": value for name, value in of_module.items()}
+        elif isinstance(module, TrainableTokensWrapper) and adapter_name in mine.token_adapter.trainable_tokens_delta:
+            found[f"{path}.weight"] = mine.token_adapter.get_merged_weights([adapter_name])
+    if config.bias == "all":
+        biases = inner.named_parameters()
+        found |= {name: value for name, value in biases if name.endswith(".bias") and ".base_layer." not in name}
+    return found
+
+
+def _check_tensor(base: nn.Module, name: str, value: Tensor) -> None:
+    """Refuse a base that has no such tensor."""
+    there = base.state_dict().get(name)
+    if there is None or there.shape != value.shape:
+        shape = "none" if there is None else f"one of shape {tuple(there.shape)}"
+        raise ValueError(
+            f"{name}: expected a tensor of shape {tuple(value.shape)} in base, found {shape}; pass the same model"
+        )
+
+
+def _target(base: nn.Module, path: str, layer: CloverLayer, adapter_name: str, config: CloverConfig) -> BaseWeight:
+    """The projection that the adapter was trained on, in plain weights.
+
+    Raises:
+        ValueError: if it is another one.
+    """
     try:
         target: Any = base.get_submodule(path)
     except AttributeError:
@@ -164,3 +207,4 @@ def _check_target(base: nn.Module, path: str, layer: CloverLayer, adapter_name: 
         here, there = fingerprint(base, reader, spec), layer.tensors(adapter_name, spec).norm
         if here is not None and there is not None:
             check_fingerprint(reader, spec, config, here, there.to(here))
+    return reader

@@ -11,6 +11,7 @@ from torch.linalg import pinv
 from ..base_model.weight import Side
 from .bases import compute_bases, partner_side
 from .block_spec import BlockSpec
+from .layer import CloverLayer
 from .layers import clover_layers, inner_model
 
 
@@ -66,35 +67,34 @@ def explicit_factors(model: nn.Module, target: str, adapter_name: str = "default
     layer = found[0]
     layer.check_bases(adapter_name, "factor")
     with layer.base_weight.whole():
-        own = layer.base_weight.side
-    result = {}
-    for spec in layer.specs[adapter_name]:
-        tensors = layer.tensors(adapter_name, spec)
-        if tensors.c is None:
-            raise ValueError(
-                f"{layer.name}: the adapter was saved folded and has no bases; save it with save_bases=True"
-            )
-        if spec.from_activations:
-            raise ValueError(
-                f"{layer.name}: expected bases of the weights, found some of activations, whose U and V are not "
-                "orthonormal; make the adapter without initialize_from_activations"
-            )
-        rows = spec.heads.blocks(_with_bias(own), spec.size).transpose(0, 1)
-        u, ds = rows @ tensors.c.double().mT, layer.scaling[adapter_name] * tensors.s.double()
-        v = torch.eye(spec.size).to(u) if tensors.e is None else tensors.e.double()
-        v = v.expand(spec.blocks, -1, -1)
-        with partner_side(inner, spec) as partner:
-            if spec.balanced_updates:  # which scaled C
-                norms = torch.linalg.matrix_norm(compute_bases(spec, own, partner).c.to(u))
-                scale = torch.linalg.matrix_norm(tensors.c.double()) / torch.where(norms > 0, norms, 1.0)
-                scale = torch.where(scale > 0, scale, 1.0)
-                u, ds = u / scale.view(-1, 1, 1), ds * scale.view(-1, *[1] * (ds.ndim - 1))
-            product = rows.mT @ pinv(u).mT
-            if partner is not None:
-                columns = _columns(spec, partner)
-                v, product = columns @ v, columns @ product
-        result[spec.name] = Factors(u, pinv(v) @ product + (torch.diag_embed(ds) if ds.ndim == 2 else ds), v)
-    return result
+        return {spec.name: _factors(inner, layer, adapter_name, spec) for spec in layer.specs[adapter_name]}
+
+
+def _factors(model: nn.Module, layer: CloverLayer, adapter_name: str, spec: BlockSpec) -> Factors:
+    """The factors of one slice; the base weight is whole."""
+    tensors, own = layer.tensors(adapter_name, spec), layer.base_weight.side
+    if tensors.c is None:
+        raise ValueError(f"{layer.name}: the adapter was saved folded and has no bases; save it with save_bases=True")
+    if spec.from_activations:
+        raise ValueError(
+            f"{layer.name}: expected bases of the weights, found some of activations, whose U and V are not "
+            "orthonormal; make the adapter without initialize_from_activations"
+        )
+    rows = spec.heads.blocks(_with_bias(own), spec.size).transpose(0, 1)
+    u, ds = rows @ tensors.c.double().mT, layer.scaling[adapter_name] * tensors.s.double()
+    v = torch.eye(spec.size).to(u) if tensors.e is None else tensors.e.double()
+    v = v.expand(spec.blocks, -1, -1)
+    with partner_side(model, spec) as partner:
+        if spec.balanced_updates:  # which scaled C
+            norms = torch.linalg.matrix_norm(compute_bases(spec, own, partner).c.to(u))
+            scale = torch.linalg.matrix_norm(tensors.c.double()) / torch.where(norms > 0, norms, 1.0)
+            scale = torch.where(scale > 0, scale, 1.0)
+            u, ds = u / scale.view(-1, 1, 1), ds * scale.view(-1, *[1] * (ds.ndim - 1))
+        product = rows.mT @ pinv(u).mT
+        if partner is not None:
+            columns = _columns(spec, partner)
+            v, product = columns @ v, columns @ product
+    return Factors(u, pinv(v) @ product + (torch.diag_embed(ds) if ds.ndim == 2 else ds), v)
 
 
 def _with_bias(side: Side) -> Tensor:

@@ -105,13 +105,14 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
         super().delete_adapter(adapter_name)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Set the active adapters.
+        """Set the active adapters; one that is named twice acts once.
 
         Raises:
             ValueError: if more than one of them truncates.
         """
-        merging.check_truncation(self, adapter_names, "active")
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        names = [adapter_names] if isinstance(adapter_names, str) else list(dict.fromkeys(adapter_names))
+        merging.check_truncation(self, names, "active")
+        super().set_adapter(names, inference_mode=inference_mode)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the scale of an adapter; a name that the layer does not have is ignored."""

@@ -49,6 +49,16 @@ class TiedWeights(BaseTuner):
         )
 
 
+def untie_config(model: nn.Module) -> None:
+    """Where the head has a weight of its own now, say so in the config, so that a load does not tie it again."""
+    if not isinstance(model, PreTrainedModel) or not getattr(model.config, "tie_word_embeddings", False):
+        return
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is not embedding.weight:
+        model.config.tie_word_embeddings = False
+        untie_whole(model)
+
+
 def untie_whole(model: nn.Module) -> None:
     """Give every weight that a model's config no longer ties a copy of its own, so that all of them are saved.
 

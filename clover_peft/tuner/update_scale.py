@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ..base_model.activations import Probe, TokenReader, evaluating
-from ..runtime.bitsandbytes import keep_unpacked
 from .activation_bases import check_new
 from .block_spec import BlockSpec
 from .experts import refuse_experts
@@ -107,7 +106,6 @@ def update_sensitivities(
     }
     predictions = 0
     with evaluating(model), ExitStack() as hooked, torch.enable_grad():
-        keep_unpacked(model)
         for watch in watches.values():
             hooked.enter_context(watch.layer.base_layer.register_forward_hook(watch.add_output))
             hooked.enter_context(watch.layer.register_forward_hook(watch.wait_for_gradient))

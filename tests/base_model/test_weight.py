@@ -134,7 +134,7 @@ def test_the_weight_that_is_read_is_the_one_that_multiplies(kind, bias):
         ("conv1d", torch.float32, "float32", torch.float32),
         ("8bit", torch.int8, "bnb 8bit", torch.float32),
         ("nf4", torch.uint8, "bnb 4bit", torch.float32),
-        ("hqq", torch.uint8, "hqq", torch.float32),
+        ("hqq", torch.uint8, "hqq 4bit", torch.float32),
     ],
 )
 def test_it_knows_how_the_weight_is_stored(kind, stored, precision, merges_in):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 
 from clover_peft import CloverConfig
 from tests.support.adapters import adapted, layers, loss_and_grads, same
@@ -48,6 +48,22 @@ def test_s_is_float32_unless_asked_otherwise_and_the_bases_always_are(dtype):
         unmerged = logits(model, "llama")
         model.merge_adapter()
         assert relative(logits(model, "llama"), unmerged) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("choices", [{}, {"r": 4, "truncate": True}], ids=str)
+@pytest.mark.parametrize("save_bases", [True, "folded"])
+def test_s_in_bfloat16_is_saved_and_loaded_onto_another_precision(choices, save_bases, tmp_path):
+    config = CloverConfig(**choices, save_bases=save_bases)
+    model = get_peft_model(build("llama", torch.bfloat16), config, autocast_adapter_dtype=False)
+    perturb(model)
+    expected = logits(model, "llama")
+    model.save_pretrained(tmp_path)
+    for dtype in (torch.bfloat16, torch.float32):
+        for autocast_adapter_dtype in (True, False):
+            loaded = PeftModel.from_pretrained(
+                build("llama", dtype), tmp_path, autocast_adapter_dtype=autocast_adapter_dtype
+            )
+            assert relative(logits(loaded, "llama"), expected) < 2 * TOLERANCE[torch.bfloat16]
 
 
 def test_autocast_folds_the_map_in_float32():

@@ -14,11 +14,30 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TorchAoConfig,
+)
+from transformers.pytorch_utils import Conv1D
 
 import clover_peft.tuner.layer
-from clover_peft import CloverConfig, CloverLayer, balance_updates, dequantize, merge_onto
-from clover_peft.tuner.base_check import ROUNDED
+from clover_peft import (
+    CloverConfig,
+    CloverLayer,
+    balance_updates,
+    dequantize,
+    initialize_from_activations,
+    initialize_from_contrast,
+    merge_onto,
+    own_text,
+)
+from clover_peft.base_model.weight import BaseWeight
+from clover_peft.tuner.base_check import WEIGHT_ERROR
 from clover_peft.tuner.layers import clover_layers
 from clover_peft.tuner.merging import map_base_tensor
 from clover_peft.tuner.update_scale import SENSITIVITY, update_sensitivities
@@ -264,6 +283,59 @@ def test_the_dense_update_goes_onto_other_weights(kind, bias, tiny):
             assert torch.equal(parameter, original.get_parameter(name))
 
 
+def conv1d_folder(tmp_path) -> str:
+    """A GPT-2, whose projections transformers stores transposed, and turns into linear ones when it quantises them."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=2)
+    model = GPT2LMHeadModel(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    model.save_pretrained(tmp_path / "gpt2")
+    return str(tmp_path / "gpt2")
+
+
+@pytest.mark.parametrize("targets", [None, ["attn.c_proj"]], ids=["default", "square"])
+def test_the_dense_update_goes_onto_weights_of_another_layout(targets, tmp_path):
+    folder = conv1d_folder(tmp_path)
+    model = get_peft_model(four_bits(folder), CloverConfig(target_modules=targets))
+    perturb(model)
+    original, base = plain(folder), plain(folder)
+    merge_onto(model, base)
+    for path, layer in clover_layers(model.base_model.model):
+        assert isinstance(base.get_submodule(path), Conv1D)
+        assert not isinstance(layer.get_base_layer(), Conv1D)
+        change = base.get_parameter(f"{path}.weight") - original.get_parameter(f"{path}.weight")
+        assert relative(change, layer.get_delta_weight("default").mT) < 1e-5
+    base_too = dequantize(model).merge_and_unload()
+    expected = logits(base_too) - logits(dequantize(four_bits(folder)))
+    assert effect_error(logits(base), logits(original) + expected, logits(original)) < 0.3
+
+
+def test_formats_of_one_library_are_different_precisions():
+    library = pytest.importorskip("torchao.quantization", reason="needs torchao: pip install torchao")
+    found = []
+    for config in (library.Int8WeightOnlyConfig(), library.Float8WeightOnlyConfig()):
+        model = nn.Sequential(nn.Linear(64, 64)).to(torch.bfloat16)
+        library.quantize_(model, config)
+        found.append(BaseWeight(model[0], quantization_kwargs={"get_apply_tensor_subclass": lambda: None}).precision)
+    assert found[0] != found[1]
+    assert all(precision.startswith("torchao ") for precision in found)
+
+
+def test_a_base_that_lacks_a_trained_module_stays_as_it_was(tiny):
+    model = get_peft_model(four_bits(tiny), CloverConfig(modules_to_save=["lm_head"], trainable_token_indices=[5]))
+    perturb(model)
+    for lacks in ("lm_head", "model.embed_tokens"):
+        base = plain(tiny)
+        base.set_submodule(lacks, nn.Identity())
+        before = copy.deepcopy(base.state_dict())
+        with pytest.raises(ValueError, match=f"{lacks}.weight: expected a tensor"):
+            merge_onto(model, base)
+        assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+
+
 def test_what_cannot_be_merged_onto_is_refused_and_stays_as_it_was(tiny):
     model = get_peft_model(four_bits(tiny), CloverConfig())
     perturb(model)
@@ -336,7 +408,7 @@ def test_what_rounding_changes_in_normal_weights():
         "bnb 8bit": eight * scale.unsqueeze(1) / 127,
     }
     for precision, values in rounded.items():
-        assert relative(values.float(), weight) == pytest.approx(ROUNDED[precision], rel=0.15)
+        assert relative(values.float(), weight) == pytest.approx(WEIGHT_ERROR[precision], rel=0.15)
 
 
 # --- S stays in float32 ----------------------------------------------------------------------------
@@ -478,6 +550,31 @@ def test_weights_that_were_repacked_for_the_cpu_are_noticed(tiny, tmp_path):
         with pytest.raises(TypeError, match="support_avx512bf16_for_cpu = False"):
             action()
     assert not any(layer.merged for _, layer in clover_layers(model))
+
+
+@pytest.mark.parametrize("start", ["activations", "own text", "contrast", "scale"])
+def test_starts_from_data_do_not_have_weights_repacked(start, tiny):
+    base = four_bits(tiny, packed=True)
+    seen = []
+    for module in base.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = True  # as on the CPUs that repack
+            module.register_forward_pre_hook(lambda module, inputs: seen.append(module.training))
+    known = [{"input_ids": torch.randint(3, 90, (4, 64), generator=torch.Generator().manual_seed(i))} for i in (0, 1)]
+    with_labels = [{**batch, "labels": batch["input_ids"]} for batch in known]
+    if start == "own text":
+        own_text(base, rows=2, length=4)
+    else:
+        model = get_peft_model(base, CloverConfig(low_rank=2 if start == "contrast" else 0))
+        assert not seen
+        if start == "activations":
+            initialize_from_activations(model, known)
+        elif start == "contrast":
+            initialize_from_contrast(model, known, known)
+        else:
+            balance_updates(model, with_labels)
+    assert seen
+    assert all(seen)  # bitsandbytes repacks in evaluation mode alone
 
 
 class Forward4bit(nn.Linear):

@@ -156,6 +156,33 @@ def test_merging_onto_another_base(case: str) -> None:
     assert relative(logits(clover_peft.merge_onto(model, make()), "llama"), logits(model, "llama")) <= 1e-5
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": ["v_proj"], "trainable_token_indices": [5]},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:.*tie.*")
+def test_what_is_merged_onto_a_tied_base_is_saved_and_loaded(options: dict, tmp_path: Path) -> None:
+    model = get_peft_model(tied_head(), CloverConfig(**options))
+    perturb(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "clover_S" not in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    expected = logits(model, "llama")
+    base = clover_peft.merge_onto(model, tied_head())
+    assert relative(logits(base, "llama"), expected) <= 1e-5
+    base.save_pretrained(tmp_path)
+    loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(loaded, "llama"), logits(base, "llama"))
+
+
 def test_trained_modules_stay_tied_as_with_lora() -> None:
     options = dict(target_modules=["v_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)
     for config in (CloverConfig(**options), LoraConfig(**options)):
