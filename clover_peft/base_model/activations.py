@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..io.user_warning import warn
-from ..linalg.moments import Moments, SecondMoment
+from ..linalg.moments import Moments, SecondMoment, check_finite
 from ..runtime.bitsandbytes import keep_unpacked
 from .slices import HeadSlice
 from .weight import base_of
@@ -110,6 +110,30 @@ class TokenReader:
         others = (m for m in model.modules() if m is not model and getattr(m, "main_input_name", TEXT) != TEXT)
         self.unmasked = {module for tower in others for module in tower.modules()} - self.encoding
 
+    def read(
+        self, batches: Iterable[Mapping[str, Any]], masks: dict[str, Tensor], what: str, with_logits: bool = True
+    ) -> Iterator[dict[str, Any]]:
+        """Every batch on the model's device, as keyword arguments of the model, with a progress bar.
+
+        Args:
+            batches: the data.
+            masks: gets the masks of the batch by name, in place of those of the batch before.
+            what: the progress bar's name for the work.
+            with_logits: False where nobody reads logits or loss, see `start_without_logits`.
+
+        Raises:
+            ValueError: if there is no batch.
+        """
+        start, is_empty = self.start if with_logits else self.start_without_logits, True
+        for batch in tqdm(batches, desc=f"CLOVER {what}", unit=" batches", delay=3, leave=False):
+            values, of_batch = start(batch)
+            masks.clear()
+            masks |= of_batch
+            is_empty = False
+            yield values
+        if is_empty:
+            raise ValueError(_NONE)
+
     def start(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """A batch on the model's device, and its masks by name."""
         if not isinstance(batch, Mapping):
@@ -201,24 +225,18 @@ def collect_moments(
 
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     reads_head = any(base_of(probe.module) is base_of(head) for probe in probes.values() if head is not None)
-    start = reader.start if reads_head else reader.start_without_logits
     with evaluating(model), ExitStack() as hooked:
         for name, probe in probes.items():
             module = probe.module
             register: Any = module.register_forward_pre_hook if probe.reads else module.register_forward_hook
             hooked.enter_context(register(partial(observe, name, probe)))
-        for batch in tqdm(batches, desc="CLOVER moments", unit=" batches", delay=3, leave=False):
-            values, of_batch = start(batch)
-            masks.clear()
-            masks |= of_batch
+        for values in reader.read(batches, masks, "moments", with_logits=reads_head):
             model(**values)
             count += 1
-    if not count:
-        raise ValueError(_NONE)
     if missing := [name for name in probes if name not in found or not found[name].tokens]:
         raise ValueError(f"{missing[0]}: expected activations, found none; pass batches of tokens that reach it")
     for name, moments in found.items():
-        moments.check_finite(name)
+        check_finite(moments.sums, name)
     sizes = {name: probe.size // probe.parts for name, probe in probes.items()}
     few = {name: m.tokens for name, m in found.items() if m.tokens < tokens_per_feature * sizes[name]}
     if few:

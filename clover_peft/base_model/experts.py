@@ -93,7 +93,7 @@ class ExpertsWeight(BaseWeight):
         self.owner, self.path, self.layout = owner, path, layout
         self.parameter = path.rpartition(".")[2]
         self.names = (self.parameter, f"{self.parameter}_bias")
-        self.backend, self.fan_in_fan_out, self._original = None, False, None
+        self.backend, self.fan_in_fan_out, self._original, self._written = None, False, None, None
         self.in_features = self.stored.shape[3 - layout.dim]
         self.out_features = len(self.stored) * (self.stored.shape[layout.dim] // layout.parts)
 

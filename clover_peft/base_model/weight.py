@@ -114,7 +114,7 @@ class BaseWeight:
 
     @property
     def device(self) -> torch.device:
-        """The device on which the weight is used; the CPU for one on disk whose hooks peft has removed for a load."""
+        """The device on which the weight is used; the CPU for one on disk if peft has removed its offload hooks."""
         if not self.stored.is_meta:
             return self.stored.device
         with self.whole():
@@ -160,7 +160,7 @@ class BaseWeight:
         """`fn()`, computed by the processes that have the weight and sent to those that have none."""
         return fn() if self.is_in_every_process else computed_on_rank_0(fn)
 
-    def check_trainable(self) -> None:
+    def check_not_repacked(self) -> None:
         """Refuse a weight that gradients cannot pass through.
 
         Raises:
@@ -174,7 +174,7 @@ class BaseWeight:
         Raises:
             TypeError: if bitsandbytes has repacked the 4-bit weight, which cannot be read back.
         """
-        self.check_trainable()
+        self.check_not_repacked()
         if self._original is not None:
             weight = self._dense_original(self._original)
         else:

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..base_model.activations import TokenReader, evaluating, read_batches, warn_if_few
 from ..base_model.rewritten import forget_base
-from ..linalg.moments import Moments
+from ..linalg.moments import Moments, check_finite
 from ..runtime.interrupts import uninterrupted
 from .sliced_models import add_shortcuts, write_record
 from .slicing_checks import check_sliceable, choose_width
@@ -216,7 +216,7 @@ class Slicer:
     def _check(self, name: str, moments: Moments) -> None:
         if not moments.tokens:
             raise ValueError("calibration: expected tokens, found only padding; check their attention_mask")
-        moments.check_finite(name)
+        check_finite(moments.sums, name)
         self.tokens = moments.tokens
 
     def basis(self, moment: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ def joint_moments(own: Tensor, joint: Tensor, tokens: int, half: tuple[Tensor, i
     """Second moments of all heads' features together (ours). The part between heads is reduced: some of it is noise.
 
     In coordinates in which `own` is the identity, the part between heads is multiplied by the share of its squares
-    that is no noise, as in James and Stein's estimator. What two halves of the data have in common is none: their
+    that is no noise, as in James and Stein's estimator. Two halves of the data do not share their noise, so their
     moments are compared. Without halves, T independent tokens are assumed, which leave about `tr M_gg tr M_hh / T` of
     squares between two heads that have nothing in common; tokens of one text are not independent.
 

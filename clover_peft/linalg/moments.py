@@ -65,9 +65,10 @@ class Moments:
             self.half = self.half or Moments.empty(self.mean.shape, self.mean.device)
             self.half.add(blocks)
 
-    def check_finite(self, name: str) -> None:
-        """Raise `ValueError`, naming the module, if a moment is NaN or infinite."""
-        check_finite(self.scatter, name)
+    @property
+    def sums(self) -> Tensor:
+        """(H, d, d), what was summed over the tokens."""
+        return self.scatter
 
     def parts(self, count: int) -> Moments:
         """The moments of `count` equal parts of one block, as of that many blocks."""
@@ -121,9 +122,10 @@ class SecondMoment:
             self.total.baddbmm_(rows.mT, rows)
         self.tokens += len(blocks)
 
-    def check_finite(self, name: str) -> None:
-        """Raise `ValueError`, naming the module, if the sum is NaN or infinite."""
-        check_finite(self.total, name)
+    @property
+    def sums(self) -> Tensor:
+        """(H, d, d), what was summed over the tokens."""
+        return self.total
 
     @property
     def second(self) -> Tensor:

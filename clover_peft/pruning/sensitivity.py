@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..base_model.activations import TokenReader, evaluating
 from .pairs import Pair
@@ -37,7 +36,7 @@ def sensitivities(model: nn.Module, pairs: Iterable[Pair], batches: Iterable[Map
     named = {pair.name: pair.partner_projection for pair in pairs}
     squares = dict.fromkeys(named, 0.0)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    reader = TokenReader(model)
+    reader, masks = TokenReader(model), dict[str, Tensor]()
     generator = torch.Generator(reader.device).manual_seed(0)
 
     def behind(name: str) -> Any:
@@ -58,8 +57,7 @@ def sensitivities(model: nn.Module, pairs: Iterable[Pair], batches: Iterable[Map
         with torch.enable_grad(), evaluating(model), ExitStack() as hooked:
             for name, module in named.items():
                 hooked.enter_context(module.register_forward_hook(behind(name)))
-            for batch in tqdm(batches, desc="CLOVER gradients", unit=" batches", delay=3, leave=False):
-                values, masks = reader.start(batch)
+            for values in reader.read(batches, masks, "gradients"):
                 values.pop("logits_to_keep", None)  # The gradients of all predictions are needed.
                 _loss(model, model(**values), masks, generator).backward()
     finally:

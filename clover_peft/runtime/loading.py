@@ -1,4 +1,4 @@
-"""How an adapter is being made: to be loaded from a file, on the meta device."""
+"""Tells how an adapter is being made: new or to be loaded from a file, with tensors here or on the meta device."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def transformers_loads() -> bool:
 def loaded_by_transformers() -> dict[str, Tensor]:
     """The tensors that transformers loads next, without letting the tuner see them; downloaded if they are on the hub.
 
-    None of them if something else loads. They are found through the local variables `_SOURCES` of transformers'
-    `load_adapter`: a warning tells if that has no such variables.
+    The result is empty if something else loads. The tensors are found through the local variables `_SOURCES` of
+    transformers' `load_adapter`: a warning tells if that has no such variables.
     """
     for frame in _callers():
         if frame.f_code is _TRANSFORMERS:

@@ -14,7 +14,7 @@ from ..base_model.weight import BaseWeight
 from ..runtime.sharding import filled_by_rank_0
 from ..runtime.tensors import GuardedTensors
 from .block_spec import BlockSpec, BlockTensors
-from .maps import HeadMap, UnfoldedMap
+from .maps import HeadMap, StagedMap
 
 TRAINED = ("clover_S", "clover_A", "clover_B")
 FROZEN = ("clover_U", "clover_V", "clover_S0", "clover_norm")
@@ -73,8 +73,8 @@ class AdapterTensors(nn.Module):
     ) -> Iterator[tuple[str, nn.Module]]:
         """As in torch, but with `remove_duplicate=False` without the dictionaries of adapters, which hold no tensors.
 
-        Peft lists modules so to wrap those whose names end in one of `modules_to_save` or `trainable_token_indices`.
-        "norm" is the end of `clover_norm` too.
+        Peft calls it so to find the modules of `modules_to_save` and `trainable_token_indices` by the ends of their
+        names; "norm" would also find `clover_norm`.
         """
         found = super().named_modules(memo, prefix, remove_duplicate)
         if remove_duplicate:
@@ -117,7 +117,7 @@ class AdapterTensors(nn.Module):
             s = torch.zeros(spec.s_shape, dtype=dtype, device=device)
             if not init_weights and "clover_S0" in values:
                 # Random numbers, about half as large as the frozen singular values.
-                scale = 0.5 * values["clover_S0"].mean(-1) / (spec.r**0.5 if spec.form == "full" else 1)
+                scale = 0.5 * values["clover_S0"].mean(-1) / (spec.r**0.5 if spec.s_matrix == "full" else 1)
                 s = torch.randn_like(s) * scale.to(s).view(-1, *[1] * (s.ndim - 1))
             trained["clover_S"][spec.name] = s
             for attribute, shape in spec.base_shapes.items():
@@ -205,7 +205,7 @@ class AdapterTensors(nn.Module):
         return tensors if scale == 1 else tensors._replace(s=scale * tensors.s)
 
     def registered(self, adapter_name: str, spec: BlockSpec) -> dict[str, Tensor | None]:
-        """What the map of a slice depends on by attribute; None for what a runtime put something else in place of."""
+        """What the map of a slice depends on, by attribute; None for a tensor that a runtime has replaced."""
         attributes = ("clover_S", *spec.base_shapes)
         return {a: getattr(self, a)[adapter_name].registered(spec.name) for a in attributes}
 
@@ -241,7 +241,7 @@ class AdapterTensors(nn.Module):
                 result[key] = HeadMap(spec.place, matrix, c, drop)
         return list(result.values())
 
-    def staged_maps(self, adapter_names: Iterable[str]) -> list[UnfoldedMap]:
+    def staged_maps(self, adapter_names: Iterable[str]) -> list[StagedMap]:
         """The same maps as C, dS and E one after the other, without dropout, for features in the precision of S."""
         result = []
         for name in adapter_names:
@@ -251,7 +251,7 @@ class AdapterTensors(nn.Module):
                 def mapped(tokens: Tensor, name: str = name, spec: BlockSpec = spec) -> Tensor:
                     return self.read(name, spec, lambda tensors: spec.mapped(tensors, tokens))
 
-                result.append(UnfoldedMap(spec.place, mapped))
+                result.append(StagedMap(spec.place, mapped))
         return result
 
     def add_low_rank(self, y: Tensor, x: Tensor | None, adapter_names: Iterable[str], dropout: bool = False) -> Tensor:

@@ -24,7 +24,7 @@ class BlockTensors(NamedTuple):
         c: (H, r, d), C, stored as `clover_U`; None in a folded adapter.
         e: (H, d, r), E, stored as `clover_V`; None for the identity.
         s0: (H, r), the frozen singular values; None in a folded adapter.
-        norm: (H, d), the fingerprint of the base weights (`base_check.row_norms`).
+        norm: (H, d), the fingerprint of the base weights (`bases.row_norms`).
     """
 
     s: Tensor
@@ -56,7 +56,7 @@ class BlockSpec:
         heads: its features.
         size: features of a block, d.
         r: directions trained in each block.
-        form: "full" (S is r x r) or "diagonal".
+        s_matrix: "full" (S is r x r) or "diagonal".
         basis: "pair", "qr", "svd", or "folded" (no bases: S is the whole map of an adapter that was saved folded).
         truncate: drop the directions beyond r; of a folded adapter: it was trained so.
         from_activations: the bases were computed from moments of activations.
@@ -73,7 +73,7 @@ class BlockSpec:
     heads: HeadSlice
     size: int
     r: int
-    form: Literal["full", "diagonal"]
+    s_matrix: Literal["full", "diagonal"]
     basis: Literal["pair", "qr", "svd", "folded"]
     truncate: bool
     from_activations: bool = False
@@ -100,7 +100,7 @@ class BlockSpec:
     @property
     def s_shape(self) -> tuple[int, ...]:
         """Shape of S: (H, r, r) or (H, r)."""
-        return (self.blocks, self.r, self.r) if self.form == "full" else (self.blocks, self.r)
+        return (self.blocks, self.r, self.r) if self.s_matrix == "full" else (self.blocks, self.r)
 
     @property
     def is_factored(self) -> bool:
@@ -144,7 +144,7 @@ class BlockSpec:
         tensors = tensors.promoted()
         s, s0 = tensors.s, tensors.s0
         if self.truncate and s0 is not None:
-            s = s + (s0 if self.form == "diagonal" else torch.diag_embed(s0))
+            s = s + (s0 if self.s_matrix == "diagonal" else torch.diag_embed(s0))
         return tensors._replace(s=s)
 
     def residual_map(self, tensors: BlockTensors) -> Tensor:

@@ -1,4 +1,4 @@
-"""The checks of `CloverConfig`'s values; without peft, so that the command line can make them before it imports it."""
+"""The checks of `CloverConfig`'s values."""
 
 from __future__ import annotations
 

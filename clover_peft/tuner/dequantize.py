@@ -60,7 +60,7 @@ def dequantize(model: ModelT, dtype: torch.dtype | None = None) -> ModelT:
                     f"{path}: expected weights that can be dequantised, found {weight.precision}, which can only "
                     "be run; load the unquantised model and use clover_peft.merge_onto(model, base)"
                 )
-            weight.check_trainable()
+            weight.check_not_repacked()
     if not quantised:
         raise ValueError(
             "dequantize: expected a model with quantised projections, found none; use the model as it is, and "

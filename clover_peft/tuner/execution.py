@@ -23,7 +23,7 @@ class Form(enum.Enum):
 
     Attributes:
         CACHED: with `E dS C`, folded in the last pass of several tokens a sequence.
-        FOLDED: with `E dS C`, folded for this pass.
+        FOLDED: with `E dS C`, folded for this pass; of frozen adapters, it is kept for the passes that follow.
         TOGETHER: with `E dS C`, folded for this pass together with the maps of the model's other layers.
         STAGED: with C, dS and E one after the other, which is less work for a few tokens.
     """
@@ -87,11 +87,10 @@ def apply_adapters(layer: AdapterTensors, z: Tensor, adapter_names: Sequence[str
         has_dropout=has_dropout,
     )
     if form is Form.STAGED:
-        wide = z.to(torch.promote_types(z.dtype, torch.float32))  # cheaper than casting the larger E, S and C
+        wide = z.to(torch.promote_types(z.dtype, torch.float32))  # The sum of the maps is in float32 too.
         return apply_maps(wide, layer.staged_maps(names)).to(z.dtype)
-    if (frozen := kept or folded) is not None:
-        return apply_maps(z, frozen)
-    maps = layer.maps(names, dropout=True) if together is None else together
+    maps = {Form.CACHED: kept, Form.TOGETHER: together, Form.FOLDED: folded}[form]
+    maps = layer.maps(names, dropout=True) if maps is None else maps
     return apply_maps(z, maps, layer.output_is_kept(names))
 
 

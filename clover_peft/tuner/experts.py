@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..base_model.experts import ExpertsLayout, ExpertsWeight
 from .layer import CloverLayer
-from .maps import HeadMap, UnfoldedMap, formula
+from .maps import HeadMap, StagedMap, formula
 
 
 class CloverExperts(CloverLayer):
@@ -126,7 +126,7 @@ def refuse_experts(layers: Iterable[tuple[str, CloverLayer]], purpose: str) -> N
 
 def _mapped(stack: Tensor, rows_of: Callable[[Tensor], Tensor], maps: Sequence[HeadMap]) -> Tensor:
     """`rows_of(stack)`, (..., features), with the maps, computed in at least float32, in the dtype of the stack."""
-    by_output = [UnfoldedMap(m.place, partial(_mapped_by_output, m)) for m in maps]
+    by_output = [StagedMap(m.place, partial(_mapped_by_output, m)) for m in maps]
 
     def compute(stack: Tensor) -> Tensor:
         rows = rows_of(stack)

@@ -159,8 +159,8 @@ def _nearest(budget: int, slices: list[TargetSlice]) -> dict[str, int]:
     choices = [choice for choice in choices if unlike(choice) <= MOST_UNLIKE] or choices
     if near := [choice for choice in choices if distance(choice) <= NEAR]:
         return min(near, key=lambda choice: (unlike(choice), distance(choice)))
-    widest = min(each.default_block_size for each in slices)
-    return min([*choices, *({"r": r} for r in range(1, widest))], key=distance)
+    narrowest = min(each.default_block_size for each in slices)
+    return min([*choices, *({"r": r} for r in range(1, narrowest))], key=distance)
 
 
 def _count(

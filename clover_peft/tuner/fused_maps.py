@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.tracing import is_captured, is_traced
-from .maps import HeadMap, Inversion, Place, UnfoldedMap, formula
+from .maps import HeadMap, Inversion, Place, StagedMap, formula
 
 # The coarsest rounding of a product: torch may be set to round factors of float32 products to TF32 or bfloat16.
 _EPS = torch.finfo(torch.bfloat16).eps
@@ -38,7 +38,7 @@ class MapBackwards:
     count = 0
 
 
-def apply_maps(z: Tensor, maps: Sequence[HeadMap | UnfoldedMap], output_is_kept: bool = False) -> Tensor:
+def apply_maps(z: Tensor, maps: Sequence[HeadMap | StagedMap], output_is_kept: bool = False) -> Tensor:
     """`y` of all maps together, each of the same z.
 
     Args:

@@ -142,7 +142,7 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
             TypeError: if gradients cannot pass through the base weight.
         """
         if mode:
-            self.base_weight.check_trainable()
+            self.base_weight.check_not_repacked()
         self._note_loaded()  # some loaders assign tensors without `load_state_dict`
         self.forget_maps()
         super().train(mode)
@@ -288,8 +288,9 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
             for spec in specs:
                 partner = f" with {spec.partner.path}" if spec.partner is not None and spec.basis == "pair" else ""
                 lines.append(
-                    f"({adapter_name}) {spec.part}: {spec.blocks} blocks of {spec.size}, r={spec.r}, {spec.form} S "
-                    f"{spec.s_shape}, {spec.basis}{partner}{', truncated' if spec.truncate else ''}{more}"
+                    f"({adapter_name}) {spec.part}: {spec.blocks} blocks of {spec.size}, r={spec.r}, "
+                    f"{spec.s_matrix} S {spec.s_shape}, {spec.basis}"
+                    f"{partner}{', truncated' if spec.truncate else ''}{more}"
                     f"{f', dropout {dropout}' if dropout else ''}"
                 )
         # The tensors' containers would be seven lines each that say nothing more.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from torch import Tensor
 
@@ -58,7 +58,11 @@ class MapCache:
             return None
         maps = fold()
         if all(type(m.matrix) is Tensor for m in maps):  # no tracer's stand-in
-            self._entries[key] = (maps, [_Seen(t, t._version, t.detach()) for t in sources if t is not None], scales)
+            self._entries[key] = (
+                maps,
+                [_Seen(t, t._version, t.detach()) for t in cast(list[Tensor], sources)],
+                scales,
+            )
         return maps
 
     def find(self, key: Hashable, sources: Sequence[Tensor | None], scales: Sequence[float]) -> list[HeadMap] | None:
@@ -68,7 +72,7 @@ class MapCache:
         if key not in self._entries:
             return None
         maps, seen, scaled = self._entries[key]
-        if scaled == scales and len(seen) == len(sources) and all(map(_is_same, seen, sources)):
+        if scaled == scales and all(map(_is_same, seen, sources)):
             return maps
         del self._entries[key]
         return None

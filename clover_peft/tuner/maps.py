@@ -91,7 +91,7 @@ class HeadMap(NamedTuple):
         return torch.bmm(tokens, self.matrix.to(tokens.dtype).mT)
 
 
-class UnfoldedMap(NamedTuple):
+class StagedMap(NamedTuple):
     """A map as its factors, which are less work for a few tokens.
 
     Attributes:
@@ -103,8 +103,8 @@ class UnfoldedMap(NamedTuple):
     mapped: Callable[[Tensor], Tensor]
 
 
-def formula(z: Tensor, maps: Sequence[HeadMap | UnfoldedMap]) -> Tensor:
-    """`y` of all maps together, each of the same z; `apply_maps` in plain operations of torch."""
+def formula(z: Tensor, maps: Sequence[HeadMap | StagedMap]) -> Tensor:
+    """`apply_maps` in plain operations of torch, which autograd differentiates; every map reads the same z."""
     if len(maps) == 1 and maps[0].place.heads.covers(z.shape[-1]):
         [m] = maps
         tokens = m.place.tokens(z)

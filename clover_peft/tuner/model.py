@@ -190,7 +190,7 @@ class CloverModel(TargetParameters, TiedWeights):
                 keys = tensor_keys(name, adapter_name, spec.name).items()
                 made = {attribute: file[key] for attribute, key in keys if key in file.keys() - before}
                 layer.set_frozen(adapter_name, spec, made)
-        # What `take_file` lets pass is whole, so these keys are left out on purpose.
+        # `take_file` has checked that the file is complete: a report of these keys as missing would be false.
         name = re.escape(adapter_name)
         leave_out_of_report(self.model, rf"\.clover_[UV]\.{name}\.", rf"\.({BASES_CHECKSUM}|{PACKED})\.")
 

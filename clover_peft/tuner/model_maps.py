@@ -168,7 +168,7 @@ class _Slice:
 
 
 def _slices(layer: Any) -> list[_Slice]:
-    """The slices of a layer, if it takes part."""
+    """The slices of a layer, if it takes part: none if one of its maps is not folded, or may change on the way."""
     names = [name for name in layer.active_adapters if name in layer.specs]
     if len(names) != 1 or layer.merged or layer.disable_adapters:
         return []

@@ -32,7 +32,7 @@ def unfolded(name: str, spec: BlockSpec, whole: Tensor, frozen: BlockTensors) ->
     s = whole.double() @ pinv(exact.c)
     if exact.e is not None:
         s = pinv(exact.e) @ s
-    if spec.form == "diagonal":
+    if spec.s_matrix == "diagonal":
         s = s.diagonal(dim1=-2, dim2=-1)
     tensors = tensors._replace(s=s.to(whole))
     error = matrix_norm(spec.residual_map(exact._replace(s=tensors.s.double())) - whole)
@@ -41,7 +41,7 @@ def unfolded(name: str, spec: BlockSpec, whole: Tensor, frozen: BlockTensors) ->
         block = int(error.argmax())
         raise ValueError(
             f"{name} ({spec.part}, block {block}): expected a map that {spec.r} of {spec.size} directions with a "
-            f"{spec.form} S{' that truncates' if spec.truncate else ''} can express in the bases of this base model, "
+            f"{spec.s_matrix} S{' that truncates' if spec.truncate else ''} can express in this base model's bases, "
             f"found one of which {float(error[block]):.1%} is outside; load the adapter with its own "
             "adapter_config.json, or for inference with is_trainable=False"
         )

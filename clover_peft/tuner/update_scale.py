@@ -90,7 +90,7 @@ def update_sensitivities(
                 f"{path}: expected adapter {adapter_name!r} to be active, found {layer.active_adapters}; call "
                 "set_adapter first"
             )
-        layer.base_weight.check_trainable()
+        layer.base_weight.check_not_repacked()
     trained = [p for _, layer in layers for p in layer.clover_S[adapter_name].parameters()]
     if not all(parameter.requires_grad for parameter in trained):
         raise ValueError(
@@ -109,19 +109,15 @@ def update_sensitivities(
         for watch in watches.values():
             hooked.enter_context(watch.layer.base_layer.register_forward_hook(watch.add_output))
             hooked.enter_context(watch.layer.register_forward_hook(watch.wait_for_gradient))
-        for batch in batches:
-            values, of_batch = reader.start(batch)
-            masks.clear()
-            masks |= of_batch
+        for values in reader.read(batches, masks, "gradients"):
             loss = getattr(model(**values), "loss", None)
             if loss is None:
-                raise ValueError(f"expected batches that give the model a loss, found {list(batch)}; add labels")
+                found = sorted(values.keys() - reader.defaults.keys())
+                raise ValueError(f"expected batches that give the model a loss, found {found}; add labels")
             count = count_predictions(values)
             # Of the sum, which keeps float16 gradients away from underflow; no parameter's `.grad` is touched.
             torch.autograd.grad(count * loss.float(), trained, allow_unused=True)
             predictions += count
-    if not predictions:
-        raise ValueError("expected batches to run the model on, found none (a generator that was used up?)")
     result = {}
     for (path, name), watch in watches.items():
         if not watch.tokens or not watch.gradients.any():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from clover_peft.linalg.decomposition import gram, per_key_value_head
-from clover_peft.linalg.moments import Moments, SecondMoment, centred, pair_grams, shrink
+from clover_peft.linalg.moments import Moments, SecondMoment, centred, check_finite, pair_grams, shrink
 from tests.support.tiny import relative
 
 HEADS, SIZE, TOKENS = 2, 5, 40
@@ -149,4 +149,4 @@ def test_the_cheaper_second_moment_is_the_plain_mean_of_squares():
     assert torch.allclose(found.second, torch.einsum("thi,thj->hij", z, z) / 70, rtol=1e-5)
     found.add(torch.full((1, 2, SIZE), torch.inf))
     with pytest.raises(ValueError, match="k_proj: expected finite activations"):
-        found.check_finite("k_proj")
+        check_finite(found.sums, "k_proj")

@@ -28,7 +28,8 @@ def test_defaults_are_key_value_and_up_projection() -> None:
         for name in ("self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj")
     }
     spec = only_spec(layers["model.layers.0.self_attn.v_proj"])
-    assert (spec.blocks, spec.size, spec.r, spec.form, spec.basis, spec.truncate) == (2, 12, 12, "full", "pair", False)
+    found = (spec.blocks, spec.size, spec.r, spec.s_matrix, spec.basis, spec.truncate)
+    assert found == (2, 12, 12, "full", "pair", False)
     assert only_spec(layers["model.layers.0.self_attn.k_proj"]).basis == "qr"
     up = only_spec(layers["model.layers.0.mlp.up_proj"])
     assert (up.blocks, up.size) == (2, 40)  # the largest divisor of 80 that is at most 64
@@ -175,7 +176,7 @@ def test_mlp_block_size_cuts_up_projections(size: int, blocks: int) -> None:
 )
 def test_basis_of_intra_layer_targets_follows_the_choices(choices: dict, basis: str, form: str) -> None:
     for layer in _adapted(target_modules=["k_proj"], **choices).values():
-        assert (only_spec(layer).basis, only_spec(layer).form) == (basis, form)
+        assert (only_spec(layer).basis, only_spec(layer).s_matrix) == (basis, form)
 
 
 def test_cross_layer_false_pairs_nothing() -> None:

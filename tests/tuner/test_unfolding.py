@@ -37,7 +37,7 @@ def test_it_starts_as_it_was_trains_and_saves_its_bases(case: str, low_cpu_mem_u
     with torch.no_grad():
         for layer in layers(model):
             for spec in layer.specs["default"]:
-                assert (spec.r, spec.form, spec.truncate) == (spec.size, "full", False)
+                assert (spec.r, spec.s_matrix, spec.truncate) == (spec.size, "full", False)
                 layer.clover_S["default"].get(spec.name).mul_(1.5)
     after = logits(model, family)
     assert relative(after, before) > 1e-3
