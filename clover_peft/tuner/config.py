@@ -158,7 +158,8 @@ class CloverConfig(PeftConfig):
                 the sizes of blocks at their defaults.
 
         Returns:
-            The config. A warning reports the sizes chosen, both counts, and the options without a counterpart.
+            The config. Sizes and both counts are logged at level INFO; a warning says so instead if options have no
+            counterpart, the counts differ by more than 10 %, or no model is given.
 
         Raises:
             ValueError: for options that change what a LoRA computes, and for modules that cannot be found.
