@@ -45,7 +45,7 @@ import clover_peft
 from clover_peft.convert import convert_to_mla
 from clover_peft.convert.plan import measure_rates, plan_mla
 from clover_peft.experiments.adaptation.trial import reset_peak_memory
-from clover_peft.experiments.adaptation.zeroshot import SETS, score
+from clover_peft.experiments.adaptation.zeroshot import SETS, read_questions, score
 from clover_peft.io import run_record as records
 
 REDUCTIONS = (0.5, 0.6875, 0.85, 0.9297)
@@ -62,13 +62,14 @@ class Benchmark:
         self.arguments = arguments
         self.model, self.tokenizer, self.train, self.test = _subject(arguments)
         self.calibration = [{"input_ids": window.unsqueeze(0)} for window in self.train]
+        self.questions = read_questions(arguments.zeroshot * len(SETS)) if arguments.zeroshot else {}
 
     def measure(self, model: Any) -> Row:
         """Perplexity, accuracy and size of a model."""
         found: Row = {"perplexity": perplexity(model, self.test), "parameters": _parameters(model)}
-        if self.arguments.zeroshot:
-            answers = score(model, self.tokenizer, self.arguments.zeroshot * len(SETS))
-            found["zeroshot"] = answers and {name: sum(a.values()) / len(a) for name, a in answers.items()}
+        if self.questions:
+            answers = score(model, self.tokenizer, self.questions)
+            found["zeroshot"] = {name: sum(a.values()) / len(a) for name, a in answers.items()}
         return found
 
     def convert(self, method: Any, reduction: float) -> tuple[Any, Row]:

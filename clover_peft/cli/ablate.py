@@ -64,7 +64,10 @@ def _adapt(given: argparse.Namespace) -> int:
         if given.mechanism:
             mechanism.measure_all(Laboratory(experiment, given.out))
     pictures = given.pictures or given.out / "pictures"
-    print(running.show(given.out / "records", pictures, given.reference))
+    found = adaptation.load(given.out / "records")
+    made = {record["trial"]["arm"] for record in found.values()}
+    reference = given.reference or next((arm.name for arm in experiment.arms if arm.name in made), None)
+    print(running.show(given.out / "records", pictures, reference))
     if given.mechanism:
         print(mechanism.markdown(given.out / "records", given.out / "mechanism"))
         try:

@@ -298,6 +298,31 @@ def test_the_rate_is_chosen_on_validation_text_alone():
     for (one,) in rates.values():
         one |= {"split": "test", "first_rate": 1e-3}
     assert report.best_rate(rates, "a") == 1e-3
+    for (one,) in rates.values():
+        one["trial"]["rate"] = one["first_rate"] = 1e-3 if one is rates[1e-3][0] else 2e-3
+    with pytest.raises(ValueError, match=r"x: expected records of one first rate.*found 0\.001 and 0\.002"):
+        report.best_rate(rates, "a")
+
+
+def test_rates_are_chosen_by_the_seeds_that_all_of_them_have():
+    rates = curve("x", {1e-3: (2.7, 1.0), 2e-3: (2.8, 1.0)})
+    rates[1e-3] += [record("x", 7, {"a": {"d": 9.0, "e": 9.0}, "b": {"d": 1.0, "e": 1.0}}, split="validation")]
+    assert report.best_rate(rates, "a") == 1e-3
+
+
+def test_an_arm_that_diverged_keeps_its_row_and_a_reference_that_did_is_named():
+    arms = {arm: curve(arm, {1e-3: (2.7, 1.0)}) for arm in ("x", "y", "z")}
+    arms["y"][1e-3][0]["diverged_at_step"] = 3
+    columns = {"learned": ["a"], "b": ["b"]}
+    assert "| y, diverged | | |" in report._differences(arms, "a", columns)
+    shown = report._differences({"y": arms["y"], "x": arms["x"], "z": arms["z"]}, "a", columns)
+    assert shown == "y, which the other arms would be compared with, diverged.\n"
+
+
+def test_arms_of_several_configurations_need_a_reference():
+    found = {name: curve(name, {1e-3: (2.7, 1.0)})[1e-3][0] for name in ("x", "y")}
+    with pytest.raises(ValueError, match="found x and y, of different ones; name the arm"):
+        report.markdown(found)
 
 
 # --- running --------------------------------------------------------------------------------------
@@ -470,7 +495,7 @@ def test_tables_show_the_rise_on_own_text_apart_from_forgetting():
     found = {
         "base": record("base", 0.0, 3.0, 2.0, 1.0) | {"place": -1},
         "one": record("one", 0.1, 2.0, 2.2, 1.1),
-        "other": record("other", 0.1, 1.0, 2.6, 1.4),
+        "other": record("other", 0.1, 1.0, 2.6, 1.4) | {"place": 1},
     }
     shown = report.markdown(found)
     assert "own text 1 documents" in shown
@@ -630,6 +655,21 @@ def test_a_trial_that_diverges_is_recorded_as_such(tmp_path):
     assert (tmp_path / "pictures" / "table.md").read_text() == shown + "\n"
 
 
+def test_records_that_an_experiment_no_longer_describes_are_refused(tmp_path):
+    experiment = tiny()
+    experiment = replace(experiment, evaluation=replace(experiment.evaluation, split="test"))
+    experiment = replace(experiment, training=replace(experiment.training, steps=2))
+    arm = replace(experiment.arms[0], rates=(1e-3,))
+    running.run(replace(experiment, arms=[arm]), tmp_path)
+    running.run(replace(experiment, arms=[arm]), tmp_path)
+    with pytest.raises(ValueError, match=r"first_rate.*0\.001.*0\.002"):
+        running.run(replace(experiment, arms=[replace(arm, rates=(2e-3, 1e-3))]), tmp_path)
+    name = next(name for name in experiment.domains if name not in experiment.adapt_to)
+    other = {**experiment.domains, name: "python:multiprocessing"}
+    with pytest.raises(ValueError, match="expected"):
+        running.run(replace(experiment, arms=[arm], domains=other), tmp_path)
+
+
 def test_another_process_at_a_trial_is_passed_over(tmp_path, capsys):
     from filelock import FileLock
 
@@ -724,7 +764,14 @@ def test_seeds_and_epochs_have_orders_of_their_own():
         ("arms.base={}", "arms: expected blocks by name, none called base"),
         ("seeds=[]", "seeds: expected different whole numbers"),
         ("curve_seeds=-1", "curve_seeds: expected a number of seeds, found -1"),
-        ("training.steps=0", "training.steps: expected at least 1, found 0"),
+        ("training.steps=0", "training.steps: expected a whole number from 1 on, found 0"),
+        ("training.warmup_steps=2.5", "training.warmup_steps: expected a whole number from 0 on, found 2.5"),
+        ("training.max_grad_norm=-1", "training.max_grad_norm: expected a number from 0 on"),
+        ("evaluation.batch_size=-1", "evaluation.batch_size: expected a whole number from 1 on, found -1"),
+        ("evaluation.length='32'", "evaluation.length: expected a whole number from 2 on, found '32'"),
+        ("evaluation.zeroshot=5", "evaluation.zeroshot: expected 0, or at least one of each of 7 sets, found 5"),
+        ("dtype=bf16", "dtype: expected one of float32, bfloat16, .*, found 'bf16'"),
+        ("domains.x=3", "domains: expected names of sources"),
         ("training.schedule=cosin", "training.schedule: expected one of linear, cosine, .*, found 'cosin'"),
         ("something=1", "expected the keys model"),
     ],
@@ -843,7 +890,7 @@ def test_zero_shot_questions_are_scored(tmp_path, monkeypatch):
         "arc_challenge_test": choices,
         "openbookqa_test": choices,
         "piqa_validation": {"goal": "Do", "sol1": "a", "sol2": "b", "label": 0},
-        "hellaswag_validation": {"activity_label": "Run", "ctx": "He", "endings": ["a", "b"], "label": 1},
+        "hellaswag_validation": {"activity_label": "Run", "ctx": "He", "endings": ["a", "b"], "label": "1"},
         "winogrande_xl_validation": {"sentence": "As _ is new.", "option1": "it", "option2": "he", "answer": "1"},
         "mmlu_validation": {"subject": "us_law", "question": "What?", "choices": ["a", "b", "c", "d"], "answer": 3},
     }
@@ -852,10 +899,10 @@ def test_zero_shot_questions_are_scored(tmp_path, monkeypatch):
             file.write(f"{json.dumps(row)}\n" * 6)
     experiment = tiny()
     experiment = replace(experiment, evaluation=replace(experiment.evaluation, zeroshot=28))
-    laboratory = Laboratory(experiment, tmp_path)
     monkeypatch.delenv("CLOVER_DATA", raising=False)
-    assert laboratory.run(experiment.trials()[0])["zeroshot"] is None
+    with pytest.raises(ValueError, match="zeroshot: expected the environment variable CLOVER_DATA"):
+        Laboratory(experiment, tmp_path)
     monkeypatch.setenv("CLOVER_DATA", str(tmp_path))
-    made = laboratory.run(experiment.trials()[0])
+    made = Laboratory(experiment, tmp_path).run(experiment.trials()[0])
     assert {name: len(found) for name, found in made["zeroshot"].items()} == dict.fromkeys(rows, 4)
     assert 0 <= report.accuracy(made) <= 1

@@ -23,18 +23,16 @@ def spelling(text: str, add_special_tokens: bool) -> dict[str, list[int]]:
     return {"input_ids": list(text.encode())}
 
 
-class Reader:
+class Reader(torch.nn.Module):
     """A model that keeps the texts it reads, and expects the letter that `likes` finds in what it has read so far."""
 
     device = torch.device("cpu")
 
     def __init__(self, likes: Callable[[str], str]) -> None:
+        super().__init__()
         self.likes, self.read = likes, []
 
-    def eval(self) -> None:
-        pass
-
-    def __call__(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
+    def forward(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
         text = bytes(input_ids[0].tolist()).decode()
         self.read.append(text)
         logits = torch.zeros(1, len(text), 256)
@@ -53,7 +51,7 @@ def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, di
             file.write(json.dumps(row) + "\n")
         monkeypatch.setenv("CLOVER_DATA", str(tmp_path))
         monkeypatch.setattr(zeroshot, "SETS", {name: zeroshot.SETS[name]})
-        return zeroshot.score(model, spelling, 1)[name]["0"]
+        return zeroshot.score(model, spelling, zeroshot.read_questions(1))[name]["0"]
 
     return ask
 

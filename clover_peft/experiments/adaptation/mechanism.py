@@ -44,13 +44,14 @@ PROPERTIES: dict[str, Callable[[Record], float]] = {
 def measure_all(laboratory: Laboratory) -> None:
     """Writes `<out>/mechanism/<trial>.json` for every saved adapter that has a record and no such file yet.
 
-    Adapters whose method moves the base's weights (PiSSA, CorDA) are passed over.
+    Adapters whose method moves the base's weights (PiSSA, CorDA), and those that diverged, are passed over.
     """
     found, folder = report.load(laboratory.out / "records"), laboratory.out / "mechanism"
     names = [
         trial.name
         for trial in laboratory.experiment.trials()
         if trial.name in found
+        and not report.is_diverged(found[trial.name])
         and not (folder / f"{trial.name}.json").exists()
         and (laboratory.out / "adapters" / trial.name).is_dir()
         and not moves_base(laboratory.experiment.arm(trial.arm).config())

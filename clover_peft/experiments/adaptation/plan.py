@@ -17,7 +17,9 @@ from ...io.overrides import apply_override, load_yaml
 from ..settings import check_factors
 from .domains import SPLITS
 from .lora_starts import FROM_DATA
+from .zeroshot import SETS
 
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 BASE = "base"  # the model that is not adapted
 OWN = "own text"  # beside the domains in records and tables: text that the model wrote before it was adapted
 TINY = "tiny"  # a small random model with a byte tokenizer, for tests
@@ -37,7 +39,7 @@ class Training:
         warmup_steps: at the start.
         schedule: of the learning rate, one of `SCHEDULES` (transformers' names).
         weight_decay: of AdamW.
-        max_grad_norm: gradients are clipped at it.
+        max_grad_norm: gradients are clipped at it; 0 does not clip.
         checkpoint_steps: a killed trial goes on from a multiple of it.
     """
 
@@ -337,17 +339,26 @@ def _check(experiment: Experiment) -> None:
         evaluation.vocabulary in ("domain", "full"), "evaluation.vocabulary", "domain or full", evaluation.vocabulary
     )
     _expect(training.schedule in SCHEDULES, "training.schedule", f"one of {', '.join(SCHEDULES)}", training.schedule)
-    for block, names in (
-        (training, ("steps", "length", "batch_size", "checkpoint_steps")),
-        (evaluation, ("documents",)),
-    ):
-        for name in names:
-            value = getattr(block, name)
-            _expect(type(value) is int and value > 0, f"{type(block).__name__.lower()}.{name}", "at least 1", value)
-    for name in ("zeroshot", "own_text"):
-        value = getattr(evaluation, name)
-        _expect(type(value) is int and value >= 0, f"evaluation.{name}", "a number from 0 on", value)
-    _expect(evaluation.length > 1 and training.length > 1, "length", "at least 2 tokens", evaluation.length)
+    _expect(experiment.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", experiment.dtype)
+    _expect(all(isinstance(source, str) for source in domains.values()), "domains", "names of sources", domains)
+    least = {
+        "training": {"steps": 1, "length": 2, "batch_size": 1, "checkpoint_steps": 1, "warmup_steps": 0},
+        "evaluation": {"documents": 1, "length": 2, "batch_size": 1, "zeroshot": 0, "own_text": 0},
+    }
+    for block, of_block in least.items():
+        for name, smallest in of_block.items():
+            value = getattr(getattr(experiment, block), name)
+            good = type(value) is int and value >= smallest
+            _expect(good, f"{block}.{name}", f"a whole number from {smallest} on", value)
+    good = type(training.max_grad_norm) in (int, float) and training.max_grad_norm >= 0
+    _expect(good, "training.max_grad_norm", "a number from 0 on, which does not clip", training.max_grad_norm)
+    asked = evaluation.zeroshot
+    _expect(
+        asked == 0 or asked >= len(SETS),
+        "evaluation.zeroshot",
+        f"0, or at least one of each of {len(SETS)} sets",
+        asked,
+    )
 
 
 def _expect(good: bool, key: str, expected: str, found: Any) -> None:

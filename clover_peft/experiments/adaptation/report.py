@@ -107,13 +107,23 @@ def by_arm(found: dict[str, Record], task: str) -> dict[str, dict[float, list[Re
 def best_rate(rates: dict[float, list[Record]], domain: str) -> float | None:
     """The rate to compare an arm at; None if it diverged.
 
-    On validation text the one with the lowest loss on the domain itself. On test text the first of the configuration,
-    because choosing by the loss would choose on the test text.
+    On validation text the one with the lowest loss on the domain itself, over the seeds that all rates have. On test
+    text the first of the configuration, because choosing by the loss would choose on the test text.
+
+    Raises:
+        ValueError: records of test text were made with different first rates.
     """
-    losses = {rate: loss for rate, runs in rates.items() if (loss := mean_loss(runs, domain)) is not None}
-    first = next((record for runs in rates.values() for record in runs), None)
-    if first is not None and first["split"] == "test":
-        return first["first_rate"] if first["first_rate"] in losses else None
+    runs = [record for of_rate in rates.values() for record in of_rate]
+    if runs and runs[0]["split"] == "test":
+        first, *others = dict.fromkeys(record["first_rate"] for record in runs)
+        if others:
+            raise ValueError(
+                f"{runs[0]['trial']['arm']}: expected records of one first rate, which was fixed before test text was "
+                f"read, found {first} and {others[0]}; use a folder of records for each configuration"
+            )
+        return None if first not in rates or mean_loss(rates[first], domain) is None else first
+    [common] = _of_common_seeds(rates) or [rates]
+    losses = {rate: loss for rate, of_rate in common.items() if (loss := mean_loss(of_rate, domain)) is not None}
     return min(losses, key=losses.__getitem__) if losses else None
 
 
@@ -172,9 +182,15 @@ def markdown(found: dict[str, Record], reference: str | None = None) -> str:
     Raises:
         ValueError: there is no such arm.
     """
-    known = [record["trial"]["arm"] for record in found.values() if record["trial"]["arm"] != BASE]
-    if reference is not None and reference not in known:
-        raise ValueError(f"reference: expected one of {', '.join(sorted(set(known)))}, found {reference!r}")
+    places = {record["trial"]["arm"]: record["place"] for record in found.values()}
+    places.pop(BASE, None)
+    if reference is not None and reference not in places:
+        raise ValueError(f"reference: expected one of {', '.join(sorted(places))}, found {reference!r}")
+    if reference is None and places and len(first := [a for a, p in places.items() if p == min(places.values())]) > 1:
+        raise ValueError(
+            f"reference: expected one arm that was first in its configuration, found {' and '.join(sorted(first))}, "
+            "of different ones; name the arm that the others are compared with (--reference)"
+        )
     base = found.get(BASE)
     if base is None:
         return f"no record of the model without an adapter yet ({len(found)} records)"
@@ -305,18 +321,20 @@ def _differences(arms: dict[str, dict[float, list[Record]]], domain: str, column
         domain: what was adapted to.
         columns: heading -> the domains that are compared.
     """
-    best = {arm: (rate, rates[rate]) for arm, rates in arms.items() if (rate := best_rate(rates, domain)) is not None}
-    if len(best) < 2:
-        return ""
-    reference = next(iter(best))
-    rows = []
-    for arm, (rate, runs) in best.items():
-        if arm == reference:
+    reference, *rest = arms
+    rate = best_rate(arms[reference], domain)
+    if rate is None:
+        return f"{reference}, which the other arms would be compared with, diverged.\n"
+    compared, rows = arms[reference][rate], []
+    for arm in rest:
+        best = best_rate(arms[arm], domain)
+        if best is None:
+            rows.append([f"{arm}, diverged", *("" for _ in columns)])
             continue
-        found = [paired(runs, best[reference][1], domains) for domains in columns.values()]
-        rows.append([f"{arm}, {rate:g}", *("" if d is None else f"{d[0]:+.4f} ({d[1]:.4f})" for d in found)])
+        found = [paired(arms[arm][best], compared, domains) for domains in columns.values()]
+        rows.append([f"{arm}, {best:g}", *("" if d is None else f"{d[0]:+.4f} ({d[1]:.4f})" for d in found)])
     table = markdown_table(["arm, best rate", *columns], rows)
-    return f"Loss less that of {reference} at {best[reference][0]:g} (standard error):\n\n{table}\n"
+    return f"Loss less that of {reference} at {rate:g} (standard error):\n\n{table}\n"
 
 
 def _at_equal_learning(

@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 
 from ...io import run_record as records
 from . import report
-from .plan import Experiment, Trial
+from .plan import BASE, Experiment, Trial
 from .trial import Laboratory, OnStep
 
 
@@ -19,14 +19,16 @@ def pending(experiment: Experiment, results: Path) -> list[Trial]:
     """The trials without a record.
 
     Raises:
-        ValueError: a record was made with other settings.
+        ValueError: a record was made with other settings, or on test text with another first rate.
     """
-    found = report.load(results)
+    found, remedy = report.load(results), "set it as before, or choose another --out"
     for trial in experiment.trials():
         if trial.name in found:
-            file = str(results / f"{trial.name}.json")
-            remedy = "set it as before, or choose another --out"
-            records.check_same(found[trial.name]["settings"], experiment.settings(trial), file, remedy)
+            record, file = found[trial.name], str(results / f"{trial.name}.json")
+            records.check_same(record["settings"], experiment.settings(trial), file, remedy)
+            if trial.arm != BASE and record["split"] == "test":
+                first = {"first_rate": experiment.arm(trial.arm).rates[0]}
+                records.check_same({"first_rate": record["first_rate"]}, first, file, remedy)
     return [trial for trial in experiment.trials() if trial.name not in found]
 
 
@@ -37,8 +39,7 @@ def run(experiment: Experiment, out: Path, on_step: OnStep | None = None) -> Non
         ValueError: a record or checkpoint was made with other settings, model or text.
     """
     results = out / "records"
-    if not pending(experiment, results):
-        return
+    pending(experiment, results)
     laboratory = Laboratory(experiment, out, on_step)
     for record in report.load(results).values():
         for key, now in laboratory.facts.items():
@@ -65,7 +66,8 @@ def run_in_processes(experiment: Experiment, out: Path, count: int) -> None:
     Raises:
         ValueError: one of them failed.
     """
-    pending(experiment, out / "records")
+    if not pending(experiment, out / "records"):
+        count = 1  # Which only checks that the records are of this model and text.
     spawn = multiprocessing.get_context("spawn")  # a forked process cannot use threads or a GPU of its parent's
     processes = [spawn.Process(target=_run_in_one_thread, args=(experiment, out)) for _ in range(count)]
     try:

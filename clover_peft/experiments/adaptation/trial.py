@@ -25,7 +25,7 @@ from .domains import Domain, read_domain
 from .lora_starts import FROM_DATA, add_lora_from_data, balance_lora, contrast_lora
 from .plan import BASE, OWN, TINY, Arm, Experiment, Trial
 from .windows import Windows, document_losses, encode, own_windows, restricted_head
-from .zeroshot import score
+from .zeroshot import read_questions, score
 
 Record = dict[str, Any]
 OnStep = Callable[[Trial, int], None]
@@ -40,12 +40,14 @@ class Laboratory:
         on_step: called after every step and its checkpoint.
 
     Raises:
-        ValueError: model or a domain cannot be had.
+        ValueError: the model, a domain or the questions cannot be had.
     """
 
     def __init__(self, experiment: Experiment, out: Path, on_step: OnStep | None = None) -> None:
         self.experiment, self.out, self.on_step = experiment, out, on_step
         self.own_texts = dict[tuple[int, int], list[dict[str, Tensor]]]()  # by rows and seed: trials share them
+        asked = experiment.evaluation.zeroshot
+        self.questions = read_questions(asked) if asked else {}
         tiny = experiment.model == TINY
         self.source = ModelSource(TINY, TINY, "none", "random") if tiny else find_model(experiment.model)
         self.tokenizer: Any = ByT5Tokenizer() if tiny else AutoTokenizer.from_pretrained(self.source.path)
@@ -109,8 +111,8 @@ class Laboratory:
             losses[name] = {
                 key: round(found[key], 6) if math.isfinite(found.get(key, math.nan)) else None for key in windows.keys
             }
-        questions = score(model, self.tokenizer, evaluation.zeroshot) if evaluation.zeroshot and not diverged else None
-        return {"losses": losses, "zeroshot": questions, "measure_seconds": round(time.perf_counter() - started, 2)}
+        answers = score(model, self.tokenizer, self.questions) if self.questions and not diverged else None
+        return {"losses": losses, "zeroshot": answers, "measure_seconds": round(time.perf_counter() - started, 2)}
 
     # ------------------------------------------------------------------ training
 
@@ -288,7 +290,8 @@ class _State:
             copy.grad = None if gradient is None else gradient.float()
             self.trained[name].grad = None
         parameters = [self.copies.get(name, p) for name, p in self.trained.items()]
-        nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+        if self.max_grad_norm > 0:
+            nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ... import own_text
+from ...base_model.activations import evaluating
 from ...io import atomic
 from .domains import SPLITS, Domain
 from .plan import OWN, Experiment
@@ -152,14 +153,11 @@ def restricted_head(model: Any, vocabulary: Tensor | None) -> Iterator[Tensor]:
 @torch.no_grad()
 def document_losses(model: nn.Module, windows: Windows, batch_size: int) -> dict[str, float]:
     """The mean loss of a token of every held-out document, by its key, in nats; in evaluation mode."""
-    was_training = model.training
-    model.eval()
     result: dict[str, float] = {}
-    with restricted_head(model, windows.vocabulary) as labels:
+    with evaluating(model), restricted_head(model, windows.vocabulary) as labels:
         for start in range(0, len(windows.keys), batch_size):
             ids = windows.held_out[start : start + batch_size].to(labels.device)
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
             losses = F.cross_entropy(logits.transpose(1, 2), labels[ids[:, 1:]], reduction="none").mean(-1)
             result.update(zip(windows.keys[start:], losses.tolist(), strict=False))
-    model.train(was_training)
     return result

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ...base_model.activations import evaluating
 from ...io.rows import read_rows
 
 Question = tuple[list[str], list[str], int]  # what stands before each option, the options, which of them is right
@@ -28,11 +29,11 @@ def _choices(row: dict[str, Any]) -> Question:
 
 
 def _piqa(row: dict[str, Any]) -> Question:
-    return _ask(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], row["label"])
+    return _ask(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], int(row["label"]))
 
 
 def _hellaswag(row: dict[str, Any]) -> Question:
-    return _ask(f"{row['activity_label']}: {row['ctx']}", row["endings"], row["label"])
+    return _ask(f"{row['activity_label']}: {row['ctx']}", row["endings"], int(row["label"]))
 
 
 def _winogrande(row: dict[str, Any]) -> Question:
@@ -62,23 +63,24 @@ SETS: dict[str, Callable[[dict[str, Any]], Question]] = {
 }
 
 
-@torch.no_grad()
-def score(model: Any, tokenizer: Any, questions: int) -> dict[str, dict[str, int]] | None:
-    """Which questions are answered rightly.
+def read_questions(count: int) -> dict[str, dict[str, Question]]:
+    """Questions of all sets, as many of each, drawn with seed 0.
 
     Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        questions: over all sets, as many of each, drawn with seed 0.
+        count: over all sets.
 
     Returns:
-        Set -> row number -> 1 or 0; None where CLOVER_DATA names no folder with zeroshot/.
+        Set -> row number -> question.
+
+    Raises:
+        ValueError: CLOVER_DATA names no folder with zeroshot/, or a file there is damaged.
     """
     folder = Path(os.environ.get("CLOVER_DATA") or "") / "zeroshot"
     if not os.environ.get("CLOVER_DATA") or not folder.is_dir():
-        print("zeroshot: not scored, CLOVER_DATA names no folder with zeroshot/")
-        return None
-    model.eval()
+        raise ValueError(
+            "zeroshot: expected the environment variable CLOVER_DATA to name a folder with zeroshot/, found none; set "
+            "it, or ask no questions (evaluation.zeroshot=0)"
+        )
     result = {}
     for name, read in SETS.items():
         rows = []
@@ -86,9 +88,19 @@ def score(model: Any, tokenizer: Any, questions: int) -> dict[str, dict[str, int
             if problem is not None:
                 raise ValueError(f"{place}: {problem}; copy the file again")
             rows.append(row)
-        chosen = sorted(random.Random(0).sample(range(len(rows)), min(len(rows), questions // len(SETS))))
-        result[name] = {str(i): int(_is_right(model, tokenizer, *read(rows[i]))) for i in chosen}
+        chosen = sorted(random.Random(0).sample(range(len(rows)), min(len(rows), count // len(SETS))))
+        result[name] = {str(i): read(rows[i]) for i in chosen}
     return result
+
+
+@torch.no_grad()
+def score(model: Any, tokenizer: Any, questions: dict[str, dict[str, Question]]) -> dict[str, dict[str, int]]:
+    """Which questions a causal language model answers rightly: set -> row number -> 1 or 0."""
+    with evaluating(model):
+        return {
+            name: {i: int(_is_right(model, tokenizer, *question)) for i, question in of_set.items()}
+            for name, of_set in questions.items()
+        }
 
 
 def _is_right(model: Any, tokenizer: Any, befores: list[str], options: list[str], answer: int) -> bool:
