@@ -92,7 +92,11 @@ class Moments:
     @property
     def varies(self) -> Tensor:
         """(H,) bool, whether a block's covariance is more than the rounding error of its activations."""
-        around, whole = (m.diagonal(dim1=-2, dim2=-1).sum(-1) for m in (self.covariance, self.second))
+        return self.exceeds_rounding(self.covariance)
+
+    def exceeds_rounding(self, moment: Tensor) -> Tensor:
+        """(H,) bool, whether a moment of these blocks about some point is more than their activations' rounding error."""
+        around, whole = (m.diagonal(dim1=-2, dim2=-1).sum(-1) for m in (moment, self.second))
         return around > (4 * self.precision) ** 2 * whole
 
 
@@ -235,7 +239,8 @@ def pair_grams(
     if partner is not None and reads:
         moment = partner.second if constant is None else partner.about(constant.to(partner.mean))
         shared = g_in.unflatten(0, (heads, 1, -1)).repeat(1, groups, 1, 1, 1).flatten(0, 2)
-        read = shrink(moment.to(g_in), shared, partner.tokens)
+        told = partner.exceeds_rounding(moment).to(g_in.device).view(-1, 1, 1)
+        read = torch.where(told, shrink(moment.to(g_in), shared, partner.tokens), shared)
         g_in = per_key_value_head(read, heads, groups)
     elif partner is not None:
         g_out = shrink(partner.second.to(g_in), g_out, partner.tokens)
