@@ -28,13 +28,15 @@ _NONE = "expected batches to run the model on, found none (a generator that was 
 
 
 def refuse_one_batch(calibration: Any, name: str = "calibration") -> None:
-    """Check that data are not a single batch.
+    """Check that data are several batches.
 
     Raises:
-        TypeError: if they are.
+        TypeError: if they are one batch, or nothing that has batches.
     """
     if isinstance(calibration, Mapping):
         raise TypeError(f"{name}: expected batches, found one batch; pass a list of them")
+    if not isinstance(calibration, Iterable):
+        raise TypeError(f"{name}: expected a list of batches, found {type(calibration).__name__}")
 
 
 def read_batches(calibration: Iterable[Mapping[str, Any]], name: str = "calibration") -> list[Mapping[str, Any]]:
@@ -44,8 +46,6 @@ def read_batches(calibration: Iterable[Mapping[str, Any]], name: str = "calibrat
         TypeError: if it is a single batch.
         ValueError: if there is none.
     """
-    if calibration is None:
-        raise ValueError(f"{name}: expected batches to run the model on, found None; pass a list of them")
     refuse_one_batch(calibration, name)
     batches = list(calibration)
     if not batches:
@@ -151,9 +151,12 @@ class TokenReader:
                 "return_tensors='pt'"
             )
         masks = {k: v.bool() for k, v in values.items() if k.endswith("attention_mask") and isinstance(v, Tensor)}
-        decoded = next((values[k] for k in ("decoder_input_ids", "labels") if values.get(k) is not None), None)
-        if self.encoding and decoded is not None:
-            masks.setdefault("decoder_attention_mask", torch.ones_like(decoded, dtype=torch.bool))
+        if self.encoding and "decoder_attention_mask" not in masks:
+            if (decoded := values.get("decoder_input_ids")) is not None:
+                masks["decoder_attention_mask"] = torch.ones_like(decoded, dtype=torch.bool)
+            elif (labels := values.get("labels")) is not None:  # The decoder reads them one place later.
+                real = torch.cat([torch.zeros_like(labels[:, :1]), labels[:, :-1]], dim=1) != -100
+                masks["decoder_attention_mask"] = real
         return values, masks
 
     def start_without_logits(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:

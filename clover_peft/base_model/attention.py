@@ -40,6 +40,11 @@ class AttentionBlock:
         """An attribute of the block or else of its config; None if neither has it."""
         return next((getattr(owner, name) for owner in (*self.modules, self.config) if hasattr(owner, name)), None)
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether a token attends to earlier ones alone, as in a decoder's self-attention."""
+        return getattr(self.modules[0], "is_causal", self.family.causal)
+
     def decide(self, fact: str | If) -> str:
         """A fact of the family that may depend on the block."""
         while isinstance(fact, If):

@@ -54,6 +54,7 @@ class Family:
         between: "v" or "k" -> anything else between it and its partner: "norm", "clip", "stream" (tokens of another
             stream attend too), "other" (the output projection reads other features too) or "nothing". Modules of the
             names below count in every family.
+        causal: whether a token attends to earlier ones alone, where the attention module has no `is_causal`.
     """
 
     projections: dict[str, str | If]
@@ -66,6 +67,7 @@ class Family:
     heads: str = "num_attention_heads"
     experts: dict[str, str] = field(default_factory=dict)
     between: dict[str, str | If] = field(default_factory=dict)
+    causal: bool = True
 
     @property
     def target_modules(self) -> list[str]:
@@ -140,6 +142,7 @@ _BERT = Family(
     up={"intermediate.dense": "up"},
     positions="none",
     head_dim="attention_head_size",
+    causal=False,
 )
 
 _DIFFUSERS = Family(

@@ -84,11 +84,11 @@ def slice_hidden_size(
     slicer = Slicer(model, stream, width, read_batches(calibration))
     with evaluating(model):
         slicer.per_block() if rotation == "per_block" else slicer.shared()
+    warn_if_few("calibration", slicer.tokens, slicer.size, f"{slicer.size} dimensions")
     with uninterrupted():
         hidden_size = slicer.install(stock)
         if not stock:
             write_record(model, width, rotation)
-    warn_if_few("calibration", slicer.tokens, hidden_size, f"{hidden_size} dimensions")
     return SlicingReport(
         rotation=rotation,
         stock=stock,
@@ -295,13 +295,14 @@ class Slicer:
     def install(self, stock: bool) -> int:
         """Put the new parts in place of the old ones; returns the hidden size before."""
         config, trunk = self.model.config, self.trunk
-        for new, old in zip(self.layers, trunk.layers, strict=True):
-            new.train(old.training)
+        modes = {path: module.training for path, module in self.model.named_modules(remove_duplicate=False)}
         trunk.layers = nn.ModuleList(self.layers)
         for name, new in self.embeddings.items():
-            setattr(trunk, name, new.train(trunk.training))
-        setattr(trunk, self.stream.norm, self.norm.train(trunk.training))
-        self.model.lm_head = self.head.train(self.model.training)
+            setattr(trunk, name, new)
+        setattr(trunk, self.stream.norm, self.norm)
+        self.model.lm_head = self.head
+        for path, module in self.model.named_modules(remove_duplicate=False):
+            module.training = modes.get(path, module.training)
         config.tie_word_embeddings = False
         if stock:
             attention: Any = self.layers[0].self_attn
@@ -329,7 +330,7 @@ class _Flow:
         reader = TokenReader(slicer.model)
         self.device = reader.device
         layers = slicer.trunk.layers
-        recorders = [_Recorder(layer, last=layer is layers[-1]) for layer in layers]
+        recorders = [_Recorder(layer, last=i == len(layers) - 1) for i, layer in enumerate(layers)]
         try:
             slicer.trunk.layers = nn.ModuleList(recorders)
             for batch in slicer.data:

@@ -131,7 +131,7 @@ def batches_for(
     most = min(_limits(model, tokenizer), default=None)
     if max_length is not None and most is not None and max_length > most:
         raise ValueError(f"max_length={max_length}: expected at most {most}, which {type(model).__name__} takes")
-    length = max_length or min(DEFAULT_LENGTH, most or DEFAULT_LENGTH)
+    length = min(DEFAULT_LENGTH, most or DEFAULT_LENGTH) if max_length is None else max_length
     parameters = inspect.signature(model.forward).parameters
     more: dict[str, Any] = {
         name: value for name, value in {"use_cache": False, "logits_to_keep": 1}.items() if name in parameters
@@ -150,8 +150,11 @@ def batches_for(
 def _limits(model: Any, tokenizer: Any) -> list[int]:
     """Return the limits on a text's tokens that the model and the tokenizer declare."""
     config = model.config.get_text_config()
-    declared = (getattr(config, "max_position_embeddings", None), tokenizer.model_max_length)
-    return [limit for limit in declared if isinstance(limit, int) and limit > 0]
+    positions = getattr(config, "max_position_embeddings", None)
+    table = next((m for name, m in model.named_modules() if name.endswith("position_embeddings")), None)
+    if isinstance(positions, int) and (unused := getattr(table, "padding_idx", None)) is not None:
+        positions -= unused + 1  # RoBERTa counts positions from behind the padding's.
+    return [limit for limit in (positions, tokenizer.model_max_length) if isinstance(limit, int) and limit > 0]
 
 
 def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -95,7 +95,7 @@ class Moments:
         return self.exceeds_rounding(self.covariance)
 
     def exceeds_rounding(self, moment: Tensor) -> Tensor:
-        """(H,) bool, whether a moment of these blocks about some point is more than their activations' rounding error."""
+        """(H,) bool, whether a moment of these blocks is more than the rounding error of their activations."""
         around, whole = (m.diagonal(dim1=-2, dim2=-1).sum(-1) for m in (moment, self.second))
         return around > (4 * self.precision) ** 2 * whole
 

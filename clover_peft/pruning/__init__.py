@@ -1,9 +1,9 @@
 """Pruning of attention heads along their singular directions (arXiv 2411.17426) instead of their coordinates."""
 
 from .calibration import Calibration, calibrate
-from .directions import Directions, decompose, mask
+from .directions import Directions, decompose
 from .pairs import Pair, find_pairs
-from .pruner import prune
+from .pruner import mask, prune
 from .ranks import by_layer, energy, global_ratio, rounded, threshold, uniform
 from .report import PrunedPair, PruningReport
 

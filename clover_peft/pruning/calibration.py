@@ -72,6 +72,7 @@ def calibrate(
         TypeError: if `batches` is a single batch, or `model` is not a model.
     """
     check_plain(model)
+    refuse_one_batch(batches)
     pairs = select_pairs(model, find_pairs(model), None, target_modules)
     return replace(measure(model, pairs, batches, gradients), weights=_sums(model))
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..base_model.weight import base_of, base_weight, partner_weight
+from ..io.user_warning import warn
 from ..linalg.across_heads import balance, fit_back, fit_down, joint_moments
 from ..linalg.decomposition import gram, pair_bases
 from ..linalg.moments import Moments, pair_grams
@@ -286,27 +287,18 @@ def check_ranks(name: str, ranks: Sequence[int] | Tensor | None, count: int, siz
         raise ValueError(f"{name}: expected {count} ranks from 0 to {size}, found {found and list(found)}")
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
-def mask(model: nn.Module, found: Found, ranks: Mapping[str, Tensor]) -> None:
-    """Zero all but the leading directions in place and keep every shape, for analysis.
-
-    `P = E C` is multiplied into the output projection, or into the query projection. An output projection gets a bias
-    if the removed directions leave a constant. All maps are computed before any weight changes.
-
-    Args:
-        model: the model that was decomposed, or a copy of it.
-        found: from `decompose`.
-        ranks: name of a pair -> (H,), the number of directions that every head keeps.
-
-    Raises:
-        ValueError: if a pair has no ranks, or a rank exceeds the number of directions.
-    """
-    write_masks(model, found, compute_factors(found, ranks))
-
-
 def write_masks(model: nn.Module, found: Found, factors: Factors) -> None:
     """What `mask` writes, from the factors of all pairs."""
+    for name, (down, back) in factors.items():
+        pair, directions = found[name]
+        constant = directions.constant(down, back)
+        added = constant is not None and bool(constant.any())
+        if added and base_of(model.get_submodule(pair.partner.path)).bias is None:
+            warn(
+                f"{pair.partner.path}: gets a bias for what removed directions leave, which the model's own class "
+                "lacks, so that a saved model would lose it; use the masked model in memory alone"
+            )
+            break
     for name, (down, back) in factors.items():
         pair, directions = found[name]
         module: Any = base_of(model.get_submodule(pair.partner.path))

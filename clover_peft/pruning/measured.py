@@ -57,6 +57,9 @@ def _divergence(model: nn.Module, other: nn.Module, batches: Sequence[Mapping[st
         for batch in batches:
             values = {name: value for name, value in batch.items() if name != "logits_to_keep"}
             distances = _distances(model(**values), other(**values))
+            masks = (values.get(name) for name in ("decoder_attention_mask", "attention_mask"))
+            mask = next((m for m in masks if isinstance(m, Tensor) and m.shape == distances.shape), None)
+            distances = distances if mask is None else distances[mask.bool()]
             total, count = total + float(distances.double().sum()), count + distances.numel()
     return total / count
 

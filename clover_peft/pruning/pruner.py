@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..base_model.attention import AttentionBlock
-from ..base_model.plain import check_plain
+from ..base_model.plain import check_plain, check_unquantised
 from ..base_model.resolve import attention_blocks
 from ..io.user_warning import warn
 from ..runtime.interrupts import uninterrupted
@@ -25,7 +25,7 @@ from .narrow.loading import VERSION, read_record, relative_base, relative_prefix
 from .narrow.modules import become_stock, check_projections, check_supported, padded_width, widths
 from .narrow.rewriting import Change, rewrite
 from .pairs import Kind, Pair, find_pairs, select_pairs
-from .report import PrunedPair, PruningReport
+from .report import PrunedPair, PruningReport, share_removed
 from .rule import RankRule, Rule, check_pairs, choose_ranks, choose_rule, default_spread
 
 
@@ -74,7 +74,8 @@ def prune(
         threshold: instead of `ratio`, the smallest singular value to keep (the paper's rule for Whisper).
         energy: instead of `ratio`, the share of each head's sum of squared singular values to keep.
         multiple: round every rank to the nearest multiple of this number; kernels prefer 8.
-        masked: zero directions and keep all shapes, for analysis.
+        masked: zero directions and keep all shapes, for analysis in memory: an output projection may get a bias that
+            the model's own class lacks.
         target_modules: selects pairs by the path of their key or value projection: a regular expression for the whole
             path, or a list of ends of paths; None selects all.
 
@@ -119,33 +120,60 @@ def prune(
     before = _sizes(model, attentions)
     if masked:
         new_widths = {name: directions.values.shape[1] for name, (_, directions) in found.items()}
-        with uninterrupted():
-            write_masks(model, found, factors)
     else:
         new_widths = {pair.name: padded_width(pair.attention, pair.kind, int(kept[pair.name].max())) for pair in pairs}
         if rule.name == "uniform":
             new_widths = _one_width(pairs, new_widths, multiple)
+    pruned = {name: _summary(*found[name], kept[name], width) for name, width in new_widths.items()}
+    for kind, share in rule.ratios(sorted({pair.kind for pair in pairs})).items() if multiple > 1 else ():
+        if abs((removed := share_removed(pruned, kind)) - share) > 0.05:
+            warn(
+                f"{kind}: {removed:.0%} of the directions are removed instead of {share:.0%}, because ranks are "
+                f"rounded to multiples of {multiple}"
+            )
+    if masked:
+        with uninterrupted():
+            write_masks(model, found, factors)
+    else:
         step = {"method": method, **rule.to_dict(), "multiple": multiple, "calibrated": calibration is not None}
         _rewrite_all(model, attentions, found, factors, new_widths, step)
     after = _sizes(model, attentions)
-    report = PruningReport(
+    return PruningReport(
         method=method,
         rule=rule.to_dict() | ({"multiple": multiple} if multiple > 1 else {}),
         calibrated=calibration is not None,
         masked=masked,
-        pairs={name: _summary(*found[name], kept[name], width) for name, width in new_widths.items()},
+        pairs=pruned,
         skipped=skipped,
         parameters=(before[0], after[0]),
         cache_bytes=(before[1], after[1]),
         seconds=time.perf_counter() - started,
     )
-    for kind, share in rule.ratios(sorted({pair.kind for pair in pairs})).items() if multiple > 1 else ():
-        if abs(report.removed(kind) - share) > 0.05:
-            warn(
-                f"{kind}: {report.removed(kind):.0%} of the directions are removed instead of {share:.0%}, because "
-                f"ranks are rounded to multiples of {multiple}"
-            )
-    return report
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def mask(model: nn.Module, found: Found, ranks: Mapping[str, Tensor]) -> None:
+    """Zero all but the leading directions in place and keep every shape, for analysis.
+
+    `P = E C` is multiplied into the output projection, or into the query projection. An output projection gets a bias
+    if the removed directions leave a constant. All maps are computed before any weight changes.
+
+    Args:
+        model: the model that was decomposed, or a copy of it.
+        found: from `decompose`.
+        ranks: name of a pair -> (H,), the number of directions that every head keeps.
+
+    Raises:
+        ValueError: if a pair has no ranks, a rank exceeds the number of directions or names no pair, or the model's
+            weights are adapted, quantised or tied. The model is then unchanged.
+    """
+    check_plain(model)
+    check_unquantised(model, "model")
+    _check_untied(model, [pair for pair, _ in found.values()])
+    if unknown := sorted(set(ranks) - set(found)):
+        raise ValueError(f"ranks: expected names of pairs that were decomposed, found {unknown[0]!r}")
+    write_masks(model, found, compute_factors(found, ranks))
 
 
 # ---------------------------------------------------------------------- which pairs
@@ -201,7 +229,13 @@ def _check_whole(model: nn.Module, masked: bool) -> None:
             f"{type(model).__name__}: expected a model of transformers or diffusers, whose config can record the "
             "narrow heads, found another module; prune the whole model, or pass masked=True"
         )
-    read_record(model)  # This raises if the record of an earlier pruning is damaged.
+    record = read_record(model)  # This raises if the record of an earlier pruning is damaged.
+    if not masked and record and record["blocks"] and record.get("tower") != (tower := _tower(model)):
+        earlier, now = (f"its {name}" if name else "the whole model" for name in (record.get("tower"), tower))
+        raise ValueError(
+            f"{type(model).__name__}: expected {now} to be pruned for the first time, found {earlier} pruned; both "
+            "share one config, which cannot record both; prune the whole model, and choose parts with target_modules"
+        )
 
 
 def _check_untied(model: nn.Module, pairs: Iterable[Pair]) -> None:
@@ -226,7 +260,7 @@ def _sizes(model: nn.Module, attentions: Mapping[str, AttentionBlock]) -> tuple[
     for attention in attentions.values():
         module = attention.modules[0]
         # A decoder's cross-attention is not causal, but caches the keys and values of the encoder's output.
-        if id(module) not in uncached and (both or getattr(module, "is_causal", True)):
+        if id(module) not in uncached and (both or attention.is_causal):
             total += attention.cached_features(attention.path) * next(module.parameters()).element_size()
     return parameters, total
 
@@ -276,20 +310,26 @@ def _recorded(
     try:
         yield done
     finally:
-        record = read_record(model) or {"version": VERSION, "blocks": {}, "steps": []}
-        prefix = relative_prefix(model)
-        made = {
-            attention.path.removeprefix(prefix): [
-                *widths(attention),
-                attention.module_of(attention.family.output).bias is not None,
-            ]
-            for attention in done
-        }
-        known = {} if become_stock(model, attentions) else record["blocks"] | made
-        config = getattr(model, "config", None)
-        if getattr(config, "is_encoder_decoder", False) and not hasattr(relative_base(model), "decoder"):
-            record = {**record, "tower": type(model).__name__}  # The whole model shares this config.
-        write_record(model, {**record, "blocks": known, "steps": [*record["steps"], dict(step)]})
+        if done:
+            record = read_record(model) or {"version": VERSION, "blocks": {}, "steps": []}
+            prefix = relative_prefix(model)
+            made = {
+                attention.path.removeprefix(prefix): [
+                    *widths(attention),
+                    attention.module_of(attention.family.output).bias is not None,
+                ]
+                for attention in done
+            }
+            known = {} if become_stock(model, attentions) else record["blocks"] | made
+            if (tower := _tower(model)) is not None:
+                record = {**record, "tower": tower}
+            write_record(model, {**record, "blocks": known, "steps": [*record["steps"], dict(step)]})
+
+
+def _tower(model: nn.Module) -> str | None:
+    """The class of an encoder or decoder that shares its config with a whole model; None for other models."""
+    both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return type(model).__name__ if both and not hasattr(relative_base(model), "decoder") else None
 
 
 def _one_width(pairs: Sequence[Pair], widths: Mapping[str, int], multiple: int) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -128,9 +128,14 @@ class PruningReport(Report):
         """
         if kind not in ("qk", "vo"):
             raise ValueError(f"kind: expected 'qk' or 'vo', found {kind!r}")
-        pairs = [pair for pair in self.pairs.values() if pair.kind == kind]
-        before = sum(sum(pair.before) for pair in pairs)
-        return 1 - sum(sum(pair.kept) for pair in pairs) / before if before else 0.0
+        return share_removed(self.pairs, kind)
+
+
+def share_removed(pairs: Mapping[str, PrunedPair], kind: Kind) -> float:
+    """The share of the directions of a kind's pairs that goes; 0 without any."""
+    of_kind = [pair for pair in pairs.values() if pair.kind == kind]
+    before = sum(sum(pair.before) for pair in of_kind)
+    return 1 - sum(sum(pair.kept) for pair in of_kind) / before if before else 0.0
 
 
 def _rule(rule: dict[str, Any]) -> str:

@@ -79,7 +79,7 @@ def default_spread(model: nn.Module) -> Rule:
     encoder-decoders they do not, and "global" is best (benchmarks/results/pruning_smollm2-5, pruning_minilm-5 and
     pruning_whisper-5).
     """
-    causal = any(getattr(block.modules[0], "is_causal", True) for block in attention_blocks(model).values())
+    causal = any(block.is_causal for block in attention_blocks(model).values())
     both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return "layer" if causal and not both else "global"
 

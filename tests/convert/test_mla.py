@@ -293,7 +293,7 @@ def test_bad_data():
         convert_to_mla(model, batches()[0], cache_reduction=0.5)
     with pytest.raises(ValueError, match="expected batches to run the model on, found none"):
         convert_to_mla(model, [], cache_reduction=0.5)
-    with pytest.raises(ValueError, match="expected batches to run the model on, found None; pass a list"):
+    with pytest.raises(TypeError, match="expected a list of batches, found NoneType"):
         convert_to_mla(model, None, cache_reduction=0.5)
     with pytest.raises(ValueError, match=r"expected a text of 16 tokens or more.*found 15 in the longest"):
         convert_to_mla(model, batches(2, 15), cache_reduction=0.5)

@@ -359,7 +359,8 @@ def test_what_cannot_be_sliced_is_refused_before_data_are_read():
         ({"calibration": {"input_ids": IDS}}, TypeError, "found one batch; pass a list"),
         ({"calibration": []}, ValueError, "expected batches to run the model on, found none"),
         ({"calibration": ["text"]}, TypeError, "expected a list of batches"),
-        ({"calibration": None}, ValueError, "expected batches to run the model on, found None"),
+        ({"calibration": None}, TypeError, "expected a list of batches, found NoneType"),
+        ({"calibration": 5}, TypeError, "expected a list of batches, found int"),
         (
             {"calibration": [{"input_ids": IDS, "attention_mask": 0 * IDS}]},
             ValueError,

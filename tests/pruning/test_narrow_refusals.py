@@ -25,9 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_weights_that_cannot_be_written_are_refused():
     with torch.inference_mode():
         model = build("gpt2")
-    with pytest.raises(
-        ValueError, match="c_attn: expected a weight that can be written to, found an inference tensor"
-    ):
+    with pytest.raises(ValueError, match="expected a weight that can be written to, found an inference tensor"):
         prune(model, 0.5)
     for masked in (False, True):
         model = build("opt")

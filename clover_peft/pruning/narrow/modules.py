@@ -10,7 +10,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,11 +38,6 @@ def check_projections(block: AttentionBlock) -> None:
             raise ValueError(
                 f"{path}: expected a weight of its own, found one that is computed from others; remove the "
                 "parametrization (weight_norm, torch.nn.utils.prune, ...) first"
-            )
-        if cast(nn.Linear, projection).weight.is_inference():
-            raise ValueError(
-                f"{path}: expected a weight that can be written to, found an inference tensor; load the model outside "
-                "of torch.inference_mode()"
             )
 
 
