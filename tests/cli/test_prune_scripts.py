@@ -458,6 +458,20 @@ def test_what_nobody_reads_is_not_made(text):
     assert torch.equal(batch["decoder_input_ids"][:, 1:], batch["input_ids"][:, :-1])
 
 
+def test_windows_are_as_long_as_a_table_of_positions_that_begins_behind_the_padding(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("word " * 4000)
+    roberta = build("roberta", vocab_size=360)
+    most = roberta.config.max_position_embeddings - roberta.config.pad_token_id - 1
+    (batch, *_) = batches_for(roberta, make_tokenizer(), text, rows=2)
+    assert batch["input_ids"].shape[1] == most
+    roberta(**batch)
+    with pytest.raises(ValueError, match=f"max_length={most + 1}: expected at most {most}"):
+        batches_for(roberta, make_tokenizer(), text, rows=2, max_length=most + 1)
+    with pytest.raises(ValueError, match="max_length"):
+        batches_for(roberta, make_tokenizer(), text, rows=2, max_length=0)
+
+
 def test_figures():
     assert figures("--ratio", None) is None
     assert figures("--ratio", "0.5") == 0.5
