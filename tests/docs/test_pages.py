@@ -136,13 +136,18 @@ def test_the_published_tables_are_those_of_the_records():
     assert same, "run python scripts/adaptation_tables.py"
 
 
-def forgotten_less(domain: str) -> list[tuple[float, float]]:
-    """How much less CLOVER forgets than LoRA at the loss of each rate of LoRA, highest first; standard errors."""
+def registered(domain: str) -> tuple[dict, dict, dict, list[str]]:
+    """The base's record, CLOVER's and LoRA's records by rate, and the other domains."""
     found = report.load(RECORDS / "adaptation_test")
     base, arms = found["base"], report.by_arm(found, domain)
     clover, lora = arms["clover_all_contrast_7"], arms["lora_all_r12"]
     assert all(len(runs) == 5 for rates in (clover, lora) for runs in rates.values())
-    others = report.other_domains(base, domain)
+    return base, clover, lora, report.other_domains(base, domain)
+
+
+def forgotten_less(domain: str) -> list[tuple[float, float]]:
+    """How much less CLOVER forgets than LoRA at the loss of each rate of LoRA, highest first; standard errors."""
+    base, clover, lora, others = registered(domain)
     result = []
     for rate in sorted(lora, reverse=True):
         level = report.mean_loss(lora[rate], domain)
@@ -160,3 +165,9 @@ def test_the_readme_says_what_the_registered_test_found():
     assert f"CLOVER by {min(means):.3f} to {max(means):.3f} more, but at one of the three" in README
     assert f"this is {min(errors):.2f} standard errors" in README
     assert sum(ratio <= 2 for ratio in errors) == 1
+    _, clover, lora, others = registered("python")
+    best = [rates[report.best_rate(rates, "python")] for rates in (clover, lora)]
+    learned, error = report.paired(*best, ["python"])
+    rose, _ = report.paired(*best, others)
+    assert learned > error
+    assert f"it learns {learned:.3f} more, and lowers the loss on other text by {rose:.3f} more" in README
