@@ -64,7 +64,7 @@ def write(path: str | os.PathLike[str], record: dict[str, Any]) -> Path:
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """Read a JSON file with one block.
+    """Read a JSON file with one object.
 
     Raises:
         ValueError: the file is missing or damaged; the message ends with the remedy.
@@ -73,7 +73,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
-            f"{path}: expected a block in JSON, found it missing or cut short ({error}); {remedy}"
+            f"{path}: expected a JSON object, found it missing or cut short ({error}); {remedy}"
         ) from error
 
 

@@ -118,7 +118,7 @@ def select_pairs(
         absent = ", ".join(sorted(wanted - present)) or type(model).__name__
         raise ValueError(
             f"{absent}: expected pairs of projections, found none in {type(model).__name__}"
-            + ("; its queries and keys are rotated by their position" if absent == "qk" else "")
+            + ("; its queries and keys are rotated by their position, or normed" if absent == "qk" else "")
         )
     chosen = [pair for pair in pairs if pair.kind in wanted and pair.is_named(target_modules)]
     missing = sorted(wanted - {pair.kind for pair in chosen})

@@ -104,7 +104,9 @@ def choose_rule(
     check_figures(figures)
     if not isinstance(ranks, str):
         for name, each in ranks.items() if isinstance(ranks, Mapping) else [("ranks", ranks)]:
-            whole = isinstance(each, Sequence) and all(isinstance(rank, Integral) for rank in each)
+            whole = isinstance(each, Sequence) and all(
+                isinstance(rank, Integral) and not isinstance(rank, bool) for rank in each
+            )
             if not whole or not isinstance(name, str):
                 raise ValueError(f"ranks: expected whole numbers by name of a pair, found {name!r}: {each!r}")
         if not ranks:
@@ -155,6 +157,8 @@ def check_pairs(rule: RankRule, pairs: Iterable[Pair], multiple: int) -> None:
     Raises:
         ValueError: if the given ranks, or the multiple to round to, exceed the heads' directions.
     """
+    if rule.given and multiple > 1:
+        raise ValueError(f"multiple={multiple}: expected ranks that a rule chooses, found given ones; round those")
     for pair in pairs:
         if multiple > pair.heads.dim:
             raise ValueError(

@@ -28,7 +28,7 @@ def test_rates_are_chosen_by_loss_and_else_by_accuracy():
 
 def test_a_damaged_record_is_named(tmp_path):
     (tmp_path / "a.json").write_text("")
-    with pytest.raises(ValueError, match=r"a.json: expected a block in JSON, found .*; delete it"):
+    with pytest.raises(ValueError, match=r"a.json: expected a JSON object, found .*; delete it"):
         results.load(tmp_path)
 
 

@@ -307,7 +307,7 @@ def test_an_evaluation_goes_on_with_the_same_questions_only(given, tmp_path):
         ):
             evaluation.evaluate(rows, predict, 4, out, {"mode": "score"})
     settings.write_text("")
-    with pytest.raises(ValueError, match=r"settings.json: expected a block in JSON, found .*; delete .*out and"):
+    with pytest.raises(ValueError, match=r"settings.json: expected a JSON object, found .*; delete .*out and"):
         evaluation.evaluate(rows, predict, 4, out, {"mode": "score"})
 
 

@@ -66,7 +66,7 @@ def test_rows_of_other_settings_are_not_taken(benchmark, tmp_path, monkeypatch):
     seeds = [each["settings"]["seed"] for each in json.loads(rows_of(path).read_text())["rows"]]
     assert seeds == [0, 0, 1, 1]
     rows_of(path).write_text('{"rows": [')
-    with pytest.raises(ValueError, match=r"record\.rows\.json: expected a block in JSON.*move it away"):
+    with pytest.raises(ValueError, match=r"record\.rows\.json: expected a JSON object.*move it away"):
         run(module, path)
 
 

@@ -81,6 +81,8 @@ def test_warnings_point_at_the_users_line():
         ({"ratio": "half"}, "ratio: expected a number"),
         ({"ranks": {}}, "ranks: expected ranks by name"),
         ({"ranks": {"x (vo)": [1.5]}}, "ranks: expected whole numbers"),
+        ({"ranks": {"x (vo)": [True]}}, "ranks: expected whole numbers"),
+        ({"ranks": {"model.decoder.layers.0.self_attn.v_proj (vo)": [4] * 4}, "multiple": 4}, "found given ones"),
         ({"ranks": {"x (vo)": 4}}, "ranks: expected whole numbers"),
         ({"ratio": 0.5, "multiple": 16}, "multiple: expected at most the 12 directions"),
         ({"threshold": 1e9}, "expected a rule that keeps some direction"),
