@@ -20,7 +20,7 @@ from clover_peft.experiments.training.run import first_and_last, run
 from clover_peft.experiments.training.verify import main as verify_main
 from clover_peft.experiments.training.verify import verify
 from clover_peft.io.hub_models import find_model
-from tests.support.tiny_chat import CHATML, make_tokenizer
+from tests.support.tiny_chat import CHATML, make_tokenizer, write_jsonl
 
 METHODS = {"clover_contrast", "clover_diagonal", "clover_full", "dora", "full", "hira", "lora", "pissa"}
 
@@ -30,6 +30,18 @@ class Batch(TrainerCallback):
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         self.batch = next(iter(train_dataloader))
+
+
+class Evaluated(TrainerCallback):
+    """Keeps the held-out rows, each without padding."""
+
+    def on_evaluate(self, args, state, control, eval_dataloader=None, **kwargs):
+        keys = ("input_ids", "labels")
+        self.rows = [
+            {key: batch[key][i][batch["attention_mask"][i] == 1] for key in keys}
+            for batch in eval_dataloader
+            for i in range(len(batch["input_ids"]))
+        ]
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -129,6 +141,29 @@ def test_on_a_cpu_tokens_with_labels_alone_are_scored(settings, monkeypatch):
     for one, other in zip(ours["log"], plain["log"], strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
     assert ours["held_out_after"] == pytest.approx(plain["held_out_after"], rel=1e-5)
+
+
+def test_the_held_out_loss_is_the_mean_over_tokens_for_any_batch_size(settings, tmp_path):
+    """Answers of 1 to 8 words: batches are padded, and some rows have far more tokens than others."""
+    lines = [{"prompt": f"Row {i}:", "completion": " the correct answer" * (1 + i % 8)} for i in range(20)]
+    data, seen = write_jsonl(tmp_path / "rows.jsonl", lines), Evaluated()
+    given = {"data": data, "rows": 12, "max_steps": 1}
+    found = [
+        run(settings(out=f"run{size}", per_device_eval_batch_size=size, **given), callbacks=[seen])["loss"]
+        for size in (1, 3, 8)
+    ]
+    for key in ("held_out_before", "held_out_after"):
+        assert [loss[key] for loss in found] == pytest.approx([found[0][key]] * 3, rel=1e-5)
+    model = AutoModelForCausalLM.from_pretrained(settings(out="x").job.model).eval()
+    with torch.no_grad():
+        losses = [
+            torch.nn.functional.cross_entropy(
+                model(row["input_ids"][None]).logits[0, :-1], row["labels"][1:], reduction="none", ignore_index=-100
+            )
+            for row in seen.rows
+        ]
+    tokens = sum(int((row["labels"][1:] != -100).sum()) for row in seen.rows)
+    assert float(torch.cat(losses).sum()) / tokens == pytest.approx(found[0]["held_out_before"], rel=1e-5)
 
 
 def test_the_callers_settings_of_trl_stay_as_they_are(settings):

@@ -52,6 +52,25 @@ class Trainer(SFTTrainer):
         """Return the mean loss per token of the evaluation rows, in nats; None without rows."""
         return float(self.evaluate()["eval_loss"]) if self.eval_dataset else None
 
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """As in transformers, except that the loss is the mean over all tokens, not the mean of the batches' means."""
+        self.scored: list[Any] = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.scored:
+            total, tokens = self.accelerator.reduce(torch.stack(self.scored).sum(0))
+            output.metrics[f"{metric_key_prefix}_loss"] = float(total / tokens.clamp(min=1))
+        return output
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Keep the sum of a batch's losses and the number of its tokens."""
+        labels, state = inputs["labels"], self.accelerator.gradient_state
+        if state.end_of_dataloader and state.remainder > 0:  # The last batches are filled up with rows from the first.
+            labels[max(0, state.remainder - self.accelerator.process_index * len(labels)) :] = -100
+        found = super().prediction_step(model, inputs, *args, **kwargs)
+        tokens = (labels[:, 1:] != -100).sum().to(found[0])
+        self.scored.append(torch.stack([found[0] * tokens, tokens]))
+        return found
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         new = self.optimizer is None
         if new and self.muon:
@@ -77,7 +96,9 @@ class Trainer(SFTTrainer):
         """The loss of a batch: TRL's, or in training the teacher's where there is one."""
         if self.teacher is None or not model.training:
             with scoring_labels_alone(self.args.device):
-                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+                return super().compute_loss(
+                    model, inputs, return_outputs, num_items_in_batch if model.training else None
+                )
         total, tokens = self.teacher.loss(model, inputs)
         if num_items_in_batch is None:
             return total / tokens.clamp(min=1)
