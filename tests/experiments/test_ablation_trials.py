@@ -18,6 +18,7 @@ pytest.importorskip("trl", reason="needs the train extra: pip install clover-pef
 from clover_peft.experiments.ablation import results, trial_runner
 from clover_peft.experiments.ablation.grid import read_grid, settings_of, trials_of
 from clover_peft.experiments.commonsense import TASKS, prepare
+from clover_peft.experiments.training import resuming
 from clover_peft.experiments.training.arguments import parse
 from clover_peft.experiments.training.loading import load_tokenizer
 from clover_peft.experiments.training.run import load_rows
@@ -194,7 +195,7 @@ def test_a_task_without_questions_shows_before_anything_is_trained(tiny_grid, tm
 
 
 def test_a_step_waits_for_its_turn_and_for_other_processes(tiny_grid, tmp_path, monkeypatch):
-    monkeypatch.setattr(trial_runner, "ENDING_SECONDS", 0.1)
+    monkeypatch.setattr(resuming, "ENDING_SECONDS", 0.1)
     grid, records = read_grid(tiny_grid.path), tmp_path / "records"
     with pytest.raises(
         ValueError, match=r"whose turn it is, found others to be made first, such as clover-lr0.001-seed3"
@@ -204,7 +205,7 @@ def test_a_step_waits_for_its_turn_and_for_other_processes(tiny_grid, tmp_path, 
     there = records / "clover-lr0.3-seed3.json"
     assert trial_runner.make(grid, "clover-lr0.3-seed3", tmp_path, records) == there  # what is there is not made again
     with (
-        trial_runner._alone(records / ".base.test.lock"),
+        resuming.alone(records / ".base.test.lock", "base.test"),
         pytest.raises(ValueError, match="expected no other process to make it, found one"),
     ):
         trial_runner.make(grid, "base.test", tmp_path, records)
@@ -214,7 +215,7 @@ def test_a_step_outwaits_a_killed_process_that_is_still_ending(tiny_grid, tmp_pa
     """The process of a killed grid can hold its lock for a moment, and the grid is started again at once."""
     grid, records = read_grid(tiny_grid.path), tmp_path / "records"
     try_others(grid, records)
-    held = trial_runner._alone(records / ".clover-lr0.3-seed3.lock")
+    held = resuming.alone(records / ".clover-lr0.3-seed3.lock", "it")
     held.__enter__()
     ending = threading.Timer(0.5, held.__exit__, (None, None, None))
     ending.start()

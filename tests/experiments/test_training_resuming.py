@@ -18,6 +18,7 @@ pytest.importorskip("trl", reason="needs the train extra: pip install clover-pef
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from clover_peft.experiments.training import resuming
 from clover_peft.experiments.training.run import run
 from tests.support.tiny_chat import rows, write_jsonl
 
@@ -118,6 +119,7 @@ KILLED = """
 import os, signal, sys
 from transformers import TrainerCallback
 from clover_peft.experiments.training.arguments import parse
+from clover_peft.experiments.training import resuming
 from clover_peft.experiments.training.run import run
 
 class Kill(TrainerCallback):
@@ -230,3 +232,21 @@ def test_a_checkpoint_of_the_last_step_is_not_trained_further(settings, tmp_path
 def test_resume_without_a_checkpoint_starts_over(settings, capsys):
     assert run(settings(resume=True, max_steps=1))["resumed_from_step"] is None
     assert "starting from the beginning" in capsys.readouterr().out
+
+
+def test_one_run_at_a_time_writes_into_a_folder(settings, tmp_path, monkeypatch):
+    """The check of the folder and the first file in it are minutes apart."""
+    monkeypatch.setattr(resuming, "ENDING_SECONDS", 0.1)
+    first, second, found = settings(max_steps=1), settings(), []
+
+    class Second(TrainerCallback):
+        def on_init_end(self, args, state, control, **kwargs):  # before the first file is written
+            assert not any((tmp_path / "run").iterdir())
+            with pytest.raises(ValueError, match="expected no other process to make it, found one") as caught:
+                run(second)
+            found.append(str(caught.value))
+
+    run(first, callbacks=[Second()])
+    assert found == [
+        f"output_dir={tmp_path / 'run'}: expected no other process to make it, found one; wait for it, or kill it"
+    ]

@@ -7,12 +7,9 @@ the accuracy. Only then are the other seeds trained, and each seed answers the t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -23,10 +20,9 @@ from ..commonsense import TASKS, evaluation, prepare
 from ..commonsense.protocols import find_protocol
 from ..training.arguments import LOCAL, parse
 from ..training.loading import load_tokenizer
+from ..training.resuming import alone
 from .grid import BASE, Grid, Trial, settings_of, trials_of
 from .results import Record, choose, load
-
-ENDING_SECONDS = 10.0  # how long a process that was killed may still hold its lock
 
 
 def make_data(grid: Grid, folder: Path) -> Record:
@@ -147,7 +143,7 @@ def make(grid: Grid, step: str, out: Path, results: Path) -> Path:
     known = trials_of(grid)
     if name not in known and step != f"{BASE}.test":
         raise ValueError(f"{step}: expected a run of the grid, <method>-lr<rate>-seed<seed>, or its .test")
-    with _alone(results / f".{step}.lock"), _alone(out / "runs" / f".{name}.lock"):
+    with alone(results / f".{step}.lock", step), alone(out / "runs" / f".{name}.lock", name):
         if step in load(results):  # Another process has made it in the meantime.
             return results / f"{step}.json"
         if (made := results / f"{step}.json").exists():
@@ -256,27 +252,6 @@ def _evaluate(grid: Grid, settings: Any, source: ModelSource, folder: Path, spli
 def _evaluation_settings(grid: Grid) -> Record:
     """Return how questions are asked, for the records."""
     return {key: value for key, value in vars(grid.evaluation).items() if key != "test"}
-
-
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Keep other processes from making the same record; wait a little for one that was killed and is still ending.
-
-    Raises:
-        ValueError: another process is making it.
-    """
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    held = FileLock(lock, timeout=ENDING_SECONDS)
-    try:
-        held.acquire()
-    except Timeout as error:
-        raise ValueError(
-            f"{lock.stem[1:]}: expected no other process to make it, found one; wait for it, or kill it"
-        ) from error
-    try:
-        yield
-    finally:
-        held.release()
 
 
 def _digest(folder: Path) -> str | None:

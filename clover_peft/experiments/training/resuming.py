@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
 
@@ -18,6 +19,7 @@ from ...io.atomic import write_json
 from ..settings import join_rates
 from .arguments import LOCAL, Settings
 
+ENDING_SECONDS = 10.0  # how long a process that was killed may still hold its lock
 _SETTINGS = "settings.json"
 _BEFORE = "before.json"
 _ROWS = "fingerprint of the rows"  # a key of the settings file
@@ -57,6 +59,31 @@ def find_checkpoint(out: Path, settings: Settings) -> str | None:
         say(f"{folder} is passed over: {damaged} is missing or was cut short")
     say(f"no whole checkpoint in {out}, starting from the beginning")
     return None
+
+
+@contextlib.contextmanager
+def alone(lock: Path, what: str) -> Iterator[None]:
+    """Keep other processes from making the same result; wait a little for one that was killed and is still ending.
+
+    Args:
+        lock: a file for the lock; missing folders are made.
+        what: the name of the result in the error.
+
+    Raises:
+        ValueError: another process is making it.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    held = FileLock(lock, timeout=ENDING_SECONDS)
+    try:
+        held.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"{what}: expected no other process to make it, found one; wait for it, or kill it"
+        ) from error
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def keep_settings(out: Path, settings: Settings, fingerprint: str) -> None:

@@ -30,7 +30,7 @@ from .data import Split, load_data
 from .distillation import load_teacher
 from .initialize import initialize
 from .loading import load_model, load_tokenizer
-from .resuming import Before, Clock, bases_saved, check_rows, find_checkpoint, keep_settings
+from .resuming import Before, Clock, alone, bases_saved, check_rows, find_checkpoint, keep_settings
 from .saving import keep_start, save
 from .trainer import Trainer
 
@@ -53,8 +53,18 @@ def run(settings: Settings, callbacks: list[TrainerCallback] | None = None) -> d
         The run's record, as written to `output_dir/record.json`.
 
     Raises:
-        ValueError: `output_dir` has a run with other settings, or the settings of model, data and adapter do not fit.
+        ValueError: `output_dir` has a run with other settings, or another process writes into it; or the settings of
+            model, data and adapter do not fit.
     """
+    out = Path(settings.sft.output_dir).resolve()
+    with contextlib.ExitStack() as held:
+        if settings.sft.process_index == 0:
+            # The lock lies beside the folder, which has to be empty.
+            held.enter_context(alone(out.with_name(f".{out.name}.sft.lock"), f"output_dir={out}"))
+        return _run(settings, callbacks)
+
+
+def _run(settings: Settings, callbacks: list[TrainerCallback] | None) -> dict[str, Any]:
     # TRL's settings are changed below; those of the caller stay as they are.
     settings = dataclasses.replace(settings, sft=copy.copy(settings.sft))
     job, sft = settings.job, settings.sft
