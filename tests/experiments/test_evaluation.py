@@ -17,12 +17,13 @@ import torch
 
 pytest.importorskip("trl", reason="needs the train extra: pip install clover-peft[train]")
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from clover_peft import CloverConfig
 from clover_peft.experiments.commonsense import PROTOCOLS, TASKS, Example, evaluation, prepare, render
+from clover_peft.experiments.training.answers import greedy_ids
 from tests.support.tiny import load_script, perturb
 from tests.support.tiny_chat import CHATML, save_chat_model
 
@@ -212,6 +213,23 @@ def test_batched_generation_is_one_by_one_generation(given, name, beams):
                     break
                 ids = torch.cat([ids, torch.tensor([new[-1:]])], dim=1)
             assert prediction["text"] == given.tokenizer.decode(new, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("kind", ["model", "adapter", "prompt"])
+def test_generation_obeys_its_arguments_alone(given, kind):
+    model = AutoModelForCausalLM.from_pretrained(given.folder / "model").eval()
+    if kind == "adapter":
+        model = PeftModel.from_pretrained(model, given.folder / "adapter").eval()
+    elif kind == "prompt":  # peft generates with virtual tokens, which the inner model lacks
+        model = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).eval()
+    inner = model if kind == "model" else model.get_base_model()
+    predict = evaluation.generator(model, given.tokenizer, None, beams=1, new_tokens=12)
+    rows, prompt = read(given, per_task=1), torch.tensor([[5, 6, 7]])
+    expected = predict(rows), greedy_ids(model, given.tokenizer, prompt, 12).tolist()
+    own = inner.generation_config = GenerationConfig(repetition_penalty=9.0, no_repeat_ngram_size=1, top_k=3)
+    assert (predict(rows), greedy_ids(model, given.tokenizer, prompt, 12).tolist()) == expected
+    assert model.generation_config is inner.generation_config is own
+    assert "generation_config" not in vars(model) or kind == "model"
 
 
 def test_a_text_without_an_answer_is_unparsed(given):

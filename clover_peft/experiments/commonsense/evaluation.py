@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import GenerationConfig
 
 from ...io import run_record as records
 from ...io.atomic import write_json, write_text
@@ -135,7 +137,8 @@ def generator(model: Any, tokenizer: Any, protocol: Protocol | None, beams: int,
             prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=protocol is not None
         ).to(model.device)
         with torch.no_grad():
-            ids = model.generate(
+            ids = generate_plainly(
+                model,
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
                 max_new_tokens=new_tokens,
@@ -148,6 +151,23 @@ def generator(model: Any, tokenizer: Any, protocol: Protocol | None, beams: int,
         return [_parsed(row, text) for row, text in zip(rows, texts, strict=True)]
 
     return predict
+
+
+def generate_plainly(model: Any, **arguments: Any) -> Tensor:
+    """Generate as the arguments say: the model's own generation config, such as a repetition penalty, does not count.
+
+    Args:
+        model: a language model, or peft's around one.
+        **arguments: those of `generate`.
+
+    Returns:
+        The token ids, (B, prompt tokens + new tokens) int64.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain = GenerationConfig()  # peft's `generate` copies that of its own model to the inner one
+    with mock.patch.object(model, "generation_config", plain), mock.patch.object(inner, "generation_config", plain):
+        ids: Tensor = model.generate(**arguments)
+    return ids
 
 
 def vllm_generator(

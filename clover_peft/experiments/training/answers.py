@@ -7,6 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...base_model.activations import evaluating
 from ...io.rows import Row
+from ..commonsense.evaluation import generate_plainly
 
 _BEGINNING = 32  # tokens of a window of plain text that a model is asked to continue
 
@@ -75,7 +76,8 @@ def greedy_ids(
     """
     prompt = prompt.to(model.device)
     with evaluating(model), torch.no_grad():
-        generated = model.generate(
+        generated = generate_plainly(
+            model,
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=tokens,
