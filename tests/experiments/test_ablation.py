@@ -157,6 +157,18 @@ def test_a_search_asks_no_test_question(tiny_grid, tmp_path):
         ("settings.resume=true", "settings.resume: not a setting of a grid, the runs of a grid always resume"),
         ("methods.clover={learning_rates: [1, 2], prompt: chat}", "methods.clover.prompt: not a setting of a method"),
         ("methods.clover={learning_rates: [1, 2], model: x}", "set it for all methods in settings"),
+        (
+            "methods.clover={learning_rates: [1, 2], model_init_kwargs: {dtype: bfloat16}}",
+            "methods.clover.model_init_kwargs: not a setting of a method, set it for all",
+        ),
+        (
+            "methods.clover={learning_rates: [1, 2], model_init_kwargs.dtype: bfloat16}",
+            "methods.clover.model_init_kwargs.dtype: not a setting of a method, set it for all",
+        ),
+        (
+            "methods.clover={learning_rates: [1, 2], trust_remote_code: true}",
+            "clover.trust_remote_code: not a setting of a",
+        ),
         ("methods.clover={learning_rates: [1, 2], method: [1]}", "method=[1]: expected one of clover"),
         ("methods.-x=[1e-3, 2e-3]", "methods: expected names that a file can have, without - or . in front"),
         ("methods=3", "methods: expected a block of learning rates by name, found 3"),

@@ -29,7 +29,8 @@ _SET_ELSEWHERE = {
     "resume": "the runs of a grid always resume",
     "peft.learning_rate": "set the learning rates of its method",
 }
-_SHARED = {"model", "prompt", "chat_template_path"}  # Methods that differ in these do not compare.
+# Methods that differ in these do not compare with each other, nor with the base model, which is read in their way.
+_SHARED = {"model", "prompt", "chat_template_path", "model_init_kwargs", "trust_remote_code"}
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,9 @@ def read_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
     for key in _paths(values["settings"] or {}) & _SET_ELSEWHERE.keys():
         raise ValueError(f"settings.{key}: not a setting of a grid, {_SET_ELSEWHERE[key]}")
     for method in methods:
-        for key in _paths(method.settings) & (_SET_ELSEWHERE.keys() | _SHARED):
+        for key in sorted(_paths(method.settings)):
+            if key not in _SET_ELSEWHERE and key.partition(".")[0] not in _SHARED:
+                continue
             remedy = _SET_ELSEWHERE.get(key, "set it for all methods in settings, or they do not compare")
             raise ValueError(f"methods.{method.name}.{key}: not a setting of a method, {remedy}")
     grid = Grid(
