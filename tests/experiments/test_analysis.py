@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 import torch
 from peft import HiraConfig, LoraConfig, get_peft_model
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from clover_peft import CloverConfig
@@ -151,6 +153,18 @@ def test_the_rank_of_a_small_update_is_not_that_of_its_rounding(size):
     low_rank = torch.randn(192, 5, generator=generator) @ torch.randn(5, 576, generator=generator)
     after = before + low_rank * (size * before.norm() / low_rank.norm())
     assert measure(Change("m", before, after))["update"]["rank"] == 5
+
+
+@pytest.mark.parametrize("read_as", [torch.float32, torch.bfloat16])
+def test_the_rank_of_a_rounded_update_is_that_before_its_rounding(read_as):
+    """Whatever dtype a model is loaded in, its weights have the rounding of the dtype that they were saved in."""
+    before = nn.Linear(128, 128, bias=False)
+    low_rank = torch.outer(*torch.randn(2, 128)) + torch.outer(*torch.randn(2, 128))
+    after = copy.deepcopy(before)
+    after.weight.data += low_rank * (0.2 * before.weight.norm() / low_rank.norm())
+    one, two = (nn.Sequential(module.to(torch.bfloat16).to(read_as)) for module in (before, after))
+    [change] = model_changes(one, two)
+    assert measure(change)["update"]["rank"] == 2
 
 
 @pytest.mark.parametrize(("tokens", "kept"), [(8, (2, 7)), (4, (5,)), (12, (1, 5, 8)), (2, None)])

@@ -39,7 +39,12 @@ def measure(change: Change, inputs: Tensor | None = None, top: int = 10, thresho
     _, values, vt = torch.linalg.svd(update, full_matrices=False)
     before, after = (torch.linalg.svd(w, full_matrices=False) for w in (change.before, change.after))
     # The merged weight is rounded: noise of at most half a unit in the last place, whose norm is about that.
-    noise = torch.finfo(update.dtype).eps / 2 * change.after.square().mean().sqrt() * sum(s**0.5 for s in update.shape)
+    noise = (
+        torch.finfo(_stored(change.after)).eps
+        / 2
+        * change.after.square().mean().sqrt()
+        * sum(s**0.5 for s in update.shape)
+    )
     rank = int((values > max(ZERO * values[0], noise)).sum())
     similarities, matrix = _similarities(before, after, top)
     result: dict[str, Any] = {
@@ -65,6 +70,12 @@ def measure(change: Change, inputs: Tensor | None = None, top: int = 10, thresho
         share = projected_share(inputs.to(vt), vt[:rank].T)
         result["share"] = {"trained": share, "chance": rank / change.before.shape[1]}
     return result
+
+
+def _stored(weight: Tensor) -> torch.dtype:
+    """Return the dtype that a weight was rounded to: the coarsest that holds it, as models are loaded in a wider one."""
+    narrow = (torch.bfloat16, torch.float16, torch.float32)
+    return next((dtype for dtype in narrow if torch.equal(weight.to(dtype).to(weight), weight)), weight.dtype)
 
 
 def projected_share(inputs: Tensor, directions: Tensor) -> float:
