@@ -34,6 +34,11 @@ def test_parts_learn_at_their_own_rates(settings, tmp_path):
         run(settings(out="none", **{"peft.learning_rate_factors": {"zzz": 1}}))
 
 
+def test_the_record_names_the_optimizer_that_ran(settings):
+    for out, options, ran in (("a", {"peft.optimizer": "muon"}, "muon"), ("b", {"optim": "sgd"}, "sgd")):
+        assert run(settings(out=out, max_steps=1, **options))["training"]["optim"] == ran
+
+
 def test_muon_is_torchs_for_every_head():
     torch.manual_seed(0)
     for shape in ((3, 6, 6), (2, 4, 8), (2, 8, 4)):

@@ -212,6 +212,7 @@ def _check_trainer(trainer: Trainer, settings: Settings, rows: int) -> None:
 def _describe(settings: Settings, source: ModelSource, split: Split, trainer: Trainer) -> dict[str, Any]:
     """Return the part of a record that does not depend on the result."""
     resolved = settings.sft.to_dict()
+    resolved["optim"] = settings.optimizer or resolved["optim"]
     return {
         "settings": settings.values,
         "training": {key: resolved[key] for key in _RESOLVED},
