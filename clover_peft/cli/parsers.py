@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import runpy
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -48,8 +49,14 @@ Llama-2-7B:
     )
     parser.add_argument("--data", help="the same as data=...")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    given, dashed = parser.parse_known_intermixed_args(arguments)
-    given.overrides = dashed + given.overrides + ([f"data={given.data}"] if given.data else [])
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    for i in range(len(words) - 2, -1, -1):
+        if words[i] == "--data" and not words[i + 1].startswith("-"):
+            words[i : i + 2] = [f"--data={words[i + 1]}"]
+    given, dashed = parser.parse_known_intermixed_args(words)
+    # argparse separates the forms, but of two overrides the last one counts.
+    known = {*dashed, *given.overrides}
+    given.overrides = [word for word in words if word in known or word.startswith("--data=")]
     return given
 
 
