@@ -10,12 +10,15 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 pytest.importorskip("trl", reason="needs the train extra: pip install clover-peft[train]")
 
 from trl import SFTConfig
 
+from clover_peft.cli import parsers
+from clover_peft.experiments.settings import read
 from clover_peft.experiments.training.arguments import JobArguments, parse
 from tests.support.tiny import load_script
 
@@ -158,6 +161,21 @@ def test_overrides_reach_blocks_and_null_replaces_a_default():
     assert parse(ROOT / "configs" / "lora.yaml", ["save_strategy=no"]).sft.save_strategy == "no"
 
 
+@pytest.mark.parametrize(
+    ("there", "overrides", "bf16"),
+    [
+        (False, ["fp16=false"], False),
+        (False, ["bf16=null"], False),
+        (True, ["use_cpu=true"], False),
+        (False, ["use_cpu=true"], False),
+    ],
+)
+def test_a_cpu_trains_without_bf16_unless_told(there, overrides, bf16, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)
+    sft = parse(ROOT / "configs" / "clover_full.yaml", overrides).sft
+    assert (sft.bf16, sft.fp16, sft.dataloader_pin_memory) == (bf16, False, False)
+
+
 # --- the command line --------------------------------------------------------------------------------------
 
 
@@ -196,6 +214,23 @@ def test_the_command_line(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*command[:3], "--max_steps", "1"])
     assert main() == 2
     assert "--max_steps: expected key=value, as in max_steps=100" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("max_steps=5 --max_steps=1", {"max_steps": 1}),
+        ("--max_steps=1 max_steps=5 --max_steps=3", {"max_steps": 3}),
+        ("--data A data=B", {"data": "B"}),
+        ("data=B --data A", {"data": "A"}),
+        ("data=B --data=A", {"data": "A"}),
+        ("--data=A --rows=3 data=B rows=4", {"data": "B", "rows": 4}),
+    ],
+)
+def test_of_two_overrides_the_last_one_on_the_command_line_counts(line, expected):
+    given = parsers.sft(["--config", "clover_full", *line.split()])
+    values = read(given.config, given.overrides).values
+    assert {key: values[key] for key in expected} == expected
 
 
 def test_help_lists_the_keys_without_importing_torch():

@@ -66,9 +66,9 @@ def parse(config: str | Path | Sequence[str | Path], overrides: Sequence[str] = 
     flat, block = parts.flat, parts.block
     flat.setdefault("include_num_input_tokens_seen", "non_padding")  # for tokens per second
     flat.setdefault("logging_nan_inf_filter", False)  # The filter would show a loss that is NaN as 0.
-    accelerated = torch.accelerator.is_available()
+    accelerated = torch.accelerator.is_available() and not flat.get("use_cpu")
     flat.setdefault("dataloader_pin_memory", accelerated)
-    if "bf16" not in flat and "fp16" not in flat:
+    if flat.get("bf16") is None and not flat.get("fp16"):
         flat["bf16"] = accelerated  # TRL's default is bf16 everywhere, which is slower and less exact on a CPU.
 
     settings.check_flat(flat, _hints(JobArguments), _hints(SFTConfig))
