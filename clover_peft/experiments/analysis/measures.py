@@ -73,7 +73,7 @@ def measure(change: Change, inputs: Tensor | None = None, top: int = 10, thresho
 
 
 def _stored(weight: Tensor) -> torch.dtype:
-    """Return the dtype that a weight was rounded to: the coarsest that holds it, as models are loaded in a wider one."""
+    """Return the dtype that a weight was rounded to: the coarsest that holds it, as loading may have widened it."""
     narrow = (torch.bfloat16, torch.float16, torch.float32)
     return next((dtype for dtype in narrow if torch.equal(weight.to(dtype).to(weight), weight)), weight.dtype)
 
