@@ -32,6 +32,7 @@ def test_parts_learn_at_their_own_rates(settings, tmp_path):
         ValueError, match=r"learning_rate_factors: zzz: 1: expected .* trained parameter's name, as in"
     ):
         run(settings(out="none", **{"peft.learning_rate_factors": {"zzz": 1}}))
+    assert not any((tmp_path / "none").iterdir())
 
 
 def test_the_record_names_the_optimizer_that_ran(settings):

@@ -116,14 +116,7 @@ def scale_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module, fac
     Raises:
         ValueError: see `check_factors`; or an expression is found in no trained parameter's name.
     """
-    check_factors(factors)
-    names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for pattern, factor in factors.items():
-        if not any(re.search(pattern, name) for name in names.values()):
-            raise ValueError(
-                f"learning_rate_factors: {pattern}: {factor}: expected a part of a trained parameter's name, as in "
-                f"{next(iter(names.values()), 'none')}"
-            )
+    names = trained_names(model, factors)
     groups = list(optimizer.param_groups)
     optimizer.param_groups.clear()
     for group in groups:
@@ -134,3 +127,20 @@ def scale_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module, fac
         for found, parameters in parts.items():
             factor = 1.0 if found is None else factors[found]
             optimizer.add_param_group({**group, "params": parameters, "lr": factor * group["lr"]})
+
+
+def trained_names(model: nn.Module, factors: Mapping[str, float]) -> dict[int, str]:
+    """Return the name of each trained parameter by its id; check that every factor is for one of them.
+
+    Raises:
+        ValueError: as `scale_learning_rates`.
+    """
+    check_factors(factors)
+    names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for pattern, factor in factors.items():
+        if not any(re.search(pattern, name) for name in names.values()):
+            raise ValueError(
+                f"learning_rate_factors: {pattern}: {factor}: expected a part of a trained parameter's name, as in "
+                f"{next(iter(names.values()), 'none')}"
+            )
+    return names

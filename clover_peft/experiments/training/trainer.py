@@ -15,7 +15,7 @@ from trl import SFTTrainer
 
 from .arguments import Settings
 from .distillation import Teacher
-from .optimizer import Muon, scale_learning_rates
+from .optimizer import Muon, scale_learning_rates, trained_names
 
 
 class Trainer(SFTTrainer):
@@ -41,6 +41,7 @@ class Trainer(SFTTrainer):
             if getattr(teacher.model, "hf_device_map", None) is None:
                 teacher.model.to(self.args.device)
         self.muon, self.learning_rate_factors = settings.optimizer == "muon", settings.learning_rate_factors
+        trained_names(self.model, self.learning_rate_factors)  # A wrong one is refused before anything is written.
 
     @property
     def is_sharded(self) -> bool:
