@@ -95,6 +95,8 @@ def ablate(given: argparse.Namespace) -> None:
         return
     if given.config is None or given.out is None:
         raise ValueError("expected --config and --out, or --table")
+    if given.minutes is not None and not given.minutes >= 0:
+        raise ValueError(f"--minutes {given.minutes:g}: expected at least 0")
     if given.step is not None:
         _refuse(given, "--step", ("minutes", "jobs", "pictures"))
     if given.jobs is not None and given.jobs < 1:
@@ -159,6 +161,10 @@ def analyze(given: argparse.Namespace) -> None:
         raise ValueError(f"--label: expected a name of its own for each adapter or model, found {names}")
     if given.top < 1:
         raise ValueError(f"--top: expected at least 1, found {given.top}")
+    if not 0 <= given.threshold <= 1:
+        raise ValueError(f"--threshold {given.threshold:g}: expected a cosine from 0 to 1")
+    if given.texts is not None and not given.texts.is_file():
+        raise ValueError(f"--texts {given.texts}: expected a file, found none")
     if (given.out / "analysis.json").exists():
         raise ValueError(f"{given.out}: expected a new folder, found an analysis in it; choose another")
     if not given.no_pictures:
@@ -192,6 +198,7 @@ def convert(given: argparse.Namespace) -> None:
         raise ValueError("--calibration: expected text, which the conversion needs, found none")
     if given.multiple is not None and given.prune is None and given.slice is None:
         raise ValueError("--multiple: expected --prune or --slice with it, found none")
+    _multiple(given)
     _calibration(given)
     if not given.no_pictures:
         check_pyplot()
@@ -203,14 +210,18 @@ def _one_size(given: argparse.Namespace) -> None:
         raise ValueError("--mla: expected the share of the cache to remove or --kv-lora-rank, and not both")
 
 
+def _multiple(given: argparse.Namespace) -> None:
+    if given.multiple is not None and given.multiple < 1:
+        raise ValueError(f"--multiple {given.multiple}: expected at least 1")
+
+
 def prune(given: argparse.Namespace) -> None:
     check_new_folder(given.out, "--out ")
     if given.ranks is not None and given.ratio is None:
         raise ValueError(f"--ranks {given.ranks}: expected --ratio with it, which it spreads, found none")
     for name in ("ratio", "threshold", "energy"):
         figures(f"--{name}", getattr(given, name))
-    if given.multiple < 1:
-        raise ValueError(f"--multiple {given.multiple}: expected at least 1")
+    _multiple(given)
     if given.ranks == "gradient" and given.calibration is None:
         raise ValueError("--ranks gradient: expected --calibration with it, found none")
     if given.stock and (given.ranks != "uniform" or given.masked):
@@ -269,6 +280,10 @@ def figures(option: str, text: str | None) -> float | dict[Any, float] | None:
     return found[""] if "" in found else cast("dict[Any, float]", found)
 
 
+def prepare_data(given: argparse.Namespace) -> None:
+    check_new_folder(given.out)
+
+
 def export(given: argparse.Namespace) -> None:
     check_new_folder(given.out)
     check_adapter(given.adapter)
@@ -299,4 +314,5 @@ CHECKS: dict[str, Callable[[argparse.Namespace], None]] = {
     "evaluate": evaluate,
     "ablate": ablate,
     "analyze": analyze,
+    "prepare-data": prepare_data,
 }

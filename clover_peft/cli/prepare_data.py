@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from ..experiments.commonsense import prepare, sources
-from . import parsers
+from . import checks, parsers
 from .errors import reports_errors
 
 _MISSING = {"wheel": ", without WinoGrande's debiased rows, and without HellaSwag's section tags in training"}
@@ -16,6 +16,7 @@ _MISSING = {"wheel": ", without WinoGrande's debiased rows, and without HellaSwa
 
 @reports_errors()
 def run(given: argparse.Namespace) -> int:
+    checks.prepare_data(given)
     chosen = prepare.Options(**{field.name: getattr(given, field.name) for field in fields(prepare.Options)})
     suite = prepare.read(chosen)
     if given.compare is not None:

@@ -14,6 +14,7 @@ from ..io.tables import markdown_table
 from ..pruning import calibrate, find_pairs, ranks
 from ..pruning.figures import plot_spectra
 from ..pruning.measured import SMALL, measure_ratios
+from ..pruning.pairs import select_pairs
 from ..pruning.rule import default_spread
 from ..pruning.spectra import METHODS, SHARES, PairSpectra, by_energy, labels, measure_spectra
 from . import checks, parsers
@@ -49,8 +50,13 @@ def run(given: argparse.Namespace) -> int:
     if not kinds or (isinstance(threshold, dict) and set(threshold) - set(kinds)):
         wanted = f"pairs for --threshold {given.threshold}" if kinds else "pairs of projections"
         raise ValueError(f"{given.model}: expected {wanted}, found {' and '.join(kinds) or 'none'}")
-    batches, data = options.calibration(given, model, processor)
     pattern = options.target_modules(given)
+    chosen = select_pairs(model, find_pairs(model), kinds, pattern)
+    for kind in kinds if given.layers else ():
+        count = sum(pair.kind == kind for pair in chosen)
+        if wrong := [layer for layer in given.layers if not 0 <= layer < count]:
+            raise ValueError(f"--layers: expected 0 to {count - 1} for {kind}, found {wrong[0]}")
+    batches, data = options.calibration(given, model, processor)
     calibrated = None if batches is None else calibrate(model, batches, target_modules=pattern)
     held_out = [] if batches is None else options.held_out(given, model, processor, batches)
     found = measure_spectra(model, kinds, calibrated, pattern)

@@ -69,6 +69,17 @@ WRONG = [
     (["plan", "--model", "m", "r=0"], "CloverConfig.r: expected a positive integer or None, found 0"),
     (["plan", "--model", "m", "s_matrx=full"], "did you mean s_matrix?"),
     (["plan", "--model", "m", "r"], "r: expected key=value with a field of CloverConfig"),
+    (["ablate", "--config", "smollm2", "--out", "x", "--minutes", "-3"], "--minutes -3: expected at least 0"),
+    (["analyze", "--adapter", "a", "--out", "x", "--threshold", "5"], "--threshold 5: expected a cosine from 0 to 1"),
+    (
+        ["analyze", "--before", "a", "--after", "b", "--out", "x", "--texts", "missing.txt"],
+        "--texts missing.txt: expected a file, found none",
+    ),
+    (["prepare-data", "docs"], "docs: expected a new or empty folder"),
+    (
+        ["convert", "m", "--slice", "0.5", "--multiple", "0", "--calibration", "README.md", "--out", "x"],
+        "--multiple 0: expected at least 1",
+    ),
     (["evaluate", "--out", "out"], "--data: expected a folder"),
     (["evaluate", "--out", "out", "--rows", "0"], "--rows: expected at least 1, found 0"),
     (["analyze", "--out", "out"], "expected --adapter, or --before and --after"),

@@ -651,7 +651,7 @@ def test_one_kind_of_pair_and_some_modules(tmp_path, capsys):
         ("--threshold qk=1", "expected pairs for --threshold qk=1, found vo"),
         ("--threshold many", "--threshold many: expected a figure"),
         ("--kinds qk", "qk: expected pairs of projections, found none in LlamaForCausalLM"),
-        ("--layers 5", "layers: expected 0 to 1 for vo, found 5"),
+        ("--layers 5", "--layers: expected 0 to 1 for vo, found 5"),
         ("--layers 1 --no-pictures", "--layers: expected pictures to draw them in"),
         ("--rows 3", "--rows: expected --calibration with it"),
         ("--calibration none.txt", "none.txt: expected a .txt or .jsonl file"),
@@ -662,6 +662,12 @@ def test_bad_options_of_spectra(options, message, tmp_path, capsys):
     assert run(spectra_script, source, *options.split(" "), "--out", tmp_path / "out") == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_layer_that_is_not_there_is_refused_before_measuring(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("clover_peft.cli.spectra.measure_spectra", pytest.fail)
+    assert run(spectra_script, save("llama", tmp_path / "model"), "--layers", "1", "2", "--out", tmp_path / "out") == 2
+    assert "--layers: expected 0 to 1 for vo, found 2" in capsys.readouterr().err
 
 
 def test_pictures_without_a_folder_are_refused(tmp_path, capsys):
