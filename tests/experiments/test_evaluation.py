@@ -395,11 +395,12 @@ def test_the_script_in_both_modes(given, tmp_path, capsys):
     assert "--data: expected none with --harness" in capsys.readouterr().err
 
 
-def test_the_prompt_is_that_of_training(given, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "record", [{"settings": {"prompt": "llm_adapters"}}, {"settings": {}, "prompt": "llm_adapters"}]
+)
+def test_the_prompt_is_that_of_training(given, tmp_path, capsys, record):
     shutil.copytree(given.folder / "adapter", tmp_path / "run" / "adapter")
-    (tmp_path / "run" / "record.json").write_text(
-        json.dumps({"settings": {"prompt": "llm_adapters"}, "model": {"dtype": "torch.bfloat16"}})
-    )
+    (tmp_path / "run" / "record.json").write_text(json.dumps({**record, "model": {"dtype": "torch.bfloat16"}}))
     command = [
         "--model",
         str(given.folder / "model"),

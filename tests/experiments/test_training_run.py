@@ -82,7 +82,8 @@ def test_the_end_token_is_trained_and_prompt_and_padding_are_not(settings, tiny,
     tokenizer = make_tokenizer()
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     seen = Batch()
-    run(settings("lora", model=model, max_steps=1), callbacks=[seen])
+    record = run(settings("lora", model=model, max_steps=1), callbacks=[seen])
+    assert record["prompt"] == ("chat" if template else "clover")
     ids, labels, mask = (seen.batch[key] for key in ("input_ids", "labels", "attention_mask"))
     assert mask.min() == 0, "the batch must contain padding for this test to mean anything"
     for row_ids, row_labels, row_mask in zip(ids, labels, mask, strict=True):

@@ -217,6 +217,7 @@ def _describe(settings: Settings, source: ModelSource, split: Split, trainer: Tr
         "settings": settings.values,
         "training": {key: resolved[key] for key in _RESOLVED},
         "seed": settings.sft.seed,
+        "prompt": settings.job.prompt or ("chat" if trainer.processing_class.chat_template else "clover"),
         "environment": records.environment(),
         "model": {"name": source.name, "origin": source.origin, "license": source.license},
         "data": {
