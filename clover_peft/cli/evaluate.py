@@ -39,9 +39,8 @@ def _suite(given: argparse.Namespace, source: ModelSource, trained: dict[str, An
         tokenizer = AutoTokenizer.from_pretrained(source.path)
     else:
         model, tokenizer = load_trained(source, given.adapter, given.dtype, given.merge, **_revision(trained))
-    in_training = trained.get("prompt") or (trained.get("settings") or {}).get(
-        "prompt"
-    )  # earlier runs kept the latter
+    settings = trained.get("settings") or {}
+    in_training = trained.get("prompt") or settings.get("prompt")  # Earlier records have the latter alone.
     prompt = given.prompt or in_training
     protocol = find_protocol(prompt, tokenizer)
     why = "as asked for" if given.prompt else "as in training" if in_training else "nothing says how it was trained"

@@ -39,12 +39,8 @@ def measure(change: Change, inputs: Tensor | None = None, top: int = 10, thresho
     _, values, vt = torch.linalg.svd(update, full_matrices=False)
     before, after = (torch.linalg.svd(w, full_matrices=False) for w in (change.before, change.after))
     # The merged weight is rounded: noise of at most half a unit in the last place, whose norm is about that.
-    noise = (
-        torch.finfo(_stored(change.after)).eps
-        / 2
-        * change.after.square().mean().sqrt()
-        * sum(s**0.5 for s in update.shape)
-    )
+    eps = torch.finfo(_stored(change.after)).eps
+    noise = eps / 2 * change.after.square().mean().sqrt() * sum(s**0.5 for s in update.shape)
     rank = int((values > max(ZERO * values[0], noise)).sum())
     similarities, matrix = _similarities(before, after, top)
     result: dict[str, Any] = {
