@@ -26,7 +26,7 @@ def write_by(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a dictionary as a JSON object, as `write_text` does; values that JSON does not know are written as text."""
+    """Write a JSON object, as `write_text` does; values that JSON does not know are written as text."""
     write_text(path, json.dumps(value, indent=2, default=str) + "\n")
 
 

@@ -104,9 +104,7 @@ def choose_rule(
     check_figures(figures)
     if not isinstance(ranks, str):
         for name, each in ranks.items() if isinstance(ranks, Mapping) else [("ranks", ranks)]:
-            whole = isinstance(each, Sequence) and all(
-                isinstance(rank, Integral) and not isinstance(rank, bool) for rank in each
-            )
+            whole = isinstance(each, Sequence) and all(map(_is_count, each))
             if not whole or not isinstance(name, str):
                 raise ValueError(f"ranks: expected whole numbers by name of a pair, found {name!r}: {each!r}")
         if not ranks:
@@ -143,6 +141,10 @@ def _plain(name: str, figure: Any) -> float | dict[Kind, float] | None:
         return None if figure is None else _number(figure)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: expected a number, or one for each kind of pair, found {figure!r}") from error
+
+
+def _is_count(rank: Any) -> bool:
+    return isinstance(rank, Integral) and not isinstance(cast(Any, rank), bool)
 
 
 def _number(figure: Any) -> float:
