@@ -68,8 +68,8 @@ class Trainer(SFTTrainer):
         if state.end_of_dataloader and state.remainder > 0:  # The last batches are filled up with rows from the first.
             labels[max(0, state.remainder - self.accelerator.process_index * len(labels)) :] = -100
         found = super().prediction_step(model, inputs, *args, **kwargs)
-        tokens = (labels[:, 1:] != -100).sum().to(found[0])
-        self.scored.append(torch.stack([found[0] * tokens, tokens]))
+        tokens = (labels[:, 1:] != -100).sum().to(found[0].device, torch.float32)
+        self.scored.append(torch.stack([found[0].float() * tokens, tokens]))
         return found
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
