@@ -18,6 +18,7 @@ pytest.importorskip("trl", reason="needs the train extra: pip install clover-pef
 
 from clover_peft.experiments.ablation import report, results, trial_runner
 from clover_peft.experiments.ablation.grid import read_grid, trials_of
+from clover_peft.experiments.training.resuming import alone
 from tests.support.ablation_records import result, write
 from tests.support.tiny import load_script
 
@@ -112,7 +113,7 @@ def test_no_test_question_is_asked_before_every_rate_is_chosen(tiny_grid, tmp_pa
 
 
 def test_a_stop_before_the_first_record_is_no_error(tiny_grid, tmp_path, capsys):
-    assert script.main(["--config", str(tiny_grid.path), "--out", str(tmp_path / "out"), "--minutes", "-1"]) == 0
+    assert script.main(["--config", str(tiny_grid.path), "--out", str(tmp_path / "out"), "--minutes", "0"]) == 0
     assert "next would be clover-lr0.001-seed3" in "".join(capsys.readouterr())
 
 
@@ -270,5 +271,5 @@ def test_a_grid_that_is_asked_to_end_takes_its_runs_with_it(tiny_grid, tmp_path)
     assert lock.exists()
     process.terminate()
     assert process.wait(60) == 128 + signal.SIGTERM
-    with trial_runner._alone(lock):
+    with alone(lock, "it"):
         pass  # nobody is left
