@@ -133,6 +133,10 @@ def test_git_state_follows_the_checkout(tmp_path):
     assert dirty is False
     (tmp_path / "result.json").write_text("{}")
     assert records._git_state(file) == (revision, False)
+    os.utime(file, (1, 1))  # `git status` would note the new time in the index, under a lock
+    index = (tmp_path / ".git" / "index").read_bytes()
+    assert records._git_state(file) == (revision, False)
+    assert (tmp_path / ".git" / "index").read_bytes() == index
     file.write_text("x = 2\n")
     assert records._git_state(file) == (revision, True)
 
