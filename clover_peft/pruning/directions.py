@@ -289,14 +289,13 @@ def check_ranks(name: str, ranks: Sequence[int] | Tensor | None, count: int, siz
 
 def write_masks(model: nn.Module, found: Found, factors: Factors) -> None:
     """What `mask` writes, from the factors of all pairs."""
-    for name, (down, back) in factors.items():
-        pair, directions = found[name]
-        constant = directions.constant(down, back)
-        added = constant is not None and bool(constant.any())
-        if added and base_of(model.get_submodule(pair.partner.path)).bias is None:
+    constants = {name: found[name][1].constant(*both) for name, both in factors.items()}
+    for name, constant in constants.items():
+        path = found[name][0].partner.path
+        if constant is not None and bool(constant.any()) and base_of(model.get_submodule(path)).bias is None:
             warn(
-                f"{pair.partner.path}: gets a bias for what removed directions leave, which the model's own class "
-                "lacks, so that a saved model would lose it; use the masked model in memory alone"
+                f"{path}: gets a bias for what removed directions leave, which the model's own class lacks, so that a "
+                "saved model would lose it; use the masked model in memory alone"
             )
             break
     for name, (down, back) in factors.items():
@@ -305,8 +304,7 @@ def write_masks(model: nn.Module, found: Found, factors: Factors) -> None:
         rows = base_weight(model, pair.partner.path).transposed()  # (in, out), a view of the weight
         heads = pair.partner.heads
         p = directions.product(down, back)
-        constant = directions.constant(down, back)
-        if constant is not None:
+        if (constant := constants[name]) is not None:
             lost = torch.einsum("ogd,gd->o", heads.blocks(rows.mT, pair.heads.dim).to(p), constant)
             _add_bias(module, lost)
         for side in [rows.mT] if pair.partner.reads else [rows, *([module.bias] if module.bias is not None else [])]:

@@ -122,8 +122,7 @@ def merge_onto(model: nn.Module, base: ModelT, adapter_name: str = "default") ->
         raise ValueError("base: expected a model without adapters, found some; merge or unload them first")
     targets = [(layer, _target(base, path, layer, adapter_name, config)) for path, layer in layers]
     copied = _trained_beside(inner, adapter_name, config)
-    for name, value in copied.items():
-        _check_tensor(base, name, value)
+    _check_tensors(base, copied)
     for layer, target in targets:
         with layer.base_weight.whole():
             delta = layer.get_delta_weight(adapter_name)
@@ -175,14 +174,16 @@ def _trained_beside(inner: nn.Module, adapter_name: str, config: CloverConfig) -
     return found
 
 
-def _check_tensor(base: nn.Module, name: str, value: Tensor) -> None:
-    """Refuse a base that has no such tensor."""
-    there = base.state_dict().get(name)
-    if there is None or there.shape != value.shape:
-        shape = "none" if there is None else f"one of shape {tuple(there.shape)}"
-        raise ValueError(
-            f"{name}: expected a tensor of shape {tuple(value.shape)} in base, found {shape}; pass the same model"
-        )
+def _check_tensors(base: nn.Module, values: dict[str, Tensor]) -> None:
+    """Refuse a base that lacks one of these tensors."""
+    state = base.state_dict()
+    for name, value in values.items():
+        there = state.get(name)
+        if there is None or there.shape != value.shape:
+            shape = "none" if there is None else f"one of shape {tuple(there.shape)}"
+            raise ValueError(
+                f"{name}: expected a tensor of shape {tuple(value.shape)} in base, found {shape}; pass the same model"
+            )
 
 
 def _target(base: nn.Module, path: str, layer: CloverLayer, adapter_name: str, config: CloverConfig) -> BaseWeight:
