@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import GenerationConfig
 
 from .activations import evaluating
+from .generation import generate_plainly
 
 
 @torch.no_grad()
@@ -49,22 +49,18 @@ def own_text(
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(words, (rows, 1), generator=generator)
     accelerators = [device] if device.type == "cuda" else []
-    # peft's `generate` would put the model's own generation config back.
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    kept, inner.generation_config = inner.generation_config, GenerationConfig(do_sample=True, top_k=0, use_cache=True)
-    try:
-        with torch.random.fork_rng(accelerators), evaluating(model):
-            torch.manual_seed(seed)
-            written = [
-                inner.generate(
-                    input_ids=part.to(device),
-                    attention_mask=torch.ones_like(part, device=device),
-                    max_new_tokens=length - 1,
-                )
-                for part in tqdm(
-                    first.split(batch_size), desc="CLOVER own text", unit=" batches", delay=3, leave=False
-                )
-            ]
-    finally:
-        inner.generation_config = kept
+    with torch.random.fork_rng(accelerators), evaluating(model):
+        torch.manual_seed(seed)
+        written = [
+            generate_plainly(
+                model,
+                input_ids=part.to(device),
+                attention_mask=torch.ones_like(part, device=device),
+                max_new_tokens=length - 1,
+                do_sample=True,
+                top_k=0,
+                use_cache=True,
+            )
+            for part in tqdm(first.split(batch_size), desc="CLOVER own text", unit=" batches", delay=3, leave=False)
+        ]
     return [{"input_ids": ids} for ids in written]

@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterator
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import GenerationConfig
 
+from ...base_model.generation import generate_plainly
 from ...io import run_record as records
 from ...io.atomic import write_json, write_text
 from ...io.rows import Row, parse_row, read_lines
@@ -151,23 +150,6 @@ def generator(model: Any, tokenizer: Any, protocol: Protocol | None, beams: int,
         return [_parsed(row, text) for row, text in zip(rows, texts, strict=True)]
 
     return predict
-
-
-def generate_plainly(model: Any, **arguments: Any) -> Tensor:
-    """Generate as the arguments say: the model's own generation config, such as a repetition penalty, does not count.
-
-    Args:
-        model: a language model, or peft's around one.
-        **arguments: those of `generate`.
-
-    Returns:
-        The token ids, (B, prompt tokens + new tokens) int64.
-    """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    plain = GenerationConfig()  # peft's `generate` copies that of its own model to the inner one
-    with mock.patch.object(model, "generation_config", plain), mock.patch.object(inner, "generation_config", plain):
-        ids: Tensor = model.generate(**arguments)
-    return ids
 
 
 def vllm_generator(
