@@ -3,10 +3,11 @@
     python benchmarks/grpo.py                          SmolLM2-135M sorts digits
     python benchmarks/grpo.py --steps 200 --prompts 8 --seed 1    on a GPU
 
-Each method trains as many parameters, at each of its rates, on the same prompts in the same order. The reward is the
-share of the sorted digits that are at their place in the first line of the answer, or 0 for other characters. Rewards
-are those of the sampled answers, so they are noisy; "last" is the mean of the last quarter of the steps. Papers report
-that PiSSA, which trains the leading singular directions, collapses under such rewards (arXiv 2512.23165).
+An interrupted run goes on after its last whole trial. Each method trains as many parameters, at each of its rates, on
+the same prompts in the same order. The reward is the share of the sorted digits that are at their place in the first
+line of the answer, or 0 for other characters. Rewards are those of the sampled answers, so they are noisy; "last" is
+the mean of the last quarter of the steps. Papers report that PiSSA, which trains the leading singular directions,
+collapses under such rewards (arXiv 2512.23165).
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import real_models
 import torch
 from datasets import Dataset
-from harness import finish, options, parser, rank_for, table, trainable
+from harness import Rows, options, parser, rank_for, table, trainable
 from peft import LoraConfig, PeftConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
@@ -42,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     command.add_argument(
         "--methods", nargs="+", choices=["clover", "lora", "pissa"], default=["clover", "lora", "pissa"]
     )
-    command.add_argument("--clover-rates", type=float, nargs="+", default=[1e-3, 5e-3])
-    command.add_argument("--lora-rates", type=float, nargs="+", default=[2e-4, 1e-3], help="also PiSSA's")
+    command.add_argument("--clover-rates", type=float, nargs="+", default=[1e-3, 2.5e-3, 5e-3])
+    command.add_argument("--lora-rates", type=float, nargs="+", default=[2e-4, 5e-4, 1e-3], help="also PiSSA's")
     command.add_argument("--steps", type=int, default=40)
     command.add_argument("--prompts", type=int, default=2, help="in each step")
     command.add_argument("--answers", type=int, default=8, help="to each prompt, compared with each other")
@@ -59,17 +61,23 @@ def main(argv: Sequence[str] | None = None) -> Path:
         for method in configs
         for rate in (arguments.clover_rates if method == "clover" else arguments.lora_rates)
     ]
-    results = []
-    for method, rate in tqdm(trials, desc="trials", unit="trial"):
+    same = {name: getattr(arguments, name) for name in ("fast", "seed", "steps", "prompts", "answers", "digits")}
+    kept = Rows(arguments.out, same)
+
+    def measure(method: str, rate: float) -> dict[str, Any]:
         torch.manual_seed(arguments.seed)
         model = get_peft_model(copy.deepcopy(base), copy.deepcopy(configs[method]))
-        result = {"method": method, "rate": rate, "parameters": trainable(model)}
-        results.append(result | _train(model, tokenizer, rate, arguments))
+        return {"parameters": trainable(model), **_train(model, tokenizer, rate, arguments)}
+
+    results = [
+        kept.get(partial(measure, method, rate), method=method, rate=rate)
+        for method, rate in tqdm(trials, desc="trials", unit="trial")
+    ]
     columns = ["method", "rate", "first", "last", "best step"]
     rows = [[r["method"], f"{r['rate']:g}", r["first"], r["last"], max(r["reward"])] for r in results]
     print(table(columns, rows))
     record = {"benchmark": "grpo", "options": options(arguments), "environment": environment, "results": results}
-    return finish(arguments.out, record)
+    return kept.finish(record, arguments.out)
 
 
 def reward(completions: list[str], answer: list[str], **_: Any) -> list[float]:
