@@ -5,7 +5,8 @@
     python benchmarks/pruning.py --model smollm2      # perplexity of SmolLM2-135M-Instruct, on WikiText-2
 
 Settings are those of the targets, with --sweep also a grid of ratios, or with --ratio any others. For every setting
-the model is loaded afresh and pruned, by one calibration for all, and then measured:
+the model is loaded afresh and pruned, by one calibration for all, and then measured; an interrupted run goes on after
+its last setting:
 
 - Whisper: KL divergence from the unpruned model, in nats, mean over the tokens of the unpruned model's own transcripts
   (their end included), on unseen speech (`jfk_kl`) and on the five clips it was calibrated with (`clips_kl`); word
@@ -35,7 +36,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import RESULTS, clock, finish, options, parser, table
+from harness import RESULTS, Rows, clock, options, parser, table
 from real_models import SAMPLE_RATE, embed, minilm, smollm2, speech, whisper_tiny_en, wikitext2
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -60,6 +61,7 @@ from clover_peft.pruning.rule import SPREADS, Rule
 Batch = dict[str, Tensor]
 SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
 SELF_ATTENTION = r".*self_attn.*"
+_SHARED = ("model", "split", "windows", "calibration_windows", "sentences", "seed", "fast")  # options of all settings
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
     before = subject.load()
     base = _figures(subject, before)
     settings = _settings(arguments)
-    measured, calibration_seconds = _calibrated(before, settings, subject, arguments.device)
+    kept = Rows(arguments.out, {name: getattr(arguments, name) for name in _SHARED})
+    missing = [setting for setting in settings if kept.find(setting=asdict(setting)) is None]
+    measured, calibration_seconds = _calibrated(before, missing, subject, arguments.device)
     del before
     header = ("setting", *subject.columns, "parameters", "KV bytes", "s")
 
@@ -172,24 +176,26 @@ def main(argv: Sequence[str] | None = None) -> Path:
         size = [f"{n:,}" if n is not None else "-" for n in (figures["parameters"], figures["kv_bytes"])]
         return [name, *(_short(figures[column]) for column in subject.columns), *size, seconds]
 
-    rows, printed = [], [cells("unpruned", base, "")]
-    for setting in tqdm(settings, desc="settings", unit="setting"):
+    def measure(setting: Setting) -> dict[str, Any]:
         model = subject.load()
         report, seconds = _prune(model, setting, measured if setting.calibrated else None, arguments.device)
         figures = _figures(subject, model)
         if isinstance(subject, SmolLM2):
             figures["v_base"] = figures["perplexity"] / base["perplexity"]
             figures["kv_bytes_reported"] = report["cache_bytes"][1] * subject.about["window"]
-        rows.append({"setting": asdict(setting), "figures": figures, "seconds": seconds, "report": report})
-        printed.append(cells(str(setting), figures, f"{seconds:.1f}"))
+        return {"figures": figures, "seconds": seconds, "report": report}
+
+    rows, printed = [], [cells("unpruned", base, "")]
+    for setting in tqdm(settings, desc="settings", unit="setting"):
+        rows.append(kept.get(partial(measure, setting), setting=asdict(setting)))
+        printed.append(cells(str(setting), rows[-1]["figures"], f"{rows[-1]['seconds']:.1f}"))
         tqdm.write("  ".join(str(cell) for cell in printed[-1]))
     print(table(header, printed))
     targets = _judge(arguments, rows)
     for name, target in targets.items():
         verdict = {True: "met", False: "MISSED", None: "not judged"}[target["met"]]
         print(f"target {name} {target['bound']} {target['wanted']}: {target['reached']} ({verdict})")
-    return finish(
-        arguments.out,
+    return kept.finish(
         {
             "benchmark": "pruning",
             "options": options(arguments),
@@ -200,6 +206,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             "pruned": rows,
             "targets": targets,
         },
+        arguments.out,
     )
 
 

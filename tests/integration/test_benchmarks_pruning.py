@@ -211,3 +211,24 @@ def test_sentences_of_one_meaning_are_near(real_models):
     found = real_models.embed(model, dict(tokenizer(sentences, padding=True, return_tensors="pt")))
     near, far = float(found[0] @ found[1]), float(found[0] @ found[2])
     assert near > 0.5 > 0.3 > far
+
+
+def test_pruning_goes_on_after_an_interruption(pruning, tmp_path, monkeypatch):
+    """The settings that were measured are not measured again, and the record is that of one run."""
+    prune, pruned = pruning._prune, []
+    options = ["--model", "smollm2", "--ratio", "vo=0.25", "vo=0.5", "--calibration", "with"]
+    whole = run(pruning, tmp_path / "whole.json", *options)
+
+    def interrupted(*args):
+        pruned.append(args[1])
+        if len(pruned) == 3:
+            raise KeyboardInterrupt
+        return prune(*args)
+
+    monkeypatch.setattr(pruning, "_prune", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(pruning, tmp_path / "record.json", *options)
+    record = run(pruning, tmp_path / "record.json", *options)
+    assert len(pruned) == 5  # the third one twice
+    assert [row["setting"] for row in record["pruned"]] == [row["setting"] for row in whole["pruned"]]
+    assert [row["figures"] for row in record["pruned"]] == [row["figures"] for row in whole["pruned"]]
