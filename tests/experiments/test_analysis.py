@@ -7,7 +7,8 @@ import json
 
 import pytest
 import torch
-from peft import HiraConfig, LoraConfig, get_peft_model
+from peft import HiraConfig, LoraConfig, LoraGAConfig, get_peft_model
+from peft.tuners.lora import preprocess_loraga
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -19,6 +20,7 @@ from clover_peft.experiments.analysis import (
     effective_rank,
     measure,
     model_changes,
+    moves_base,
     projected_share,
 )
 from tests.support.tiny import build, inputs, perturb, relative
@@ -241,6 +243,23 @@ def test_the_script_compares_adapters_and_models(tmp_path, capsys):
     assert "expected --adapter, or --before and --after" in capsys.readouterr().err
     assert script.main([*adapters, "--label", "a", "--label", "a", "--out", str(tmp_path / "none")]) == 2
     assert "expected a name of its own for each adapter" in capsys.readouterr().err
+
+
+STARTS = [True, False, "gaussian", "mica", "orthogonal", "pissa", "pissa_niter_4", "olora", "lora_ga"]
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_starts_of_lora_that_move_the_base_are_known(start):
+    """What peft does to the base's weights decides."""
+    base, data = build("llama"), inputs("llama")
+    config = LoraConfig(r=2, init_lora_weights=start, target_modules=["q_proj", "v_proj"])
+    if start == "lora_ga":
+        config.lora_ga_config = LoraGAConfig()
+        preprocess_loraga(base, config, lambda: base(**data, labels=data["input_ids"]).loss.backward())
+    before = {name: weight.clone() for name, weight in base.named_parameters()}
+    model = get_peft_model(base, config).base_model.model
+    after = {name.replace("base_layer.", ""): weight for name, weight in model.named_parameters()}
+    assert moves_base(config) == any(not torch.equal(before[name], after[name]) for name in before)
 
 
 def test_an_adapter_that_moves_the_base_is_compared_with_the_whole_base(tmp_path, capsys):

@@ -32,7 +32,8 @@ class Change:
 
 def moves_base(config: Any) -> bool:
     """Whether making or loading an adapter with this configuration of peft changes the base's own weights."""
-    return str(getattr(config, "init_lora_weights", None)).startswith(("pissa", "olora", "corda", "loftq"))
+    start = str(getattr(config, "init_lora_weights", None)).lower()
+    return start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga"))
 
 
 def adapter_changes(model: Any) -> Iterator[Change]:
