@@ -12,7 +12,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ _HINTS = {"lr": "learning_rate", "batch_size": "per_device_train_batch_size", "e
 _PLAIN = {bool, int, float, str, list, dict, type(None)}
 # Keys of the `peft` block that belong to the method and are no fields of its configuration.
 _OF_METHOD = ("learning_rate", "learning_rate_factors", "optimizer")
+
+Block = typing.TypeVar("Block")
 
 _RATE = re.compile(r"((peft|methods\.[^.]+)\.)?learning_rate")
 
@@ -182,6 +184,30 @@ def check_factors(factors: Any) -> None:
             raise ValueError(
                 f"learning_rate_factors: {pattern}: expected a finite factor of at least 0, found {factor!r}"
             )
+
+
+def check_value(good: bool, key: str, expected: str, found: Any) -> None:
+    """Raises ValueError, which names the key, unless a value is good."""
+    if not good:
+        raise ValueError(f"{key}: expected {expected}, found {found!r}")
+
+
+def fill(kind: type[Block], given: Any, where: str) -> Block:
+    """A dataclass with the values of a block in a file.
+
+    Args:
+        kind: the dataclass, whose fields are the block's keys.
+        given: the block.
+        where: its key, for messages.
+
+    Raises:
+        ValueError: no block, or an unknown key.
+    """
+    known = [part.name for part in fields(typing.cast(Any, kind))]
+    if not isinstance(given, dict) or (unknown := sorted(set(given) - set(known))):
+        found = ", ".join(unknown) if isinstance(given, dict) else given
+        raise ValueError(f"{where}: expected some of {', '.join(known)}, found {found}")
+    return kind(**given)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 from ...io.configs import config_names, find_config
 from ...io.overrides import apply_override, load_yaml
 from ..commonsense import prepare
+from ..settings import check_value, fill
 from ..training.arguments import parse
 
 BASE = "base"  # the model that is not fine-tuned
@@ -123,9 +124,9 @@ def read_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
         raise ValueError(f"{path}: expected the keys {', '.join(keys)}, found {found}")
     base, given, seeds = values["base"], values["methods"], values["seeds"]
     files = isinstance(base, list) and base and all(isinstance(name, str) for name in base)
-    _expect(bool(files), "base", "a list of files", base)
-    _expect(isinstance(values["settings"] or {}, dict), "settings", "a block of settings", values["settings"])
-    _expect(isinstance(given, dict), "methods", "a block of learning rates by name", given)
+    check_value(bool(files), "base", "a list of files", base)
+    check_value(isinstance(values["settings"] or {}, dict), "settings", "a block of settings", values["settings"])
+    check_value(isinstance(given, dict), "methods", "a block of learning rates by name", given)
     methods = [_method(str(name), block) for name, block in given.items()]
     counts = {len(method.learning_rates) for method in methods}
     if len(counts) != 1 or BASE in given:
@@ -134,12 +135,12 @@ def read_grid(path: Path, overrides: Sequence[str] = ()) -> Grid:
             + ", ".join(f"{method.name} {len(method.learning_rates)}" for method in methods)
         )
     numbers = isinstance(seeds, list) and all(prepare.is_count(seed, 0) for seed in seeds)
-    _expect(
+    check_value(
         numbers and 0 < len(seeds) == len(set(seeds)), "seeds", "a list of different whole numbers from 0 on", seeds
     )
-    data = _fill(prepare.Options, values["data"], "data")
+    data = fill(prepare.Options, values["data"], "data")
     prepare.check(data, "data.")
-    _expect(data.validation > 0, "data.validation", "a number of rows a task to choose rates on", data.validation)
+    check_value(data.validation > 0, "data.validation", "a number of rows a task to choose rates on", data.validation)
     for key in _paths(values["settings"] or {}) & _SET_ELSEWHERE.keys():
         raise ValueError(f"settings.{key}: not a setting of a grid, {_SET_ELSEWHERE[key]}")
     for method in methods:
@@ -216,22 +217,24 @@ def _method(name: str, given: Any) -> Method:
     rates = given["learning_rates"]
     numbers = isinstance(rates, list) and all(type(rate) in (int, float) and 0 < rate < math.inf for rate in rates)
     different = numbers and len({f"{rate:g}" for rate in rates}) == len(rates)  # Records are named by six digits.
-    _expect(different, f"methods.{name}.learning_rates", "a list of positive numbers that differ in six digits", rates)
+    check_value(
+        different, f"methods.{name}.learning_rates", "a list of positive numbers that differ in six digits", rates
+    )
     plain = Path(name).name == name and not name.startswith(("-", "."))
-    _expect(plain, "methods", "names that a file can have, without - or . in front", name)
+    check_value(plain, "methods", "names that a file can have, without - or . in front", name)
     more = {key: value for key, value in given.items() if key not in ("learning_rates", "method")}
     return Method(name, given.get("method", name), tuple(float(rate) for rate in rates), more)
 
 
 def _evaluation(given: Any) -> Evaluation:
-    found: Evaluation = _fill(Evaluation, given, "evaluation")
+    found = fill(Evaluation, given, "evaluation")
     every = found.rows is None or prepare.is_count(found.rows, 1)
-    _expect(found.mode in _MODES, "evaluation.mode", " or ".join(_MODES), found.mode)
-    _expect(every, "evaluation.rows", "a whole number from 1 on, or null for all", found.rows)
-    _expect(
+    check_value(found.mode in _MODES, "evaluation.mode", " or ".join(_MODES), found.mode)
+    check_value(every, "evaluation.rows", "a whole number from 1 on, or null for all", found.rows)
+    check_value(
         prepare.is_count(found.batch_size, 1), "evaluation.batch_size", "a whole number from 1 on", found.batch_size
     )
-    _expect(isinstance(found.test, bool), "evaluation.test", "true or false", found.test)
+    check_value(isinstance(found.test, bool), "evaluation.test", "true or false", found.test)
     return found
 
 
@@ -241,16 +244,3 @@ def _paths(block: dict[str, Any], prefix: str = "") -> set[str]:
     for key, value in block.items():
         paths |= {f"{prefix}{key}"} | (_paths(value, f"{prefix}{key}.") if isinstance(value, dict) else set())
     return paths
-
-
-def _expect(good: bool, key: str, expected: str, found: Any) -> None:
-    if not good:
-        raise ValueError(f"{key}: expected {expected}, found {found!r}")
-
-
-def _fill(kind: Any, given: Any, where: str) -> Any:
-    known = [part.name for part in fields(kind)]
-    if not isinstance(given, dict) or (unknown := sorted(set(given) - set(known))):
-        found = given if not isinstance(given, dict) else ", ".join(unknown)
-        raise ValueError(f"{where}: expected some of {', '.join(known)}, found {found}")
-    return kind(**given)

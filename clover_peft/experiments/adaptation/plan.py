@@ -14,7 +14,7 @@ import clover_peft  # noqa: F401  registers CLOVER
 
 from ...io.configs import find_config
 from ...io.overrides import apply_override, load_yaml
-from ..settings import check_factors
+from ..settings import check_factors, check_value, fill
 from .domains import SPLITS
 from .lora_starts import FROM_DATA
 from .zeroshot import SETS
@@ -247,8 +247,8 @@ def read_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     if not isinstance(values["arms"], dict) or not values["arms"] or BASE in values["arms"]:
         raise ValueError(f"{path}: arms: expected blocks by name, none called {BASE}, found {values['arms']!r}")
     arms = [_arm(str(name), block) for name, block in values["arms"].items()]
-    training = _fill(Training, values["training"], "training")
-    evaluation = _fill(Evaluation, values["evaluation"], "evaluation")
+    training = fill(Training, values["training"] or {}, "training")
+    evaluation = fill(Evaluation, values["evaluation"] or {}, "evaluation")
     experiment = Experiment(**{**values, "arms": arms, "training": training, "evaluation": evaluation})
     _check(experiment)
     return experiment
@@ -323,24 +323,26 @@ def _check(experiment: Experiment) -> None:
     several = (
         isinstance(domains, dict) and len(domains) > 1 and not any(n == OWN or IN_TURN in str(n) for n in domains)
     )
-    _expect(several, "domains", f"at least two, each name: source, none called {OWN} or with a {IN_TURN}", domains)
+    check_value(several, "domains", f"at least two, each name: source, none called {OWN} or with a {IN_TURN}", domains)
     named = isinstance(adapt_to, list) and adapt_to and all(isinstance(entry, str) for entry in adapt_to)
     inside = named and all(set(stages) <= set(domains) for stages in map(stages_of, adapt_to))
     once = inside and len(set(adapt_to)) == len(adapt_to)
     once = once and all(len(set(stages)) == len(stages) < len(domains) for stages in map(stages_of, adapt_to))
     expected = f"some of {', '.join(domains)}, or different ones (not all) in turn with {IN_TURN} between them"
-    _expect(bool(once), "adapt_to", expected, adapt_to)
+    check_value(bool(once), "adapt_to", expected, adapt_to)
     whole = isinstance(seeds, list) and seeds and all(type(seed) is int and seed >= 0 for seed in seeds)
-    _expect(bool(whole) and len(set(seeds)) == len(seeds), "seeds", "different whole numbers from 0 on", seeds)
+    check_value(bool(whole) and len(set(seeds)) == len(seeds), "seeds", "different whole numbers from 0 on", seeds)
     count = experiment.curve_seeds
-    _expect(count is None or (type(count) is int and count >= 0), "curve_seeds", "a number of seeds", count)
-    _expect(evaluation.split in [*SPLITS][1:], "evaluation.split", "validation or test", evaluation.split)
-    _expect(
+    check_value(count is None or (type(count) is int and count >= 0), "curve_seeds", "a number of seeds", count)
+    check_value(evaluation.split in [*SPLITS][1:], "evaluation.split", "validation or test", evaluation.split)
+    check_value(
         evaluation.vocabulary in ("domain", "full"), "evaluation.vocabulary", "domain or full", evaluation.vocabulary
     )
-    _expect(training.schedule in SCHEDULES, "training.schedule", f"one of {', '.join(SCHEDULES)}", training.schedule)
-    _expect(experiment.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", experiment.dtype)
-    _expect(all(isinstance(source, str) for source in domains.values()), "domains", "names of sources", domains)
+    check_value(
+        training.schedule in SCHEDULES, "training.schedule", f"one of {', '.join(SCHEDULES)}", training.schedule
+    )
+    check_value(experiment.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", experiment.dtype)
+    check_value(all(isinstance(source, str) for source in domains.values()), "domains", "names of sources", domains)
     least = {
         "training": {"steps": 1, "length": 2, "batch_size": 1, "checkpoint_steps": 1, "warmup_steps": 0},
         "evaluation": {"documents": 1, "length": 2, "batch_size": 1, "zeroshot": 0, "own_text": 0},
@@ -349,26 +351,13 @@ def _check(experiment: Experiment) -> None:
         for name, smallest in of_block.items():
             value = getattr(getattr(experiment, block), name)
             good = type(value) is int and value >= smallest
-            _expect(good, f"{block}.{name}", f"a whole number from {smallest} on", value)
+            check_value(good, f"{block}.{name}", f"a whole number from {smallest} on", value)
     good = type(training.max_grad_norm) in (int, float) and training.max_grad_norm >= 0
-    _expect(good, "training.max_grad_norm", "a number from 0 on, which does not clip", training.max_grad_norm)
+    check_value(good, "training.max_grad_norm", "a number from 0 on, which does not clip", training.max_grad_norm)
     asked = evaluation.zeroshot
-    _expect(
+    check_value(
         asked == 0 or asked >= len(SETS),
         "evaluation.zeroshot",
         f"0, or at least one of each of {len(SETS)} sets",
         asked,
     )
-
-
-def _expect(good: bool, key: str, expected: str, found: Any) -> None:
-    if not good:
-        raise ValueError(f"{key}: expected {expected}, found {found!r}")
-
-
-def _fill(kind: Any, given: Any, where: str) -> Any:
-    known = [part.name for part in fields(kind)]
-    if not isinstance(given or {}, dict) or (unknown := sorted(set(given or {}) - set(known))):
-        found = given if not isinstance(given, dict) else ", ".join(unknown)
-        raise ValueError(f"{where}: expected some of {', '.join(known)}, found {found}")
-    return kind(**(given or {}))
