@@ -49,7 +49,7 @@ clover_env() {
 # clover_env has made, and sets VENV_PYTHON to it.
 #   oldest   .venv-oldest: those of constraints-oldest.txt
 #   newest   .venv-newest: the newest of transformers, trl, peft, accelerate and datasets on PyPI. torch stays that of
-#            constraints.txt: PyPI's own wheel brings gigabytes of CUDA. NEWEST_TORCH="torch==2.14.0" asks for another.
+#            constraints.txt: PyPI's own wheel brings gigabytes of CUDA. NEWEST_TORCH="torch==2.14.1" asks for another.
 clover_env_at() {
     local below="$VENV_PYTHON" venv=".venv-$1" wanted
     case "$1" in

@@ -28,7 +28,8 @@ def environment() -> dict[str, Any]:
 
     Returns:
         JSON-ready: `python`, `platform`, `cpu`, `cores`, `torch_threads`, `cuda` (device name or None), `versions`
-        (of the packages that are installed, read without importing them), `clover_peft` (its version), `git_revision`
+        (of the packages that are installed, read without importing them; torch's also names its build, as in
+        "2.14.1+cu130"), `clover_peft` (its version), `git_revision`
         and `git_dirty` (of the checkout that this package is run from; None outside one).
     """
     revision, dirty = _git_state(Path(__file__).resolve())
@@ -39,7 +40,8 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "versions": {name: version for name in PACKAGES if (version := _version(name)) is not None},
+        "versions": {name: version for name in PACKAGES if (version := _version(name)) is not None}
+        | {"torch": str(torch.__version__)},
         "clover_peft": __version__,
         "git_revision": revision,
         "git_dirty": dirty,
