@@ -232,3 +232,17 @@ def test_pruning_goes_on_after_an_interruption(pruning, tmp_path, monkeypatch):
     assert len(pruned) == 5  # the third one twice
     assert [row["setting"] for row in record["pruned"]] == [row["setting"] for row in whole["pruned"]]
     assert [row["figures"] for row in record["pruned"]] == [row["figures"] for row in whole["pruned"]]
+
+
+def test_calibration_with_several_texts(benchmark, tmp_path, capsys):
+    pytest.importorskip("trl", reason="needs the train extra")
+    record = run(benchmark("calibration_text"), tmp_path / "record.json")
+    rows = {(row["calibrated_with"], row["ratio"]): row for row in record["pruned"]}
+    texts = ["wikitext", "python", "french"]
+    assert rows.keys() == {(text, ratio) for text in [*texts, "all"] for ratio in (0.25, 0.5)}
+    for row in rows.values():
+        for name in texts:
+            before, after = record["unpruned"]["losses"][name], row["losses"][name]
+            assert row["rises"][name][0] == pytest.approx(np.mean(after) - np.mean(before), abs=1e-9)
+    assert rows["all", 0.5]["losses"] != rows["python", 0.5]["losses"]
+    assert "calibrated with" in capsys.readouterr().out
