@@ -2,10 +2,10 @@
 
     python benchmarks/calibration_text.py
 
-SmolLM2-135M-Instruct loses a share of its V-O, calibrated with each of three texts and with a third of each: WikiText-2
-(from CLOVER_DATA), the source of Python's standard library and French manual pages (from Debian). Its loss is measured
-on held-out windows of all three, and the rise from the unpruned model's is paired by window. An interrupted run goes on
-after its last row.
+SmolLM2-135M-Instruct loses a share of its V-O, calibrated with each of three texts and with a third of each:
+WikiText-2 (from CLOVER_DATA), the source of Python's standard library and French manual pages (from Debian). Its loss
+is measured on held-out windows of all three, and the rise from the unpruned model's is paired by window. An
+interrupted run goes on after its last row.
 """
 
 from __future__ import annotations
