@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import statistics
@@ -215,7 +216,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 class Rows:
     """The rows of a record, each written as soon as it is measured, so that an interrupted run can go on.
 
-    They are kept beside the record to write, as `mla.rows.json` for `mla.json`, until `finish` is done.
+    They are kept beside the record to write, as `mla.5b2f0c19.rows.json` for `mla.json`, until `finish` is done. The
+    number in the name stands for the common settings, so that runs with other settings and the same record have rows
+    of their own.
 
     Args:
         out: the record to write.
@@ -223,8 +226,9 @@ class Rows:
     """
 
     def __init__(self, out: Path, common: Mapping[str, Any]) -> None:
-        self.path = out.with_name(f"{out.stem}.rows.json")
         self.common, self._revision = dict(common), records.environment()["git_revision"]
+        name = hashlib.sha256(json.dumps(self._settings({}), sort_keys=True).encode()).hexdigest()[:8]
+        self.path = out.with_name(f"{out.stem}.{name}.rows.json")
         remedy = "move it away to measure all rows again"
         self._kept = records.read_json(self.path, remedy)["rows"] if self.path.exists() else []
 

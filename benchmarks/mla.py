@@ -14,8 +14,8 @@ conversion's memory is the process's peak above what it held before, and the mod
 processor time (a thread's share) stand beside what `clover plan --mla` estimates. WikiText-2 and the questions are
 read from CLOVER_DATA.
 
-Every row is written as soon as it is measured (`mla.rows.json` beside the record), and the same command goes on where
-an interrupted one stopped.
+Every row is written as soon as it is measured (`mla.*.rows.json` beside the record), and the same command goes on
+where an interrupted one stopped.
 """
 
 from __future__ import annotations

@@ -61,7 +61,8 @@ from clover_peft.pruning.rule import SPREADS, Rule
 Batch = dict[str, Tensor]
 SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
 SELF_ATTENTION = r".*self_attn.*"
-_SHARED = ("model", "split", "windows", "calibration_windows", "sentences", "seed", "fast")  # options of all settings
+# Options of all settings.
+_SHARED = ("model", "split", "windows", "calibration_windows", "sentences", "seed", "fast", "device")
 
 
 @dataclass(frozen=True)

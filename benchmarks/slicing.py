@@ -10,7 +10,7 @@ removed, stand beside them. Perplexity is on windows that do not overlap, rows j
 window left out; calibration windows are drawn from the training set by the seed. Widths are multiples of 4, because
 Llama's config wants multiples of the nine heads too: 540, 504 and 432 of 576.
 
-Every row is written as soon as it is measured (`slicing.rows.json` beside the record), and the same command goes on
+Every row is written as soon as it is measured (`slicing.*.rows.json` beside the record), and the same command goes on
 where an interrupted one stopped. The record holds the share of the second moment that every block's basis keeps. With
 --why it also tells where the loss comes from, at the smallest ratio: the spectrum of the shared moment, and the
 perplexity of the dense model when its stream is projected onto d dimensions at one place alone, by the shared basis
