@@ -91,6 +91,15 @@ def test_recovery(benchmark, tmp_path, capsys):
     assert "50.0% removed, lora" in capsys.readouterr().out
 
 
+def test_loras_start_does_not_depend_on_what_was_trained_before(benchmark, tmp_path):
+    benchmark("pruning")
+    recovery, losses = benchmark("recovery"), []
+    for number, methods in enumerate((["lora"], ["attention", "lora"])):
+        record = run(recovery, tmp_path / f"record{number}.json", "--ratio", "0.5", "--methods", *methods)
+        losses += [row["losses"] for row in record["results"] if row["method"] == "lora"]
+    assert losses[0] == losses[1]
+
+
 def test_decoding_with_narrower_heads(benchmark, tmp_path, capsys):
     record = run(benchmark("pruned_decode"), tmp_path / "record.json")
     size = {(r["model"], r["batch"]): r["cache_bytes"] for r in record["results"]}
