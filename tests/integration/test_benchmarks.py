@@ -1,12 +1,13 @@
 """The benchmarks of speed run on tiny shapes and their records say what they should; no time is asserted."""
 
+import copy
 import json
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -52,6 +53,34 @@ def test_rounding(benchmark, tmp_path, capsys):
     assert "merged_v_unmerged" in capsys.readouterr().out
 
 
+def test_rounding_compares_with_the_weights_before_the_merge(benchmark, tmp_path, monkeypatch):
+    """LoRA's unmerging leaves rounding errors in bfloat16 weights, which are no error of the unmerged model."""
+    rounding = benchmark("rounding")
+    base, _, held_out = rounding.load_whisper(fast=True)
+    batches = [{n: t.bfloat16() if t.is_floating_point() else t for n, t in batch.items()} for batch in held_out]
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["q_proj", "fc1"], init_lora_weights=False)
+    model = get_peft_model(base.bfloat16(), config, autocast_adapter_dtype=False)
+    wide = copy.deepcopy(model).float()
+
+    @torch.no_grad()
+    def logits(model, dtype):
+        moved = [{n: t.to(dtype) if t.is_floating_point() else t for n, t in batch.items()} for batch in batches]
+        return torch.cat([model(**batch).logits.double().flatten() for batch in moved])
+
+    with wide.disable_adapter(), model.disable_adapter():
+        exact, rounded = logits(wide, torch.float32), logits(model, torch.bfloat16)
+    effect = (logits(wide, torch.float32) - exact).norm()
+    found = rounding._measure(model, batches)
+    assert found["base_v_float32"] == pytest.approx(float((rounded - exact).norm() / effect))
+
+
+def test_rounding_has_one_tiny_model(benchmark, capsys):
+    with pytest.raises(SystemExit):
+        benchmark("rounding").main(["--model", "smollm2", "--fast"])
+    assert "--fast: there is a tiny model for whisper alone" in capsys.readouterr().err
+
+
 def test_one_rate(benchmark, tmp_path, capsys):
     out = tmp_path / "record.json"
     methods = ["clover", "clover balanced", "lora", "lora all", "dora", "pissa", "hira", "hira all"]
@@ -75,6 +104,13 @@ def test_one_rate(benchmark, tmp_path, capsys):
         assert counts["clover"] == counts["clover balanced"]
         assert all(count == pytest.approx(counts["clover"], rel=0.15) for count in counts.values()), counts
     assert "loss before training" in capsys.readouterr().out
+
+
+def test_one_rate_without_its_reference(benchmark, tmp_path, capsys):
+    record = run(benchmark("one_rate"), tmp_path / "record.json", "--models", "minilm", "--methods", "clover", "dora")
+    for found in record["figures"]["minilm"]["test"].values():
+        assert found["less_reference"] is None
+    assert "+0.000" not in capsys.readouterr().out
 
 
 def test_update_scale(benchmark, tmp_path, capsys):
