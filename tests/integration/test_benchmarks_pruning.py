@@ -118,6 +118,22 @@ def test_pruning_refuses_what_is_no_ratio(pruning, capsys, wrong):
     assert f"--ratio {wrong}: expected" in capsys.readouterr().err
 
 
+def test_pruning_refuses_queries_and_keys_that_are_rotated(pruning, capsys):
+    with pytest.raises(SystemExit):
+        pruning.main(["--model", "smollm2", "--ratio", "vo=0.5", "qk=0.5,vo=0.5"])
+    assert "--ratio vo=0.5 qk=0.5,vo=0.5: expected vo alone" in capsys.readouterr().err
+
+
+def test_targets_of_embeddings_are_judged_on_enough_test_data(pruning):
+    row = {"setting": vars(pruning.TARGETS["minilm"][0].setting), "figures": {"cosine": 0.99}}
+
+    def verdict(*options):
+        return next(iter(pruning._judge(pruning._arguments(["--model", "minilm", *options]), [row]).values()))["met"]
+
+    assert verdict() is verdict("--sentences", "2048") is True
+    assert verdict("--sentences", "4") is verdict("--split", "validation") is verdict("--fast") is None
+
+
 def test_targets_are_judged_on_all_of_the_data(pruning):
     wanted = pruning.TARGETS["smollm2"][0].setting
     row = {"setting": vars(dataclasses.replace(wanted, ranks="layer", multiple=8)), "figures": {"v_base": 1.05}}
