@@ -57,6 +57,15 @@ def test_an_interrupted_run_goes_on_with_the_rows_that_are_missing(benchmark, tm
     assert not rows_of(path)
 
 
+def test_a_reduction_that_cannot_be_reached_is_refused_before_anything_is_measured(benchmark, tmp_path):
+    pytest.importorskip("trl", reason="needs the train extra")
+    benchmark("pruning")
+    path = tmp_path / "record.json"
+    with pytest.raises(ValueError, match=r"cache_reduction=0\.99: .* leaves no room for a latent"):
+        run(benchmark("mla"), path, "--reductions", "0.5", "0.99")
+    assert not rows_of(path)
+
+
 def test_rows_of_other_settings_are_not_taken(benchmark, tmp_path, monkeypatch):
     pytest.importorskip("trl", reason="needs the train extra")
     benchmark("pruning")

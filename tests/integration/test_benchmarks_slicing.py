@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support.benchmarks import run
 
@@ -30,6 +33,18 @@ def test_every_setting_is_measured(benchmark, tmp_path, capsys):
     assert all(figure != 1 for figure in places.values())
     assert record["why"]["energy_of_leading"]["48"] == pytest.approx(1)
     assert "per_block 12.50%" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="a process's peak cannot be set back here")
+def test_the_peak_of_memory_is_that_of_slicing(benchmark, tmp_path):
+    pytest.importorskip("trl", reason="needs the train extra")
+    module = benchmark("slicing")
+    # Numbers of a gigabyte, given back before anything is measured.
+    torch.ones(2**28)
+    held = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 2**20
+    record = run(module, tmp_path / "record.json", "--ratio", "0.25", "--without-clover")
+    for row in record["rows"][1:]:
+        assert 0 < row["peak_megabytes"] < held + 512
 
 
 def test_an_interrupted_run_goes_on_with_the_rows_that_are_missing(benchmark, tmp_path, monkeypatch):
