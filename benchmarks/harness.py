@@ -202,6 +202,15 @@ def at_most(wanted: Mapping[str, float], reached: Mapping[str, Any]) -> dict[str
     return {name: judged(most, reached[name], reached.get(f"{name}_interval")) for name, most in wanted.items()}
 
 
+def at_least(wanted: float, reached: float | None, interval: Sequence[float] | None = None) -> dict[str, Any]:
+    """A target for the record: what a figure was to be at least, and what it is.
+
+    One that was not measured is neither met nor missed (None). The whole of an interval has to reach the target.
+    """
+    low = interval[0] if interval else reached
+    return {"wanted": wanted, "reached": reached, "met": None if low is None else low >= wanted}
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Plain-text table, the first column left-aligned and the others right-aligned."""
     cells = [list(header), *([f"{c:.3f}" if isinstance(c, float) else str(c) for c in row] for row in rows)]

@@ -361,6 +361,14 @@ def test_targets_say_what_was_reached(benchmark):
     }
 
 
+def test_targets_that_are_to_be_reached_from_below(benchmark):
+    at_least = benchmark("harness").at_least
+    assert at_least(1.5, 1.6) == {"wanted": 1.5, "reached": 1.6, "met": True}
+    assert at_least(1.5, 1.6, (1.4, 1.7))["met"] is False
+    assert at_least(1.5, 1.6, (1.5, 1.7))["met"] is True
+    assert at_least(1.5, None)["met"] is None
+
+
 @pytest.mark.parametrize(("count", "left_out"), [(1, 0), (5, 0), (6, 0), (9, 1), (15, 3), (40, 13)])
 def test_an_interval_leaves_out_what_a_coin_would(benchmark, count, left_out):
     """As in tables of the sign test, at 95 %."""

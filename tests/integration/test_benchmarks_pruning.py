@@ -111,6 +111,14 @@ def test_decoding_with_narrower_heads(benchmark, tmp_path, capsys):
     assert "tokens/s" in capsys.readouterr().out
 
 
+def test_decoding_of_one_shape_alone(benchmark):
+    """Without a batch of 1 its target is not judged."""
+    benchmark("pruning")
+    half = {"model": "50% of both removed", "batch": 16, "context": 2048, "v_unpruned": 1.2}
+    met = {name: target["met"] for name, target in benchmark("pruned_decode")._targets([half]).items()}
+    assert met == {"batch 1": None, "large": True}
+
+
 @pytest.mark.parametrize("wrong", ["qk", "qk=a", "kq=0.5", "qk=0.5;vo=0.5", "0.5"])
 def test_pruning_refuses_what_is_no_ratio(pruning, capsys, wrong):
     with pytest.raises(SystemExit):
