@@ -32,8 +32,19 @@ def parser(description: str, name: str) -> argparse.ArgumentParser:
     result.add_argument("--out", type=Path, default=RESULTS / f"{name}.json", help="record to write; never overwrites")
     result.add_argument("--fast", action="store_true", help="tiny shapes, to see that it runs; its times mean nothing")
     result.add_argument("--seed", type=int, default=0)
-    result.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    result.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
     return result
+
+
+def _device(name: str) -> str:
+    """A device's name; it becomes torch's current one, whose memory `run_record` reads and which trainers use."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, found {name}") from error
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return name
 
 
 def add_shape(command: argparse.ArgumentParser, layers: int, cuda_layers: int) -> None:
@@ -149,7 +160,7 @@ def clock(work: Callable[[], Any], device: str) -> float:
 
 def synchronise(device: str) -> None:
     if device.startswith("cuda"):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:

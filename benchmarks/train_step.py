@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         for _ in range(2):
             step(contender, x, cotangent, dtype)
         if device.startswith("cuda"):
-            contender.peak_bytes = _peak_bytes(contender, partial(step, contender, x, cotangent, dtype))
+            contender.peak_bytes = _peak_bytes(contender, partial(step, contender, x, cotangent, dtype), device)
     order = list(contenders.values())
     shuffle = random.Random(arguments.seed).shuffle
     for _ in tqdm(range(arguments.rounds), desc="rounds", unit="round"):
@@ -229,19 +229,19 @@ def saved_bytes(model: nn.Module, forward: Callable[[], torch.Tensor], output_is
     return sum(saved.values())
 
 
-def _peak_bytes(contender: Contender, work: Callable[[], None]) -> int:
+def _peak_bytes(contender: Contender, work: Callable[[], None], device: str) -> int:
     """Bytes that a step takes at its peak, with those that an adapter and the optimiser's state take all the time."""
     state = contender.optimizer.state.values() if contender.optimizer is not None else ()
     own = [tensor for values in state for tensor in values.values() if isinstance(tensor, torch.Tensor)]
     if isinstance(contender.model, PeftModel):
         named = [*contender.model.named_parameters(), *contender.model.named_buffers()]
         own += [t for name, t in named if str(contender.model.base_model.prefix) in name]
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
     work()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before + sum(tensor.nbytes for tensor in own)
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before + sum(tensor.nbytes for tensor in own)
 
 
 def _fold_seconds(model: nn.Module, device: str) -> float:

@@ -311,6 +311,18 @@ def test_saved_bytes_counts_each_storage_once_and_no_parameter(benchmark):
     assert train_step.saved_bytes(linear, lambda: linear(x).exp(), output_is_kept=True) == x.numel() * 4
 
 
+def test_the_device_that_is_named_becomes_the_current_one(benchmark, monkeypatch, capsys):
+    """Peaks of memory and trainers are of the current device."""
+    command, chosen = benchmark("harness").parser("", "name"), []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(str(device)))
+    for name in ("cpu", "cuda", "cuda:1"):
+        assert command.parse_args(["--device", name]).device == name
+    assert chosen == ["cuda:1"]
+    with pytest.raises(SystemExit):
+        command.parse_args(["--device", "gpu"])
+    assert "expected cpu, cuda or cuda:N, found gpu" in capsys.readouterr().err
+
+
 def test_ratio_is_taken_within_a_round(benchmark):
     assert benchmark("harness").ratio([2.0, 20.0, 200.0], [1.0, 10.0, 100.0]) == 2.0
 
