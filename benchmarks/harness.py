@@ -8,6 +8,7 @@ import json
 import math
 import statistics
 import time
+import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,11 +111,22 @@ def fill_out(arguments: argparse.Namespace, name: str) -> None:
 
 
 def compile_decoders(models: Iterable[nn.Module]) -> None:
-    """Put the decoder layers of `llama`s under torch.compile, in place."""
-    torch._dynamo.config.recompile_limit = 64  # all models share one function, and its versions one limit
+    """Put the decoder layers of `llama`s under torch.compile, in place.
+
+    What torch learns of a function counts for all modules that run the same code: after DoRA, which cannot be compiled
+    in one graph, all other models would be split where DoRA is. So each decoder gets its own copy of the code.
+    """
+    torch._dynamo.config.recompile_limit = 64  # adapters and lengths of the cache need versions of their own
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # beyond it they would run as they are
     for model in models:
-        decoder_of(model).compile()
+        decoder = decoder_of(model)
+        found = type(decoder).forward
+        own = types.FunctionType(
+            found.__code__.replace(), found.__globals__, found.__name__, found.__defaults__, found.__closure__
+        )
+        own.__kwdefaults__ = found.__kwdefaults__
+        decoder.forward = types.MethodType(own, decoder)
+        decoder.compile()
 
 
 def decoder_of(model: nn.Module) -> Any:

@@ -451,6 +451,42 @@ def test_compiled(benchmark, tmp_path, name, arguments):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_doras_graph_breaks_leave_the_other_models_whole(benchmark, monkeypatch, training):
+    """All models have the code of one class, and what torch learns of a function counts for all that run its code."""
+    harness, decode, train_step = benchmark("harness"), benchmark("decode"), benchmark("train_step")
+    compile_ = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compile_(module, backend="eager"))
+    torch._dynamo.reset()
+    base = harness.llama(32, 2, 32, 1, 0, torch.float32, "cpu").requires_grad_(False)
+    dora = LoraConfig(r=2, use_dora=True, target_modules=["q_proj"])
+    models = {
+        "base": base,
+        **{n: get_peft_model(copy.deepcopy(base), c) for n, c in (("clover", CloverConfig()), ("dora", dora))},
+    }
+    x, cache = torch.ones(1, 1, 32), decode._filled(base, 1, 4)
+
+    def step(model):
+        if training:
+            train_step.decode(model, x.clone().requires_grad_(True), torch.float32).sum().backward()
+        else:
+            with torch.no_grad():
+                decode._steps(model.eval(), x, cache, 1, "cpu")
+
+    def regions(model):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+            step(model)
+        return sum(event.name.startswith("Torch-Compiled Region") for event in found.events())
+
+    with torch._dynamo.config.patch(recompile_limit=8):  # set back afterwards
+        harness.compile_decoders(models.values())
+        for name in ("dora", "base", "clover") * 2:
+            step(models[name])
+        assert regions(models["dora"]) > 1
+        assert regions(models["base"]) == regions(models["clover"]) == 1
+    torch._dynamo.reset()
+
+
 def test_a_step_of_decoding_leaves_the_cache_as_it_was(benchmark):
     decode, harness = benchmark("decode"), benchmark("harness")
     model = harness.llama(64, 4, 64, 2, 0, torch.float32, "cpu").eval()
