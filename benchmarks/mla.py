@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Rows, clock, options, parser, table
+from harness import Rows, at_most, clock, options, parser, table
 from pruning import windows_of
 from real_models import smollm2
 from torch import Tensor
@@ -208,7 +208,7 @@ def _parameters(model: Any) -> int:
 def _judge(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     found = {row["method"]: row["log_ratio"] for row in rows if row["reduction"] == 0.5 and not row["halved"]}
     reached = found["clover"] / found["transmla"] if len(found) == 2 and found["transmla"] > 0 else None
-    return {"wanted": WANTED, "reached": reached, "met": None if reached is None else reached <= WANTED}
+    return at_most({"log ratio": WANTED}, {"log ratio": reached})["log ratio"]
 
 
 @torch.no_grad()

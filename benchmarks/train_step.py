@@ -51,7 +51,7 @@ from peft import HiraConfig, LoraConfig, OFTConfig, PeftConfig, PeftModel, get_p
 from torch import nn
 from tqdm import tqdm
 
-from clover_peft import CloverConfig, CloverLayer
+from clover_peft import CloverConfig
 from clover_peft.io import run_record as records
 
 TARGETS = {  # CLOVER is to be at most this
@@ -124,10 +124,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             contender.seconds.append(clock(partial(step, contender, x, cotangent, dtype), device))
 
     figures = _figures(contenders)
-    clover = figures["clover"]
-    folding = _fold_seconds(contenders["clover"].model, device) / clover["median_seconds"]
     print(_report(figures))
-    print(f"of CLOVER's step {folding:.1%} is folding its maps, forward and backward")
     return finish(
         arguments.out,
         {
@@ -135,9 +132,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
             "options": options(arguments),
             "environment": environment,
             "figures": figures,
-            "clover_folding_share": folding,
             "seconds": {name: contender.seconds for name, contender in contenders.items()},
-            "targets": at_most(TARGETS, clover),
+            "targets": at_most(TARGETS, figures["clover"]),
         },
     )
 
@@ -242,20 +238,6 @@ def _peak_bytes(contender: Contender, work: Callable[[], None], device: str) -> 
     work()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before + sum(tensor.nbytes for tensor in own)
-
-
-def _fold_seconds(model: nn.Module, device: str) -> float:
-    """Seconds to fold all maps from S and to bring their gradients back to S."""
-    layers = [module for module in model.modules() if isinstance(module, CloverLayer)]
-
-    def fold() -> None:
-        for layer in layers:
-            for m in layer.maps(layer.active_adapters):
-                m.matrix.backward(m.matrix.detach())
-
-    times = [clock(fold, device) for _ in range(5)]
-    model.zero_grad(set_to_none=True)
-    return statistics.median(times)
 
 
 def _figures(contenders: dict[str, Contender]) -> dict[str, dict[str, Any]]:
