@@ -66,7 +66,7 @@ def test_a_step_is_done_only_with_the_same_command(tmp_path):
     assert run(str(out), "--fast", "--grid", "one", python=python).returncode == 0
     again = run(str(out), "--fast", "--grid", "other", "--suite", "rows", python=python)
     assert again.returncode == 0
-    assert [line for line in again.stdout.splitlines() if "done at" in line] == ["commonsense: done at 0 s"]
+    assert [line.split(" done at ")[0] for line in again.stdout.splitlines() if "done at" in line] == ["commonsense:"]
     whole = run(str(out), python=python)
     assert whole.stdout.count("done at") == len(STEPS), "none of them was measured with --fast"
 
