@@ -4,9 +4,9 @@
     python benchmarks/compare_revisions.py --base v0.1.0 --figures clover -- train_step --methods --rounds 5
     python benchmarks/compare_revisions.py --base v0.1.0 --figures clover -- decode --batch-sizes 1 --rounds 5
 
-Everything after `--` is the benchmark and its own options. Each round runs it once at either revision, in a process of
-its own, and gives one ratio a figure, now over before: what slows a whole round down cancels. A figure is worse where
-the 95 % interval of the median ratio lies above 1.
+Everything after `--` is the benchmark and its own options; it also gets this command's --seed, --device and --fast.
+Each round runs it once at either revision, in a process of its own, and gives one ratio a figure, now over before:
+what slows a whole round down cancels. A figure is worse where the 95 % interval of the median ratio lies above 1.
 """
 
 from __future__ import annotations
@@ -39,17 +39,19 @@ def main(argv: Sequence[str] | None = None) -> Path:
     arguments = command.parse_args(own)
     if not benchmark or not (ROOT / "benchmarks" / f"{benchmark[0]}.py").is_file():
         command.error(f"expected a benchmark after --, such as `-- train_step --rounds 5`, found {benchmark}")
+    name, *rest = benchmark
+    benchmark = [name, "--seed", str(arguments.seed), "--device", arguments.device, *rest]
     if arguments.fast:
         benchmark.append("--fast")
+    described, revision = environment(), _git("rev-parse", f"{arguments.base}^{{commit}}")
     found: dict[str, dict[str, list[float]]] = {"now": {}, "before": {}}
-    with tempfile.TemporaryDirectory() as folder, _checkout(arguments.base, Path(folder) / "before") as before:
+    with tempfile.TemporaryDirectory() as folder, _checkout(revision, Path(folder) / "before") as before:
         places = {"now": ROOT, "before": before}
         for number in tqdm(range(arguments.rounds), desc="rounds", unit="round"):
             for name in ("now", "before") if number % 2 else ("before", "now"):
                 record = _run(places[name], benchmark, Path(folder) / f"{name}-{number}.json")
-                for path, value in _numbers(record["figures"]):
-                    if arguments.figures in path:
-                        found[name].setdefault(path, []).append(value)
+                for path, value in _chosen(record, arguments.figures):
+                    found[name].setdefault(path, []).append(value)
     compared = {}
     for path, values in found["now"].items():
         earlier = found["before"].get(path, [])
@@ -69,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         {
             "benchmark": "compare_revisions",
             "options": options(arguments) | {"compared": benchmark},
-            "environment": environment(),
-            "base_revision": _git("rev-parse", arguments.base),
+            "environment": described,
+            "base_revision": revision,
             "figures": compared,
         },
     )
@@ -92,6 +94,19 @@ def _run(root: Path, benchmark: Sequence[str], out: Path) -> dict[str, Any]:
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}: failed\n{done.stderr.strip()}")
     return dict(json.loads(out.read_text(encoding="utf-8")))
+
+
+def _chosen(record: Mapping[str, Any], part: str) -> list[tuple[str, float]]:
+    """The figures of a record whose path contains a part."""
+    name = record["benchmark"]
+    if "figures" not in record:
+        raise SystemExit(f"{name}: expected a record with `figures`, found none; it cannot be compared")
+    found = list(_numbers(record["figures"]))
+    chosen = [(path, value) for path, value in found if part in path]
+    if not chosen:
+        paths = ", ".join(path for path, _ in found)
+        raise SystemExit(f"--figures {part}: expected a part of a figure's path in {name}, found none in: {paths}")
+    return chosen
 
 
 def _numbers(figures: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, float]]:

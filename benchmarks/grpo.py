@@ -36,6 +36,7 @@ from clover_peft import CloverConfig
 from clover_peft.io import run_record as records
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+_SHARED = ("fast", "seed", "device", "steps", "prompts", "answers", "digits")  # options of all trials
 EXAMPLES = "312 -> 123\n95 -> 59\n4706 -> 0467\n"
 
 
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         for method in configs
         for rate in (arguments.clover_rates if method == "clover" else arguments.lora_rates)
     ]
-    same = {name: getattr(arguments, name) for name in ("fast", "seed", "steps", "prompts", "answers", "digits")}
+    same = {name: getattr(arguments, name) for name in _SHARED}
     kept = Rows(arguments.out, same)
 
     def measure(method: str, rate: float) -> dict[str, Any]:

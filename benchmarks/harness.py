@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import statistics
 import time
+import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,8 +33,19 @@ def parser(description: str, name: str) -> argparse.ArgumentParser:
     result.add_argument("--out", type=Path, default=RESULTS / f"{name}.json", help="record to write; never overwrites")
     result.add_argument("--fast", action="store_true", help="tiny shapes, to see that it runs; its times mean nothing")
     result.add_argument("--seed", type=int, default=0)
-    result.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    result.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
     return result
+
+
+def _device(name: str) -> str:
+    """A device's name; it becomes torch's current one, whose memory `run_record` reads and which trainers use."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, found {name}") from error
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return name
 
 
 def add_shape(command: argparse.ArgumentParser, layers: int, cuda_layers: int) -> None:
@@ -98,11 +111,22 @@ def fill_out(arguments: argparse.Namespace, name: str) -> None:
 
 
 def compile_decoders(models: Iterable[nn.Module]) -> None:
-    """Put the decoder layers of `llama`s under torch.compile, in place."""
-    torch._dynamo.config.recompile_limit = 64  # all models share one function, and its versions one limit
+    """Put the decoder layers of `llama`s under torch.compile, in place.
+
+    What torch learns of a function counts for all modules that run the same code: after DoRA, which cannot be compiled
+    in one graph, all other models would be split where DoRA is. So each decoder gets its own copy of the code.
+    """
+    torch._dynamo.config.recompile_limit = 64  # adapters and lengths of the cache need versions of their own
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # beyond it they would run as they are
     for model in models:
-        decoder_of(model).compile()
+        decoder = decoder_of(model)
+        found = type(decoder).forward
+        own = types.FunctionType(
+            found.__code__.replace(), found.__globals__, found.__name__, found.__defaults__, found.__closure__
+        )
+        own.__kwdefaults__ = found.__kwdefaults__
+        decoder.forward = types.MethodType(own, decoder)
+        decoder.compile()
 
 
 def decoder_of(model: nn.Module) -> Any:
@@ -148,7 +172,7 @@ def clock(work: Callable[[], Any], device: str) -> float:
 
 def synchronise(device: str) -> None:
     if device.startswith("cuda"):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
@@ -201,6 +225,15 @@ def at_most(wanted: Mapping[str, float], reached: Mapping[str, Any]) -> dict[str
     return {name: judged(most, reached[name], reached.get(f"{name}_interval")) for name, most in wanted.items()}
 
 
+def at_least(wanted: float, reached: float | None, interval: Sequence[float] | None = None) -> dict[str, Any]:
+    """A target for the record: what a figure was to be at least, and what it is.
+
+    One that was not measured is neither met nor missed (None). The whole of an interval has to reach the target.
+    """
+    low = interval[0] if interval else reached
+    return {"wanted": wanted, "reached": reached, "met": None if low is None else low >= wanted}
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Plain-text table, the first column left-aligned and the others right-aligned."""
     cells = [list(header), *([f"{c:.3f}" if isinstance(c, float) else str(c) for c in row] for row in rows)]
@@ -215,7 +248,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 class Rows:
     """The rows of a record, each written as soon as it is measured, so that an interrupted run can go on.
 
-    They are kept beside the record to write, as `mla.rows.json` for `mla.json`, until `finish` is done.
+    They are kept beside the record to write, as `mla.5b2f0c19.rows.json` for `mla.json`, until `finish` is done. The
+    number in the name stands for the common settings, so that runs with other settings and the same record have rows
+    of their own.
 
     Args:
         out: the record to write.
@@ -223,8 +258,9 @@ class Rows:
     """
 
     def __init__(self, out: Path, common: Mapping[str, Any]) -> None:
-        self.path = out.with_name(f"{out.stem}.rows.json")
         self.common, self._revision = dict(common), records.environment()["git_revision"]
+        name = hashlib.sha256(json.dumps(self._settings({}), sort_keys=True).encode()).hexdigest()[:8]
+        self.path = out.with_name(f"{out.stem}.{name}.rows.json")
         remedy = "move it away to measure all rows again"
         self._kept = records.read_json(self.path, remedy)["rows"] if self.path.exists() else []
 

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     layers = dict(clover_layers(model))
     name, *_ = laboratory.windows
     order = drawn(laboratory.windows[name], 1, arguments.seed)
-    batches = [{"input_ids": next(order)} for _ in range(arguments.windows)]
+    batches = [{"input_ids": next(order).to(arguments.device)} for _ in range(arguments.windows)]
     moments = _input_moments(model, batches)
     found = {label: dict[str, list[float]]() for label in ("LoRA", "CLOVER", "CLOVER from activations", "HiRA")}
     for path, moment in moments.items():
@@ -86,7 +86,7 @@ def adapted(arguments: argparse.Namespace) -> tuple[Laboratory, Any]:
     """The search's model and domains, and the model in float32 with a new adapter."""
     laboratory = Laboratory(read_experiment("adaptation_tiny" if arguments.fast else "adaptation_search"), Path())
     config = CloverConfig(target_modules=arguments.targets, mlp_block_size=arguments.block_size)
-    return laboratory, get_peft_model(laboratory.load(torch.float32), config).eval()
+    return laboratory, get_peft_model(laboratory.load(torch.float32).to(arguments.device), config).eval()
 
 
 @torch.no_grad()

@@ -22,7 +22,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import FAST_SHAPES, add_shapes, finish, measured, options, parser, ratios, synchronise, table, told
+from harness import (
+    FAST_SHAPES,
+    add_shapes,
+    at_least,
+    finish,
+    measured,
+    options,
+    parser,
+    ratios,
+    synchronise,
+    table,
+    told,
+)
 from pruned_decode import step
 from pruning import cache_bytes
 from torch import nn
@@ -95,11 +107,9 @@ def _targets(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The target at the longest context, for every model and batch."""
     longest = max(r["context"] for r in results)
     return {
-        f"{r['model']}, batch {r['batch']}, context {longest}": {
-            "wanted": WANTED,
-            "reached": r["v_original"],
-            "met": r["v_original_interval"][0] >= WANTED,
-        }
+        f"{r['model']}, batch {r['batch']}, context {longest}": at_least(
+            WANTED, r["v_original"], r["v_original_interval"]
+        )
         for r in results
         if r["context"] == longest and r["model"] != "original"
     }

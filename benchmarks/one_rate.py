@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if arguments.fast:
         arguments.rates = arguments.rates[:2]
     environment = records.environment()
-    rows = Rows(arguments.out, {"dtype": arguments.dtype, "fast": arguments.fast})
+    rows = Rows(arguments.out, {name: getattr(arguments, name) for name in ("dtype", "fast", "device")})
     seeds = range(arguments.seed, arguments.seed + arguments.seeds)
     figures: dict[str, Any] = {}
     for name in arguments.models:
@@ -189,15 +189,18 @@ def _best(trials: list[dict[str, Any]], method: str) -> dict[str, Any]:
 
 
 def _compared(trials: list[dict[str, Any]], methods: Sequence[str]) -> dict[str, Any]:
-    """Each method's mean loss on test data, and its difference from the reference, with its error over seeds."""
+    """Each method's mean loss on test data, and its difference from the reference, with its error over seeds.
+
+    Without the reference among the methods there is no difference (None).
+    """
     losses = {method: [t["test_loss"] for t in trials if t["method"] == method] for method in methods}
     result = {}
     for method, own in losses.items():
-        differences = [a - b for a, b in zip(own, losses.get(REFERENCE, own), strict=True)]
+        differences = [a - b for a, b in zip(own, losses[REFERENCE], strict=True)] if REFERENCE in losses else []
         error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None
         result[method] = {
             "loss": statistics.fmean(own),
-            "less_reference": statistics.fmean(differences),
+            "less_reference": statistics.fmean(differences) if differences else None,
             "standard_error": error,
             "parameters": next(t["parameters"] for t in trials if t["method"] == method),
         }
@@ -214,7 +217,8 @@ def _show(name: str, figure: dict[str, Any], arguments: Any) -> None:
     rows = []
     for method, found in figure["test"].items():
         error = "" if found["standard_error"] is None else f" ({found['standard_error']:.3f})"
-        difference = f"{found['less_reference']:+.3f}{error}"
+        less = found["less_reference"]
+        difference = "-" if less is None else f"{less:+.3f}{error}"
         rows.append([method, str(figure["best_rates"][method]), found["parameters"], found["loss"], difference])
     print(table(["test", "best rate", "parameters", "loss", f"less {REFERENCE}'s"], rows))
 

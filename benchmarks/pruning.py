@@ -16,7 +16,8 @@ its last setting:
 - SmolLM2: perplexity on windows of 1024 tokens that do not overlap, rows joined by empty lines as is usual, the last
   incomplete window left out; calibrated on windows of the training set, drawn by the seed. The record has the loss of
   every window. On one CPU core a window takes 4 seconds and the whole test set 297 of them: --windows 16 for a look.
-  Targets are judged on the whole.
+
+Targets are judged on test data: of SmolLM2 on the whole set, of MiniLM on 512 sentences or more.
 
 Bytes of the key-value cache are those of the tensors in it after a forward pass. WikiText-2 is read from CLOVER_DATA.
 """
@@ -59,9 +60,11 @@ from clover_peft.pruning.pairs import Kind
 from clover_peft.pruning.rule import SPREADS, Rule
 
 Batch = dict[str, Tensor]
+SENTENCES = 512  # that MiniLM's targets are judged on, at least
 SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
 SELF_ATTENTION = r".*self_attn.*"
-_SHARED = ("model", "split", "windows", "calibration_windows", "sentences", "seed", "fast")  # options of all settings
+# Options of all settings.
+_SHARED = ("model", "split", "windows", "calibration_windows", "sentences", "seed", "fast", "device")
 
 
 @dataclass(frozen=True)
@@ -226,7 +229,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     command.add_argument("--windows", type=int, default=0, help="SmolLM2: measured windows; 0: the whole split")
     command.add_argument("--calibration-windows", type=int, default=32, help="SmolLM2")
-    command.add_argument("--sentences", type=int, default=512, help="MiniLM: measured, and as many to calibrate with")
+    command.add_argument(
+        "--sentences", type=int, default=SENTENCES, help="MiniLM: measured, and as many to calibrate with"
+    )
     arguments = command.parse_args(argv)
     arguments.out = arguments.out or RESULTS / f"pruning_{arguments.model}.json"
     if arguments.windows < 0 or arguments.calibration_windows < 1 or arguments.sentences < 1:
@@ -242,6 +247,9 @@ def _settings(arguments: argparse.Namespace) -> list[Setting]:
     """What to measure, each once, in order."""
     kinds: list[tuple[Kind, ...]] = [("vo",)] if arguments.model == "smollm2" else [("qk",), ("vo",), ("qk", "vo")]
     ratios: list[dict[Kind, float]] = [_parse_ratio(text) for text in arguments.ratio or ()]
+    if arguments.model == "smollm2" and any("qk" in ratio for ratio in ratios):
+        given = " ".join(arguments.ratio)
+        raise ValueError(f"--ratio {given}: expected vo alone, because smollm2 rotates queries and keys, found qk")
     if arguments.sweep:
         ratios += [dict.fromkeys(kind, share) for kind in kinds for share in SHARES]
     pattern = arguments.target_modules
@@ -306,7 +314,8 @@ def _figures(subject: Subject, model: nn.Module) -> dict[str, Any]:
 
 def _judge(arguments: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Every target with the best that was reached; not judged where it was not measured, or on a part of the data."""
-    whole = arguments.model != "smollm2" or (arguments.split == "test" and arguments.windows == 0)
+    enough = {"smollm2": arguments.windows == 0, "minilm": arguments.sentences >= SENTENCES}
+    whole = arguments.model == "whisper" or (arguments.split == "test" and enough[arguments.model])
     result = {}
     for target in TARGETS[arguments.model]:
         values = [row["figures"][target.figure] for row in rows if target.counts(Setting(**row["setting"]))]

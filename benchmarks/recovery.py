@@ -119,6 +119,7 @@ def _config(method: str, pruned: PreTrainedModel) -> peft.PeftConfig | None:
 
 def _trained(model: PreTrainedModel, method: str, windows: Dataset, arguments: argparse.Namespace) -> dict[str, Any]:
     """The trained `model`, merged; `losses` that were logged; how many parameters were `trainable`; `seconds`."""
+    torch.manual_seed(arguments.seed)  # of LoRA's start
     config = _config(method, model)
     if config is None:
         for name, parameter in model.named_parameters():

@@ -44,10 +44,17 @@ def main(argv: Sequence[str] | None = None) -> Path:
     command.set_defaults(out=None)
     arguments = command.parse_args(argv)
     if arguments.fast:
+        if arguments.model != "whisper":
+            command.error(f"--fast: there is a tiny model for whisper alone, found --model {arguments.model}")
         arguments.steps, arguments.limits = 2, [MOST_CONDITION, 100.0]
     out = arguments.out or Path(__file__).parent / "results" / f"rounding_{arguments.model}.json"
     environment = records.environment()
     base, train, held_out = _load(arguments.model, arguments.fast)
+    base.to(arguments.device)
+    train, held_out = (
+        [{name: t.to(arguments.device) for name, t in batch.items()} for batch in batches]
+        for batches in (train, held_out)
+    )
     targets = LORA_TARGETS[arguments.model]
     rank = rank_for(trainable(get_peft_model(copy.deepcopy(base), CloverConfig())), base, targets)
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
@@ -88,24 +95,24 @@ def _train(model: PeftModel, batches: list[Batch], rate: float, steps: int) -> l
 
 @torch.no_grad()
 def _measure(model: PeftModel, batches: list[Batch]) -> dict[str, float]:
-    """The loss on held-out batches, and errors of all their logits, relative to the adapter's effect."""
+    """The loss on held-out batches, and errors of all their logits, relative to the adapter's effect.
+
+    The adapter stays merged.
+    """
     model.eval()
 
-    def logits() -> Tensor:
-        return torch.cat([model(**batch).logits.double().flatten() for batch in batches])
+    def logits(model: PeftModel) -> Tensor:
+        dtype = next(model.parameters()).dtype
+        moved = [{n: t.to(dtype) if t.is_floating_point() else t for n, t in batch.items()} for batch in batches]
+        return torch.cat([model(**batch).logits.double().flatten() for batch in moved])
 
     loss = sum(float(model(**batch).loss) for batch in batches) / len(batches)
-    unmerged = logits()
-    with model.disable_adapter():
-        base = logits()
+    wide = copy.deepcopy(model).float()  # before the merge, after which LoRA does not restore every bit
+    exact, unmerged = logits(wide), logits(model)
+    with wide.disable_adapter(), model.disable_adapter():
+        exact_base, base = logits(wide), logits(model)
     model.merge_adapter()
-    merged = logits()
-    model.unmerge_adapter()
-    model.float()
-    batches = [{name: t.float() if t.is_floating_point() else t for name, t in batch.items()} for batch in batches]
-    exact = logits()
-    with model.disable_adapter():
-        exact_base = logits()
+    merged = logits(model)
     effect = float((exact - exact_base).norm())
     return {
         "held_out_loss": loss,

@@ -10,7 +10,7 @@ removed, stand beside them. Perplexity is on windows that do not overlap, rows j
 window left out; calibration windows are drawn from the training set by the seed. Widths are multiples of 4, because
 Llama's config wants multiples of the nine heads too: 540, 504 and 432 of 576.
 
-Every row is written as soon as it is measured (`slicing.rows.json` beside the record), and the same command goes on
+Every row is written as soon as it is measured (`slicing.*.rows.json` beside the record), and the same command goes on
 where an interrupted one stopped. The record holds the share of the second moment that every block's basis keeps. With
 --why it also tells where the loss comes from, at the smallest ratio: the spectrum of the shared moment, and the
 perplexity of the dense model when its stream is projected onto d dimensions at one place alone, by the shared basis
@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import math
 import random
-import resource
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -39,6 +38,7 @@ import clover_peft
 from clover_peft.base_model.activations import evaluating
 from clover_peft.convert import slicing
 from clover_peft.convert.slicing_checks import check_sliceable, choose_width
+from clover_peft.experiments.adaptation.trial import reset_peak_memory
 from clover_peft.io import run_record as records
 
 RATIOS = (0.0625, 0.125, 0.25)
@@ -74,7 +74,8 @@ class Data:
             return smollm2()[0].to(self.arguments.device)
         torch.manual_seed(self.arguments.seed)
         sizes = dict(vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=2)
-        return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
+        model: Any = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
+        return model.to(self.arguments.device)
 
     def batches(self) -> list[dict[str, Any]]:
         """One window at a time: a pass of several is no faster on a CPU."""
@@ -162,12 +163,14 @@ def _sliced(data: Data, base: dict[str, Any], ratio: float, rotation: Any, pull:
             clover_peft.slice_hidden_size(model, ratio, data.batches(), rotation=rotation, multiple=MULTIPLE)
         )
 
+    reset_peak_memory()
     seconds = clock(cut, data.arguments.device)
+    peak = records.peak_gpu_bytes() or records.peak_memory_bytes()  # while it is sliced, the model included
     perplexity = data.perplexity(model)
     figures = {
         "report": reports[0].to_dict(),
         "seconds": seconds,
-        "peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "peak_megabytes": peak // 2**20,
         "perplexity": perplexity,
         "v_dense": perplexity / base["perplexity"],
         "parameters": _parameters(model),

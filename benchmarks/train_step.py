@@ -51,7 +51,7 @@ from peft import HiraConfig, LoraConfig, OFTConfig, PeftConfig, PeftModel, get_p
 from torch import nn
 from tqdm import tqdm
 
-from clover_peft import CloverConfig, CloverLayer
+from clover_peft import CloverConfig
 from clover_peft.io import run_record as records
 
 TARGETS = {  # CLOVER is to be at most this
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         for _ in range(2):
             step(contender, x, cotangent, dtype)
         if device.startswith("cuda"):
-            contender.peak_bytes = _peak_bytes(contender, partial(step, contender, x, cotangent, dtype))
+            contender.peak_bytes = _peak_bytes(contender, partial(step, contender, x, cotangent, dtype), device)
     order = list(contenders.values())
     shuffle = random.Random(arguments.seed).shuffle
     for _ in tqdm(range(arguments.rounds), desc="rounds", unit="round"):
@@ -124,10 +124,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             contender.seconds.append(clock(partial(step, contender, x, cotangent, dtype), device))
 
     figures = _figures(contenders)
-    clover = figures["clover"]
-    folding = _fold_seconds(contenders["clover"].model, device) / clover["median_seconds"]
     print(_report(figures))
-    print(f"of CLOVER's step {folding:.1%} is folding its maps, forward and backward")
     return finish(
         arguments.out,
         {
@@ -135,9 +132,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
             "options": options(arguments),
             "environment": environment,
             "figures": figures,
-            "clover_folding_share": folding,
             "seconds": {name: contender.seconds for name, contender in contenders.items()},
-            "targets": at_most(TARGETS, clover),
+            "targets": at_most(TARGETS, figures["clover"]),
         },
     )
 
@@ -229,33 +225,19 @@ def saved_bytes(model: nn.Module, forward: Callable[[], torch.Tensor], output_is
     return sum(saved.values())
 
 
-def _peak_bytes(contender: Contender, work: Callable[[], None]) -> int:
+def _peak_bytes(contender: Contender, work: Callable[[], None], device: str) -> int:
     """Bytes that a step takes at its peak, with those that an adapter and the optimiser's state take all the time."""
     state = contender.optimizer.state.values() if contender.optimizer is not None else ()
     own = [tensor for values in state for tensor in values.values() if isinstance(tensor, torch.Tensor)]
     if isinstance(contender.model, PeftModel):
         named = [*contender.model.named_parameters(), *contender.model.named_buffers()]
         own += [t for name, t in named if str(contender.model.base_model.prefix) in name]
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
     work()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before + sum(tensor.nbytes for tensor in own)
-
-
-def _fold_seconds(model: nn.Module, device: str) -> float:
-    """Seconds to fold all maps from S and to bring their gradients back to S."""
-    layers = [module for module in model.modules() if isinstance(module, CloverLayer)]
-
-    def fold() -> None:
-        for layer in layers:
-            for m in layer.maps(layer.active_adapters):
-                m.matrix.backward(m.matrix.detach())
-
-    times = [clock(fold, device) for _ in range(5)]
-    model.zero_grad(set_to_none=True)
-    return statistics.median(times)
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before + sum(tensor.nbytes for tensor in own)
 
 
 def _figures(contenders: dict[str, Contender]) -> dict[str, dict[str, Any]]:

@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     environment = records.environment()
     experiment = read_experiment("adaptation_tiny" if arguments.fast else "adaptation_search")
     laboratory = Laboratory(experiment, Path())
-    model = get_peft_model(laboratory.load(), CloverConfig(target_modules=arguments.targets)).eval()
+    base = laboratory.load().to(arguments.device)
+    model = get_peft_model(base, CloverConfig(target_modules=arguments.targets)).eval()
     first, *_ = laboratory.windows
     sources = {name: (name, arguments.windows) for name in laboratory.windows}
     sources |= {f"{first}, {FEW} windows": (first, FEW), "random tokens": ("", arguments.windows)}

@@ -100,10 +100,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         cases = _cases(names.replace(" ", ""), mark, metafunc)
         if cases is not None:
             definition.own_markers[i] = pytest.mark.parametrize(names, cases).mark
-            definition.stash[_REWRITTEN] = True
-
-
-_REWRITTEN = pytest.StashKey[bool]()
 
 
 def _cases(names: str, mark: pytest.Mark, metafunc: pytest.Metafunc) -> list | None:

@@ -1,12 +1,13 @@
 """The benchmarks of speed run on tiny shapes and their records say what they should; no time is asserted."""
 
+import copy
 import json
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -52,6 +53,34 @@ def test_rounding(benchmark, tmp_path, capsys):
     assert "merged_v_unmerged" in capsys.readouterr().out
 
 
+def test_rounding_compares_with_the_weights_before_the_merge(benchmark, tmp_path, monkeypatch):
+    """LoRA's unmerging leaves rounding errors in bfloat16 weights, which are no error of the unmerged model."""
+    rounding = benchmark("rounding")
+    base, _, held_out = rounding.load_whisper(fast=True)
+    batches = [{n: t.bfloat16() if t.is_floating_point() else t for n, t in batch.items()} for batch in held_out]
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["q_proj", "fc1"], init_lora_weights=False)
+    model = get_peft_model(base.bfloat16(), config, autocast_adapter_dtype=False)
+    wide = copy.deepcopy(model).float()
+
+    @torch.no_grad()
+    def logits(model, dtype):
+        moved = [{n: t.to(dtype) if t.is_floating_point() else t for n, t in batch.items()} for batch in batches]
+        return torch.cat([model(**batch).logits.double().flatten() for batch in moved])
+
+    with wide.disable_adapter(), model.disable_adapter():
+        exact, rounded = logits(wide, torch.float32), logits(model, torch.bfloat16)
+    effect = (logits(wide, torch.float32) - exact).norm()
+    found = rounding._measure(model, batches)
+    assert found["base_v_float32"] == pytest.approx(float((rounded - exact).norm() / effect))
+
+
+def test_rounding_has_one_tiny_model(benchmark, capsys):
+    with pytest.raises(SystemExit):
+        benchmark("rounding").main(["--model", "smollm2", "--fast"])
+    assert "--fast: there is a tiny model for whisper alone" in capsys.readouterr().err
+
+
 def test_one_rate(benchmark, tmp_path, capsys):
     out = tmp_path / "record.json"
     methods = ["clover", "clover balanced", "lora", "lora all", "dora", "pissa", "hira", "hira all"]
@@ -75,6 +104,13 @@ def test_one_rate(benchmark, tmp_path, capsys):
         assert counts["clover"] == counts["clover balanced"]
         assert all(count == pytest.approx(counts["clover"], rel=0.15) for count in counts.values()), counts
     assert "loss before training" in capsys.readouterr().out
+
+
+def test_one_rate_without_its_reference(benchmark, tmp_path, capsys):
+    record = run(benchmark("one_rate"), tmp_path / "record.json", "--models", "minilm", "--methods", "clover", "dora")
+    for found in record["figures"]["minilm"]["test"].values():
+        assert found["less_reference"] is None
+    assert "+0.000" not in capsys.readouterr().out
 
 
 def test_update_scale(benchmark, tmp_path, capsys):
@@ -117,9 +153,17 @@ def test_kernel_count(benchmark, tmp_path, capsys):
     assert figures["lora"]["beyond_base"] == 5 * 10  # five products and scalings, and five sums of gradients
     assert figures["clover"]["beyond_base"] <= 18
     assert figures["clover low rank"]["beyond_base"] <= 40
-    assert figures["clover"]["once_beyond_base"] <= 54
+    assert figures["clover"]["once_beyond_base"] <= 38
     assert (figures["clover"]["waits"], figures["clover"]["waits_once"]) == (0, 1)
     assert "beyond the base" in capsys.readouterr().out
+
+
+def test_kernels_are_counted_as_on_an_accelerator_whatever_the_seed(benchmark, tmp_path):
+    """No norm is read where products could go on, and models of two and of four layers take as many products."""
+    for seed in (0, 2):
+        figures = run(benchmark("kernel_count"), tmp_path / f"{seed}.json", "--seed", str(seed))["figures"]
+        assert figures["clover"]["once_beyond_base"] <= 38
+    assert "cpu" in benchmark("kernel_count").fused_maps._NORMS_ARE_READ_ON
 
 
 def test_train_step(benchmark, tmp_path, capsys):
@@ -139,7 +183,6 @@ def test_train_step(benchmark, tmp_path, capsys):
     assert record["targets"]["saved_over_base_v_lora"]["reached"] == figures["clover"]["saved_over_base_v_lora"]
     assert record["targets"]["peak_over_base_v_dora"]["met"] is None  # no GPU
     assert figures["lora"]["saved_over_base_v_lora"] == 1.0
-    assert record["clover_folding_share"] > 0
     assert "frozen base" in capsys.readouterr().out
 
 
@@ -190,16 +233,26 @@ def test_the_ways_out_of_a_quantised_base(benchmark, tmp_path, capsys, monkeypat
     write_jsonl(tmp_path / "rows.jsonl", rows(40))
     chosen = ["model=base", "data=rows.jsonl", "rows=20", "held_out_rows=4", "questions=1", "max_steps=3"]
     more = ["answer_tokens=4", "per_device_train_batch_size=4", "disable_tqdm=true"]
-    record = run(benchmark("quantised"), tmp_path / "record.json", "--set", *chosen, *more)
+    quantised, path = benchmark("quantised"), tmp_path / "record.json"
+    assert quantised.main(["--device", "cpu", "--out", str(path), "--set", *chosen, *more]) == path
+    record = json.loads(path.read_text())
     errors = record["errors"]
     assert record["target_met"]
     for ways in errors.values():
         assert ways["dequantised"] < 1e-3
-        assert ways["dense update"] < 1e-3
         assert ways["merged (4 bits)"] > 0.1
-    assert errors["lora"]["plain reload"] < 1e-3
+    assert errors["clover_full"]["dense update"] < 1e-3
     assert errors["clover_full"]["plain reload"] > 1e-3
+    # What LoRA adds does not depend on the weights: nothing is measured of it.
+    assert (errors["lora"]["dense update"], errors["lora"]["plain reload"], errors["lora"]["weights"]) == (
+        None,
+        None,
+        {},
+    )
     assert "target, CLOVER dequantised and dense" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        quantised.main(["--fast"])
+    assert "--fast: there is no tiny model here" in capsys.readouterr().err
 
 
 def test_a_step_is_taken_apart(benchmark, tmp_path, capsys):
@@ -265,6 +318,18 @@ def test_saved_bytes_counts_each_storage_once_and_no_parameter(benchmark):
     assert train_step.saved_bytes(linear, lambda: linear(x).exp(), output_is_kept=True) == x.numel() * 4
 
 
+def test_the_device_that_is_named_becomes_the_current_one(benchmark, monkeypatch, capsys):
+    """Peaks of memory and trainers are of the current device."""
+    command, chosen = benchmark("harness").parser("", "name"), []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(str(device)))
+    for name in ("cpu", "cuda", "cuda:1"):
+        assert command.parse_args(["--device", name]).device == name
+    assert chosen == ["cuda:1"]
+    with pytest.raises(SystemExit):
+        command.parse_args(["--device", "gpu"])
+    assert "expected cpu, cuda or cuda:N, found gpu" in capsys.readouterr().err
+
+
 def test_ratio_is_taken_within_a_round(benchmark):
     assert benchmark("harness").ratio([2.0, 20.0, 200.0], [1.0, 10.0, 100.0]) == 2.0
 
@@ -313,6 +378,14 @@ def test_targets_say_what_was_reached(benchmark):
         "well met": (0.9, True),
         "well missed": (1.1, False),
     }
+
+
+def test_targets_that_are_to_be_reached_from_below(benchmark):
+    at_least = benchmark("harness").at_least
+    assert at_least(1.5, 1.6) == {"wanted": 1.5, "reached": 1.6, "met": True}
+    assert at_least(1.5, 1.6, (1.4, 1.7))["met"] is False
+    assert at_least(1.5, 1.6, (1.5, 1.7))["met"] is True
+    assert at_least(1.5, None)["met"] is None
 
 
 @pytest.mark.parametrize(("count", "left_out"), [(1, 0), (5, 0), (6, 0), (9, 1), (15, 3), (40, 13)])
@@ -383,6 +456,42 @@ def test_compiled(benchmark, tmp_path, name, arguments):
     record = run(benchmark(name), tmp_path / "record.json", "--compile", *arguments)
     assert record["options"]["compile"] is True
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_doras_graph_breaks_leave_the_other_models_whole(benchmark, monkeypatch, training):
+    """All models have the code of one class, and what torch learns of a function counts for all that run its code."""
+    harness, decode, train_step = benchmark("harness"), benchmark("decode"), benchmark("train_step")
+    compile_ = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compile_(module, backend="eager"))
+    torch._dynamo.reset()
+    base = harness.llama(32, 2, 32, 1, 0, torch.float32, "cpu").requires_grad_(False)
+    dora = LoraConfig(r=2, use_dora=True, target_modules=["q_proj"])
+    models = {
+        "base": base,
+        **{n: get_peft_model(copy.deepcopy(base), c) for n, c in (("clover", CloverConfig()), ("dora", dora))},
+    }
+    x, cache = torch.ones(1, 1, 32), decode._filled(base, 1, 4)
+
+    def step(model):
+        if training:
+            train_step.decode(model, x.clone().requires_grad_(True), torch.float32).sum().backward()
+        else:
+            with torch.no_grad():
+                decode._steps(model.eval(), x, cache, 1, "cpu")
+
+    def regions(model):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+            step(model)
+        return sum(event.name.startswith("Torch-Compiled Region") for event in found.events())
+
+    with torch._dynamo.config.patch(recompile_limit=8):  # set back afterwards
+        harness.compile_decoders(models.values())
+        for name in ("dora", "base", "clover") * 2:
+            step(models[name])
+        assert regions(models["dora"]) > 1
+        assert regions(models["base"]) == regions(models["clover"]) == 1
+    torch._dynamo.reset()
 
 
 def test_a_step_of_decoding_leaves_the_cache_as_it_was(benchmark):

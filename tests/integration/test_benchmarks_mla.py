@@ -46,28 +46,46 @@ def test_an_interrupted_run_goes_on_with_the_rows_that_are_missing(benchmark, tm
         run(module, path, *options)
     monkeypatch.setattr(module.clover_peft, "prune", prune)
     assert not path.exists()
-    kept = {json.dumps(each["settings"]): each["row"] for each in json.loads(rows_of(path).read_text())["rows"]}
+    [rows] = rows_of(path)
+    kept = {json.dumps(each["settings"]): each["row"] for each in json.loads(rows.read_text())["rows"]}
     assert len(kept) == 4  # the original, two of the first conversion, and one of the second
     record = run(module, path, *options)
     assert len(converted) == 2 + 3  # the second one again, for its halved heads
     assert record["original"] in kept.values()
     assert [row for row in record["converted"] if row in kept.values()] == record["converted"][:3]
     assert len(record["converted"]) == 8
-    assert not rows_of(path).exists()
+    assert not rows_of(path)
+
+
+def test_a_reduction_that_cannot_be_reached_is_refused_before_anything_is_measured(benchmark, tmp_path):
+    pytest.importorskip("trl", reason="needs the train extra")
+    benchmark("pruning")
+    path = tmp_path / "record.json"
+    with pytest.raises(ValueError, match=r"cache_reduction=0\.99: .* leaves no room for a latent"):
+        run(benchmark("mla"), path, "--reductions", "0.5", "0.99")
+    assert not rows_of(path)
 
 
 def test_rows_of_other_settings_are_not_taken(benchmark, tmp_path, monkeypatch):
     pytest.importorskip("trl", reason="needs the train extra")
     benchmark("pruning")
     module, path = benchmark("mla"), tmp_path / "record.json"
+    finish = module.Rows.finish
     monkeypatch.setattr(module.Rows, "finish", lambda self, record, out: module.Path(out).write_text("{}") and out)
+    options = ["--reductions", "0.5", "--methods", "transmla", "--no-prune"]
     for seed in (0, 1):
-        run(module, path, "--reductions", "0.5", "--methods", "transmla", "--no-prune", "--seed", str(seed))
-    seeds = [each["settings"]["seed"] for each in json.loads(rows_of(path).read_text())["rows"]]
-    assert seeds == [0, 0, 1, 1]
-    rows_of(path).write_text('{"rows": [')
-    with pytest.raises(ValueError, match=r"record\.rows\.json: expected a JSON object.*move it away"):
-        run(module, path)
+        run(module, path, *options, "--seed", str(seed))
+    files = {json.loads(file.read_text())["rows"][0]["settings"]["seed"]: file for file in rows_of(path)}
+    assert sorted(files) == [0, 1]
+    assert all(len(json.loads(file.read_text())["rows"]) == 2 for file in files.values())
+
+    monkeypatch.setattr(module.Rows, "finish", finish)
+    path.unlink()
+    run(module, path, *options, "--seed", "1")
+    assert rows_of(path) == [files[0]]  # an unfinished run keeps its rows
+    files[0].write_text('{"rows": [')
+    with pytest.raises(ValueError, match=r"record\.\w{8}\.rows\.json: expected a JSON object.*move it away"):
+        run(module, path, *options)
 
 
 @pytest.mark.skipif("CLOVER_DATA" not in os.environ, reason="CLOVER_DATA names no folder with zeroshot/")
@@ -81,8 +99,8 @@ def test_zero_shot_accuracy_is_measured_of_every_row(benchmark, tmp_path):
         assert all(0 <= accuracy <= 1 for accuracy in row["zeroshot"].values())
 
 
-def rows_of(path: Path) -> Path:
-    return path.with_name("record.rows.json")
+def rows_of(path: Path) -> list[Path]:
+    return list(path.parent.glob("record.*.rows.json"))
 
 
 def test_decoding_is_compared_in_rounds(benchmark, tmp_path, capsys):

@@ -91,6 +91,15 @@ def test_recovery(benchmark, tmp_path, capsys):
     assert "50.0% removed, lora" in capsys.readouterr().out
 
 
+def test_loras_start_does_not_depend_on_what_was_trained_before(benchmark, tmp_path):
+    benchmark("pruning")
+    recovery, losses = benchmark("recovery"), []
+    for number, methods in enumerate((["lora"], ["attention", "lora"])):
+        record = run(recovery, tmp_path / f"record{number}.json", "--ratio", "0.5", "--methods", *methods)
+        losses += [row["losses"] for row in record["results"] if row["method"] == "lora"]
+    assert losses[0] == losses[1]
+
+
 def test_decoding_with_narrower_heads(benchmark, tmp_path, capsys):
     record = run(benchmark("pruned_decode"), tmp_path / "record.json")
     size = {(r["model"], r["batch"]): r["cache_bytes"] for r in record["results"]}
@@ -102,11 +111,35 @@ def test_decoding_with_narrower_heads(benchmark, tmp_path, capsys):
     assert "tokens/s" in capsys.readouterr().out
 
 
+def test_decoding_of_one_shape_alone(benchmark):
+    """Without a batch of 1 its target is not judged."""
+    benchmark("pruning")
+    half = {"model": "50% of both removed", "batch": 16, "context": 2048, "v_unpruned": 1.2}
+    met = {name: target["met"] for name, target in benchmark("pruned_decode")._targets([half]).items()}
+    assert met == {"batch 1": None, "large": True}
+
+
 @pytest.mark.parametrize("wrong", ["qk", "qk=a", "kq=0.5", "qk=0.5;vo=0.5", "0.5"])
 def test_pruning_refuses_what_is_no_ratio(pruning, capsys, wrong):
     with pytest.raises(SystemExit):
         pruning.main(["--model", "minilm", "--ratio", wrong])
     assert f"--ratio {wrong}: expected" in capsys.readouterr().err
+
+
+def test_pruning_refuses_queries_and_keys_that_are_rotated(pruning, capsys):
+    with pytest.raises(SystemExit):
+        pruning.main(["--model", "smollm2", "--ratio", "vo=0.5", "qk=0.5,vo=0.5"])
+    assert "--ratio vo=0.5 qk=0.5,vo=0.5: expected vo alone" in capsys.readouterr().err
+
+
+def test_targets_of_embeddings_are_judged_on_enough_test_data(pruning):
+    row = {"setting": vars(pruning.TARGETS["minilm"][0].setting), "figures": {"cosine": 0.99}}
+
+    def verdict(*options):
+        return next(iter(pruning._judge(pruning._arguments(["--model", "minilm", *options]), [row]).values()))["met"]
+
+    assert verdict() is verdict("--sentences", "2048") is True
+    assert verdict("--sentences", "4") is verdict("--split", "validation") is verdict("--fast") is None
 
 
 def test_targets_are_judged_on_all_of_the_data(pruning):
