@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -12,7 +11,7 @@ from transformers import GenerationMixin
 
 from ...base_model.attention import WIDTHS, AttentionBlock
 from ...base_model.resolve import attention_block
-from ...base_model.rewritten import apply_when_made, check_version, forget_base
+from ...base_model.rewritten import apply_when_made, check_version, forget_base, wrap_once
 from ...base_model.weight import has_module
 from .modules import check_supported, narrow, widths
 
@@ -91,34 +90,23 @@ def _block_at(model: nn.Module, path: str) -> AttentionBlock | None:
     return next((block for block in found if block is not None and block.path == path), None)
 
 
-def _install_lazy_caches() -> None:
+def _lazy_caches(shape: Callable[..., Any]) -> Callable[..., Any]:
     """Let `generate` make a static cache for chunks of a prompt when it is first used, where heads are narrow.
 
     It would make the cache before, with keys and values of the head size that stands in the config.
     """
-    mixin: Any = GenerationMixin
-    shape = getattr(mixin, "_get_static_cache_init_shape", None)  # older versions make all caches when they are used
-    if shape is None or getattr(shape, "clover", False):
-        return
 
-    @functools.wraps(shape)
-    def none_if_narrow(self: Any) -> Any:
+    def none_if_narrow(self: nn.Module) -> Any:
         return None if any(hasattr(module, WIDTHS) for module in self.modules()) else shape(self)
 
-    none_if_narrow.clover = True  # type: ignore[attr-defined]
-    mixin._get_static_cache_init_shape = none_if_narrow
+    return none_if_narrow
 
 
-def _refuse_continuous_batching() -> None:
+def _no_pages(start: Callable[..., Any]) -> Callable[..., Any]:
     """Let `generate_batch` refuse narrow heads: its pages have the config's head size, and it would wait forever for
     the thread that fails to write into them."""
-    mixin: Any = GenerationMixin
-    start = getattr(mixin, "init_continuous_batching", None)
-    if start is None or getattr(start, "clover", False):
-        return
 
-    @functools.wraps(start)
-    def unless_narrow(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def unless_narrow(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         name = next((name for name, module in self.named_modules() if hasattr(module, WIDTHS)), None)
         if name is not None:
             raise ValueError(
@@ -127,34 +115,34 @@ def _refuse_continuous_batching() -> None:
             )
         return start(self, *args, **kwargs)
 
-    unless_narrow.clover = True  # type: ignore[attr-defined]
-    mixin.init_continuous_batching = unless_narrow
+    return unless_narrow
+
+
+def _narrow_diffusers(from_config: Callable[..., Any]) -> Callable[..., Any]:
+    """Let diffusers make narrow what the config says is, before weights are loaded."""
+
+    def and_narrow(cls: type, config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        record = config.get(RECORD) if isinstance(config, Mapping) else None
+        result = from_config(cls, config, *args, **kwargs)
+        if record:
+            model = result[0] if isinstance(result, tuple) else result
+            write_record(model, record)
+            apply_record(model)
+        return result
+
+    return and_narrow
 
 
 def install() -> None:
     """Let transformers and diffusers load pruned models; once."""
     apply_when_made(RECORD, apply_record)
-    _install_lazy_caches()
-    _refuse_continuous_batching()
+    # Versions before that of this method make all caches when they are used.
+    wrap_once(GenerationMixin, "_get_static_cache_init_shape", _lazy_caches)
+    wrap_once(GenerationMixin, "init_continuous_batching", _no_pages)
     if importlib.util.find_spec("diffusers") is None:
         return
     try:
         from diffusers.configuration_utils import ConfigMixin
     except (ImportError, RuntimeError):  # installed and broken: no reason to fail for those who do not use it
         return
-    mixin: Any = ConfigMixin
-    if not getattr(mixin.from_config, "clover", False):
-        from_config = mixin.from_config.__func__
-
-        @functools.wraps(from_config)
-        def and_narrow(cls: type, config: Any = None, *args: Any, **kwargs: Any) -> Any:
-            record = config.get(RECORD) if isinstance(config, Mapping) else None
-            result = from_config(cls, config, *args, **kwargs)
-            if record:
-                model = result[0] if isinstance(result, tuple) else result
-                write_record(model, record)
-                apply_record(model)
-            return result
-
-        and_narrow.clover = True  # type: ignore[attr-defined]
-        mixin.from_config = classmethod(and_narrow)
+    wrap_once(ConfigMixin, "from_config", _narrow_diffusers)

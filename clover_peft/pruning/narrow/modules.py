@@ -6,7 +6,6 @@ A narrow module is the model's own with smaller projections and another forward:
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from ...base_model.attention import WIDTHS, AttentionBlock
+from ...base_model.rewritten import become
 from .attention import STYLES, NarrowAttnProcessor, Part, Projection
 from .calls import call_of, check_parameters
 
@@ -145,15 +145,11 @@ def narrow(block: AttentionBlock, key_width: int, value_width: int, output_bias:
     if hasattr(module, "set_processor"):
         module.set_processor(NarrowAttnProcessor())
     else:
-        module.__class__ = _narrow_class(type(module))  # type: ignore[arg-type]  # a class is hashable
+        become(module, _narrow)
 
 
-@functools.cache
-def _narrow_class(stock: Any) -> type[nn.Module]:
-    """A subclass of an attention class with the forward of its narrow form; narrow ones as they are. How its calls are
-    read is found out here, once for each class."""
-    if hasattr(stock, "clover_style"):
-        return stock
+def _narrow(stock: Any) -> tuple[str, dict[str, Any]]:
+    """An attention class with the forward of its narrow form. How its calls are read is found out here, once."""
     style = STYLES[stock.__name__]
     call = call_of(stock, style.forward)
 
@@ -161,22 +157,9 @@ def _narrow_class(stock: Any) -> type[nn.Module]:
         return style.forward(self, **call.read(args, kwargs))
 
     forward.__signature__ = inspect.signature(stock.forward)  # type: ignore[attr-defined]
-    namespace = {
-        "forward": forward,
-        "clover_call": call,
-        "clover_stock": stock,
-        "clover_style": style,
-        "clover_modeling": sys.modules[stock.__module__],
-        "__module__": __name__,
-        "__reduce_ex__": lambda self, protocol: (_new, (stock,), vars(self)),  # no name leads to this class
-    }
-    return type(f"Narrow{stock.__name__}", (stock,), namespace)
-
-
-def _new(stock: type[nn.Module]) -> nn.Module:
-    """A narrow module without content, for copies and pickles."""
-    made = _narrow_class(stock)  # type: ignore[arg-type]
-    return made.__new__(made)
+    modeling = sys.modules[stock.__module__]
+    attributes = {"forward": forward, "clover_call": call, "clover_style": style, "clover_modeling": modeling}
+    return f"Narrow{stock.__name__}", attributes
 
 
 def _replace(
