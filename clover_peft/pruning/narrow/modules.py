@@ -143,9 +143,31 @@ def narrow(block: AttentionBlock, key_width: int, value_width: int, output_bias:
     setattr(module, WIDTHS, (key_width, value_width))
     module.clover_projections = tuple(projections)
     if hasattr(module, "set_processor"):
+        become(module, _narrow_of_diffusers)
         module.set_processor(NarrowAttnProcessor())
     else:
         become(module, _narrow)
+
+
+def _narrow_of_diffusers(stock: Any) -> tuple[str, dict[str, Any]]:
+    """diffusers' attention with a processor that stays: others derive the softmax scale from the width of a key, and
+    give a value the same width."""
+
+    def refuse(found: str) -> None:
+        raise ValueError(
+            f"{stock.__name__} with pruned heads: expected {NarrowAttnProcessor.__name__}, because other processors "
+            f"expect heads as wide as they were built, found {found}; keep the processor, or prune with masked=True"
+        )
+
+    def set_processor(self: Any, processor: Any) -> None:
+        if not isinstance(processor, NarrowAttnProcessor):
+            refuse(type(processor).__name__)
+        stock.set_processor(self, processor)
+
+    def fuse_projections(self: nn.Module, fuse: bool = True) -> None:
+        refuse("a call that fuses the projections")
+
+    return stock.__name__, {"set_processor": set_processor, "fuse_projections": fuse_projections}
 
 
 def _narrow(stock: Any) -> tuple[str, dict[str, Any]]:
