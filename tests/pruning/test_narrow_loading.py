@@ -129,6 +129,20 @@ def test_a_pruned_encoder_alone(tmp_path):
     assert relative(alone(input_ids=ids).last_hidden_state, model.encoder(input_ids=ids).last_hidden_state) < 1e-6
 
 
+def test_diffusers_does_not_say_that_it_ignores_the_record(tmp_path, caplog):
+    diffusers = pytest.importorskip("diffusers")
+    model = build("unet")
+    prune(model, 0.5)
+    diffusers.utils.logging.enable_propagation()
+    try:
+        twice = reload(reload(model, tmp_path), tmp_path / "again")
+    finally:
+        diffusers.utils.logging.disable_propagation()
+    assert not [record for record in caplog.records if "clover_pruning" in record.getMessage()]
+    assert read_record(twice) == read_record(model)
+    assert torch.equal(logits(twice, "unet"), logits(model, "unet"))
+
+
 def test_the_name_of_the_base_is_taken_back(tmp_path):
     """Or an adapter would be loaded onto the base as it was before."""
     build("opt").save_pretrained(tmp_path / "base")

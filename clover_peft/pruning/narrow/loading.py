@@ -123,6 +123,8 @@ def _narrow_diffusers(from_config: Callable[..., Any]) -> Callable[..., Any]:
 
     def and_narrow(cls: type, config: Any = None, *args: Any, **kwargs: Any) -> Any:
         record = config.get(RECORD) if isinstance(config, Mapping) else None
+        if record:  # diffusers would warn that it ignores an entry that the class does not name
+            config = {key: value for key, value in config.items() if key != RECORD}
         result = from_config(cls, config, *args, **kwargs)
         if record:
             model = result[0] if isinstance(result, tuple) else result
