@@ -23,6 +23,8 @@ from .calls import call_of, check_parameters
 
 # Modules that read the sizes of their heads from attributes of their own: key, value, and what depends on them.
 SELF_DESCRIBED = ("DeepseekV2Attention", "DeepseekV3Attention")
+# The attribute of a module that was made narrow: what `narrow` was called with, which its config has to record.
+MADE = "clover_made"
 
 
 def check_projections(block: AttentionBlock) -> None:
@@ -136,6 +138,7 @@ def narrow(block: AttentionBlock, key_width: int, value_width: int, output_bias:
         _replace(block.model, block.prefix + name, out_features=features)
     heads = next(part.count for projection in projections for part in projection.parts if part.name == "q")
     _replace(block.model, block.prefix + block.family.output, heads * value_width, bias=output_bias)
+    setattr(module, MADE, (key_width, value_width, output_bias))
     if type(module).__name__ in SELF_DESCRIBED:
         module.qk_nope_head_dim, module.v_head_dim = key_width, value_width
         module.qk_head_dim = key_width + module.qk_rope_head_dim
@@ -246,6 +249,7 @@ def become_stock(model: Any, blocks: Mapping[str, AttentionBlock]) -> bool:
         query = module.q_proj if module.q_proj is not None else module.q_b_proj
         query.weight.mul_(factor)
         module.scaling /= factor
+        vars(module).pop(MADE, None)
     return True
 
 
