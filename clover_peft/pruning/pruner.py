@@ -21,7 +21,7 @@ from ..runtime.interrupts import uninterrupted
 from .calibration import Calibration, measure
 from .directions import Directions, Factors, Found, Method, compute_factors, decompose_pairs, write_masks
 from .narrow.loading import current_record, read_record, write_record
-from .narrow.modules import become_stock, check_projections, check_supported, padded_width
+from .narrow.modules import become_stock, check_projections, check_supported, is_narrower, padded_width
 from .narrow.rewriting import Change, rewrite
 from .pairs import Kind, Pair, find_pairs, select_pairs
 from .report import PrunedPair, PruningReport, share_removed
@@ -123,6 +123,7 @@ def prune(
         new_widths = {pair.name: padded_width(pair.attention, pair.kind, int(kept[pair.name].max())) for pair in pairs}
         if rule.name == "uniform":
             new_widths = _one_width(pairs, new_widths, multiple)
+        _check_evident(attentions, found, factors, new_widths)
     pruned = {name: _summary(*found[name], kept[name], width) for name, width in new_widths.items()}
     for kind, share in rule.ratios(sorted({pair.kind for pair in pairs})).items() if multiple > 1 else ():
         if abs((removed := share_removed(pruned, kind)) - share) > 0.05:
@@ -256,6 +257,24 @@ def _sizes(model: nn.Module, attentions: Mapping[str, AttentionBlock]) -> tuple[
         if id(module) not in uncached and (both or attention.is_causal):
             total += attention.cached_features(attention.path) * next(module.parameters()).element_size()
     return parameters, total
+
+
+def _check_evident(
+    attentions: Mapping[str, AttentionBlock], found: Found, factors: Factors, new_widths: Mapping[str, int]
+) -> None:
+    """Refuse new biases where no width changes: without clover_peft, the model's own class would load without them."""
+    narrower = any(width != found[name][0].heads.dim for name, width in new_widths.items())
+    if narrower or any(is_narrower(attention) for attention in attentions.values()):
+        return
+    for name, (pair, directions) in found.items():
+        constant = directions.constant(*factors[name])
+        if constant is not None and bool(constant.any()) and pair.partner_projection.bias is None:
+            raise ValueError(
+                f"{pair.partner.path}: expected ranks that make the heads of some layer narrower, found that every "
+                "layer has a head that keeps all directions: the only change of shape would be a bias here, for what "
+                "the other heads lose, and without clover_peft the saved model would load without it; remove more, or "
+                "pass masked=True for a model in memory"
+            )
 
 
 # ---------------------------------------------------------------------- the weights

@@ -39,14 +39,50 @@ def test_saved_and_loaded(family, ranks, tmp_path):
     assert read_record(loaded)["steps"] == read_record(model)["steps"]
 
 
-def test_a_bias_is_loaded_where_no_width_changed(tmp_path):
-    """One head of each layer keeps all directions, the other does not: the widths stay, the constant needs a bias."""
+def without_the_package(model, folder: Path) -> str:
+    """What stock transformers says when it cannot load a saved model."""
+    model.save_pretrained(folder)
+    code = f"import transformers; transformers.{type(model).__name__}.from_pretrained({str(folder)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0
+    return done.stderr
+
+
+def test_a_bias_alone_is_refused():
+    """One head of each layer keeps all directions, the other does not: the widths stay, the constant needs a bias.
+
+    Without this package the model would load, and compute something else for want of the bias.
+    """
     model = build("qwen2")
     names = [pair.name for pair in find_pairs(model)]
-    report = prune(model, ranks={name: [12, 6] for name in names})
-    assert model.model.layers[0].self_attn.o_proj.bias is not None
-    assert {pair.width for pair in report.pairs.values()} == {12}
-    assert torch.equal(logits(reload(model, tmp_path), "qwen2"), logits(model, "qwen2"))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"o_proj: expected ranks that make the heads of some layer narrower.*a bias"):
+        prune(model, ranks={name: [12, 6] for name in names})
+    assert unchanged(model, before)
+    assert read_record(model) is None
+    prune(model, ranks={name: [12, 12] for name in names})  # nothing is lost, and no bias is needed
+    assert all(layer.self_attn.o_proj.bias is None for layer in model.model.layers)
+    with pytest.raises(ValueError, match=r"o_proj: expected ranks that make the heads of some layer narrower"):
+        prune(model, ranks={name: [12, 6] for name in names})
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_bias_is_loaded_where_a_width_of_another_layer_changed(first, tmp_path):
+    """By one pruning or two. The width lets stock transformers fail."""
+    model = build("qwen2")
+    names = [pair.name for pair in find_pairs(model)]
+    if first:
+        prune(model, ranks={names[1]: [6, 6]})
+        prune(model, ranks={names[0]: [12, 6]})
+    else:
+        prune(model, ranks={names[0]: [12, 6], names[1]: [6, 6]})
+    attention = model.model.layers[0].self_attn
+    assert attention.o_proj.bias is not None
+    assert attention.v_proj.out_features == build("qwen2").model.layers[0].self_attn.v_proj.out_features
+    loaded = reload(model, tmp_path)
+    assert torch.equal(logits(loaded, "qwen2"), logits(model, "qwen2"))
+    prune(loaded, ranks={names[0]: [12, 6]})  # narrow by its folder
+    assert "size mismatch" in without_the_package(loaded, tmp_path)
 
 
 def in_another_process(code: str) -> str:

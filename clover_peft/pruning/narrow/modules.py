@@ -23,8 +23,9 @@ from .calls import call_of, check_parameters
 
 # Modules that read the sizes of their heads from attributes of their own: key, value, and what depends on them.
 SELF_DESCRIBED = ("DeepseekV2Attention", "DeepseekV3Attention")
-# The attribute of a module that was made narrow: what `narrow` was called with, which its config has to record.
-MADE = "clover_made"
+# Attributes of a module that was made narrow: what `narrow` was called with, which its config has to record, and the
+# dimensions of a key and value head that the module was built with.
+MADE, BUILT = "clover_made", "clover_built"
 
 
 def check_projections(block: AttentionBlock) -> None:
@@ -125,13 +126,14 @@ def narrow(block: AttentionBlock, key_width: int, value_width: int, output_bias:
     """
     module: Any = block.modules[0]
     _check_calls(module, _stock_class(module))
-    widths = {"q": key_width, "k": key_width, "v": value_width}
+    vars(module).setdefault(BUILT, widths(block))
+    sizes = {"q": key_width, "k": key_width, "v": value_width}
     if type(module).__name__ in SELF_DESCRIBED:
-        widths["q"] += module.qk_rope_head_dim
+        sizes["q"] += module.qk_rope_head_dim
     projections = []
     for name in block.present():
         slices, by_head = block.layout(block.prefix + name, name), block.layout_of(name).order == "head"
-        parts = tuple(Part(part, heads.count, widths[part]) for part, heads in slices.items())
+        parts = tuple(Part(part, heads.count, sizes[part]) for part, heads in slices.items())
         projections.append(Projection(name.rpartition(".")[2], parts, by_head))
     for name, projection in zip(block.present(), projections, strict=True):
         features = sum(part.count * part.width for part in projection.parts)
@@ -249,8 +251,15 @@ def become_stock(model: Any, blocks: Mapping[str, AttentionBlock]) -> bool:
         query = module.q_proj if module.q_proj is not None else module.q_b_proj
         query.weight.mul_(factor)
         module.scaling /= factor
-        vars(module).pop(MADE, None)
+        for name in (MADE, BUILT):
+            vars(module).pop(name, None)
     return True
+
+
+def is_narrower(block: AttentionBlock) -> bool:
+    """Whether its heads have other widths than when the model was built, which its own class cannot load then."""
+    module = block.modules[0]
+    return hasattr(module, MADE) and getattr(module, MADE)[:2] != getattr(module, BUILT)
 
 
 def widths(block: AttentionBlock) -> tuple[int, int]:
