@@ -227,6 +227,16 @@ def test_records_of_other_versions_are_refused(tmp_path):
             prune(model, 0.5)
 
 
+def test_latent_attention_without_unrotated_keys_is_saved(tmp_path):
+    config = build("deepseek_v3").config
+    config.qk_nope_head_dim, config.qk_head_dim = 0, config.qk_rope_head_dim
+    model = transformers.DeepseekV3ForCausalLM(config).eval()
+    pair = find_pairs(model)[0]
+    prune(model, ranks={pair.name: [4] * pair.heads.count})
+    assert list(read_record(model)["blocks"].values()) == [[0, 4, False]]
+    assert relative(logits(reload(model, tmp_path), "deepseek_v3"), logits(model, "deepseek_v3")) < 1e-6
+
+
 def test_records_that_say_sequential_still_load(tmp_path):
     """Earlier versions wrote `sequential`, which is no option any more, into every step of the record."""
     model = build("opt")

@@ -48,7 +48,8 @@ def read_record(model: Any) -> dict[str, Any] | None:
         raise ValueError(f"{RECORD} in the config: expected blocks and steps, found {sorted(record)}")
     for path, entry in blocks.items():
         kinds = [type(figure) for figure in entry] if isinstance(entry, (list, tuple)) else None
-        if kinds != [int, int, bool] or min(entry[:2]) < 1:
+        # Latent attention whose keys are rotated throughout has no others, and records 0.
+        if kinds != [int, int, bool] or entry[0] < 0 or entry[1] < 1:
             raise ValueError(
                 f"{RECORD} in the config: {path}: expected two widths and whether there is a bias, found {entry!r}"
             )
