@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +77,10 @@ def export(
     trained_with = _tokenizer(adapter)
     tokenizer = trained_with or getattr(processor, "tokenizer", processor)
     kind = find_class(read_config(base), config, model_class)
-    model = kind.from_pretrained(base, dtype="auto")
+    model = kind.from_pretrained(base, dtype=dtype or "auto")
     check_unquantised(model, str(base))
     own, wide = dtype or model.dtype, torch.promote_types(model.dtype, torch.float32)
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}  # a class may keep some in float32
     del model  # loaded again, not cast: what a model computes while it loads, as Gemma its scale, has its dtype
     model = kind.from_pretrained(base, dtype=wide)
     grown = _grow(model, adapter, trained_with)
@@ -101,16 +102,16 @@ def export(
             del lora
     merged = model.merge_and_unload(safe_merge=True)
     exact = probe(merged)
-    digests = _digests(merged, own)
-    _settle_ties(_cast(merged, own))
+    digests = _digests(merged, own, dtypes)
+    _settle_ties(_cast(merged, own, dtypes))
     with new_folder(out) as folder:
         merged.save_pretrained(folder)
         for each in filter(None, (processor, trained_with)):
             each.save_pretrained(folder)
-    rounded = probe(_cast(merged, wide))
+    rounded = probe(_cast(merged, wide, {}))
     del model, merged
     read = kind.from_pretrained(out, dtype=wide)
-    there, found = _digests(read, own), probe(read)
+    there, found = _digests(read, own, dtypes), probe(read)
     differences = torch.tensor([_distance(exact, expected, expected), _distance(found, rounded, rounded)])
     return {
         "difference": float(differences.max()),  # NaN if any is
@@ -133,19 +134,20 @@ def _tokenizer(adapter: str) -> Any:
         return None
 
 
-def _cast(model: Any, dtype: torch.dtype) -> Any:
-    """The model with what it saves in `dtype`, in place; what it computes when it is loaded stays as it is."""
-    for tensor in model.state_dict(keep_vars=True).values():
+def _cast(model: Any, dtype: torch.dtype, dtypes: Mapping[str, torch.dtype]) -> Any:
+    """The model with what it saves in the dtypes of `dtypes`, others in `dtype`, in place; what it computes when it is
+    loaded stays as it is."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype)
+            tensor.data = tensor.data.to(dtypes.get(name, dtype))
     return model
 
 
-def _digests(model: Any, dtype: torch.dtype) -> dict[str, bytes]:
-    """A digest of every tensor that the model saves, rounded to `dtype`: two models need not be in memory at once."""
+def _digests(model: Any, dtype: torch.dtype, dtypes: Mapping[str, torch.dtype]) -> dict[str, bytes]:
+    """A digest of every tensor that the model saves, rounded as in `_cast`: two models need not be in memory."""
     result = {}
     for name, tensor in model.state_dict().items():
-        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        tensor = tensor.to(dtypes.get(name, dtype)) if tensor.is_floating_point() else tensor
         result[name] = hashlib.blake2b(tensor.contiguous().flatten().view(torch.uint8).numpy()).digest()
     return result
 

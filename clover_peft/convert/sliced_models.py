@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ..base_model.rewritten import apply_when_made, check_version
+from ..base_model.rewritten import apply_when_made, become, check_version
 from .stream import STREAMS, Stream, empty, head_of, trunk_of
 
 # The entry of a model's config that says how it was sliced, and its form.
@@ -55,11 +54,10 @@ def add_shortcuts(layer: Any, stream: Stream, matrices: tuple[Tensor, Tensor]) -
         made = ShortcutNorm(matrix, norm.eps if hasattr(norm, "eps") else norm.variance_epsilon)
         made.weight.requires_grad_(any(parameter.requires_grad for parameter in norm.parameters()))
         setattr(layer, block.norm, made.train(norm.training))
-    layer.__class__ = _sliced_class(type(layer), stream)  # type: ignore[arg-type]  # a class is hashable
+    become(layer, _sliced, stream)
 
 
-@functools.cache
-def _sliced_class(stock: Any, stream: Stream) -> type[nn.Module]:
+def _sliced(stock: type[nn.Module], stream: Stream) -> tuple[str, dict[str, Any]]:
     """A layer's class with a matrix on its shortcuts; of the same name, by which transformers splits models."""
 
     def forward(self: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
@@ -68,19 +66,7 @@ def _sliced_class(stock: Any, stream: Stream) -> type[nn.Module]:
             hidden_states = norm.shortcut(hidden_states) + block.run(self, norm(hidden_states), **kwargs)
         return hidden_states
 
-    namespace = {
-        "forward": forward,
-        "__module__": __name__,
-        # No name leads to this class, which copies and pickles need.
-        "__reduce_ex__": lambda self, protocol: (_new, (stock, stream), vars(self)),
-    }
-    return type(stock.__name__, (stock,), namespace)
-
-
-def _new(stock: Any, stream: Stream) -> nn.Module:
-    """A layer with shortcuts and no content, for copies and pickles."""
-    made = _sliced_class(stock, stream)
-    return made.__new__(made)
+    return stock.__name__, {"forward": forward}
 
 
 def write_record(model: Any, width: int, rotation: str) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, cast
 
@@ -21,8 +20,8 @@ from ..io.user_warning import warn
 from ..runtime.interrupts import uninterrupted
 from .calibration import Calibration, measure
 from .directions import Directions, Factors, Found, Method, compute_factors, decompose_pairs, write_masks
-from .narrow.loading import VERSION, read_record, relative_base, relative_prefix, write_record
-from .narrow.modules import become_stock, check_projections, check_supported, padded_width, widths
+from .narrow.loading import current_record, read_record, write_record
+from .narrow.modules import become_stock, check_projections, check_supported, is_narrower, padded_width
 from .narrow.rewriting import Change, rewrite
 from .pairs import Kind, Pair, find_pairs, select_pairs
 from .report import PrunedPair, PruningReport, share_removed
@@ -124,6 +123,7 @@ def prune(
         new_widths = {pair.name: padded_width(pair.attention, pair.kind, int(kept[pair.name].max())) for pair in pairs}
         if rule.name == "uniform":
             new_widths = _one_width(pairs, new_widths, multiple)
+        _check_evident(attentions, found, factors, new_widths)
     pruned = {name: _summary(*found[name], kept[name], width) for name, width in new_widths.items()}
     for kind, share in rule.ratios(sorted({pair.kind for pair in pairs})).items() if multiple > 1 else ():
         if abs((removed := share_removed(pruned, kind)) - share) > 0.05:
@@ -229,13 +229,7 @@ def _check_whole(model: nn.Module, masked: bool) -> None:
             f"{type(model).__name__}: expected a model of transformers or diffusers, whose config can record the "
             "narrow heads, found another module; prune the whole model, or pass masked=True"
         )
-    record = read_record(model)  # This raises if the record of an earlier pruning is damaged.
-    if not masked and record and record["blocks"] and record.get("tower") != (tower := _tower(model)):
-        earlier, now = (f"its {name}" if name else "the whole model" for name in (record.get("tower"), tower))
-        raise ValueError(
-            f"{type(model).__name__}: expected {now} to be pruned for the first time, found {earlier} pruned; both "
-            "share one config, which cannot record both; prune the whole model, and choose parts with target_modules"
-        )
+    read_record(model)  # This raises if the record of an earlier pruning is damaged.
 
 
 def _check_untied(model: nn.Module, pairs: Iterable[Pair]) -> None:
@@ -265,6 +259,24 @@ def _sizes(model: nn.Module, attentions: Mapping[str, AttentionBlock]) -> tuple[
     return parameters, total
 
 
+def _check_evident(
+    attentions: Mapping[str, AttentionBlock], found: Found, factors: Factors, new_widths: Mapping[str, int]
+) -> None:
+    """Refuse new biases where no width changes: without clover_peft, the model's own class would load without them."""
+    narrower = any(width != found[name][0].heads.dim for name, width in new_widths.items())
+    if narrower or any(is_narrower(attention) for attention in attentions.values()):
+        return
+    for name, (pair, directions) in found.items():
+        constant = directions.constant(*factors[name])
+        if constant is not None and bool(constant.any()) and pair.partner_projection.bias is None:
+            raise ValueError(
+                f"{pair.partner.path}: expected ranks that make the heads of some layer narrower, found that every "
+                "layer has a head that keeps all directions: the only change of shape would be a bias here, for what "
+                "the other heads lose, and without clover_peft the saved model would load without it; remove more, or "
+                "pass masked=True for a model in memory"
+            )
+
+
 # ---------------------------------------------------------------------- the weights
 
 
@@ -289,47 +301,17 @@ def _rewrite_all(
     changes: dict[str, list[Change]] = defaultdict(list)  # path of an attention block -> changes to its pairs
     for name, (pair, directions) in found.items():
         changes[pair.attention.path].append(Change(pair, directions, *factors[name], new_widths[name]))
-    with uninterrupted(), _recorded(model, attentions, step) as done:
-        for each in tqdm(changes.values(), desc="CLOVER pruning", unit=" layers", delay=3, leave=False):
-            rewrite(each)
-            done.append(each[0].pair.attention)
-
-
-@contextlib.contextmanager
-def _recorded(
-    model: nn.Module, attentions: Mapping[str, AttentionBlock], step: Mapping[str, Any]
-) -> Iterator[list[AttentionBlock]]:
-    """Record the rewritten attention blocks in the model's config, even after an error.
-
-    After an error the blocks that are narrow by then can still be saved and loaded.
-
-    Yields:
-        A list, to which the caller appends every block that it has rewritten.
-    """
-    done: list[AttentionBlock] = []
-    try:
-        yield done
-    finally:
-        if done:
-            record = read_record(model) or {"version": VERSION, "blocks": {}, "steps": []}
-            prefix = relative_prefix(model)
-            made = {
-                attention.path.removeprefix(prefix): [
-                    *widths(attention),
-                    attention.module_of(attention.family.output).bias is not None,
-                ]
-                for attention in done
-            }
-            known = {} if become_stock(model, attentions) else record["blocks"] | made
-            if (tower := _tower(model)) is not None:
-                record = {**record, "tower": tower}
-            write_record(model, {**record, "blocks": known, "steps": [*record["steps"], dict(step)]})
-
-
-def _tower(model: nn.Module) -> str | None:
-    """The class of an encoder or decoder that shares its config with a whole model; None for other models."""
-    both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return type(model).__name__ if both and not hasattr(relative_base(model), "decoder") else None
+    done = 0
+    with uninterrupted():
+        try:
+            for each in tqdm(changes.values(), desc="CLOVER pruning", unit=" layers", delay=3, leave=False):
+                rewrite(each)
+                done += 1
+        finally:  # After an error the layers that are narrow by then can still be saved and loaded.
+            if done:
+                become_stock(model, attentions)
+                record = current_record(model)
+                write_record(model, {**record, "steps": [*record["steps"], dict(step)]})
 
 
 def _one_width(pairs: Sequence[Pair], widths: Mapping[str, int], multiple: int) -> dict[str, int]:

@@ -313,6 +313,34 @@ def test_what_a_model_computes_in_its_dtype_while_it_loads_is_no_difference(tmp_
     assert script.main([str(tmp_path / "adapter"), str(tmp_path / "out"), *chosen]) == 0
 
 
+@pytest.mark.parametrize("chosen", [False, True])
+@pytest.mark.parametrize(
+    ("family", "dtype", "end"),
+    [("deepseek_v3", torch.bfloat16, "e_score_correction_bias"), ("t5", torch.float16, ".wo.weight")],
+)
+def test_what_a_class_keeps_in_float32_is_not_rounded(tmp_path, family, dtype, end, chosen):
+    model = build(family)
+    for name, tensor in model.state_dict().items():
+        if name.endswith(end):  # no value that rounding would leave as it is
+            tensor.copy_(torch.linspace(0.1, 0.3, tensor.numel()).view_as(tensor))
+        elif not chosen and tensor.is_floating_point():
+            tensor.copy_(tensor.to(dtype))
+    model.save_pretrained(tmp_path / "base")
+    if not chosen:  # the base itself is saved in its dtype
+        type(model).from_pretrained(tmp_path / "base", dtype=dtype).save_pretrained(tmp_path / "base")
+    model = get_peft_model(type(model).from_pretrained(tmp_path / "base", dtype=torch.float32), CloverConfig())
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    perturb(model)
+    model.save_pretrained(tmp_path / "adapter")
+    report = script.export(str(tmp_path / "adapter"), tmp_path / "out", dtype=dtype if chosen else None)
+    assert report["dtype"] == str(dtype)
+    assert report["changed"] == []
+    assert report["difference"] < 1e-4
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("base", "out"))
+    assert {name for name, tensor in after.items() if tensor.dtype != dtype} == {n for n in before if n.endswith(end)}
+    assert all(torch.equal(after[name], before[name]) for name in before if name.endswith(end))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

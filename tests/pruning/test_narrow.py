@@ -299,12 +299,36 @@ def test_adapters_and_a_second_pruning(family, tmp_path):
     assert relative(logits(reload(model, tmp_path / "twice"), family), logits(model, family)) < 1e-6
 
 
-@pytest.mark.parametrize("family", ["opt", "bert", "gpt2"])
+@pytest.mark.parametrize("family", ["opt", "bert", "gpt2", "unet"])
 def test_copies_and_pickles(family):
     model = build(family)
     prune(model, ratio(model, 0.4))
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(logits(twin, family), logits(model, family))
+        assert torch.equal(output(twin, family), output(model, family))
+        assert [type(module) for module in twin.modules()] == [type(module) for module in model.modules()]
+
+
+def test_the_processor_of_diffusers_stays(tmp_path):
+    """Others fit where keys and values have the same width, and compute something else there."""
+    AttnProcessor2_0 = pytest.importorskip("diffusers.models.attention_processor").AttnProcessor2_0
+    model = build("unet")
+    prune(model, 0.5, ranks="uniform")
+    twins = (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), reload(model, tmp_path))
+    for each in (model, *twins, reload(twins[2], tmp_path / "again")):
+        expected = output(each, "unet")
+        for change in (
+            lambda: each.set_attn_processor(AttnProcessor2_0()),  # noqa: B023
+            each.fuse_qkv_projections,
+            lambda: each.set_attention_slice("max"),  # noqa: B023
+        ):
+            with pytest.raises(ValueError, match=r"pruned heads: expected NarrowAttnProcessor.*keep the processor"):
+                change()
+        each.set_attn_processor(each.attn_processors)
+        assert torch.equal(output(each, "unet"), expected)
+        assert torch.equal(expected, output(model, "unet"))
+    prune(model, {"vo": 0.2})
+    lora = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["to_q", "to_v", "to_out.0"]))
+    assert torch.equal(output(lora, "unet"), output(model, "unet"))
 
 
 def test_a_part_is_sharded_by_its_heads():

@@ -7,6 +7,7 @@ import inspect
 import pickle
 import sys
 
+import peft
 import pytest
 import torch
 import transformers
@@ -306,6 +307,36 @@ def test_a_processor_of_diffusers_that_reads_more_is_refused():
     with pytest.raises(ValueError, match=rf"{processor.__name__}: .*known, found rotary in diffusers .*an older diff"):
         prune(model, 0.4)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("family", ["whisper", "bart", "t5", "m2m_100"])
+def test_another_batch_of_the_encoder_is_read_as_by_the_stock_class(family):
+    """Whisper joins the encoder's outputs, others fail; narrow heads broadcast them."""
+    stock, same, narrow = (build(family) for _ in range(3))
+    prune(same, 0.0, ranks="uniform")
+    prune(narrow, 0.4)
+    given = {**inputs(family), "decoder_input_ids": inputs(family)["decoder_input_ids"][:1]}
+    given.pop("decoder_attention_mask", None)
+    if family == "whisper":
+        expected = stock(**given).logits
+        assert relative(same(**given).logits, expected) < 1e-5
+        assert narrow(**given).logits.shape == expected.shape
+        return
+    for model in (stock, same, narrow):
+        with pytest.raises(RuntimeError, match="cannot be multiplied"):
+            model(**given)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "bart"])
+def test_prefix_tuning_of_narrow_heads_is_refused_by_name(family):
+    model = build(family)
+    prune(model, {"vo": 0.4})
+    task = "SEQ_2_SEQ_LM" if family == "bart" else "CAUSAL_LM"
+    adapted = peft.get_peft_model(model, peft.PrefixTuningConfig(num_virtual_tokens=4, task_type=task))
+    with pytest.raises(
+        ValueError, match=r"pruned\), layer 0: expected a cache whose values have \d+ dim.*another adapter than pre"
+    ):
+        adapted(**inputs(family))
 
 
 def test_continuous_batching_refuses_narrow_heads():

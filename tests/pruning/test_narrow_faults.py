@@ -95,17 +95,6 @@ def test_what_is_behind_padding_does_not_count_in_measured_ratios() -> None:
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize(("first", "second"), [("encoder", "decoder"), ("encoder", "whole"), ("whole", "encoder")])
-def test_parts_of_a_model_that_share_its_config_are_not_pruned_one_after_the_other(first: str, second: str) -> None:
-    model = build("bart")
-    part = {"encoder": model.get_encoder(), "decoder": model.get_decoder(), "whole": model}
-    prune(part[first], {"vo": 0.25})
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    with pytest.raises(ValueError, match=r"to be pruned for the first time, found .* pruned; both share one"):
-        prune(part[second], {"vo": 0.5})
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-
-
 def test_an_error_at_the_first_layer_leaves_no_trace() -> None:
     model = build("llama")
     model.name_or_path = "base/llama"

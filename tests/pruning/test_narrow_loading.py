@@ -39,14 +39,50 @@ def test_saved_and_loaded(family, ranks, tmp_path):
     assert read_record(loaded)["steps"] == read_record(model)["steps"]
 
 
-def test_a_bias_is_loaded_where_no_width_changed(tmp_path):
-    """One head of each layer keeps all directions, the other does not: the widths stay, the constant needs a bias."""
+def without_the_package(model, folder: Path) -> str:
+    """What stock transformers says when it cannot load a saved model."""
+    model.save_pretrained(folder)
+    code = f"import transformers; transformers.{type(model).__name__}.from_pretrained({str(folder)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0
+    return done.stderr
+
+
+def test_a_bias_alone_is_refused():
+    """One head of each layer keeps all directions, the other does not: the widths stay, the constant needs a bias.
+
+    Without this package the model would load, and compute something else for want of the bias.
+    """
     model = build("qwen2")
     names = [pair.name for pair in find_pairs(model)]
-    report = prune(model, ranks={name: [12, 6] for name in names})
-    assert model.model.layers[0].self_attn.o_proj.bias is not None
-    assert {pair.width for pair in report.pairs.values()} == {12}
-    assert torch.equal(logits(reload(model, tmp_path), "qwen2"), logits(model, "qwen2"))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"o_proj: expected ranks that make the heads of some layer narrower.*a bias"):
+        prune(model, ranks={name: [12, 6] for name in names})
+    assert unchanged(model, before)
+    assert read_record(model) is None
+    prune(model, ranks={name: [12, 12] for name in names})  # nothing is lost, and no bias is needed
+    assert all(layer.self_attn.o_proj.bias is None for layer in model.model.layers)
+    with pytest.raises(ValueError, match=r"o_proj: expected ranks that make the heads of some layer narrower"):
+        prune(model, ranks={name: [12, 6] for name in names})
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_bias_is_loaded_where_a_width_of_another_layer_changed(first, tmp_path):
+    """By one pruning or two. The width lets stock transformers fail."""
+    model = build("qwen2")
+    names = [pair.name for pair in find_pairs(model)]
+    if first:
+        prune(model, ranks={names[1]: [6, 6]})
+        prune(model, ranks={names[0]: [12, 6]})
+    else:
+        prune(model, ranks={names[0]: [12, 6], names[1]: [6, 6]})
+    attention = model.model.layers[0].self_attn
+    assert attention.o_proj.bias is not None
+    assert attention.v_proj.out_features == build("qwen2").model.layers[0].self_attn.v_proj.out_features
+    loaded = reload(model, tmp_path)
+    assert torch.equal(logits(loaded, "qwen2"), logits(model, "qwen2"))
+    prune(loaded, ranks={names[0]: [12, 6]})  # narrow by its folder
+    assert "size mismatch" in without_the_package(loaded, tmp_path)
 
 
 def in_another_process(code: str) -> str:
@@ -129,6 +165,20 @@ def test_a_pruned_encoder_alone(tmp_path):
     assert relative(alone(input_ids=ids).last_hidden_state, model.encoder(input_ids=ids).last_hidden_state) < 1e-6
 
 
+def test_diffusers_does_not_say_that_it_ignores_the_record(tmp_path, caplog):
+    diffusers = pytest.importorskip("diffusers")
+    model = build("unet")
+    prune(model, 0.5)
+    diffusers.utils.logging.enable_propagation()
+    try:
+        twice = reload(reload(model, tmp_path), tmp_path / "again")
+    finally:
+        diffusers.utils.logging.disable_propagation()
+    assert not [record for record in caplog.records if "clover_pruning" in record.getMessage()]
+    assert read_record(twice) == read_record(model)
+    assert torch.equal(logits(twice, "unet"), logits(model, "unet"))
+
+
 def test_the_name_of_the_base_is_taken_back(tmp_path):
     """Or an adapter would be loaded onto the base as it was before."""
     build("opt").save_pretrained(tmp_path / "base")
@@ -175,6 +225,16 @@ def test_records_of_other_versions_are_refused(tmp_path):
             reload(model, tmp_path)
         with pytest.raises(ValueError, match=f"clover_pruning in the config: .*{message}"):
             prune(model, 0.5)
+
+
+def test_latent_attention_without_unrotated_keys_is_saved(tmp_path):
+    config = build("deepseek_v3").config
+    config.qk_nope_head_dim, config.qk_head_dim = 0, config.qk_rope_head_dim
+    model = transformers.DeepseekV3ForCausalLM(config).eval()
+    pair = find_pairs(model)[0]
+    prune(model, ranks={pair.name: [4] * pair.heads.count})
+    assert list(read_record(model)["blocks"].values()) == [[0, 4, False]]
+    assert relative(logits(reload(model, tmp_path), "deepseek_v3"), logits(model, "deepseek_v3")) < 1e-6
 
 
 def test_records_that_say_sequential_still_load(tmp_path):

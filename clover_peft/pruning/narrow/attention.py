@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ class Style:
         dropout: attribute of the dropout on attention weights, a module or its probability.
         residual_dropout: attribute of the dropout behind the output projection.
         options: keyword of the attention function -> attribute of the module or, with a dot, below it.
+        joins_sources: a larger batch of what keys and values are made from is read as a longer one, as the class does.
     """
 
     forward: Callable[..., Any]
@@ -56,6 +57,7 @@ class Style:
     dropout: str = "attention_dropout"
     residual_dropout: str | None = None
     options: dict[str, str] = field(default_factory=dict)
+    joins_sources: bool = False
 
 
 def split_heads(module: Any, x: Tensor, source: Tensor | None, keys: bool) -> dict[str, Tensor]:
@@ -94,6 +96,8 @@ def _query_key_value(
     if isinstance(cache, EncoderDecoderCache):
         layers = cache.self_attention_cache if source is None else cache.cross_attention_cache
         known = source is not None and bool(cache.is_updated.get(module.layer_idx))
+    if source is not None and module.clover_style.joins_sources:
+        source = source.reshape(len(x), -1, source.shape[-1])
     heads = split_heads(module, x, source, keys=not known)
     query = heads["q"]
     if module.clover_style.scales_query:
@@ -107,12 +111,26 @@ def _query_key_value(
     if positions is not None:
         query, key = module.clover_modeling.apply_rotary_pos_emb(query, key, *positions)
     if layers is not None:
+        _check_cached(module, layers, key, value)
         # Where the parameter is called `cache`, it may also change what goes to the attention function.
         more = {"kwargs": rest} if "cache" in module.clover_call.own else {}
         key, value = layers.update(key, value, module.layer_idx, **more)
         if source is not None and isinstance(cache, EncoderDecoderCache):
             cache.is_updated[module.layer_idx] = True
     return query, key, value
+
+
+def _check_cached(module: Any, cache: Cache, key: Tensor, value: Tensor) -> None:
+    """Raises ValueError if a cache holds heads of another width, such as that in the config."""
+    for layer in cache.layers[module.layer_idx : module.layer_idx + 1]:
+        for kind, new in (("keys", key), ("values", value)):
+            old = getattr(layer, kind, None)
+            if isinstance(old, Tensor) and old.ndim == 4 and old.shape[-1] != new.shape[-1]:
+                raise ValueError(
+                    f"{module.clover_call.name}, layer {module.layer_idx}: expected a cache whose {kind} have "
+                    f"{new.shape[-1]} dimensions, as the pruned heads have, found {old.shape[-1]}; use another "
+                    "adapter than prefix tuning, and a cache that the model makes, or prune with masked=True"
+                )
 
 
 def _attended(
@@ -137,7 +155,7 @@ def _attended(
             **{keyword: operator.attrgetter(name)(module) for keyword, name in style.options.items()},
             **kwargs,
         )
-    out = out.flatten(2).contiguous()
+    out = out.reshape(query.shape[0], query.shape[2], -1).contiguous()  # Batches that differ do not pass.
     if style.output is not None:
         out = getattr(module, style.output)(out)
     if style.residual_dropout is not None:
@@ -225,6 +243,7 @@ def _bloom_forward(
 
 
 _BART_STYLE = Style(_forward, output="out_proj", dropout="dropout")
+_OPT_STYLE = Style(_forward, output="out_proj", dropout="dropout", scales_query=True)
 _BERT_STYLE = Style(_forward, output=None, dropout="dropout")
 _SLIDING = {"sliding_window": "sliding_window"}
 _TABLE: list[tuple[str, Style]] = [
@@ -239,10 +258,8 @@ _TABLE: list[tuple[str, Style]] = [
     ),
     ("BartAttention MBartAttention PegasusAttention MarianAttention PLBartAttention BlenderbotAttention", _BART_STYLE),
     ("M2M100Attention", _BART_STYLE),
-    (
-        "OPTAttention WhisperAttention",
-        Style(_forward, output="out_proj", dropout="dropout", scales_query=True),
-    ),
+    ("OPTAttention", _OPT_STYLE),
+    ("WhisperAttention", replace(_OPT_STYLE, joins_sources=True)),
     ("CLIPAttention SiglipAttention", Style(_forward, output="out_proj", dropout="dropout", scale="scale")),
     (
         "BertSelfAttention BertCrossAttention RobertaSelfAttention RobertaCrossAttention XLMRobertaSelfAttention "

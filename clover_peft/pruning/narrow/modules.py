@@ -6,7 +6,6 @@ A narrow module is the model's own with smaller projections and another forward:
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
@@ -18,11 +17,15 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from ...base_model.attention import WIDTHS, AttentionBlock
+from ...base_model.rewritten import become
 from .attention import STYLES, NarrowAttnProcessor, Part, Projection
 from .calls import call_of, check_parameters
 
 # Modules that read the sizes of their heads from attributes of their own: key, value, and what depends on them.
 SELF_DESCRIBED = ("DeepseekV2Attention", "DeepseekV3Attention")
+# Attributes of a module that was made narrow: what `narrow` was called with, which its config has to record, and the
+# dimensions of a key and value head that the module was built with.
+MADE, BUILT = "clover_made", "clover_built"
 
 
 def check_projections(block: AttentionBlock) -> None:
@@ -123,19 +126,21 @@ def narrow(block: AttentionBlock, key_width: int, value_width: int, output_bias:
     """
     module: Any = block.modules[0]
     _check_calls(module, _stock_class(module))
-    widths = {"q": key_width, "k": key_width, "v": value_width}
+    vars(module).setdefault(BUILT, widths(block))
+    sizes = {"q": key_width, "k": key_width, "v": value_width}
     if type(module).__name__ in SELF_DESCRIBED:
-        widths["q"] += module.qk_rope_head_dim
+        sizes["q"] += module.qk_rope_head_dim
     projections = []
     for name in block.present():
         slices, by_head = block.layout(block.prefix + name, name), block.layout_of(name).order == "head"
-        parts = tuple(Part(part, heads.count, widths[part]) for part, heads in slices.items())
+        parts = tuple(Part(part, heads.count, sizes[part]) for part, heads in slices.items())
         projections.append(Projection(name.rpartition(".")[2], parts, by_head))
     for name, projection in zip(block.present(), projections, strict=True):
         features = sum(part.count * part.width for part in projection.parts)
         _replace(block.model, block.prefix + name, out_features=features)
     heads = next(part.count for projection in projections for part in projection.parts if part.name == "q")
     _replace(block.model, block.prefix + block.family.output, heads * value_width, bias=output_bias)
+    setattr(module, MADE, (key_width, value_width, output_bias))
     if type(module).__name__ in SELF_DESCRIBED:
         module.qk_nope_head_dim, module.v_head_dim = key_width, value_width
         module.qk_head_dim = key_width + module.qk_rope_head_dim
@@ -143,17 +148,35 @@ def narrow(block: AttentionBlock, key_width: int, value_width: int, output_bias:
     setattr(module, WIDTHS, (key_width, value_width))
     module.clover_projections = tuple(projections)
     if hasattr(module, "set_processor"):
+        become(module, _narrow_of_diffusers)
         module.set_processor(NarrowAttnProcessor())
     else:
-        module.__class__ = _narrow_class(type(module))  # type: ignore[arg-type]  # a class is hashable
+        become(module, _narrow)
 
 
-@functools.cache
-def _narrow_class(stock: Any) -> type[nn.Module]:
-    """A subclass of an attention class with the forward of its narrow form; narrow ones as they are. How its calls are
-    read is found out here, once for each class."""
-    if hasattr(stock, "clover_style"):
-        return stock
+def _narrow_of_diffusers(stock: Any) -> tuple[str, dict[str, Any]]:
+    """diffusers' attention with a processor that stays: others derive the softmax scale from the width of a key, and
+    give a value the same width."""
+
+    def refuse(found: str) -> None:
+        raise ValueError(
+            f"{stock.__name__} with pruned heads: expected {NarrowAttnProcessor.__name__}, because other processors "
+            f"expect heads as wide as they were built, found {found}; keep the processor, or prune with masked=True"
+        )
+
+    def set_processor(self: Any, processor: Any) -> None:
+        if not isinstance(processor, NarrowAttnProcessor):
+            refuse(type(processor).__name__)
+        stock.set_processor(self, processor)
+
+    def fuse_projections(self: nn.Module, fuse: bool = True) -> None:
+        refuse("a call that fuses the projections")
+
+    return stock.__name__, {"set_processor": set_processor, "fuse_projections": fuse_projections}
+
+
+def _narrow(stock: Any) -> tuple[str, dict[str, Any]]:
+    """An attention class with the forward of its narrow form. How its calls are read is found out here, once."""
     style = STYLES[stock.__name__]
     call = call_of(stock, style.forward)
 
@@ -161,22 +184,9 @@ def _narrow_class(stock: Any) -> type[nn.Module]:
         return style.forward(self, **call.read(args, kwargs))
 
     forward.__signature__ = inspect.signature(stock.forward)  # type: ignore[attr-defined]
-    namespace = {
-        "forward": forward,
-        "clover_call": call,
-        "clover_stock": stock,
-        "clover_style": style,
-        "clover_modeling": sys.modules[stock.__module__],
-        "__module__": __name__,
-        "__reduce_ex__": lambda self, protocol: (_new, (stock,), vars(self)),  # no name leads to this class
-    }
-    return type(f"Narrow{stock.__name__}", (stock,), namespace)
-
-
-def _new(stock: type[nn.Module]) -> nn.Module:
-    """A narrow module without content, for copies and pickles."""
-    made = _narrow_class(stock)  # type: ignore[arg-type]
-    return made.__new__(made)
+    modeling = sys.modules[stock.__module__]
+    attributes = {"forward": forward, "clover_call": call, "clover_style": style, "clover_modeling": modeling}
+    return f"Narrow{stock.__name__}", attributes
 
 
 def _replace(
@@ -241,7 +251,15 @@ def become_stock(model: Any, blocks: Mapping[str, AttentionBlock]) -> bool:
         query = module.q_proj if module.q_proj is not None else module.q_b_proj
         query.weight.mul_(factor)
         module.scaling /= factor
+        for name in (MADE, BUILT):
+            vars(module).pop(name, None)
     return True
+
+
+def is_narrower(block: AttentionBlock) -> bool:
+    """Whether its heads have other widths than when the model was built, which its own class cannot load then."""
+    module = block.modules[0]
+    return hasattr(module, MADE) and getattr(module, MADE)[:2] != getattr(module, BUILT)
 
 
 def widths(block: AttentionBlock) -> tuple[int, int]:
