@@ -176,6 +176,8 @@ def _pruning(pyplot: Any, record: Record) -> Any:
     figure, grid = pyplot.subplots(1, len(curves), figsize=(4 * len(curves) + 1, 4), sharey=True, squeeze=False)
     for axes, (kind, found) in zip(grid[0], curves.items(), strict=True):
         for name, points in found.items():
+            if len(points) == 1:  # a target's
+                continue
             colour, line = CLOVER if name.startswith("clover") else OTHER, "-" if ", data" in name else ":"
             marker = MARKERS[name.rpartition(" ")[2]]
             above = " (above)" if unpruned and min(value for _, value in points) > MOST * unpruned else ""

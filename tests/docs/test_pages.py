@@ -130,10 +130,19 @@ def test_figures_of_the_readme_are_those_of_the_records():
     assert "| {} MiB; {} MiB folded | {} MiB |".format(*sizes) in row("adapter file")
 
 
-def test_the_published_tables_are_those_of_the_records():
-    module = load_script("adaptation_tables")
+@pytest.mark.parametrize("script", ["adaptation_tables", "pruning_tables"])
+def test_the_published_tables_are_those_of_the_records(script):
+    module = load_script(script)
     same = module.PAGE.read_text(encoding="utf-8") == module.page()
-    assert same, "run python scripts/adaptation_tables.py"
+    assert same, f"run python scripts/{script}.py"
+
+
+def test_rows_of_the_pruning_page_are_those_of_the_tables():
+    """Its rows that name a method or a text are copies."""
+    page, tables = ((DOCS / "results" / f"{name}.md").read_text("utf-8") for name in ("pruning", "pruning_tables"))
+    rows = re.findall(r"^\| (?:(?:CLOVER|vanilla), (?:data|weights), |(?:wikitext|python|french|all) \|).*", page, re.M)
+    assert len(rows) > 20
+    assert [row for row in rows if row not in tables.splitlines()] == []
 
 
 def registered(domain: str) -> tuple[dict, dict, dict, list[str]]:
