@@ -337,8 +337,11 @@ def test_what_a_class_keeps_in_float32_is_not_rounded(tmp_path, family, dtype, e
     assert report["changed"] == []
     assert report["difference"] < 1e-4
     before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("base", "out"))
-    assert {name for name, tensor in after.items() if tensor.dtype != dtype} == {n for n in before if n.endswith(end)}
-    assert all(torch.equal(after[name], before[name]) for name in before if name.endswith(end))
+    loaded = type(build(family)).from_pretrained(tmp_path / "base", dtype=dtype).state_dict()
+    kept = {name for name in before if name in loaded and loaded[name].dtype != dtype}  # more in transformers 5.24
+    assert kept >= {name for name in before if name.endswith(end)}
+    assert {name for name, tensor in after.items() if tensor.dtype != dtype} == kept
+    assert all(torch.equal(after[name], before[name]) for name in kept)
 
 
 @pytest.mark.parametrize(

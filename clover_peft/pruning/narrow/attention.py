@@ -122,7 +122,8 @@ def _query_key_value(
 
 def _check_cached(module: Any, cache: Cache, key: Tensor, value: Tensor) -> None:
     """Raises ValueError if a cache holds heads of another width, such as that in the config."""
-    for layer in cache.layers[module.layer_idx : module.layer_idx + 1]:
+    # A cache that holds pages for continuous batching has no layers.
+    for layer in getattr(cache, "layers", [])[module.layer_idx : module.layer_idx + 1]:
         for kind, new in (("keys", key), ("values", value)):
             old = getattr(layer, kind, None)
             if isinstance(old, Tensor) and old.ndim == 4 and old.shape[-1] != new.shape[-1]:
