@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Rows, options, parser, table
+from harness import Rows, options, parser, table, tiny_language_model
 from real_models import smollm2
 from torch import Tensor
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import clover_peft
 from clover_peft.experiments.adaptation.domains import Domain, read_domain
@@ -94,10 +93,7 @@ class _Subject:
     def load(self) -> Any:
         """A new copy of the unpruned model, in evaluation mode."""
         if self.fast:
-            torch.manual_seed(self.seed)
-            shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-            config = LlamaConfig(vocab_size=64, hidden_size=48, intermediate_size=64, **shape)
-            return LlamaForCausalLM(config).to(self.device).eval()
+            return tiny_language_model(self.seed, self.device)
         return smollm2()[0].to(self.device).eval()
 
     def calibrate(self, text: str) -> Calibration:

@@ -99,6 +99,14 @@ def llama(
         return LlamaForCausalLM(config).to(dtype)
 
 
+def tiny_language_model(seed: int, device: str) -> LlamaForCausalLM:
+    """A random Llama with 64 tokens, in evaluation mode, in place of a real model where `--fast` is given."""
+    torch.manual_seed(seed)
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=64, hidden_size=48, intermediate_size=64, **shape)
+    return LlamaForCausalLM(config).to(device).eval()
+
+
 def add_compile(command: argparse.ArgumentParser) -> None:
     """The option for `compile_decoders`, whose records have a name of their own."""
     command.add_argument("--compile", action="store_true", help="all decoders under torch.compile")

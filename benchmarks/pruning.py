@@ -37,7 +37,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import RESULTS, Rows, clock, options, parser, table
+from harness import RESULTS, Rows, clock, options, parser, table, tiny_language_model
 from real_models import SAMPLE_RATE, embed, minilm, smollm2, speech, whisper_tiny_en, wikitext2
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -45,7 +45,6 @@ from transformers import (
     BertConfig,
     BertModel,
     GenerationConfig,
-    LlamaConfig,
     LlamaForCausalLM,
     WhisperConfig,
     WhisperForConditionalGeneration,
@@ -529,10 +528,7 @@ class SmolLM2(Subject):
 
     def load(self) -> LlamaForCausalLM:
         if self.fast:
-            torch.manual_seed(self.seed)
-            shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-            config = LlamaConfig(vocab_size=64, hidden_size=48, intermediate_size=64, **shape)
-            return LlamaForCausalLM(config).to(self.device).eval()
+            return tiny_language_model(self.seed, self.device)
         return smollm2()[0].to(self.device)
 
     def measure(self, model: LlamaForCausalLM) -> dict[str, Any]:

@@ -310,7 +310,8 @@ def test_copies_and_pickles(family):
 
 def test_the_processor_of_diffusers_stays(tmp_path):
     """Others fit where keys and values have the same width, and compute something else there."""
-    AttnProcessor2_0 = pytest.importorskip("diffusers.models.attention_processor").AttnProcessor2_0
+    processors = pytest.importorskip("diffusers.models.attention_processor", reason="needs the dev extra")
+    AttnProcessor2_0 = processors.AttnProcessor2_0
     model = build("unet")
     prune(model, 0.5, ranks="uniform")
     twins = (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), reload(model, tmp_path))

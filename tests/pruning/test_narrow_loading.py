@@ -166,7 +166,7 @@ def test_a_pruned_encoder_alone(tmp_path):
 
 
 def test_diffusers_does_not_say_that_it_ignores_the_record(tmp_path, caplog):
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip("diffusers", reason="needs the dev extra")
     model = build("unet")
     prune(model, 0.5)
     diffusers.utils.logging.enable_propagation()
