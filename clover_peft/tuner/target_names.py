@@ -5,7 +5,10 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
+from functools import cache
+from typing import Any
 
+import torch
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
@@ -36,9 +39,9 @@ def check_names(model: nn.Module, target_modules: object, exclude_modules: objec
 
 
 def refuse_bypassed(parent: nn.Module, path: str) -> None:
-    """Refuse a projection whose weight a state-space layer reads itself, past the module and so past an adapter.
+    """Refuse a projection whose weight its parent reads itself, past the module and so past an adapter.
 
-    Transformers' Mamba layers hand such weights to kernels, on a GPU or in every forward pass.
+    State-space layers hand such weights to kernels; WavLM and `nn.MultiheadAttention` hand them to a function.
 
     Args:
         parent: the layer that holds the projection.
@@ -47,20 +50,43 @@ def refuse_bypassed(parent: nn.Module, path: str) -> None:
     Raises:
         ValueError: naming the projection.
     """
-    name = path.rpartition(".")[2]
-    if not hasattr(parent, "conv1d"):  # only layers with a convolution beside the projections do so
-        return
-    reads = re.compile(rf"self\.{re.escape(name)}\.weight\b(?!\.(dtype|device|shape))")
-    for method in [attribute for attribute in dir(type(parent)) if attribute.endswith("forward")]:
+    *_, holder, name = ("", *path.split("."))
+    class_: Any = type(parent)
+    own, remedy = class_.__name__, ""
+    if name in (found := _bypassed(class_, hasattr(parent, "conv1d"))):
+        place = "" if holder.isdigit() or not holder else f"{holder}."
+        remedy = f"pass exclude_modules={[place + each for each in found]}"
+    elif isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        own = f"{own} in evaluation mode"
+        remedy = "call torch.backends.mha.set_fastpath_enabled(False) before this, in every process"
+    if remedy:
+        raise ValueError(
+            f"{path}: expected a module that the model calls, found that {own} reads its weight past it, so that an "
+            f"adapter would be skipped; {remedy}"
+        )
+
+
+@cache
+def _bypassed(parent: type[nn.Module], has_convolution: bool) -> list[str]:
+    """The attributes whose weights a class of modules reads in its forward methods, and in those that they call.
+
+    With a convolution beside the projections, one reading is enough: kernels take the weights on some devices alone.
+    Otherwise the attribute must have no other use there, for a weight may also be read to compare it.
+    """
+    methods = [name for name in dir(parent) if name.endswith("forward")]
+    text = ""
+    for name in methods:  # grows
         try:
-            source = inspect.getsource(getattr(type(parent), method))
+            source = inspect.getsource(getattr(parent, name))
         except (OSError, TypeError):  # compiled, or without its file
             continue
-        if reads.search(source):
-            raise ValueError(
-                f"{path}: expected a module that the model calls, found that {type(parent).__name__}.{method} reads "
-                f"its weight past it, so that an adapter would be skipped; pass exclude_modules=[{name!r}]"
-            )
+        text += source
+        called = re.findall(r"self\.(\w+)\(", source)
+        methods += [each for each in dict.fromkeys(called) if each not in methods and hasattr(parent, each)]
+    read = dict.fromkeys(re.findall(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape))", text))
+    if has_convolution:
+        return list(read)
+    return [name for name in read if not re.search(rf"self\.{name}\b(?!\.(weight|bias)\b)", text)]
 
 
 def _unknown(model: nn.Module, given: object) -> tuple[set[str], list[str], str]:

@@ -98,3 +98,50 @@ def test_projections_that_a_state_space_layer_reads_past_the_module_are_refused(
     assert {name.rpartition(".")[2] for name, _ in clover_layers(model)} == {"in_proj"}
     model(input_ids=torch.arange(8).view(1, 8)).logits.square().mean().backward()
     assert all(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if p.requires_grad)
+
+
+def test_projections_that_a_speech_model_reads_past_the_module_are_refused():
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    convolutions = dict(conv_dim=(8,), conv_kernel=(4,), conv_stride=(4,), num_conv_pos_embeddings=4)
+    config = hf.WavLMConfig(**sizes, **convolutions, num_conv_pos_embedding_groups=2)
+    with pytest.raises(ValueError, match=r"WavLMAttention reads its weight past it.*exclude_modules") as refused:
+        get_peft_model(hf.WavLMModel(config), CloverConfig(target_modules=["v_proj"], head_dim=8))
+    for name in ("q", "k", "v", "out"):
+        assert f"attention.{name}_proj" in str(refused.value)
+    feed_forward = CloverConfig(target_modules=["intermediate_dense"], mlp_block_size=16)
+    assert len(list(clover_layers(get_peft_model(hf.WavLMModel(config), feed_forward)))) == 1
+
+
+class Transformer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+
+    def forward(self, x):
+        return self.encoder(x)
+
+
+def test_the_output_of_torch_s_attention_is_refused():
+    for targets in (["self_attn.out_proj"], "all-linear"):
+        with pytest.raises(ValueError, match=r"MultiheadAttention reads.*exclude_modules=\['self_attn.out_proj'\]"):
+            get_peft_model(Transformer(), CloverConfig(target_modules=targets, head_dim=8))
+
+
+def test_torch_s_fast_path_past_an_adapter_is_refused():
+    config = CloverConfig(target_modules=["linear1", "linear2"])
+    with pytest.raises(ValueError, match=r"linear1: .* in evaluation mode reads .*set_fastpath_enabled\(False\)"):
+        get_peft_model(Transformer(), config)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        base, x = Transformer(), torch.randn(2, 5, 32)
+        expected = base.eval().requires_grad_(False)(x)
+        model = get_peft_model(base, config).eval()
+        assert torch.equal(model(x), expected)
+        perturb(model)
+        with torch.no_grad():
+            found = model(x)
+        assert not torch.allclose(found, expected, atol=1e-3)
+        torch.testing.assert_close(found, model.train()(x))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
