@@ -15,6 +15,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from transformers.pytorch_utils import Conv1D
 
 from ..linalg.decomposition import gram
@@ -27,6 +31,8 @@ ResultT = TypeVar("ResultT")
 
 # Names of the stored weight in `nn.Linear`, `Conv1D` and the quantised linears.
 _WEIGHT_NAMES = ("qweight", "weight", "W_q")
+# Hooks before each pass that write the weight.
+_COMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)
 
 
 class Original(NamedTuple):
@@ -300,6 +306,20 @@ def _digest(weight: Tensor) -> str:
 def _applied(fn: Any, tensor: Tensor) -> Tensor:
     """`fn(tensor)`. A plain parameter stays the same object, as in `nn.Module._apply`: another module may share it."""
     return next(iter(nn.ParameterList([tensor])._apply(fn))) if type(tensor) is nn.Parameter else fn(tensor)
+
+
+def refuse_computed(module: nn.Module, path: str) -> None:
+    """Refuse to change a weight or bias that torch computes from other tensors in each pass, over what was written.
+
+    Raises:
+        ValueError: naming the module and the remedy.
+    """
+    if is_parametrized(module) or any(isinstance(hook, _COMPUTING) for hook in module._forward_pre_hooks.values()):
+        raise ValueError(
+            f"{path}: expected a weight of its own, found one that torch computes from others in each pass "
+            "(weight_norm, spectral_norm, masks); make it permanent with remove_parametrizations, remove_weight_norm, "
+            "remove_spectral_norm or prune.remove of torch.nn.utils"
+        )
 
 
 def base_weight(model: nn.Module, path: str) -> BaseWeight:

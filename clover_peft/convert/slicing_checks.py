@@ -8,9 +8,9 @@ from numbers import Integral, Real
 from typing import Any, cast
 
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from ..base_model.plain import check_plain, check_unquantised
+from ..base_model.weight import refuse_computed
 from .sliced_models import RECORD
 from .stream import REASONS, STREAMS, Stream, head_of, norms, present, strangers, trunk_of
 
@@ -76,8 +76,7 @@ def _check_module(path: str, module: nn.Module) -> None:
         raise ValueError(
             f"{path}: expected nn.Linear, found {kind.__name__}; slice before adapters are added or weights quantised"
         )
-    if is_parametrized(module):
-        raise ValueError(f"{path}: expected weights of their own, found a parametrization; remove it first")
+    refuse_computed(module, path)
 
 
 def choose_width(model: Any, ratio: float, multiple: int, stock: bool) -> int:

@@ -8,6 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
+from ..base_model.weight import refuse_computed
 from .adapter_tensors import AdapterTensors
 from .fused_maps import apply_maps
 
@@ -31,9 +32,11 @@ def check_merge(layer: AdapterTensors, adapter_names: list[str]) -> None:
     """Refuse adapters that cannot be merged, without computing the result.
 
     Raises:
-        ValueError: if two of them truncate, one has no bases, or another tuner has an unmerged update below.
+        ValueError: if two of them truncate, one has no bases, another tuner has an unmerged update below, or torch
+            computes the weight in each pass.
     """
     check_truncation(layer, adapter_names, "merged")
+    refuse_computed(layer.base_weight.module, layer.name)
     below = layer.below
     if isinstance(below, BaseTunerLayer) and not below.merged:
         raise ValueError(

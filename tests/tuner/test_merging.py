@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -284,3 +285,30 @@ def test_clover_over_lora_layers_merges_only_what_it_can_read(merged):
             with pytest.raises(ValueError, match="merge"):
                 layer.merge()
         assert torch.equal(logits(lora, "llama"), expected)
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        lambda module: nn.utils.prune.l1_unstructured(module, "weight", 0.5),
+    ],
+    ids=["weight_norm", "spectral_norm", "parametrized weight_norm", "parametrized spectral_norm", "masked"],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_a_weight_that_torch_computes_in_each_pass_is_not_merged_into(compute):
+    torch.manual_seed(0)
+    base, x = nn.Sequential(OrderedDict(fc1=nn.Linear(32, 64))).eval(), torch.randn(3, 32)
+    compute(base.fc1)
+    expected = base(x)
+    model = get_peft_model(base, CloverConfig(target_modules=["fc1"], mlp_block_size=16)).eval()
+    assert torch.equal(model(x), expected)
+    perturb(model)
+    adapted_output = model(x)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="fc1: expected a weight of its own.*remove_weight_norm"):
+            merge()
+        torch.testing.assert_close(model(x), adapted_output)

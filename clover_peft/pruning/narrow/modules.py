@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from ...base_model.attention import WIDTHS, AttentionBlock
 from ...base_model.rewritten import become
+from ...base_model.weight import refuse_computed
 from .attention import STYLES, NarrowAttnProcessor, Part, Projection
 from .calls import call_of, check_parameters
 
@@ -37,11 +37,7 @@ def check_projections(block: AttentionBlock) -> None:
                 f"{path}: expected nn.Linear or Conv1D, found {type(projection).__name__}; prune before adapters are "
                 "added or weights quantised"
             )
-        if "weight" not in projection._parameters or is_parametrized(projection):
-            raise ValueError(
-                f"{path}: expected a weight of its own, found one that is computed from others; remove the "
-                "parametrization (weight_norm, torch.nn.utils.prune, ...) first"
-            )
+        refuse_computed(projection, path)
 
 
 def check_supported(block: AttentionBlock) -> None:
