@@ -3,8 +3,9 @@
     python benchmarks/calibration_text.py
 
 SmolLM2-135M-Instruct loses a share of its V-O, calibrated with each of three texts and with a third of each:
-WikiText-2 (from CLOVER_DATA), the source of Python's standard library and French manual pages (from Debian). Its loss
-is measured on held-out windows of all three, and the rise from the unpruned model's is paired by window. An
+WikiText-2 (from CLOVER_DATA), the source of Python's standard library and French manual pages (from Debian); with as
+many tokens that the model writes itself ("own"); and with half of these beside half of WikiText-2. Its loss is
+measured on held-out windows of the three texts, and the rise from the unpruned model's is paired by window. An
 interrupted run goes on after its last row.
 """
 
@@ -28,7 +29,8 @@ from clover_peft.io import run_record as records
 from clover_peft.pruning import Calibration
 
 SOURCES = {"wikitext": "wikitext2", "python": "python", "french": "manpages-fr"}
-ALL = "all"
+ALL, OWN, BESIDE = "all", "own", "wikitext and own"
+OWN_LENGTH, AT_A_TIME = 256, 4  # tokens of a window that the model writes; windows in a batch of them
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -45,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     rows = Rows(arguments.out, {key: getattr(arguments, key) for key in keys})
     unpruned = rows.get(lambda: {"losses": subject.losses(subject.load())}, calibrated_with=None, ratio=0.0)
     table_rows, measured = [], []
-    for text in tqdm([*SOURCES, ALL], desc="texts", unit="text"):
+    for text in tqdm([*SOURCES, ALL, OWN, BESIDE], desc="texts", unit="text"):
         data = cache(partial(subject.calibrate, text))  # made once, if a row of it is missing
         for ratio in arguments.ratio:
             measure = partial(subject.measure, data, ratio, arguments.ranks)
@@ -97,8 +99,21 @@ class _Subject:
         return smollm2()[0].to(self.device).eval()
 
     def calibrate(self, text: str) -> Calibration:
-        batches = [{"input_ids": window.unsqueeze(0)} for window in self.calibration[text]]
+        batches = {OWN: self._own, BESIDE: self._beside}.get(text, partial(self._batches, text))()
         return clover_peft.calibrate(self.load(), batches)
+
+    def _batches(self, text: str) -> list[dict[str, Tensor]]:
+        return [{"input_ids": window.unsqueeze(0)} for window in self.calibration[text]]
+
+    def _own(self) -> list[dict[str, Tensor]]:
+        """As many tokens as the windows of a text have, written by the model."""
+        tokens = self.calibration[ALL].numel()
+        length = min(OWN_LENGTH, tokens)
+        return clover_peft.own_text(self.load(), rows=tokens // length, length=length, batch_size=AT_A_TIME)
+
+    def _beside(self) -> list[dict[str, Tensor]]:
+        own, text = self._own(), self._batches("wikitext")
+        return own[: -(-len(own) // 2)] + text[: len(text) // 2]
 
     def measure(self, data: Callable[[], Calibration], ratio: float, ranks: Any) -> dict[str, Any]:
         model = self.load()

@@ -194,8 +194,8 @@ def convert(given: argparse.Namespace) -> None:
             raise ValueError(f"--{option.replace('_', '-')}: expected --{absent} with it, found none")
     if given.mla is not None:
         _one_size(given)
-    if given.calibration is None:
-        raise ValueError("--calibration: expected text, which the conversion needs, found none")
+    if given.calibration is None and given.own_text is None:
+        raise ValueError("--calibration: expected text, which the conversion needs, or --own-text, found none")
     if given.multiple is not None and given.prune is None and given.slice is None:
         raise ValueError("--multiple: expected --prune or --slice with it, found none")
     _multiple(given)
@@ -222,8 +222,8 @@ def prune(given: argparse.Namespace) -> None:
     for name in ("ratio", "threshold", "energy"):
         figures(f"--{name}", getattr(given, name))
     _multiple(given)
-    if given.ranks == "gradient" and given.calibration is None:
-        raise ValueError("--ranks gradient: expected --calibration with it, found none")
+    if given.ranks == "gradient" and given.calibration is None and given.own_text is None:
+        raise ValueError("--ranks gradient: expected --calibration or --own-text with it, found none")
     if given.stock and (given.ranks != "uniform" or given.masked):
         found = "--masked" if given.masked else f"--ranks {given.ranks}" if given.ranks else "no --ranks"
         raise ValueError(f"--stock: expected --ranks uniform, for one width in all layers, found {found}")
@@ -248,9 +248,14 @@ def spectra(given: argparse.Namespace) -> None:
 
 
 def _calibration(given: argparse.Namespace) -> None:
-    chosen = [name for name in _WINDOWS if getattr(given, name) is not None]
-    if given.calibration is None and chosen:
-        raise ValueError(f"--{chosen[0].replace('_', '-')}: expected --calibration with it, found none")
+    own = getattr(given, "own_text", None)
+    for name in _WINDOWS:
+        if getattr(given, name) is None or given.calibration is not None:
+            continue
+        if name != "batch_size" or own is None:
+            raise ValueError(f"--{name.replace('_', '-')}: expected --calibration with it, found none")
+    if own is not None and own < 1:
+        raise ValueError(f"--own-text {own}: expected at least 1")
     if given.calibration is not None:
         find_text(given.calibration)
 

@@ -79,10 +79,10 @@ Makes the attention heads of a model narrower along their singular directions, a
     clover prune openai-community/gpt2 --ratio qk=0.5,vo=0.25 --ranks layer --multiple 8 \\
         --calibration Salesforce/wikitext:wikitext-2-raw-v1 --out gpt2-pruned
 
-Without --calibration the weights alone choose the directions, which is far worse. The folder holds the model in its
-own dtype, its tokenizer or processor, pruning.json (the ranks of all heads), pruning.png and a README.md. Load it with
-`from_pretrained` after `import clover_peft`; DeepSeek-V2 and V3 under uniform ranks also load without the import, and
-so do Llama, Mistral and Qwen2 with --stock.
+Without --calibration and --own-text the weights alone choose the directions, which is far worse. The folder holds the
+model in its own dtype, its tokenizer or processor, pruning.json (the ranks of all heads), pruning.png and a README.md.
+Load it with `from_pretrained` after `import clover_peft`; DeepSeek-V2 and V3 under uniform ranks also load without the
+import, and so do Llama, Mistral and Qwen2 with --stock.
 With --calibration, `clover spectra` measures ratios and suggests one.
 """,
     )
@@ -96,7 +96,7 @@ With --calibration, `clover spectra` measures ratios and suggests one.
         choices=SPREADS,
         help="how --ratio is spread. global (the default, but for causal language models): one threshold over all "
         "heads, which pads them. layer (the default for these): one rank for all heads of a layer, by values relative "
-        "to the layer's. gradient: the same, weighed by gradients (best for language models, needs --calibration). "
+        "to the layer's. gradient: the same, weighed by gradients (best for language models, needs data). "
         "uniform: the same rank everywhere",
     )
     parser.add_argument("--method", choices=["clover", "vanilla"], default="clover", help="vanilla drops coordinates")
@@ -136,7 +136,7 @@ the paper's figures 2, 7 and 8, and a heat map of the ranks that --threshold (or
     )
     parser.add_argument("model", help="folder or hub name")
     parser.add_argument("--kinds", nargs="+", choices=["qk", "vo"], help="by default all that the model has")
-    add_calibration(parser)
+    add_calibration(parser, own_text=False)  # ratios are measured on held-out text
     parser.add_argument("--threshold", help="smallest singular value to keep in the heat map: 0.5, or qk=0.5,vo=0.2")
     parser.add_argument("--layers", type=int, nargs="+", help="to draw, rows of the table counted from 0")
     parser.add_argument("--no-pictures", action="store_true", help="write spectra.json alone")

@@ -49,7 +49,7 @@ def add_windows(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, help="windows at a time, 8 by default")
 
 
-def add_calibration(parser: argparse.ArgumentParser, pairs: bool = True) -> None:
+def add_calibration(parser: argparse.ArgumentParser, pairs: bool = True, own_text: bool = True) -> None:
     """Adds the options that choose calibration data and, with `pairs`, the pairs to prune."""
     parser.add_argument(
         "--calibration",
@@ -58,6 +58,14 @@ def add_calibration(parser: argparse.ArgumentParser, pairs: bool = True) -> None
         "content, messages, prompt and completion, or instruction and output",
     )
     add_windows(parser)
+    if own_text:
+        parser.add_argument(
+            "--own-text",
+            type=int,
+            metavar="ROWS",
+            help="windows of 256 tokens that the model writes itself, beside --calibration or in its place; 60 are "
+            "much. They stand for text of other kinds (causal language models alone)",
+        )
     if not pairs:
         return
     parser.add_argument(

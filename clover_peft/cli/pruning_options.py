@@ -10,15 +10,17 @@ from typing import Any
 
 from torch import Tensor
 
-from ..io.text_windows import batches_for
+from ..base_model.own_text import own_text
+from ..io.text_windows import DEFAULT_BATCH, batches_for, longest_window, without_outputs
 
 _HELD_OUT = 8  # windows to measure on
+_OWN_LENGTH = 256  # tokens of a window that the model writes
 
 
 def calibration(
     given: argparse.Namespace, model: Any, processor: Any
 ) -> tuple[list[dict[str, Any]] | None, str | None]:
-    """Reads the calibration data, and describes it in a line; both are None without `--calibration`.
+    """Reads or has the model write the calibration data, and describes them in a line; both are None without any.
 
     Args:
         given: parsed options.
@@ -26,17 +28,25 @@ def calibration(
         processor: its tokenizer, or a processor that has one, or None.
 
     Raises:
-        ValueError: see `text_windows.batches_for`.
+        ValueError: see `text_windows.batches_for` and `own_text`.
     """
+    batches, described = list[dict[str, Any]](), list[str]()
+    tokenizer = getattr(processor, "tokenizer", processor)
     sizes = {"rows": given.rows, "max_length": given.max_length, "batch_size": given.batch_size}
     chosen = {name: size for name, size in sizes.items() if size is not None}
-    if given.calibration is None:
+    if given.calibration is not None:
+        batches += batches_for(model, tokenizer, given.calibration, **chosen)
+        rows, length = sum(len(batch["input_ids"]) for batch in batches), batches[0]["input_ids"].shape[1]
+        name = Path(given.calibration).name if Path(given.calibration).exists() else given.calibration
+        described.append(f"{rows} windows of {length} tokens from {name}")
+    if own := getattr(given, "own_text", None):  # `clover spectra` has no such option
+        length = min(_OWN_LENGTH, longest_window(model, tokenizer) or _OWN_LENGTH)
+        written = own_text(model, rows=own, length=length, batch_size=given.batch_size or DEFAULT_BATCH)
+        batches += [{**batch, **without_outputs(model)} for batch in written]
+        described.append(f"{own} windows of {length} tokens that the model wrote")
+    if not batches:
         return None, None
-    tokenizer = getattr(processor, "tokenizer", processor)
-    batches = batches_for(model, tokenizer, given.calibration, **chosen)
-    rows, length = sum(len(batch["input_ids"]) for batch in batches), batches[0]["input_ids"].shape[1]
-    name = Path(given.calibration).name if Path(given.calibration).exists() else given.calibration
-    data = f"{rows} windows of {length} tokens from {name}"
+    data = " and ".join(described)
     print(f"calibration: {data}", flush=True)
     return batches, data
 

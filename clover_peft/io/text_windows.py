@@ -128,14 +128,11 @@ def batches_for(
             f"{type(model).__name__}: expected a model that reads text and has a tokenizer; calibrate others in "
             "Python, with clover_peft.prune(model, calibration=<batches of their inputs>)"
         )
-    most = min(_limits(model, tokenizer), default=None)
+    most = longest_window(model, tokenizer)
     if max_length is not None and most is not None and max_length > most:
         raise ValueError(f"max_length={max_length}: expected at most {most}, which {type(model).__name__} takes")
     length = min(DEFAULT_LENGTH, most or DEFAULT_LENGTH) if max_length is None else max_length
-    parameters = inspect.signature(model.forward).parameters
-    more: dict[str, Any] = {
-        name: value for name, value in {"use_cache": False, "logits_to_keep": 1}.items() if name in parameters
-    }
+    more = without_outputs(model)
     batches: list[dict[str, Any]] = []
     for batch in text_batches(source, tokenizer, rows=rows, max_length=length, batch_size=batch_size):
         ids = batch["input_ids"]
@@ -147,14 +144,21 @@ def batches_for(
     return batches
 
 
-def _limits(model: Any, tokenizer: Any) -> list[int]:
-    """Return the limits on a text's tokens that the model and the tokenizer declare."""
+def without_outputs(model: Any) -> dict[str, Any]:
+    """The arguments that switch off what calibration does not use, cache and logits, where a model takes them."""
+    parameters = inspect.signature(model.forward).parameters
+    return {name: value for name, value in {"use_cache": False, "logits_to_keep": 1}.items() if name in parameters}
+
+
+def longest_window(model: Any, tokenizer: Any) -> int | None:
+    """The most tokens of a window that the model and the tokenizer declare; None if they declare no limit."""
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     table = next((m for name, m in model.named_modules() if name.endswith("position_embeddings")), None)
     if isinstance(positions, int) and (unused := getattr(table, "padding_idx", None)) is not None:
         positions -= unused + 1  # RoBERTa counts positions from behind the padding's.
-    return [limit for limit in (positions, tokenizer.model_max_length) if isinstance(limit, int) and limit > 0]
+    limits = (positions, getattr(tokenizer, "model_max_length", None))
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
 
 
 def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:

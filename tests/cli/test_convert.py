@@ -122,6 +122,14 @@ def test_files_are_not_overwritten_and_text_is_needed(folder, tmp_path, capsys):
     assert "--calibration: expected text" in capsys.readouterr().err
 
 
+def test_the_model_s_own_text_calibrates_a_conversion(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    own = ["--own-text", "12", "--batch-size", "4"]
+    assert script.main([folder, "--mla", "0.5", *own, "--out", str(out)]) == 0
+    assert "calibration: 12 windows of " in capsys.readouterr().out
+    assert_loads_without_clover(out)
+
+
 def test_a_checkpoint_in_float16_is_converted_in_another_dtype(folder, tmp_path, capsys):
     half = tmp_path / "half"
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).save_pretrained(half)

@@ -73,6 +73,29 @@ def logits(model: nn.Module) -> Tensor:
     return result.logits if "logits" in result else result.last_hidden_state
 
 
+@pytest.mark.parametrize("with_text", [False, True])
+def test_the_model_s_own_text_calibrates_alone_and_beside_other_text(with_text, tmp_path, text, capsys):
+    source, out = save("opt", tmp_path / "model"), tmp_path / "out"
+    given = ["--calibration", text, *CALIBRATED] if with_text else ["--batch-size", "4"]
+    assert run(prune_script, source, "--ratio", "0.4", "--own-text", "10", *given, "--out", out) == 0
+    model, tokenizer = load(tmp_path / "model"), AutoTokenizer.from_pretrained(source)
+    batches = batches_for(model, tokenizer, text, rows=10, max_length=48, batch_size=4) if with_text else []
+    batches += clover_peft.own_text(model, rows=10, length=64, batch_size=4)  # 64 is this model's limit
+    clover_peft.prune(model, 0.4, calibration=batches)
+    assert torch.equal(logits(load(out)), logits(model))
+    described = "10 windows of 48 tokens from text.txt and " if with_text else ""
+    described += "10 windows of 64 tokens that the model wrote"
+    assert f"calibration: {described}\n" in capsys.readouterr().out
+    assert described in (out / "README.md").read_text()
+
+
+def test_a_model_that_writes_no_text_needs_other_text(tmp_path, capsys):
+    source = save("bert", tmp_path / "model")
+    assert run(prune_script, source, "--ratio", "0.4", "--own-text", "4", "--out", tmp_path / "out") == 2
+    assert "expected a causal language model, found Bert" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def report_of(folder: Path) -> dict:
     return {k: v for k, v in json.loads((folder / "pruning.json").read_text()).items() if k != "seconds"}
 
@@ -245,7 +268,7 @@ def test_every_option_counts(options, tmp_path, text):
         ("--energy 2", "--energy 2: expected a share"),
         ("--energy 0.9 --ranks layer", "--ranks layer: expected --ratio with it"),
         ("--ratio 0.5 --multiple 0", "--multiple 0: expected at least 1"),
-        ("--ratio 0.5 --ranks gradient", "--ranks gradient: expected --calibration with it, found none"),
+        ("--ratio 0.5 --ranks gradient", "--ranks gradient: expected --calibration or --own-text with it, found none"),
         ("--ratio 0.5 --stock", "--stock: expected --ranks uniform, for one width in all layers, found no --ranks"),
         ("--ratio 0.5 --ranks layer --stock", "--stock: expected --ranks uniform"),
         ("--ratio 0.5 --ranks uniform --masked --stock", "found --masked"),
@@ -253,6 +276,7 @@ def test_every_option_counts(options, tmp_path, text):
         ("--ratio 0.5 --max-length 3", "--max-length: expected --calibration with it, found none"),
         ("--ratio 0.5 --target-modules nothing", "expected it to name a pair"),
         ("--ratio 0.5 --calibration missing.txt", "missing.txt: expected a .txt or .jsonl file"),
+        ("--ratio 0.5 --own-text 0", "--own-text 0: expected at least 1"),
         ("--ratio 0.5 --calibration TEXT --rows 0", "rows=0: expected at least 1"),
         ("--ratio 0.5 --calibration TEXT --max-length 65", "max_length=65: expected at most 64, which OPTForCausalLM"),
     ],

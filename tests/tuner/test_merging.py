@@ -309,6 +309,6 @@ def test_a_weight_that_torch_computes_in_each_pass_is_not_merged_into(compute):
     perturb(model)
     adapted_output = model(x)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ValueError, match="fc1: expected a weight of its own.*remove_weight_norm"):
+        with pytest.raises(ValueError, match=r"fc1: expected a weight of its own.*remove_weight_norm"):
             merge()
         torch.testing.assert_close(model(x), adapted_output)
