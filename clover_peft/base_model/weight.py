@@ -146,7 +146,11 @@ class BaseWeight:
     @property
     def is_readable(self) -> bool:
         """Whether the weight can be read as a plain tensor; some quantisations can only run it."""
-        return self.backend is None or self.backend.supports_merge
+        if self.backend is not None:
+            return self.backend.supports_merge
+        stored, shape = self.stored, (self.in_features, self.out_features)
+        is_packed = stored.ndim == 2 and tuple(stored.shape) != (shape if self.fan_in_fan_out else shape[::-1])
+        return stored.is_floating_point() and stored.itemsize > 1 and not is_packed
 
     @property
     def is_present(self) -> bool:

@@ -63,8 +63,8 @@ def add_calibration(parser: argparse.ArgumentParser, pairs: bool = True, own_tex
             "--own-text",
             type=int,
             metavar="ROWS",
-            help="windows of 256 tokens that the model writes itself, such as 60, beside --calibration or in its place; "
-            "they stand for kinds of text that you do not have (causal language models alone)",
+            help="windows of 256 tokens that the model writes itself, such as 60, beside --calibration or in its "
+            "place; they stand for kinds of text that you do not have (causal language models alone)",
         )
     if not pairs:
         return

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
 
-from ..base_model.weight import refuse_computed
+from ..base_model.activations import evaluating
+from ..base_model.weight import is_projection, refuse_computed
 from .adapter_tensors import AdapterTensors
 from .fused_maps import apply_maps
 
@@ -32,11 +36,17 @@ def check_merge(layer: AdapterTensors, adapter_names: list[str]) -> None:
     """Refuse adapters that cannot be merged, without computing the result.
 
     Raises:
-        ValueError: if two of them truncate, one has no bases, another tuner has an unmerged update below, or torch
-            computes the weight in each pass.
+        ValueError: if two of them truncate, one has no bases, another tuner has an unmerged update below, or the
+            projection is one whose weight no merge fits.
     """
     check_truncation(layer, adapter_names, "merged")
-    refuse_computed(layer.base_weight.module, layer.name)
+    base = layer.base_weight
+    if not base.is_readable:
+        raise ValueError(
+            f"{layer.name}: expected a weight to merge into, found {base.precision} in a form that can only be run; "
+            "leave the adapter unmerged, or merge it into the unquantised model"
+        )
+    refuse_computed(base.module, layer.name)
     below = layer.below
     if isinstance(below, BaseTunerLayer) and not below.merged:
         raise ValueError(
@@ -45,6 +55,40 @@ def check_merge(layer: AdapterTensors, adapter_names: list[str]) -> None:
         )
     for adapter_name in adapter_names:
         layer.check_bases(adapter_name, "merge")
+    with base.whole():
+        _refuse_other_forward(layer, adapter_names)
+
+
+@torch.no_grad()
+def _refuse_other_forward(layer: AdapterTensors, adapter_names: list[str]) -> None:
+    """Refuse a projection that computes something else than `c (x W^T + b)`; c must be 1 beside a low-rank part.
+
+    A class with a forward method of its own may mask, round or normalise its weight in each pass. It runs once, on
+    two random rows.
+    """
+    base = layer.base_weight
+    module, stored = base.module, base.stored
+    is_other = is_projection(module) and type(module).forward not in (nn.Linear.forward, Conv1D.forward)
+    if base.backend is not None or not is_other or stored.is_meta or isinstance(stored, DTensor):
+        return
+    x = torch.randn(2, base.in_features, generator=torch.Generator().manual_seed(0)).to(stored)
+    with evaluating(module):
+        found: Any = module(x)
+    expected = x @ (stored if base.fan_in_fan_out else stored.mT)
+    if (bias := getattr(module, base.names[1], None)) is not None:
+        expected = expected + bias
+    difference = float("nan")
+    if isinstance(found, Tensor) and found.shape == expected.shape:
+        y, z, tiny = found.double(), expected.double(), torch.finfo(torch.float64).tiny
+        adds = any(name in layer.clover_A for name in adapter_names)
+        scale = 1.0 if adds else (y * z).sum() / (z * z).sum().clamp(min=tiny)
+        difference = float((y - scale * z).norm() / y.norm().clamp(min=tiny))
+    if not difference <= torch.finfo(stored.dtype).eps ** 0.5:
+        raise ValueError(
+            f"{layer.name}: expected a projection that computes x W^T + b, found that {type(module).__name__}.forward "
+            "does something else, so that the merged model would differ from the adapted one; leave the adapter "
+            "unmerged"
+        )
 
 
 @torch.no_grad()

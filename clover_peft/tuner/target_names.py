@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -38,6 +39,15 @@ def check_names(model: nn.Module, target_modules: object, exclude_modules: objec
         warn(f"exclude_modules: no module is called {', '.join(unknown)}, nothing is left out for it; {remedy}")
 
 
+# Classes that read a weight in a branch alone -> whether a module of theirs may take it.
+_BRANCHES: dict[str, Callable[[Any], bool]] = {
+    "BloomAttention": lambda module: module.pretraining_tp > 1 and module.slow_but_exact,
+    "BloomMLP": lambda module: module.pretraining_tp > 1 and module.slow_but_exact,
+    "DisentangledSelfAttention": lambda module: False,  # DeBERTa's, which passes no query states
+    "TransformerEncoderLayer": lambda module: torch.backends.mha.get_fastpath_enabled(),
+}
+
+
 def refuse_bypassed(parent: nn.Module, path: str) -> None:
     """Refuse a projection whose weight its parent reads itself, past the module and so past an adapter.
 
@@ -52,41 +62,37 @@ def refuse_bypassed(parent: nn.Module, path: str) -> None:
     """
     *_, holder, name = ("", *path.split("."))
     class_: Any = type(parent)
-    own, remedy = class_.__name__, ""
-    if name in (found := _bypassed(class_, hasattr(parent, "conv1d"))):
-        place = "" if holder.isdigit() or not holder else f"{holder}."
-        remedy = f"pass exclude_modules={[place + each for each in found]}"
-    elif isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
-        own = f"{own} in evaluation mode"
+    branches = [_BRANCHES[each.__name__] for each in class_.__mro__ if each.__name__ in _BRANCHES]
+    if name not in (found := _read(class_)) or (branches and not branches[0](parent)):
+        return
+    place = "" if holder.isdigit() or not holder else f"{holder}."
+    remedy = f"pass exclude_modules={[place + each for each in found]}"
+    if isinstance(parent, nn.TransformerEncoderLayer):
         remedy = "call torch.backends.mha.set_fastpath_enabled(False) before this, in every process"
-    if remedy:
-        raise ValueError(
-            f"{path}: expected a module that the model calls, found that {own} reads its weight past it, so that an "
-            f"adapter would be skipped; {remedy}"
-        )
+    raise ValueError(
+        f"{path}: expected a module that the model calls, found that {class_.__name__} reads its weight past it, so "
+        f"that an adapter would be skipped; {remedy}"
+    )
 
 
 @cache
-def _bypassed(parent: type[nn.Module], has_convolution: bool) -> list[str]:
+def _read(parent: type[nn.Module]) -> list[str]:
     """The attributes whose weights a class of modules reads in its forward methods, and in those that they call.
 
-    With a convolution beside the projections, one reading is enough: kernels take the weights on some devices alone.
-    Otherwise the attribute must have no other use there, for a weight may also be read to compare it.
+    To ask for a weight's type, dtype or shape and to change it in place is no reading.
     """
     methods = [name for name in dir(parent) if name.endswith("forward")]
-    text = ""
+    found: dict[str, None] = {}
     for name in methods:  # grows
         try:
             source = inspect.getsource(getattr(parent, name))
         except (OSError, TypeError):  # compiled, or without its file
             continue
-        text += source
+        source = re.sub(r"#.*|isinstance\([^()]*\)", "", source)
+        found |= dict.fromkeys(re.findall(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|data\.\w+_\())", source))
         called = re.findall(r"self\.(\w+)\(", source)
         methods += [each for each in dict.fromkeys(called) if each not in methods and hasattr(parent, each)]
-    read = dict.fromkeys(re.findall(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape))", text))
-    if has_convolution:
-        return list(read)
-    return [name for name in read if not re.search(rf"self\.{name}\b(?!\.(weight|bias)\b)", text)]
+    return list(found)
 
 
 def _unknown(model: nn.Module, given: object) -> tuple[set[str], list[str], str]:

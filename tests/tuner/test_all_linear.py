@@ -112,6 +112,26 @@ def test_projections_that_a_speech_model_reads_past_the_module_are_refused():
     assert len(list(clover_layers(get_peft_model(hf.WavLMModel(config), feed_forward)))) == 1
 
 
+def test_weights_that_are_read_beside_another_use_are_refused():
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    convolutions = dict(conv_dim=(8,), conv_kernel=(4,), conv_stride=(4,), num_conv_pos_embeddings=4)
+    more = dict(num_conv_pos_embedding_groups=2, tdnn_dim=(32, 32), tdnn_kernel=(1, 1), tdnn_dilation=(1, 1))
+    speaker = hf.Wav2Vec2ForXVector(hf.Wav2Vec2Config(**sizes, **convolutions, **more, xvector_output_dim=32))
+    with pytest.raises(ValueError, match=r"TDNNLayer reads its weight past it"):
+        get_peft_model(speaker, CloverConfig(target_modules=["kernel"], mlp_block_size=4))
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_branch_that_an_option_opens_counts_where_it_is_open(exact):
+    model = build("bloom", pretraining_tp=2, slow_but_exact=exact)
+    config = CloverConfig(target_modules=["dense_4h_to_h"])
+    if not exact:
+        assert len(list(clover_layers(get_peft_model(model, config)))) == 2
+        return
+    with pytest.raises(ValueError, match="BloomMLP reads its weight past it"):
+        get_peft_model(model, config)
+
+
 class Transformer(nn.Module):
     def __init__(self):
         super().__init__()
@@ -130,7 +150,7 @@ def test_the_output_of_torch_s_attention_is_refused():
 
 def test_torch_s_fast_path_past_an_adapter_is_refused():
     config = CloverConfig(target_modules=["linear1", "linear2"])
-    with pytest.raises(ValueError, match=r"linear1: .* in evaluation mode reads .*set_fastpath_enabled\(False\)"):
+    with pytest.raises(ValueError, match=r"linear1: .*EncoderLayer reads its weight.*set_fastpath_enabled\(False\)"):
         get_peft_model(Transformer(), config)
     torch.backends.mha.set_fastpath_enabled(False)
     try:

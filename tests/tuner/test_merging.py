@@ -7,7 +7,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from clover_peft import CloverConfig
@@ -312,3 +312,89 @@ def test_a_weight_that_torch_computes_in_each_pass_is_not_merged_into(compute):
         with pytest.raises(ValueError, match=r"fc1: expected a weight of its own.*remove_weight_norm"):
             merge()
         torch.testing.assert_close(model(x), adapted_output)
+
+
+class Masked(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight * torch.ones_like(self.weight).tril(), self.bias)
+
+
+class Rounded(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.sign() * self.weight.abs().mean(), self.bias)
+
+
+class Normalised(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(nn.functional.normalize(x, dim=-1), self.weight, self.bias)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 0.25 * super().forward(x)
+
+
+class Matmul(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+def around(projection: nn.Module, **options):
+    """A model of one projection, with an adapter that has an effect."""
+    model = get_peft_model(
+        nn.Sequential(OrderedDict(fc1=projection)), CloverConfig(target_modules=["fc1"], mlp_block_size=8, **options)
+    ).eval()
+    perturb(model)
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"low_rank": 2}], ids=str)
+@pytest.mark.parametrize("kind", [Masked, Rounded, Normalised, Scaled, Matmul])
+def test_a_projection_that_computes_something_else_is_not_merged_into(kind, options):
+    torch.manual_seed(0)
+    model, x = around(kind(16, 16), **options), torch.randn(5, 16)
+    expected = model(x)
+    if kind is Matmul or (kind is Scaled and not options):
+        model.merge_adapter()
+        assert relative(model(x), expected) < TOLERANCE[torch.float32]
+        model.unmerge_adapter()
+        model = model.merge_and_unload(safe_merge=True)
+    else:
+        for merge in (model.merge_adapter, model.merge_and_unload):
+            with pytest.raises(ValueError, match=rf"fc1: .* {kind.__name__}.forward does something else"):
+                merge()
+    assert relative(model(x), expected) < TOLERANCE[torch.float32]
+
+
+class Packed(nn.Module):
+    """Two weights of four bits in a byte, as formats hold them that peft does not know."""
+
+    def __init__(self, dense: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = dense.in_features, dense.out_features
+        self.scale = dense.weight.detach().abs().max() / 7
+        levels = (dense.weight.detach() / self.scale).round().to(torch.int8) + 8
+        self.weight = nn.Parameter((levels[:, ::2] * 16 + levels[:, 1::2]).to(torch.uint8), requires_grad=False)
+
+    def forward(self, x):
+        levels = torch.stack([self.weight // 16, self.weight % 16], dim=-1).flatten(1)
+        return x @ ((levels.to(x.dtype) - 8) * self.scale).T
+
+
+def test_a_packed_weight_without_a_backend_is_no_plain_weight(tmp_path):
+    torch.manual_seed(0)
+    dense, x = nn.Linear(16, 16, bias=False), torch.randn(5, 16)
+    for save_bases in (True, "folded"):
+        trained = around(copy.deepcopy(dense), save_bases=save_bases)
+        trained.save_pretrained(tmp_path)
+        packed = nn.Sequential(OrderedDict(fc1=Packed(dense)))
+        base = packed(x)
+        with pytest.raises(ValueError, match="fc1: expected weights to compute bases from, found uint8"):
+            get_peft_model(copy.deepcopy(packed), CloverConfig(target_modules=["fc1"], mlp_block_size=8))
+        model = PeftModel.from_pretrained(packed, tmp_path).eval()
+        expected = apply_maps(base, layers(trained)[0].maps(["default"]))
+        assert relative(model(x), expected) < TOLERANCE[torch.float32]
+        for merge in (model.merge_adapter, model.merge_and_unload):
+            with pytest.raises(ValueError, match="fc1: expected a weight to merge into, found uint8 in a form"):
+                merge()
+        assert relative(model(x), expected) < TOLERANCE[torch.float32]
