@@ -15,12 +15,13 @@ MECHANISM = RECORDS / "adaptation_mechanism"  # of the adapters of the registere
 IMAGES = ROOT / "docs" / "images"
 PAGE = ROOT / "docs" / "results" / "adaptation_tables.md"
 REFERENCE = "lora_all_r12"
-# A folder of records -> the heading of its tables.
-PARTS = {
-    "adaptation_test": "The registered test",
-    "adaptation_sequence": "Two domains in turn",
-    "adaptation_search": "The search",
-}
+# Heading of the tables, folder of their records, the arm that the others are compared with, the domain (None: all).
+PARTS = [
+    ("The registered test", "adaptation_test", REFERENCE, None),
+    ("Against a LoRA with the same start", "adaptation_test", f"{REFERENCE}_contrast", "wikitext"),
+    ("Two domains in turn", "adaptation_sequence", REFERENCE, None),
+    ("The search", "adaptation_search", REFERENCE, None),
+]
 PICTURES = ["adaptation_test", "adaptation_search"]  # of these folders; the others have single rates so far
 HEAD = """# Tables of learning and forgetting
 
@@ -34,9 +35,12 @@ Seconds a step are those of shared machines and cannot be compared.
 def page() -> str:
     """The text of the page."""
     parts = [HEAD]
-    for folder, heading in PARTS.items():
-        tables = report.markdown(report.load(RECORDS / folder), REFERENCE).strip()
-        command = f"clover ablate --table benchmarks/results/{folder} --reference {REFERENCE}"
+    for heading, folder, reference, domain in PARTS:
+        found = report.load(RECORDS / folder)
+        if domain is not None:  # "" is that of the model without an adapter
+            found = {name: record for name, record in found.items() if record["trial"]["domain"] in ("", domain)}
+        tables = report.markdown(found, reference).strip()
+        command = f"clover ablate --table benchmarks/results/{folder} --reference {reference}"
         nested = tables.replace("## Adapted to", f"### {heading}: adapted to")
         parts.append(f"## {heading}\n\nFrom `{command}`:\n\n{nested}\n")
     return "\n".join([*parts, mechanism.markdown(RECORDS / "adaptation_test", MECHANISM)])
