@@ -285,13 +285,6 @@ class AdapterTensors(nn.Module):
                 return {spec.name: self.frozen_tensors(adapter_name, spec) for spec in specs}
         return None
 
-    def set_frozen(self, adapter_name: str, spec: BlockSpec, found: dict[str, Tensor]) -> None:
-        """Replace frozen tensors of a slice, by attribute; they move to the device of S."""
-        s = self.tensors(adapter_name, spec).s
-        for attribute, tensor in found.items():
-            held: GuardedTensors = getattr(self, attribute)[adapter_name]
-            setattr(held, spec.name, tensor.to(s.device, getattr(held, spec.name).dtype))
-
     def has_bases(self, adapter_name: str) -> bool:
         """Whether the adapter's bases were computed or loaded."""
         if self._missing_bases:

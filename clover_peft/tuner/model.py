@@ -26,7 +26,7 @@ from ..runtime.loading import loaded_by_transformers, makes_meta_tensors, transf
 from ..runtime.sharding import filled_by_rank_0, refuse_sharded, spare_broadcasts
 from .adapter_file import has_same_bases, select_for_saving, take_file
 from .adapter_folder import check_folder
-from .adapter_tensors import BASES_CHECKSUM, FROZEN, PACKED, tensor_keys
+from .adapter_tensors import BASES_CHECKSUM, FROZEN, PACKED
 from .bases import frozen_tensors, warn_of_zero_blocks
 from .block_spec import block_specs, warn_of_useless_block_size
 from .combining import add_up, find_sources
@@ -185,11 +185,7 @@ class CloverModel(TargetParameters, TiedWeights):
             return  # no file here, or one with other names for modules, which transformers changes
         before = set(file)
         take_file(self.model, layers, adapter_name, config, file)
-        for name, layer in layers.items():
-            for spec in layer.specs[adapter_name]:
-                keys = tensor_keys(name, adapter_name, spec.name).items()
-                made = {attribute: file[key] for attribute, key in keys if key in file.keys() - before}
-                layer.set_frozen(adapter_name, spec, made)
+        self.model.load_state_dict({key: file[key] for key in file.keys() - before}, strict=False)
         # `take_file` has checked that the file is complete: a report of these keys as missing would be false.
         name = re.escape(adapter_name)
         leave_out_of_report(self.model, rf"\.clover_[UV]\.{name}\.", rf"\.({BASES_CHECKSUM}|{PACKED})\.")
