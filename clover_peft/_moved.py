@@ -43,7 +43,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "config": ("tuner.config",),
     "decomposition": ("linalg.decomposition", "tuner.explicit_factors"),
     "downloads": ("io.downloads", "io.atomic"),
-    "folded": ("tuner.map_cache",),
+    "folded": ("tuner.execution",),
     "head_map": ("tuner.fused_maps", "tuner.maps", "runtime.tracing"),
     "layer": ("tuner.layer", "tuner.adapter_tensors", "runtime.tensors", "runtime.offload", "runtime.bitsandbytes"),
     "model": ("tuner.model",),
