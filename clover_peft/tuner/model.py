@@ -33,8 +33,7 @@ from .combining import add_up, find_sources
 from .config import CloverConfig
 from .experts import CloverExperts
 from .layer import CloverLayer, CloverLinear
-from .layers import clover_layers, unwrap_empty_layers
-from .merge_checks import check_merges, warning_of_rounding
+from .layers import check_merges, clover_layers, unwrap_empty_layers, warning_of_rounding
 from .merging import check_truncation
 from .mixed_batch import mixed_batch
 from .model_maps import fold_together
