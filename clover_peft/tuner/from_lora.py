@@ -21,7 +21,7 @@ from ..base_model.resolve import resolve
 from ..base_model.slices import TargetSlice
 from ..io.model_class import class_of, make_empty
 from ..io.user_warning import warn
-from .lora_options import CORRESPONDING
+from .config_checks import CORRESPONDING
 
 # Options that mean the same in both configs.
 SAME = (
