@@ -37,9 +37,8 @@ from .layers import check_merges, clover_layers, unwrap_empty_layers, warning_of
 from .merging import check_truncation
 from .mixed_batch import mixed_batch
 from .model_maps import fold_together
-from .target_names import check_names, refuse_bypassed
-from .target_parameters import TargetParameters
-from .tied_weights import TiedWeights, refuse_shared, shared_modules, untie_whole
+from .targets import TargetParameters, check_names, refuse_bypassed, refuse_shared, shared_modules
+from .tied_weights import TiedWeights, untie_whole
 
 _PROGRESS = "making CLOVER's bases, once"  # without a total, which is known only when the modules have been walked
 

@@ -1,8 +1,6 @@
-"""What a tuner does about modules that share a weight, such as an embedding and the head, and about shared modules."""
+"""What a tuner does about modules that share a weight, such as an embedding and the head."""
 
 from __future__ import annotations
-
-from collections import defaultdict
 
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
@@ -75,30 +73,3 @@ def untie_whole(model: nn.Module) -> None:
             if parameter in seen and f"{path}.{name}".removeprefix(".") not in tied:
                 setattr(module, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
             seen.add(parameter)
-
-
-def shared_modules(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """The modules that several modules have as a child, and the paths that lead to them."""
-    paths = defaultdict(list)
-    for path, parent in model.named_modules():
-        for name, child in parent._modules.items():
-            if child is not None:
-                paths[child].append(f"{path}.{name}".removeprefix("."))
-    return {child: found for child, found in paths.items() if len(found) > 1}
-
-
-def refuse_shared(path: str, paths: list[str]) -> None:
-    """Refuse to adapt a module that other modules run as well: they would run it without the adapter.
-
-    Args:
-        path: of the target, or of its parameter.
-        paths: all paths that lead to the module; empty if there is one.
-
-    Raises:
-        ValueError: naming the other path.
-    """
-    if others := [other for other in paths if not f"{path}.".startswith(f"{other}.")]:
-        raise ValueError(
-            f"{path}: expected a module at one place, found the same module at {others[0]}, where it would run "
-            "without the adapter; give one of them a copy (copy.deepcopy), or leave it out with exclude_modules"
-        )
