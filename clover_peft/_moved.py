@@ -45,7 +45,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "downloads": ("io.downloads", "io.atomic"),
     "folded": ("tuner.execution",),
     "head_map": ("tuner.fused_maps", "tuner.maps", "runtime.tracing"),
-    "layer": ("tuner.layer", "tuner.adapter_tensors", "runtime.tensors", "runtime.offload", "runtime.bitsandbytes"),
+    "layer": ("tuner.layer", "tuner.adapter_tensors", "runtime.tensors", "runtime.sharding", "runtime.bitsandbytes"),
     "model": ("tuner.model",),
     "moments": ("linalg.moments", "base_model.activations"),
     "pruning.attention": ("pruning.narrow.attention",),

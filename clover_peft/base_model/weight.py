@@ -23,8 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..linalg.decomposition import gram
 from ..runtime.bitsandbytes import check_packing
-from ..runtime.offload import onloaded
-from ..runtime.sharding import computed_on_rank_0, only_rank_0_has_weights
+from ..runtime.sharding import computed_on_rank_0, onloaded, only_rank_0_has_weights
 from .slices import HeadSlice, Partner
 
 ResultT = TypeVar("ResultT")

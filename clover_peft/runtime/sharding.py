@@ -1,12 +1,14 @@
-"""Models whose weights are spread over processes."""
+"""Weights that are elsewhere: spread over processes, or offloaded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from accelerate.utils import parse_flag_from_env
+from peft.utils.integrations import gather_params_ctx
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.integrations import is_fsdp_enabled
@@ -41,6 +43,28 @@ def computed_on_rank_0(compute: Callable[[], ResultT]) -> ResultT:
 def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """The parameter's shape; one that DeepSpeed's ZeRO-3 has sharded is itself empty."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+@contextmanager
+def onloaded(module: nn.Module) -> Iterator[None]:
+    """Bring an offloaded weight to its device, or gather a sharded one, for the duration of the context.
+
+    Contexts may be nested: the inner one leaves the weight for the outer one to take away.
+    """
+    parameters = list(module.parameters(recurse=False))
+    if sharded := [p for p in parameters if hasattr(p, "ds_shape") and not p.numel()]:
+        with gather_params_ctx(sharded, modifier_rank=None):
+            yield
+        return
+    hook: Any = getattr(module, "_hf_hook", None)
+    if not getattr(hook, "offload", False) or not any(p.is_meta for p in parameters):
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)
 
 
 def refuse_sharded(model: nn.Module) -> None:

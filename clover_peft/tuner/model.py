@@ -21,8 +21,13 @@ from ..base_model.families import FAMILIES, family_of, unknown_family_message
 from ..base_model.resolve import default_targets, resolve
 from ..base_model.slices import TargetSlice
 from ..io.user_warning import warn
-from ..runtime.load_report import leave_out_of_report
-from ..runtime.loading import loaded_by_transformers, makes_meta_tensors, transformers_loads, weights_follow
+from ..runtime.loading import (
+    leave_out_of_report,
+    loaded_by_transformers,
+    makes_meta_tensors,
+    transformers_loads,
+    weights_follow,
+)
 from ..runtime.sharding import filled_by_rank_0, refuse_sharded, spare_broadcasts
 from .adapter_file import has_same_bases, select_for_saving, take_file
 from .adapter_folder import check_folder
