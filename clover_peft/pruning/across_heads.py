@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .decomposition import limit_condition, pair_bases
-from .moments import diagonal_blocks
+from ..linalg.decomposition import limit_condition, pair_bases
+from ..linalg.moments import diagonal_blocks
 
 _ITERATIONS = 20  # of L-BFGS: on SmolLM2-135M, 40 take twice as long and lower the error by 1.5 % more
 _CONDITION = 1e3  # of a factor of a head's moments, whose own is 1e6: smaller ones are rounding errors of float32 sums
