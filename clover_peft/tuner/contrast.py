@@ -88,7 +88,8 @@ def contrast_starts(
     first_of = _readers_of_one_input(model, {path: module for path, (module, _) in modules.items()}, data["new"][0])
     made: dict[str, Tensor] = {}
     for paths in _groups({path: modules[path][1] for path in dict.fromkeys(first_of.values())}):
-        probes = {path: _whole_input(*modules[path]) for path in paths}
+        whole = ((path, *modules[path]) for path in paths)
+        probes = {path: Probe(module, True, HeadSlice.plain(1, size), size) for path, module, size in whole}
         found = {name: collect_moments(model, probes, batches, SecondMoment, 1) for name, batches in data.items()}
         for path in paths:
             new_moment, known_moment = (found[name].pop(path).second[0] for name in ("new", "known"))
@@ -99,10 +100,6 @@ def contrast_starts(
 def _a_of(layer: CloverLayer, adapter_name: str) -> Tensor:
     (a,) = layer.trained_tensors(adapter_name)["clover_A"].values()
     return a
-
-
-def _whole_input(module: nn.Module, features: int) -> Probe:
-    return Probe(module, True, HeadSlice.plain(1, features), features)
 
 
 def _directions(path: str, new: Tensor, known: Tensor, rank: int) -> Tensor:

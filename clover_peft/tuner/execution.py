@@ -167,7 +167,7 @@ def apply_adapters(layer: AdapterTensors, z: Tensor, adapter_names: Sequence[str
         if z.ndim > 2 and z.shape[-2] == 1:
             kept = cache.find(*_sources(layer, names, z.dtype))
         elif z.ndim > 2:
-            folded = cache.renew(*_sources(layer, names, z.dtype), lambda: _folded_maps(layer, names, z.dtype))
+            folded = cache.renew(*_sources(layer, names, z.dtype), lambda: [m.to(z.dtype) for m in layer.maps(names)])
     elif not torch.compiler.is_compiling():
         cache.clear()
     elif differentiated and not torch.compiler.is_exporting():
@@ -209,7 +209,3 @@ def _sources(
     """What folded maps depend on: the key that they are kept under, the tensors, and the scales."""
     tensors = [t for name in names for spec in layer.specs[name] for t in layer.registered(name, spec).values()]
     return (*names, dtype), tensors, [layer.scaling[name] for name in names]
-
-
-def _folded_maps(layer: AdapterTensors, names: Sequence[str], dtype: torch.dtype) -> list[HeadMap]:
-    return [m.to(dtype) for m in layer.maps(names)]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..base_model.experts import experts_slice
-from ..base_model.families import FAMILIES, family_of, unknown_family_message
+from ..base_model.families import family_of, unknown_family_message
 from ..base_model.resolve import default_targets, resolve
 from ..base_model.slices import TargetSlice
 from ..io.user_warning import warn
@@ -94,9 +94,6 @@ class CloverModel(TargetParameters, TiedWeights):
 
     prefix: str = "clover_"
     tuner_layer_cls = CloverLayer
-    target_module_mapping: dict[str, list[str]] = {  # noqa: RUF012 - declared so by peft
-        model_type: family.target_modules for model_type, family in FAMILIES.items()
-    }
 
     # ------------------------------------------------------------------ injection
 
