@@ -147,12 +147,7 @@ def diagonal_blocks(matrix: Tensor, count: int) -> Tensor:
 def centred(moments: Moments, weight_gram: Tensor) -> Tensor:
     """The covariance, shrunk towards the weights' Gram matrix; the latter alone for blocks that do not vary.
 
-    Args:
-        moments: of H blocks of d features.
-        weight_gram: (H, d, d) float64, the Gram of the weights that compute the same features.
-
-    Returns:
-        (H, d, d) float64.
+    Shapes and dtypes as in `shrink`.
     """
     found = shrink(moments.covariance.to(weight_gram), weight_gram, moments.tokens)
     varies = moments.exceeds_rounding(moments.covariance).to(found.device)

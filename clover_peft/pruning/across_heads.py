@@ -158,10 +158,7 @@ def balance(down: Tensor, back: Tensor, moments: Tensor, gram: Tensor, groups: i
 
     Args:
         down: C, (H, d, d) float64, from `fit_down`.
-        back: E, (G, d, G, d) float64, from `fit_back`.
-        moments: M, (n, n) float64.
-        gram: G, (n, n) float64.
-        groups: query heads that share a key-value head.
+        back: E, (G, d, G, d) float64, from `fit_back`; the rest as in `fit_down`.
 
     Returns:
         C and E in these shapes; their product is the same. C of a head that keeps all its directions stays as it is.

@@ -68,11 +68,7 @@ def onloaded(module: nn.Module) -> Iterator[None]:
 
 
 def refuse_sharded(model: nn.Module) -> None:
-    """Refuse weights that tensor parallelism spreads over processes, because bases need whole weights.
-
-    Raises:
-        ValueError: naming the parameter and the remedy.
-    """
+    """Refuse weights that tensor parallelism spreads over processes, because bases need whole weights."""
     for path, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             raise ValueError(
@@ -86,11 +82,7 @@ def spare_broadcasts(model: nn.Module, buffers: Iterable[str]) -> None:
     """Keep DistributedDataParallel from sending constant buffers to all processes in each forward pass.
 
     DistributedDataParallel may wrap the bare model, the tuner or a `PeftModel`; each has other names for a buffer.
-    Names of adapters that were taken out stay, without effect.
-
-    Args:
-        model: the bare model.
-        buffers: names of the buffers in it.
+    `buffers` are names in the bare model. Names of adapters that were taken out stay, without effect.
     """
     known = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
     wrapped = {prefix + name for name in buffers for prefix in ("", "model.", "base_model.model.")}

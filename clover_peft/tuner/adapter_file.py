@@ -28,9 +28,6 @@ def select_for_saving(name: str, layer: CloverLayer, adapter_name: str, config: 
 
     True: bases and S; of a C that is lower triangular, the triangles. False: S and a checksum of the bases. "folded":
     the map of each block, in the place of S.
-
-    Raises:
-        ValueError: if the adapter's bases were never computed or loaded.
     """
     layer.check_bases(adapter_name, "save")
     bias = f"{name}.base_layer.bias" if name else "base_layer.bias"
@@ -63,19 +60,11 @@ def take_file(
 ) -> None:
     """Check a file's tensors against the model, and add the bases that were not saved. Nothing is loaded here.
 
+    `layers` holds the adapter's layers by their paths, as in the keys of `state`, which is changed in place.
+
     Trained tensors alone, which no file has, are set in an adapter that has its bases; it keeps the others.
 
     Warns of a base in another precision than in training, if rounding is much of the adapter's effect on it.
-
-    Args:
-        model: the model that is loaded into.
-        layers: the adapter's layers by their paths, as in the keys of `state`.
-        adapter_name: the adapter.
-        config: its config.
-        state: the file's tensors by the model's keys; changed in place.
-
-    Raises:
-        ValueError: naming the module, the expected and the found tensors, and the remedy.
     """
     _unpack(layers, adapter_name, state)
     if not (config.awaits_weights or weights_follow()):

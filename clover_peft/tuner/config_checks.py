@@ -53,13 +53,9 @@ MOST_CONDITION = 1e4  # beyond it a decomposition may drop directions
 
 
 def check(values: Mapping[str, Any]) -> None:
-    """Checks the fields of a `CloverConfig`, each on its own and then their combinations.
+    """Check the fields of a `CloverConfig` by name, each on its own and then their combinations.
 
-    Args:
-        values: name of a field -> its value; one that is left out has its default.
-
-    Raises:
-        ValueError: for values outside the choices and for combinations that have no meaning.
+    One that is left out has its default.
     """
     for name, allowed in _CHOICES.items():
         value = values.get(name, allowed[0])

@@ -70,19 +70,8 @@ def contrast_starts(
 ) -> dict[str, Tensor]:
     """Compute the start of A for any low-rank adapter, see `initialize_from_contrast`.
 
-    Args:
-        model: the model, whose adapters change nothing yet.
-        modules: path -> a module that is adapted, and the features of its input.
-        rank: rows of A.
-        new: batches of the data to be trained on, as keyword arguments for `model`.
-        known: batches of what the model should keep, alike.
-
-    Returns:
-        Path -> A (rank, in_features) in float64; modules that read one tensor have one A.
-
-    Raises:
-        TypeError: data that are a single batch.
-        ValueError: the data do not reach a module or have too few directions.
+    `modules` are those that are adapted, by path, with the features of their inputs. Returns path -> A (rank,
+    in_features) float64; modules that read one tensor have one A.
     """
     data = {"new": read_batches(new, "new"), "known": read_batches(known, "known")}
     first_of = _readers_of_one_input(model, {path: module for path, (module, _) in modules.items()}, data["new"][0])

@@ -54,14 +54,7 @@ class MapCache:
         scales: Sequence[float],
         fold: Callable[[], list[HeadMap]],
     ) -> list[HeadMap] | None:
-        """The maps for `key`, folded now, and kept; None if they cannot be kept.
-
-        Args:
-            key: adapters and dtype.
-            sources: the tensors that `fold` reads now.
-            scales: of the adapters.
-            fold: computes the maps.
-        """
+        """The maps for `key`, folded now from `sources`, and kept; None if they cannot be kept."""
         if self.is_stale:
             self.clear()
         self._entries.pop(key, None)

@@ -25,11 +25,7 @@ def clover_layers(model: nn.Module, adapter_name: str | None = None) -> list[tup
 
 
 def layers_with(model: nn.Module, adapter_name: str) -> list[tuple[str, CloverLayer]]:
-    """The layers that have an adapter, and their paths.
-
-    Raises:
-        ValueError: if there are none.
-    """
+    """The layers that have an adapter, and their paths; one at least."""
     if layers := clover_layers(model, adapter_name):
         return layers
     found = sorted({name for _, layer in clover_layers(model) for name in layer.specs})
@@ -70,18 +66,11 @@ def broadcast_bases(model: nn.Module) -> None:
 
 
 def check_merges(model: nn.Module, adapter_names: list[str] | None, safe_merge: bool) -> None:
-    """Refuse adapters that cannot be merged. With `safe_merge`, compute every result, as a trial.
+    """Refuse adapters that cannot be merged, before any is; None stands for the active ones.
 
-    The trial costs one more merge, and the memory of one layer's result. The merge itself checks again, because it
-    also reaches layers of other tuners, such as trained tokens.
-
-    Args:
-        model: the bare model.
-        adapter_names: the adapters; None for those that are active.
-        safe_merge: refuse results that are not finite.
-
-    Raises:
-        ValueError: naming the first module where a merge is impossible. Nothing is merged.
+    With `safe_merge`, compute every result, as a trial, and refuse those that are not finite. The trial costs one more
+    merge, and the memory of one layer's result. The merge itself checks again, because it also reaches layers of other
+    tuners, such as trained tokens.
     """
     for _, layer in clover_layers(model):
         wanted = layer.active_adapters if adapter_names is None else adapter_names

@@ -29,12 +29,7 @@ from .experts import CloverExperts
 
 
 def check_names(model: nn.Module, target_modules: object, exclude_modules: object = None) -> None:
-    """Warn of names that no module has; they may be misspelt.
-
-    Args:
-        model: the bare model.
-        target_modules: a set of names or ends of paths; anything else is passed over.
-        exclude_modules: the same.
+    """Warn of names that no module has; they may be misspelt. What is no set of names is passed over.
 
     Raises:
         NoMatchingPeftModuleError: if no module has any of the names in `target_modules`.
@@ -79,13 +74,6 @@ def refuse_bypassed(parent: nn.Module, path: str) -> None:
     """Refuse a projection whose weight its parent reads itself, past the module and so past an adapter.
 
     State-space layers hand such weights to kernels; WavLM and `nn.MultiheadAttention` hand them to a function.
-
-    Args:
-        parent: the layer that holds the projection.
-        path: of the projection.
-
-    Raises:
-        ValueError: naming the projection.
     """
     *_, holder, name = ("", *path.split("."))
     class_: Any = type(parent)
@@ -135,12 +123,7 @@ def shared_modules(model: nn.Module) -> dict[nn.Module, list[str]]:
 def refuse_shared(path: str, paths: list[str]) -> None:
     """Refuse to adapt a module that other modules run as well: they would run it without the adapter.
 
-    Args:
-        path: of the target, or of its parameter.
-        paths: all paths that lead to the module; empty if there is one.
-
-    Raises:
-        ValueError: naming the other path.
+    `paths` are all that lead to the module, empty if there is one; `path` may be that of its parameter.
     """
     if others := [other for other in paths if not f"{path}.".startswith(f"{other}.")]:
         raise ValueError(

@@ -27,10 +27,7 @@ class TiedWeights(BaseTuner):
     def _add_modules_to_save_to_tie(self, peft_config: CloverConfig, tied_weight_keys: list[str]) -> None:
         """Have the embedding trained, and the modules tied to it share its copy: peft reads `modules_to_tie` for that.
 
-        Args:
-            peft_config: gets `modules_to_tie`, the paths of those modules; in `modules_to_save`, their names give way
-                to the embedding's path.
-            tied_weight_keys: the paths, without the embedding's.
+        In `modules_to_save`, their names give way to the embedding's path, which `tied_weight_keys` lacks.
         """
         paths = {module: path for path, module in self.model.named_modules()}
         embedding = paths[self.model.get_input_embeddings()]
