@@ -28,11 +28,7 @@ _NONE = "expected batches to run the model on, found none (a generator that was 
 
 
 def refuse_one_batch(calibration: Any, name: str = "calibration") -> None:
-    """Check that data are several batches.
-
-    Raises:
-        TypeError: if they are one batch, or nothing that has batches.
-    """
+    """Check that data are several batches."""
     if isinstance(calibration, Mapping):
         raise TypeError(f"{name}: expected batches, found one batch; pass a list of them")
     if not isinstance(calibration, Iterable):
@@ -40,12 +36,7 @@ def refuse_one_batch(calibration: Any, name: str = "calibration") -> None:
 
 
 def read_batches(calibration: Iterable[Mapping[str, Any]], name: str = "calibration") -> list[Mapping[str, Any]]:
-    """All batches of data, for what runs over them more than once; the name is that of the argument.
-
-    Raises:
-        TypeError: if it is a single batch.
-        ValueError: if there is none.
-    """
+    """All batches of data, one at least, for what runs over them more than once; the name is that of the argument."""
     refuse_one_batch(calibration, name)
     batches = list(calibration)
     if not batches:
@@ -54,15 +45,7 @@ def read_batches(calibration: Iterable[Mapping[str, Any]], name: str = "calibrat
 
 
 def warn_if_few(name: str, tokens: int, size: int, what: str, tokens_per_feature: int = TOKENS_PER_FEATURE) -> None:
-    """Warn where there are too few tokens for a moment of this size.
-
-    Args:
-        name: the module, or "calibration".
-        tokens: that the moment was made of.
-        size: its rows.
-        what: the size in words.
-        tokens_per_feature: how many tokens are enough for a row.
-    """
+    """Warn where there are too few tokens for a moment of `size` rows; `what` is the size in words."""
     if tokens < (wanted := tokens_per_feature * size):
         warn(f"{name}: {tokens} tokens for {what} are few; pass at least {wanted}")
 

@@ -1,15 +1,19 @@
-"""`own_text`: text that a language model writes, for statistics where no other text is at hand."""
+"""`own_text`: text that a language model writes, for statistics where no other text is at hand.
+
+`generate_plainly` generates by a call's arguments alone.
+"""
 
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import GenerationConfig
 
 from .activations import evaluating
-from .generation import generate_plainly
 
 
 @torch.no_grad()
@@ -64,3 +68,15 @@ def own_text(
             for part in tqdm(first.split(batch_size), desc="CLOVER own text", unit=" batches", delay=3, leave=False)
         ]
     return [{"input_ids": ids} for ids in written]
+
+
+def generate_plainly(model: Any, **arguments: Any) -> Tensor:
+    """Generate as the arguments say: the model's own generation config, such as a repetition penalty, does not count.
+
+    Returns the token ids, (B, prompt tokens + new tokens) int64.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain = GenerationConfig()  # peft's `generate` copies that of its own model to the inner one
+    with mock.patch.object(model, "generation_config", plain), mock.patch.object(inner, "generation_config", plain):
+        ids: Tensor = model.generate(**arguments)
+    return ids

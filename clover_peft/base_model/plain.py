@@ -43,15 +43,7 @@ def check_plain(model: nn.Module) -> None:
 
 
 def check_unquantised(model: nn.Module, what: str) -> None:
-    """Check that a model's weights are not quantised.
-
-    Args:
-        model: the model.
-        what: its name in the error.
-
-    Raises:
-        ValueError: if some are.
-    """
+    """Check that a model's weights are not quantised; `what` is its name in the error."""
     if getattr(model, "is_quantized", False) or any(not p.is_floating_point() for p in model.parameters()):
         raise ValueError(
             f"{what}: expected weights that are not quantised, found some; use the model as it was before quantisation"

@@ -13,13 +13,9 @@ from .weight import base_of, feature_counts, is_projection
 
 
 def default_targets(model: nn.Module) -> dict[str, str]:
-    """The modules of known families that compute key, value or up-projection.
+    """The modules of known families that compute key, value or up-projection: path -> name in the table.
 
-    Args:
-        model: any model; the config of each tower of a multimodal model names its family.
-
-    Returns:
-        Module path -> its name in the table; empty if no part of the model is known.
+    Empty if no part of the model is known; the config of each tower of a multimodal model names its family.
     """
     found = {}
     for path, module in model.named_modules():

@@ -86,9 +86,7 @@ def _empty(stock: Any, describe: Any, *arguments: Any) -> Any:
 def forget_base(model: Any, how: str) -> None:
     """Let a model's name no longer name a base that adapters could be loaded onto.
 
-    Args:
-        model: the model.
-        how: it was rewritten, as a participle.
+    `how`, a participle, says how it was rewritten.
     """
     name, ending = getattr(model, "name_or_path", ""), f" ({how}: save it, and load it from there)"
     if name and hasattr(model, "config") and not name.endswith(ending):
@@ -97,16 +95,9 @@ def forget_base(model: Any, how: str) -> None:
 
 
 def check_version(record: Any, key: str, version: int, how: str) -> dict[str, Any]:
-    """A record, if this version can read it.
+    """The entry `key` of a config, if its version is the one that is read.
 
-    Args:
-        record: the entry of a config.
-        key: its name.
-        version: the version that is read.
-        how: the model was rewritten, as a participle.
-
-    Raises:
-        ValueError: if it cannot.
+    `how`, a participle, says how the model was rewritten.
     """
     if isinstance(record, dict) and record.get("version") == version:
         return record

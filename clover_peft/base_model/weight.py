@@ -23,8 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..linalg.decomposition import gram
 from ..runtime.bitsandbytes import check_packing
-from ..runtime.offload import onloaded
-from ..runtime.sharding import computed_on_rank_0, only_rank_0_has_weights
+from ..runtime.sharding import computed_on_rank_0, onloaded, only_rank_0_has_weights
 from .slices import HeadSlice, Partner
 
 ResultT = TypeVar("ResultT")
@@ -104,11 +103,7 @@ class BaseWeight:
 
     @property
     def stored(self) -> Tensor:
-        """The weight in its stored form; a quantised weight is packed.
-
-        Raises:
-            TypeError: if the projection has none.
-        """
+        """The weight in its stored form; a quantised weight is packed."""
         module = self.module
         for name in _WEIGHT_NAMES:
             if hasattr(module, name):
@@ -171,11 +166,7 @@ class BaseWeight:
         return fn() if self.is_in_every_process else computed_on_rank_0(fn)
 
     def check_not_repacked(self) -> None:
-        """Refuse a weight that gradients cannot pass through.
-
-        Raises:
-            TypeError: naming the module and the remedy.
-        """
+        """Refuse a weight that gradients cannot pass through."""
         check_packing(self.module, self.path)
 
     def transposed(self) -> Tensor:
@@ -369,11 +360,7 @@ def is_projection(module: Any) -> bool:
 
 
 def feature_counts(module: Any, path: str) -> tuple[int, int]:
-    """Input and output features of a linear projection.
-
-    Raises:
-        TypeError: if the module is none.
-    """
+    """Input and output features of a linear projection; another module is refused."""
     if isinstance(module, Conv1D):
         return module.nx, module.nf
     if not is_projection(module):

@@ -21,7 +21,6 @@ from ..io.overrides import apply_override, load_yaml
 from ..io.rows import find_text
 from ..io.static_fields import static_fields
 from ..tuner import config_checks
-from ..tuner.lora_options import NOT_CHOSEN
 
 _WINDOWS = ("rows", "max_length", "batch_size")
 _UNUSED_BY_HARNESS = ("data", "split", "tasks", "mode", "prompt", "beams", "new_tokens", "merge", "vllm")
@@ -78,7 +77,7 @@ def adapter_settings(overrides: Sequence[str]) -> dict[str, Any]:
         name = key.lstrip("-").partition(".")[0]
         settings.check_no_lora([name])
         if not equals or (known and name not in known):
-            near = difflib.get_close_matches(name, known.keys() - NOT_CHOSEN, n=1)
+            near = difflib.get_close_matches(name, known.keys() - config_checks.NOT_CHOSEN, n=1)
             raise ValueError(
                 f"{override}: expected key=value with a field of CloverConfig"
                 + (f", found {name}; did you mean {near[0]}?" if near and name not in known else "")

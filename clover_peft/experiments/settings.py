@@ -18,7 +18,7 @@ from typing import Any
 
 from ..io.configs import find_config
 from ..io.overrides import apply_override, load_yaml
-from ..tuner.lora_options import CORRESPONDING, NOT_CHOSEN
+from ..tuner.config_checks import CORRESPONDING, NOT_CHOSEN
 
 # The job refuses these fields of SFTConfig, since it would ignore them: it has other settings for the same.
 _SET_ELSEWHERE = {

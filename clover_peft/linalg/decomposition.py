@@ -223,9 +223,6 @@ def qr_bases(g: Tensor) -> Bases:
 
     Returns:
         `Bases` with r = d, `e` None and the singular values of R. Costs H d^3.
-
-    Raises:
-        ValueError: if the Gram is not finite.
     """
     _check(g)
     _, inverse, dropped = _factor(g)
@@ -281,14 +278,7 @@ def fold(s: Tensor, c: Tensor | None, e: Tensor | None) -> Tensor:
 def fold_gradient(gradient: Tensor, c: Tensor | None, e: Tensor | None, is_diagonal: bool) -> Tensor:
     """The gradient of `s` from that of `fold`'s result M: `E^T (dL/dM) C^T` of every block, or its diagonal.
 
-    Args:
-        gradient: (H, d, d).
-        c: (H, r, d), or None for the identity.
-        e: (H, d, r), or None for the identity.
-        is_diagonal: S is (H, r).
-
-    Returns:
-        (H, r, r), or (H, r).
+    Shapes as in `fold`; with `is_diagonal`, S is (H, r).
     """
     rows = gradient if e is None else torch.bmm(e.mT, gradient)
     if is_diagonal:

@@ -89,11 +89,6 @@ class Moments:
         """(H, d, d) float64, the mean of `(z - mean) (z - mean)^T`."""
         return self.scatter / max(1, self.tokens)
 
-    @property
-    def varies(self) -> Tensor:
-        """(H,) bool, whether a block's covariance is more than the rounding error of its activations."""
-        return self.exceeds_rounding(self.covariance)
-
     def exceeds_rounding(self, moment: Tensor) -> Tensor:
         """(H,) bool, whether a moment of these blocks is more than the rounding error of their activations."""
         around, whole = (m.diagonal(dim1=-2, dim2=-1).sum(-1) for m in (moment, self.second))
@@ -107,11 +102,11 @@ class SecondMoment:
     It has half the bytes of `Moments` and adds a batch in one product, which matters where d is thousands.
 
     Attributes:
-        total: (H, d, d) float32.
+        sums: (H, d, d) float32.
         tokens: number of tokens.
     """
 
-    total: Tensor
+    sums: Tensor
     tokens: int = 0
 
     @classmethod
@@ -122,19 +117,14 @@ class SecondMoment:
     def add(self, blocks: Tensor) -> None:
         """Add tokens: (tokens, H, d), any floating dtype. Costs tokens H d^2 in float32."""
         with torch.autocast(blocks.device.type, enabled=False):
-            rows = blocks.transpose(0, 1).to(self.total)
-            self.total.baddbmm_(rows.mT, rows)
+            rows = blocks.transpose(0, 1).to(self.sums)
+            self.sums.baddbmm_(rows.mT, rows)
         self.tokens += len(blocks)
-
-    @property
-    def sums(self) -> Tensor:
-        """(H, d, d), what was summed over the tokens."""
-        return self.total
 
     @property
     def second(self) -> Tensor:
         """(H, d, d) float64, the mean of `z z^T`."""
-        return self.total.double() / max(1, self.tokens)
+        return self.sums.double() / max(1, self.tokens)
 
 
 def check_finite(sums: Tensor, name: str) -> None:
@@ -157,15 +147,11 @@ def diagonal_blocks(matrix: Tensor, count: int) -> Tensor:
 def centred(moments: Moments, weight_gram: Tensor) -> Tensor:
     """The covariance, shrunk towards the weights' Gram matrix; the latter alone for blocks that do not vary.
 
-    Args:
-        moments: of H blocks of d features.
-        weight_gram: (H, d, d) float64, the Gram of the weights that compute the same features.
-
-    Returns:
-        (H, d, d) float64.
+    Shapes and dtypes as in `shrink`.
     """
     found = shrink(moments.covariance.to(weight_gram), weight_gram, moments.tokens)
-    return torch.where(moments.varies.to(found.device).view(-1, 1, 1), found, weight_gram)
+    varies = moments.exceeds_rounding(moments.covariance).to(found.device)
+    return torch.where(varies.view(-1, 1, 1), found, weight_gram)
 
 
 def shrink(moment: Tensor, weight_gram: Tensor, tokens: int) -> Tensor:

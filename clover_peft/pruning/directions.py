@@ -17,9 +17,9 @@ from tqdm.auto import tqdm
 
 from ..base_model.weight import base_of, base_weight, partner_weight
 from ..io.user_warning import warn
-from ..linalg.across_heads import balance, fit_back, fit_down, joint_moments
 from ..linalg.decomposition import gram, pair_bases
 from ..linalg.moments import Moments, pair_grams
+from .across_heads import balance, fit_back, fit_down, joint_moments
 from .calibration import Calibration, measure
 from .pairs import Kind, Pair, beside_name, find_pairs, select_pairs
 
@@ -82,7 +82,7 @@ class Directions:
 
         Under grouped-query attention the query heads of a group share one C. With moments, C and E of a value and
         output are those of all heads together that change the output least: one head makes up for directions that
-        another has lost (`linalg.across_heads`, ours).
+        another has lost (`across_heads`, ours).
 
         Args:
             ranks: (H,), the number of directions that every head keeps.

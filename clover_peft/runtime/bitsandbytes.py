@@ -13,11 +13,7 @@ def keep_unpacked(model: nn.Module) -> None:
 
 
 def check_packing(module: nn.Module, name: str) -> None:
-    """Refuse a 4-bit weight that bitsandbytes repacked for the CPU: it is read wrongly, and its gradients are wrong.
-
-    Raises:
-        TypeError: naming the module and the remedy.
-    """
+    """Refuse a 4-bit weight that bitsandbytes repacked for the CPU: it is read wrongly, and so are its gradients."""
     state = getattr(getattr(module, "weight", None), "quant_state", None)
     if state is not None and getattr(state, "packing_format_for_cpu", False):
         raise TypeError(

@@ -1,12 +1,14 @@
-"""Models whose weights are spread over processes."""
+"""Weights that are elsewhere: spread over processes, or offloaded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from accelerate.utils import parse_flag_from_env
+from peft.utils.integrations import gather_params_ctx
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.integrations import is_fsdp_enabled
@@ -43,12 +45,30 @@ def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def refuse_sharded(model: nn.Module) -> None:
-    """Refuse weights that tensor parallelism spreads over processes, because bases need whole weights.
+@contextmanager
+def onloaded(module: nn.Module) -> Iterator[None]:
+    """Bring an offloaded weight to its device, or gather a sharded one, for the duration of the context.
 
-    Raises:
-        ValueError: naming the parameter and the remedy.
+    Contexts may be nested: the inner one leaves the weight for the outer one to take away.
     """
+    parameters = list(module.parameters(recurse=False))
+    if sharded := [p for p in parameters if hasattr(p, "ds_shape") and not p.numel()]:
+        with gather_params_ctx(sharded, modifier_rank=None):
+            yield
+        return
+    hook: Any = getattr(module, "_hf_hook", None)
+    if not getattr(hook, "offload", False) or not any(p.is_meta for p in parameters):
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Refuse weights that tensor parallelism spreads over processes, because bases need whole weights."""
     for path, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             raise ValueError(
@@ -62,11 +82,7 @@ def spare_broadcasts(model: nn.Module, buffers: Iterable[str]) -> None:
     """Keep DistributedDataParallel from sending constant buffers to all processes in each forward pass.
 
     DistributedDataParallel may wrap the bare model, the tuner or a `PeftModel`; each has other names for a buffer.
-    Names of adapters that were taken out stay, without effect.
-
-    Args:
-        model: the bare model.
-        buffers: names of the buffers in it.
+    `buffers` are names in the bare model. Names of adapters that were taken out stay, without effect.
     """
     known = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
     wrapped = {prefix + name for name in buffers for prefix in ("", "model.", "base_model.model.")}

@@ -75,11 +75,7 @@ def _names(path: str, spec: BlockSpec) -> tuple[str, str]:
 
 
 def check_new(model: nn.Module, adapter_name: str, layers: list[tuple[str, CloverLayer]]) -> None:
-    """Refuse an adapter whose bases can no longer be changed, or would not be saved.
-
-    Raises:
-        ValueError: naming the adapter or the module, and the remedy.
-    """
+    """Refuse an adapter whose bases can no longer be changed, or would not be saved."""
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if config is not None and config.save_bases is False:
         raise ValueError(
@@ -97,11 +93,7 @@ def check_new(model: nn.Module, adapter_name: str, layers: list[tuple[str, Clove
 
 
 def check_at_start(model: nn.Module, adapter_name: str, layers: list[tuple[str, CloverLayer]]) -> None:
-    """Refuse an adapter that is no longer at its start, or beside which others would change what it is made from.
-
-    Raises:
-        ValueError: naming the module or the other adapters, and the remedy.
-    """
+    """Refuse an adapter that is no longer at its start, or beside which others would change what it is made from."""
     for path, layer in layers:
         trained = layer.is_trained(adapter_name)
         folded = any(spec.basis == "folded" for spec in layer.specs[adapter_name])

@@ -17,11 +17,7 @@ _CARD_HEADING = "## How to load"
 
 
 def check_weight_file(path: str) -> None:
-    """Check that an adapter's weight file, if it exists, can be read and is CLOVER's.
-
-    Raises:
-        ValueError: naming the file, the fault and the remedy.
-    """
+    """Check that an adapter's weight file, if it exists, can be read and is CLOVER's."""
     if not os.path.exists(path):
         return
     try:
@@ -40,11 +36,7 @@ def check_weight_file(path: str) -> None:
 
 
 def check_folder(folder: str) -> None:
-    """Refuse a local folder without weights; "" stands for an unknown one.
-
-    Raises:
-        ValueError: naming the folder.
-    """
+    """Refuse a local folder without weights; "" stands for an unknown one."""
     if os.path.isdir(folder):
         found = sorted(os.listdir(folder))
         if SAFETENSORS_WEIGHTS_NAME not in found:

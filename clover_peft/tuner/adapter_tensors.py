@@ -96,13 +96,8 @@ class AdapterTensors(nn.Module):
         """Create the tensors of an adapter.
 
         Args:
-            adapter_name: its name.
-            specs: the target's slices.
             bases: slice name -> the frozen tensors of `BlockSpec.base_shapes`, which are copied. None leaves them on
                 the meta device until they are loaded.
-            low_rank: rank of the low-rank part.
-            dropout: probability on the input of the map.
-            init_weights: True starts as the base model, False visibly elsewhere.
             empty_device: without bases, the device of the trained tensors, and later of the loaded bases.
         """
         weight = self.base_weight.stored
@@ -258,10 +253,7 @@ class AdapterTensors(nn.Module):
         """`y + scale * B A x`, (..., out_features), over the adapters that have a low-rank part.
 
         Args:
-            y: (..., out_features).
             x: (..., in_features); None for the identity, whose rows give the update of a transposed weight.
-            adapter_names: the adapters.
-            dropout: apply the adapters' dropout in training.
         """
         dtype = y.dtype
         for name in adapter_names:
@@ -285,13 +277,6 @@ class AdapterTensors(nn.Module):
                 return {spec.name: self.frozen_tensors(adapter_name, spec) for spec in specs}
         return None
 
-    def set_frozen(self, adapter_name: str, spec: BlockSpec, found: dict[str, Tensor]) -> None:
-        """Replace frozen tensors of a slice, by attribute; they move to the device of S."""
-        s = self.tensors(adapter_name, spec).s
-        for attribute, tensor in found.items():
-            held: GuardedTensors = getattr(self, attribute)[adapter_name]
-            setattr(held, spec.name, tensor.to(s.device, getattr(held, spec.name).dtype))
-
     def has_bases(self, adapter_name: str) -> bool:
         """Whether the adapter's bases were computed or loaded."""
         if self._missing_bases:
@@ -299,11 +284,7 @@ class AdapterTensors(nn.Module):
         return adapter_name not in self._missing_bases
 
     def check_bases(self, adapter_name: str, action: str) -> None:
-        """Refuse to use an adapter whose bases were neither computed nor loaded.
-
-        Raises:
-            ValueError: naming the module and the remedy.
-        """
+        """Refuse to use an adapter whose bases were neither computed nor loaded."""
         if not self.has_bases(adapter_name):
             raise ValueError(
                 f"{self.name}: cannot {action} adapter {adapter_name!r}, because its bases were never computed or "

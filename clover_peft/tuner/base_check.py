@@ -78,8 +78,7 @@ def error_from_rounding(layers: dict[str, CloverLayer], adapter_name: str, confi
 def check_fingerprint(base: BaseWeight, spec: BlockSpec, config: CloverConfig, here: Tensor, there: Tensor) -> None:
     """Compare the fingerprint of a layer's weights with an adapter's `clover_norm`, (H, d), from training.
 
-    Raises:
-        ValueError: naming the block that differs most, if it differs by more than rounding.
+    Refuse it if it differs by more than rounding.
     """
     there = there[:, : here.shape[1]]
     error = (here - there).abs() / torch.maximum(here, there).clamp(min=1e-30)

@@ -156,13 +156,9 @@ class BlockSpec:
 def block_specs(
     config: CloverConfig, key: str, targets: tuple[TargetSlice, ...], rank: int | None
 ) -> tuple[BlockSpec, ...]:
-    """Apply a config to the slices of a target.
+    """Apply a config to the slices of a target, whose path is `key`.
 
-    Args:
-        config: the adapter's config.
-        key: path of the target, for messages.
-        targets: its slices.
-        rank: directions to train in each block, all of a block that has fewer; None for all.
+    `rank` directions of each block are trained, all of a block that has fewer; None stands for all.
 
     Raises:
         ValueError: if the config does not fit a slice, or no block has as many directions.

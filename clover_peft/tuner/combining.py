@@ -19,11 +19,7 @@ Sources = dict[str, tuple[CloverLayer, list[str]]]
 def find_sources(
     model: nn.Module, configs: Mapping[str, CloverConfig], adapters: Sequence[str], weights: Sequence[float]
 ) -> Sources:
-    """Path -> layer and its adapters, for all layers of the adapters to combine; `configs` has all adapters' configs.
-
-    Raises:
-        ValueError: naming the adapter or module, if the adapters cannot be added up.
-    """
+    """Path -> layer and its adapters, for all layers of the adapters to combine; `configs` holds all configs."""
     if missing := set(adapters) - set(configs):
         raise ValueError(
             f"adapters: expected some of {list(configs)}, found {sorted(missing)}; correct the names, or load these "

@@ -24,7 +24,6 @@ from ..runtime.peft_registry import CLOVER
 from . import config_checks
 from .adapter_folder import check_weight_file, complete_model_card
 from .from_lora import options_like
-from .lora_options import refuse_unknown
 
 
 @dataclass
@@ -112,7 +111,7 @@ class CloverConfig(PeftConfig):
     max_condition: float | None = None
 
     def __new__(cls, *_: Any, **options: Any) -> CloverConfig:  # the generated __init__ names no remedy
-        refuse_unknown(options, cls.__dataclass_fields__)
+        config_checks.refuse_unknown(options, cls.__dataclass_fields__)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

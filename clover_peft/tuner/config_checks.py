@@ -1,8 +1,12 @@
-"""The checks of `CloverConfig`'s values."""
+"""The checks of `CloverConfig`'s values, and the options that it lacks: those of `LoraConfig`, and misspelt ones.
+
+The command checks options with this file, without torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 _SWITCHES = (
@@ -23,19 +27,35 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "save_bases": (True, False, "folded"),
     **dict.fromkeys(_SWITCHES, (True, False)),
 }
+# Option of `LoraConfig` -> what to do instead.
+CORRESPONDING = {
+    "lora_alpha": "CLOVER has no alpha; leave it out, and scale a trained adapter with set_scale",
+    "alpha_pattern": "CLOVER has no alpha; leave it out",
+    "use_rslora": "CLOVER's update has no factor that depends on r; leave it out",
+    "lora_dropout": "use clover_dropout",
+    "lora_bias": "use bias='clover_only'",
+    "fan_in_fan_out": "CLOVER reads the layout from the layer; leave it out",
+    "init_lora_weights": "use init_weights for tests; CLOVER starts as the base model, in bases of its weights",
+    "use_dora": "CLOVER has no magnitude vector; leave it out",
+    "layer_replication": "CLOVER does not replicate layers; change the model first",
+    "megatron_config": "CLOVER does not support Megatron; leave it out",
+    "megatron_core": "CLOVER does not support Megatron; leave it out",
+    "loftq_config": "CLOVER does not initialise from a quantisation error; leave it out",
+    "eva_config": "call clover_peft.initialize_from_activations(model, batches) after get_peft_model",
+    "corda_config": "call clover_peft.initialize_from_activations(model, batches) after get_peft_model",
+    "lora_ga_config": "call clover_peft.balance_updates(model, batches) after get_peft_model",
+}
+# Fields that are set by functions or when a file is written; no list of choices shows them.
+NOT_CHOSEN = ("folded", "from_activations", "balanced_updates", "base_precision", "auto_mapping", "peft_version")
 
 MAX_CONDITION = 100.0  # of new adapters: docs/explanation/numerics.md
 MOST_CONDITION = 1e4  # beyond it a decomposition may drop directions
 
 
 def check(values: Mapping[str, Any]) -> None:
-    """Checks the fields of a `CloverConfig`, each on its own and then their combinations.
+    """Check the fields of a `CloverConfig` by name, each on its own and then their combinations.
 
-    Args:
-        values: name of a field -> its value; one that is left out has its default.
-
-    Raises:
-        ValueError: for values outside the choices and for combinations that have no meaning.
+    One that is left out has its default.
     """
     for name, allowed in _CHOICES.items():
         value = values.get(name, allowed[0])
@@ -127,3 +147,27 @@ def _check_combinations(values: Mapping[str, Any]) -> None:
     }
     if message := next((message for message, holds in refused.items() if holds), None):
         raise ValueError(f"CloverConfig: {message}")
+
+
+def refuse_unknown(names: Iterable[str], fields: Iterable[str]) -> None:
+    """Refuse options that `CloverConfig` does not have: those of LoRA, and misspelt ones.
+
+    Args:
+        names: the options given.
+        fields: those that there are; the ones in `NOT_CHOSEN` are not offered.
+
+    Raises:
+        TypeError: with what corresponds to the options of LoRA in CLOVER, or else with the nearest field. A name that
+            is near no field is left to Python.
+    """
+    known = [*fields]
+    if found := [name for name in names if name in CORRESPONDING]:
+        raise TypeError(
+            f"CloverConfig got an unexpected keyword argument {found[0]!r}, an option of LoraConfig: "
+            + "; ".join(f"{name}: {CORRESPONDING[name]}" for name in found)
+        )
+    for name in names:
+        near = difflib.get_close_matches(name, [field for field in known if field not in NOT_CHOSEN], n=1)
+        if name not in known and near:
+            # Peft looks for the first words where it reads a file that a later version wrote.
+            raise TypeError(f"CloverConfig got an unexpected keyword argument {name!r}; did you mean {near[0]}?")

@@ -70,25 +70,15 @@ def contrast_starts(
 ) -> dict[str, Tensor]:
     """Compute the start of A for any low-rank adapter, see `initialize_from_contrast`.
 
-    Args:
-        model: the model, whose adapters change nothing yet.
-        modules: path -> a module that is adapted, and the features of its input.
-        rank: rows of A.
-        new: batches of the data to be trained on, as keyword arguments for `model`.
-        known: batches of what the model should keep, alike.
-
-    Returns:
-        Path -> A (rank, in_features) in float64; modules that read one tensor have one A.
-
-    Raises:
-        TypeError: data that are a single batch.
-        ValueError: the data do not reach a module or have too few directions.
+    `modules` are those that are adapted, by path, with the features of their inputs. Returns path -> A (rank,
+    in_features) float64; modules that read one tensor have one A.
     """
     data = {"new": read_batches(new, "new"), "known": read_batches(known, "known")}
     first_of = _readers_of_one_input(model, {path: module for path, (module, _) in modules.items()}, data["new"][0])
     made: dict[str, Tensor] = {}
     for paths in _groups({path: modules[path][1] for path in dict.fromkeys(first_of.values())}):
-        probes = {path: _whole_input(*modules[path]) for path in paths}
+        whole = ((path, *modules[path]) for path in paths)
+        probes = {path: Probe(module, True, HeadSlice.plain(1, size), size) for path, module, size in whole}
         found = {name: collect_moments(model, probes, batches, SecondMoment, 1) for name, batches in data.items()}
         for path in paths:
             new_moment, known_moment = (found[name].pop(path).second[0] for name in ("new", "known"))
@@ -99,10 +89,6 @@ def contrast_starts(
 def _a_of(layer: CloverLayer, adapter_name: str) -> Tensor:
     (a,) = layer.trained_tensors(adapter_name)["clover_A"].values()
     return a
-
-
-def _whole_input(module: nn.Module, features: int) -> Probe:
-    return Probe(module, True, HeadSlice.plain(1, features), features)
 
 
 def _directions(path: str, new: Tensor, known: Tensor, rank: int) -> Tensor:

@@ -187,11 +187,7 @@ def _check_tensors(base: nn.Module, values: dict[str, Tensor]) -> None:
 
 
 def _target(base: nn.Module, path: str, layer: CloverLayer, adapter_name: str, config: CloverConfig) -> BaseWeight:
-    """The projection that the adapter was trained on, in plain weights.
-
-    Raises:
-        ValueError: if it is another one.
-    """
+    """The projection that the adapter was trained on, in plain weights; another one is refused."""
     try:
         target: Any = base.get_submodule(path)
     except AttributeError:

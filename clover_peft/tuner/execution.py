@@ -1,21 +1,110 @@
-"""How a layer applies its adapters' maps in one pass: `choose_form` decides it, `apply_adapters` does it."""
+"""How a layer applies its adapters' maps in one pass: `choose_form` decides it, `apply_adapters` does it.
+
+`MapCache` keeps folded maps of frozen adapters for the decoding steps that follow a pass.
+"""
 
 from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ..runtime.tensors import is_plain
 from ..runtime.tracing import is_captured, is_traced, shares_state
 from .adapter_tensors import AdapterTensors
 from .fused_maps import apply_maps
-from .map_cache import MapCache
 from .maps import HeadMap
 from .model_maps import maps_of_model
+
+
+class _Seen(NamedTuple):
+    """A tensor that maps were folded from, with torch's count of writes to it, and a view of its numbers."""
+
+    tensor: Tensor
+    version: int
+    numbers: Tensor  # also keeps the memory alive, so that no other tensor gets its address
+
+
+class MapCache:
+    """Folded maps by the adapters, in order, and the dtype that they were folded for.
+
+    A pass of several tokens a sequence folds the maps and keeps them; passes of one token, which continue a sequence,
+    use them. Kept maps are given up if one of their tensors was replaced, moved or written to. Torch does not count
+    writes by fused optimizers, by collectives and through `tensor.data`: these take effect in the next pass of several
+    tokens. Only maps of frozen adapters are kept, and the layer clears them in `train()`, `eval()` and passes with
+    gradients.
+
+    Attributes:
+        is_stale: clear the cache before its next use; a compiled pass, which cannot clear the cache, sets it.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[Hashable, tuple[list[HeadMap], list[_Seen], Sequence[float]]] = {}
+        self.is_stale = False
+
+    def renew(
+        self,
+        key: Hashable,
+        sources: Sequence[Tensor | None],
+        scales: Sequence[float],
+        fold: Callable[[], list[HeadMap]],
+    ) -> list[HeadMap] | None:
+        """The maps for `key`, folded now from `sources`, and kept; None if they cannot be kept."""
+        if self.is_stale:
+            self.clear()
+        self._entries.pop(key, None)
+        if not all(map(_can_watch, sources)):
+            return None
+        maps = fold()
+        if all(type(m.matrix) is Tensor for m in maps):  # no tracer's stand-in
+            self._entries[key] = (
+                maps,
+                [_Seen(t, t._version, t.detach()) for t in cast(list[Tensor], sources)],
+                scales,
+            )
+        return maps
+
+    def find(self, key: Hashable, sources: Sequence[Tensor | None], scales: Sequence[float]) -> list[HeadMap] | None:
+        """The maps that were kept for `key`; None if there are none, or they are out of date."""
+        if self.is_stale:
+            self.clear()
+        if key not in self._entries:
+            return None
+        maps, seen, scaled = self._entries[key]
+        if scaled == scales and all(map(_is_same, seen, sources)):
+            return maps
+        del self._entries[key]
+        return None
+
+    def clear(self) -> None:
+        """Forget all maps."""
+        self._entries.clear()
+        self.is_stale = False
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __reduce__(self) -> tuple[type[MapCache], tuple[()]]:
+        return MapCache, ()  # a copy starts empty
+
+
+def _is_same(seen: _Seen, now: Tensor | None) -> bool:
+    """Whether a tensor is the one that was read, and is still frozen and, as far as torch counts, unchanged."""
+    if now is not seen.tensor or now.requires_grad:
+        return False
+    return now._version == seen.version and now.data_ptr() == seen.numbers.data_ptr()
+
+
+def _can_watch(tensor: Tensor | None) -> bool:
+    """Whether changes of a tensor can be noticed: it is frozen, here, whole, and of one process only."""
+    if tensor is None or not is_plain(tensor) or tensor.requires_grad:
+        return False
+    return not (tensor.device.type == "cpu" and tensor.is_shared())
 
 
 class Form(enum.Enum):
@@ -71,7 +160,7 @@ def apply_adapters(layer: AdapterTensors, z: Tensor, adapter_names: Sequence[str
         if z.ndim > 2 and z.shape[-2] == 1:
             kept = cache.find(*_sources(layer, names, z.dtype))
         elif z.ndim > 2:
-            folded = cache.renew(*_sources(layer, names, z.dtype), lambda: _folded_maps(layer, names, z.dtype))
+            folded = cache.renew(*_sources(layer, names, z.dtype), lambda: [m.to(z.dtype) for m in layer.maps(names)])
     elif not torch.compiler.is_compiling():
         cache.clear()
     elif differentiated and not torch.compiler.is_exporting():
@@ -113,7 +202,3 @@ def _sources(
     """What folded maps depend on: the key that they are kept under, the tensors, and the scales."""
     tensors = [t for name in names for spec in layer.specs[name] for t in layer.registered(name, spec).values()]
     return (*names, dtype), tensors, [layer.scaling[name] for name in names]
-
-
-def _folded_maps(layer: AdapterTensors, names: Sequence[str], dtype: torch.dtype) -> list[HeadMap]:
-    return [m.to(dtype) for m in layer.maps(names)]

@@ -107,15 +107,7 @@ class CloverExperts(CloverLayer):
 
 
 def refuse_experts(layers: Iterable[tuple[str, CloverLayer]], purpose: str) -> None:
-    """Refuse experts for something that needs the output of a projection, or a weight that is one matrix.
-
-    Args:
-        layers: layers and their paths.
-        purpose: the function that needs it.
-
-    Raises:
-        ValueError: naming the stack.
-    """
+    """Refuse experts for `purpose`, which needs the output of a projection, or a weight that is one matrix."""
     for _, layer in layers:
         if isinstance(layer, CloverExperts):
             raise ValueError(

@@ -21,7 +21,7 @@ from ..base_model.resolve import resolve
 from ..base_model.slices import TargetSlice
 from ..io.model_class import class_of, make_empty
 from ..io.user_warning import warn
-from .lora_options import CORRESPONDING
+from .config_checks import CORRESPONDING
 
 # Options that mean the same in both configs.
 SAME = (
@@ -52,18 +52,7 @@ def options_like(lora: LoraConfig, model: nn.Module | PretrainedConfig | None) -
     outputs and m inputs takes r (n + m) in LoRA. Among the block sizes that divide all heads and outputs, those are
     chosen that come within 10 % and are most alike; if none do, the leading directions of a block are trained.
 
-    Args:
-        lora: the config of the LoRA.
-        model: the base model, or its config; None leaves the sizes of blocks at CLOVER's defaults.
-
-    Returns:
-        Names and values for `CloverConfig(...)`. Both counts are logged at level INFO. A warning replaces this if
-        options have no counterpart, the counts differ by more than 10 %, or no model is given.
-
-    Raises:
-        ValueError: for options that change what is computed (`REFUSED`), modules that cannot be found, or a target
-            parameter that is no stack of experts' weights.
-        TypeError: for a module that is no linear projection, such as an embedding.
+    Arguments and errors as in `CloverConfig.from_lora`.
     """
     changed = [each.name for each in fields(lora) if getattr(lora, each.name) != _default(each)]
     if refused := [name for name in changed if name in REFUSED]:

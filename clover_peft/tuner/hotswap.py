@@ -7,7 +7,6 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel
 
-from .block_spec import BlockSpec
 from .config import CloverConfig
 from .layers import clover_layers
 
@@ -78,8 +77,10 @@ def hotswap_adapter(model: PeftModel, model_name_or_path: str, adapter_name: str
         for name in recorded:
             setattr(known, name, getattr(other, name))
         for layer in layers:
-            layer.specs[adapter_name] = tuple(
-                replace(spec, max_condition=other.max_condition) if _has_limit(spec) else spec
+            layer.specs[adapter_name] = tuple(  # `max_condition` limits the bases of whole blocks alone
+                replace(spec, max_condition=other.max_condition)
+                if spec.basis != "folded" and spec.r == spec.size
+                else spec
                 for spec in layer.specs[adapter_name]
             )
         model.load_adapter(model_name_or_path, adapter_name, **kwargs)
@@ -89,8 +90,3 @@ def hotswap_adapter(model: PeftModel, model_name_or_path: str, adapter_name: str
         for layer, specs in zip(layers, before, strict=True):
             layer.specs[adapter_name] = specs
         raise
-
-
-def _has_limit(spec: BlockSpec) -> bool:
-    """Whether `max_condition` limits the bases of a slice, which are those of whole blocks."""
-    return spec.basis != "folded" and spec.r == spec.size

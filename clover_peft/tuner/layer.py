@@ -30,8 +30,7 @@ from ..runtime.tracing import shares_state
 from . import merging
 from .adapter_tensors import BESIDE, TRAINED, AdapterTensors
 from .block_spec import BlockSpec
-from .execution import apply_adapters
-from .map_cache import MapCache
+from .execution import MapCache, apply_adapters
 
 
 class CloverLayer(AdapterTensors, BaseTunerLayer):

@@ -18,11 +18,7 @@ from .fused_maps import apply_maps
 
 
 def check_truncation(layer: AdapterTensors, adapter_names: str | Iterable[str], use: str) -> None:
-    """Refuse two truncating adapters together, because each replaces its input; `use` is "active" or "merged".
-
-    Raises:
-        ValueError: naming the adapters.
-    """
+    """Refuse two truncating adapters together, because each replaces its input; `use` is "active" or "merged"."""
     names = [adapter_names] if isinstance(adapter_names, str) else dict.fromkeys(adapter_names)
     truncating = [n for n in names if any(spec.truncate for spec in layer.specs.get(n, ()))]
     if len(truncating) > 1:
@@ -116,8 +112,7 @@ def merged_tensors(
 ) -> tuple[Tensor, Tensor | None]:
     """Weight (base layout and dtype) and bias with the adapters merged; the layer is not changed.
 
-    Raises:
-        ValueError: as `check_merge`, and with `safe_merge` if a result is not finite.
+    With `safe_merge`, results that are not finite are refused.
     """
     check_merge(layer, adapter_names)
     base = layer.base_weight

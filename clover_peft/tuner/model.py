@@ -17,30 +17,33 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..base_model.experts import experts_slice
-from ..base_model.families import FAMILIES, family_of, unknown_family_message
+from ..base_model.families import family_of, unknown_family_message
 from ..base_model.resolve import default_targets, resolve
 from ..base_model.slices import TargetSlice
 from ..io.user_warning import warn
-from ..runtime.load_report import leave_out_of_report
-from ..runtime.loading import loaded_by_transformers, makes_meta_tensors, transformers_loads, weights_follow
+from ..runtime.loading import (
+    leave_out_of_report,
+    loaded_by_transformers,
+    makes_meta_tensors,
+    transformers_loads,
+    weights_follow,
+)
 from ..runtime.sharding import filled_by_rank_0, refuse_sharded, spare_broadcasts
 from .adapter_file import has_same_bases, select_for_saving, take_file
 from .adapter_folder import check_folder
-from .adapter_tensors import BASES_CHECKSUM, FROZEN, PACKED, tensor_keys
+from .adapter_tensors import BASES_CHECKSUM, FROZEN, PACKED
 from .bases import frozen_tensors, warn_of_zero_blocks
 from .block_spec import block_specs, warn_of_useless_block_size
 from .combining import add_up, find_sources
 from .config import CloverConfig
 from .experts import CloverExperts
 from .layer import CloverLayer, CloverLinear
-from .layers import clover_layers, unwrap_empty_layers
-from .merge_checks import check_merges, warning_of_rounding
+from .layers import check_merges, clover_layers, unwrap_empty_layers, warning_of_rounding
 from .merging import check_truncation
 from .mixed_batch import mixed_batch
 from .model_maps import fold_together
-from .target_names import check_names, refuse_bypassed
-from .target_parameters import TargetParameters
-from .tied_weights import TiedWeights, refuse_shared, shared_modules, untie_whole
+from .targets import TargetParameters, check_names, refuse_bypassed, refuse_shared, shared_modules
+from .tied_weights import TiedWeights, untie_whole
 
 _PROGRESS = "making CLOVER's bases, once"  # without a total, which is known only when the modules have been walked
 
@@ -91,9 +94,6 @@ class CloverModel(TargetParameters, TiedWeights):
 
     prefix: str = "clover_"
     tuner_layer_cls = CloverLayer
-    target_module_mapping: dict[str, list[str]] = {  # noqa: RUF012 - declared so by peft
-        model_type: family.target_modules for model_type, family in FAMILIES.items()
-    }
 
     # ------------------------------------------------------------------ injection
 
@@ -185,11 +185,7 @@ class CloverModel(TargetParameters, TiedWeights):
             return  # no file here, or one with other names for modules, which transformers changes
         before = set(file)
         take_file(self.model, layers, adapter_name, config, file)
-        for name, layer in layers.items():
-            for spec in layer.specs[adapter_name]:
-                keys = tensor_keys(name, adapter_name, spec.name).items()
-                made = {attribute: file[key] for attribute, key in keys if key in file.keys() - before}
-                layer.set_frozen(adapter_name, spec, made)
+        self.model.load_state_dict({key: file[key] for key in file.keys() - before}, strict=False)
         # `take_file` has checked that the file is complete: a report of these keys as missing would be false.
         name = re.escape(adapter_name)
         leave_out_of_report(self.model, rf"\.clover_[UV]\.{name}\.", rf"\.({BASES_CHECKSUM}|{PACKED})\.")

@@ -43,12 +43,7 @@ def fold_together(model: nn.Module, layers: Sequence[Any]) -> None:
 
 
 def maps_of_model(layer: AdapterTensors, adapter_names: Sequence[str]) -> list[HeadMap] | None:
-    """The maps of a layer from the model's pass that runs now; None where the layer has to fold them itself.
-
-    Args:
-        layer: the layer, in a pass with gradients.
-        adapter_names: the layer's adapters in this pass.
-    """
+    """The maps of a layer from the model's pass that runs now; None where the layer has to fold them itself."""
     now = _current.get()
     return None if now is None else now.find(layer, adapter_names)
 

@@ -1,8 +1,6 @@
-"""What a tuner does about modules that share a weight, such as an embedding and the head, and about shared modules."""
+"""What a tuner does about modules that share a weight, such as an embedding and the head."""
 
 from __future__ import annotations
-
-from collections import defaultdict
 
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
@@ -29,10 +27,7 @@ class TiedWeights(BaseTuner):
     def _add_modules_to_save_to_tie(self, peft_config: CloverConfig, tied_weight_keys: list[str]) -> None:
         """Have the embedding trained, and the modules tied to it share its copy: peft reads `modules_to_tie` for that.
 
-        Args:
-            peft_config: gets `modules_to_tie`, the paths of those modules; in `modules_to_save`, their names give way
-                to the embedding's path.
-            tied_weight_keys: the paths, without the embedding's.
+        In `modules_to_save`, their names give way to the embedding's path, which `tied_weight_keys` lacks.
         """
         paths = {module: path for path, module in self.model.named_modules()}
         embedding = paths[self.model.get_input_embeddings()]
@@ -75,30 +70,3 @@ def untie_whole(model: nn.Module) -> None:
             if parameter in seen and f"{path}.{name}".removeprefix(".") not in tied:
                 setattr(module, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
             seen.add(parameter)
-
-
-def shared_modules(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """The modules that several modules have as a child, and the paths that lead to them."""
-    paths = defaultdict(list)
-    for path, parent in model.named_modules():
-        for name, child in parent._modules.items():
-            if child is not None:
-                paths[child].append(f"{path}.{name}".removeprefix("."))
-    return {child: found for child, found in paths.items() if len(found) > 1}
-
-
-def refuse_shared(path: str, paths: list[str]) -> None:
-    """Refuse to adapt a module that other modules run as well: they would run it without the adapter.
-
-    Args:
-        path: of the target, or of its parameter.
-        paths: all paths that lead to the module; empty if there is one.
-
-    Raises:
-        ValueError: naming the other path.
-    """
-    if others := [other for other in paths if not f"{path}.".startswith(f"{other}.")]:
-        raise ValueError(
-            f"{path}: expected a module at one place, found the same module at {others[0]}, where it would run "
-            "without the adapter; give one of them a copy (copy.deepcopy), or leave it out with exclude_modules"
-        )

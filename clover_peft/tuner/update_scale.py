@@ -70,17 +70,7 @@ def update_sensitivities(
 ) -> dict[tuple[str, str], Tensor]:
     """How much the predictions depend on an entry of S, kappa of `balance_updates`, for every block.
 
-    Args:
-        model: a model with an active CLOVER adapter.
-        batches: keyword arguments for `model` with which it returns a loss.
-        adapter_name: the adapter.
-
-    Returns:
-        (module path, slice name) -> (H,) float64, on the CPU.
-
-    Raises:
-        ValueError: see `balance_updates`.
-        TypeError: if bitsandbytes has repacked a 4-bit base, whose gradients are then wrong.
+    Arguments and errors as there. Returns (module path, slice name) -> (H,) float64, on the CPU.
     """
     layers = layers_with(inner_model(model), adapter_name)
     refuse_experts(layers, "balance_updates")

@@ -15,7 +15,7 @@ from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, Quanti
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-import clover_peft.runtime.offload
+import clover_peft.runtime.sharding
 from clover_peft import CloverConfig
 from clover_peft.base_model.slices import HeadSlice, Partner
 from clover_peft.base_model.weight import (
@@ -302,7 +302,7 @@ def test_a_weight_that_zero3_has_sharded_is_whole_within_whole_only(monkeypatch)
         for parameter in parameters:
             parameter.data = torch.empty(0)
 
-    monkeypatch.setattr(clover_peft.runtime.offload, "gather_params_ctx", gather)
+    monkeypatch.setattr(clover_peft.runtime.sharding, "gather_params_ctx", gather)
     base = BaseWeight(module)
     assert (base.in_features, base.out_features) == (IN, OUT)
     with base.whole():

@@ -301,7 +301,7 @@ def test_zero3_gathers_weights_for_the_bases(monkeypatch, family):
             parameter.data.fill_(float("nan"))  # nothing may be read later
             parameter.data = torch.empty(0)
 
-    monkeypatch.setattr(clover_peft.runtime.offload, "gather_params_ctx", gather)
+    monkeypatch.setattr(clover_peft.runtime.sharding, "gather_params_ctx", gather)
     model = get_peft_model(model, CloverConfig())
     assert modifiers == {None}  # read, not written
     found, wanted = get_peft_model_state_dict(model), get_peft_model_state_dict(expected)

@@ -115,7 +115,7 @@ def test_blocks_that_vary_are_told_from_those_that_do_not():
         moments = Moments(torch.zeros(4, 3, 3).double(), torch.zeros(4, 3).double())
         for part in rows.to(dtype).split(60):
             moments.add(part)
-        assert moments.varies.tolist() == [True, False, False, last]
+        assert moments.exceeds_rounding(moments.covariance).tolist() == [True, False, False, last]
     weights = torch.eye(3).double().expand(4, 3, 3)
     found = centred(moments, weights)
     assert torch.equal(found[1:], weights[1:])

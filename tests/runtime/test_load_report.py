@@ -16,7 +16,7 @@ from torch import nn
 from transformers.integrations import PeftAdapterMixin
 from transformers.integrations import peft as integration
 
-from clover_peft.runtime import load_report, loading
+from clover_peft.runtime import loading
 from tests.support.saved_adapters import WEIGHTS, edit, save_trained
 from tests.support.tiny import build
 
@@ -105,8 +105,8 @@ def loading_info() -> SimpleNamespace:
 
 def test_the_report_takes_positional_arguments_and_filters_once(reports: list) -> None:
     model, other = nn.Linear(1, 1), nn.Linear(1, 1)
-    load_report.leave_out_of_report(model, "left_out", "left_out")
-    load_report.leave_out_of_report(model, "left_out", "left_out")
+    loading.leave_out_of_report(model, "left_out", "left_out")
+    loading.leave_out_of_report(model, "left_out", "left_out")
     for each in (other, model, model):
         integration.log_state_dict_report(each, "folder", loading_info())
     whole = ({"a.left_out", "b"}, {"c.left_out", "d"})
@@ -116,7 +116,7 @@ def test_the_report_takes_positional_arguments_and_filters_once(reports: list) -
 def test_a_report_with_other_arguments_runs_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(integration, "log_state_dict_report", lambda info, logger: calls.append((info, logger)))
-    load_report.leave_out_of_report(nn.Linear(1, 1), "left_out", "left_out")
+    loading.leave_out_of_report(nn.Linear(1, 1), "left_out", "left_out")
     info, logger = loading_info(), logging.getLogger(__name__)
     integration.log_state_dict_report(info, logger=logger)
     assert calls == [(info, logger)]

@@ -9,8 +9,8 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 
-import clover_peft.runtime.offload
-from clover_peft.runtime.offload import onloaded
+import clover_peft.runtime.sharding
+from clover_peft.runtime.sharding import onloaded
 
 
 def linear() -> nn.Linear:
@@ -67,7 +67,7 @@ def test_sharded_weights_are_gathered_once_and_only_those_that_are_empty(monkeyp
         yield
         module.weight.data = torch.empty(0)
 
-    monkeypatch.setattr(clover_peft.runtime.offload, "gather_params_ctx", gather)
+    monkeypatch.setattr(clover_peft.runtime.sharding, "gather_params_ctx", gather)
     with onloaded(module), onloaded(module):
         assert torch.equal(module.weight, linear().weight)
     assert not module.weight.numel()

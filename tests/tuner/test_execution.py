@@ -11,8 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from clover_peft import CloverConfig
-from clover_peft.tuner.execution import Form, apply_adapters, choose_form
-from clover_peft.tuner.map_cache import MapCache
+from clover_peft.tuner.execution import Form, MapCache, apply_adapters, choose_form
 from tests.support.adapters import layers
 from tests.support.passes import answer, two_adapters, unfolded, write
 from tests.support.tiny import TOLERANCE, build, inputs, perturb, relative

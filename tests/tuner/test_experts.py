@@ -410,7 +410,7 @@ def test_spread_experts_are_refused():
 
 @pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "zero3"])
 def test_sharded_training_is_refused(variable, monkeypatch):
-    module = "clover_peft.tuner.target_parameters"
+    module = "clover_peft.tuner.targets"
     name = "is_fsdp_enabled" if variable == "ACCELERATE_USE_FSDP" else "is_deepspeed_zero3_enabled"
     monkeypatch.setattr(f"{module}.{name}", lambda: True)
     with pytest.raises(ValueError, match="FSDP or DeepSpeed's ZeRO-3"):

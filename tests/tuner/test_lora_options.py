@@ -11,7 +11,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 from clover_peft import CloverConfig
-from clover_peft.tuner.lora_options import CORRESPONDING, NOT_CHOSEN
+from clover_peft.tuner.config_checks import CORRESPONDING, NOT_CHOSEN
 from tests.support.adapters import layers
 from tests.support.tiny import build
 

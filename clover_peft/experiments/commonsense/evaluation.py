@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...base_model.generation import generate_plainly
+from ...base_model.own_text import generate_plainly
 from ...io import run_record as records
 from ...io.atomic import write_json, write_text
 from ...io.rows import Row, parse_row, read_lines

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...base_model.activations import evaluating
-from ...base_model.generation import generate_plainly
+from ...base_model.own_text import generate_plainly
 from ...io.rows import Row
 
 _BEGINNING = 32  # tokens of a window of plain text that a model is asked to continue

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from clover_peft.linalg.across_heads import _RIDGE, balance, fit_back, fit_down, joint_moments
 from clover_peft.linalg.decomposition import pair_bases
 from clover_peft.linalg.moments import Moments, diagonal_blocks, shrink
+from clover_peft.pruning.across_heads import _RIDGE, balance, fit_back, fit_down, joint_moments
 
 HEADS, GROUPS, SIZE, OUT = 2, 2, 6, 20
 COUNT = HEADS * GROUPS

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .decomposition import limit_condition, pair_bases
-from .moments import diagonal_blocks
+from ..linalg.decomposition import limit_condition, pair_bases
+from ..linalg.moments import diagonal_blocks
 
 _ITERATIONS = 20  # of L-BFGS: on SmolLM2-135M, 40 take twice as long and lower the error by 1.5 % more
 _CONDITION = 1e3  # of a factor of a head's moments, whose own is 1e6: smaller ones are rounding errors of float32 sums
@@ -158,10 +158,7 @@ def balance(down: Tensor, back: Tensor, moments: Tensor, gram: Tensor, groups: i
 
     Args:
         down: C, (H, d, d) float64, from `fit_down`.
-        back: E, (G, d, G, d) float64, from `fit_back`.
-        moments: M, (n, n) float64.
-        gram: G, (n, n) float64.
-        groups: query heads that share a key-value head.
+        back: E, (G, d, G, d) float64, from `fit_back`; the rest as in `fit_down`.
 
     Returns:
         C and E in these shapes; their product is the same. C of a head that keeps all its directions stays as it is.

@@ -1,0 +1,198 @@
+"""Which modules and parameters may be adapted: those that the config names, at one place, called by the model."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.utils.error import NoMatchingPeftModuleError
+from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
+
+from ..base_model.families import find_suffix
+from ..base_model.weight import base_of, is_projection
+from ..io.user_warning import warn
+from ..runtime.sharding import whole_shape
+from .adapter_tensors import file_key
+from .config import CloverConfig
+from .experts import CloverExperts
+
+
+def check_names(model: nn.Module, target_modules: object, exclude_modules: object = None) -> None:
+    """Warn of names that no module has; they may be misspelt. What is no set of names is passed over.
+
+    Raises:
+        NoMatchingPeftModuleError: if no module has any of the names in `target_modules`.
+    """
+    names, unknown, remedy = _unknown(model, target_modules)
+    if unknown and len(unknown) == len(names):
+        raise NoMatchingPeftModuleError(f"Target modules {set(unknown)} not found in the base model; {remedy}")
+    if unknown:
+        warn(f"target_modules: no module is called {', '.join(unknown)}, the others are adapted; {remedy}")
+    _, unknown, remedy = _unknown(model, exclude_modules)
+    if unknown:
+        warn(f"exclude_modules: no module is called {', '.join(unknown)}, nothing is left out for it; {remedy}")
+
+
+def _unknown(model: nn.Module, given: object) -> tuple[set[str], list[str], str]:
+    """The names in a set, those of them that no module has, and what may be meant."""
+    names = {name for name in given if name} if isinstance(given, set) else set()
+    if not names:
+        return names, [], ""
+    paths = [path for path, _ in model.named_modules() if path]
+    unknown = sorted(name for name in names if not any(find_suffix(path, [name]) for path in paths))
+    if not unknown:
+        return names, [], ""
+    modules = (path for path, module in model.named_modules() if is_projection(base_of(module)))
+    known = sorted({path.rpartition(".")[2] for path in modules})
+    near = {name: difflib.get_close_matches(name.rpartition(".")[2], known, n=2) for name in unknown}
+    guesses = "; ".join(f"{name}: did you mean {' or '.join(found)}?" for name, found in near.items() if found)
+    remedy = guesses or f"its linear modules are called {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}"
+    return names, unknown, remedy
+
+
+# Classes that read a weight in a branch alone -> whether a module of theirs may take it.
+_BRANCHES: dict[str, Callable[[Any], bool]] = {
+    "BloomAttention": lambda module: module.pretraining_tp > 1 and module.slow_but_exact,
+    "BloomMLP": lambda module: module.pretraining_tp > 1 and module.slow_but_exact,
+    "DisentangledSelfAttention": lambda module: False,  # DeBERTa's, which passes no query states
+    "TransformerEncoderLayer": lambda module: torch.backends.mha.get_fastpath_enabled(),
+}
+
+
+def refuse_bypassed(parent: nn.Module, path: str) -> None:
+    """Refuse a projection whose weight its parent reads itself, past the module and so past an adapter.
+
+    State-space layers hand such weights to kernels; WavLM and `nn.MultiheadAttention` hand them to a function.
+    """
+    *_, holder, name = ("", *path.split("."))
+    class_: Any = type(parent)
+    branches = [_BRANCHES[each.__name__] for each in class_.__mro__ if each.__name__ in _BRANCHES]
+    if name not in (found := _read(class_)) or (branches and not branches[0](parent)):
+        return
+    place = "" if holder.isdigit() or not holder else f"{holder}."
+    remedy = f"pass exclude_modules={[place + each for each in found]}"
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        remedy = "call torch.backends.mha.set_fastpath_enabled(False) before this, in every process"
+    raise ValueError(
+        f"{path}: expected a module that the model calls, found that {class_.__name__} reads its weight past it, so "
+        f"that an adapter would be skipped; {remedy}"
+    )
+
+
+@cache
+def _read(parent: type[nn.Module]) -> list[str]:
+    """The attributes whose weights a class of modules reads in its forward methods, and in those that they call.
+
+    To ask for a weight's type, dtype or shape and to change it in place is no reading.
+    """
+    methods = [name for name in dir(parent) if name.endswith("forward")]
+    found: dict[str, None] = {}
+    for name in methods:  # grows
+        try:
+            source = inspect.getsource(getattr(parent, name))
+        except (OSError, TypeError):  # compiled, or without its file
+            continue
+        source = re.sub(r"#.*|isinstance\([^()]*\)", "", source)
+        found |= dict.fromkeys(re.findall(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|data\.\w+_\())", source))
+        called = re.findall(r"self\.(\w+)\(", source)
+        methods += [each for each in dict.fromkeys(called) if each not in methods and hasattr(parent, each)]
+    return list(found)
+
+
+def shared_modules(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """The modules that several modules have as a child, and the paths that lead to them."""
+    paths = defaultdict(list)
+    for path, parent in model.named_modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                paths[child].append(f"{path}.{name}".removeprefix("."))
+    return {child: found for child, found in paths.items() if len(found) > 1}
+
+
+def refuse_shared(path: str, paths: list[str]) -> None:
+    """Refuse to adapt a module that other modules run as well: they would run it without the adapter.
+
+    `paths` are all that lead to the module, empty if there is one; `path` may be that of its parameter.
+    """
+    if others := [other for other in paths if not f"{path}.".startswith(f"{other}.")]:
+        raise ValueError(
+            f"{path}: expected a module at one place, found the same module at {others[0]}, where it would run "
+            "without the adapter; give one of them a copy (copy.deepcopy), or leave it out with exclude_modules"
+        )
+
+
+class TargetParameters(BaseTuner):
+    """The part of `CloverModel` that finds the parameters to adapt."""
+
+    def _inject_parameters(
+        self, peft_config: CloverConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """Adapt the parameters of `target_parameters`, and return their paths.
+
+        Raises:
+            ValueError: if a name matches no parameter, or the model's weights are going to be sharded.
+        """
+        wanted = sorted(peft_config.target_parameters or ())
+        if wanted and (is_fsdp_enabled() or is_deepspeed_zero3_enabled()):
+            raise ValueError(
+                f"target_parameters={wanted}: expected whole experts, found FSDP or DeepSpeed's ZeRO-3, which shard "
+                "them; train on one device or with DistributedDataParallel or ZeRO-2, or leave target_parameters out"
+            )
+        own = (path for path, _ in model.named_parameters() if ".clover_" not in path)
+        paths = [".".join(part for part in path.split(".") if part != "base_layer") for path in own]
+        found: set[str] = set()
+        for name in wanted:
+            matched = {path for path in paths if find_suffix(path, [name])}
+            if not matched:
+                raise ValueError(
+                    "target_parameters: expected names such as 'experts.gate_up_proj', which end the path of a "
+                    f"parameter, found {name!r}, which ends none; correct it or leave it out (quantised experts may "
+                    "have other names)"
+                )
+            config = replace(peft_config, target_modules={name})  # for its layers and exclusions
+            found |= {path for path in matched if check_target_module_exists(config, path) is True}
+        for path in sorted(found):
+            holder, _, parameter = path.rpartition(".")
+            parent, _, child = holder.rpartition(".")
+            target = outermost = model.get_submodule(holder)
+            while isinstance(target, CloverExperts) and target.base_weight.parameter != parameter:
+                target = target.base_layer
+            target = target if isinstance(target, CloverExperts) else outermost
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._create_and_replace(
+                    peft_config=peft_config,
+                    adapter_name=adapter_name,
+                    target=target,
+                    target_name=child,
+                    parent=model.get_submodule(parent),
+                    current_key=path,
+                    parameter_name=parameter,
+                )
+        return sorted(found)
+
+    def _refuse_experts(self, config: CloverConfig) -> None:
+        """Refuse stacks of experts' weights among the target modules: each stack is one parameter, not a module."""
+        names = config.target_modules if isinstance(config.target_modules, set) else set()
+        for path, parameter in self.model.named_parameters():
+            shape = whole_shape(parameter)
+            if len(shape) > 2 and (name := next((n for n in names if path.endswith("." + n)), None)):
+                raise ValueError(
+                    f"{path}: expected a linear projection, found a stack of {shape[0]} experts' weights of "
+                    f"shape {shape[1:]}; leave it out of target_modules, and pass "
+                    f"target_parameters={[name if '.' in name else f'experts.{name}']} to adapt it"
+                )
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return file_key(super()._remove_adapter_name_from_key(key, adapter_name))
