@@ -42,7 +42,7 @@ from .layers import check_merges, clover_layers, unwrap_empty_layers, warning_of
 from .merging import check_truncation
 from .mixed_batch import mixed_batch
 from .model_maps import fold_together
-from .targets import TargetParameters, check_names, refuse_bypassed, refuse_shared, shared_modules
+from .targets import TargetParameters, check_names, refuse_bypassed, refuse_fusing, refuse_shared, shared_modules
 from .tied_weights import TiedWeights, untie_whole
 
 _PROGRESS = "making CLOVER's bases, once"  # without a total, which is known only when the modules have been walked
@@ -203,6 +203,7 @@ class CloverModel(TargetParameters, TiedWeights):
         layer = target
         refuse_shared(current_key, self._injection.shared.get(target, []))
         refuse_bypassed(parent, current_key)
+        refuse_fusing(parent)
         if parameter_name is not None:
             expert, layout = experts_slice(self.model, current_key)
             slices: tuple[TargetSlice, ...] = (expert,)

@@ -20,12 +20,14 @@ from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 
 from ..base_model.families import find_suffix
+from ..base_model.rewritten import wrap_once
 from ..base_model.weight import base_of, is_projection
 from ..io.user_warning import warn
 from ..runtime.sharding import whole_shape
 from .adapter_tensors import file_key
 from .config import CloverConfig
 from .experts import CloverExperts
+from .layer import CloverLayer
 
 
 def check_names(model: nn.Module, target_modules: object, exclude_modules: object = None) -> None:
@@ -88,6 +90,25 @@ def refuse_bypassed(parent: nn.Module, path: str) -> None:
         f"{path}: expected a module that the model calls, found that {class_.__name__} reads its weight past it, so "
         f"that an adapter would be skipped; {remedy}"
     )
+
+
+def refuse_fusing(parent: nn.Module) -> None:
+    """Have diffusers' attention refuse to copy weights of projections together, past adapters that are not merged."""
+    if hasattr(parent, "fuse_projections"):
+        wrap_once(type(parent), "fuse_projections", _fused_if_merged)
+
+
+def _fused_if_merged(fuse: Callable[..., Any]) -> Callable[..., Any]:
+    def fuse_projections(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for name, child in self.named_children():
+            if isinstance(child, CloverLayer) and not child.merged:
+                raise ValueError(
+                    f"{child.name}: expected a merged adapter, found one that fuse_projections would leave out, "
+                    f"because it copies the weight of {name} past it; call merge_adapter or merge_and_unload first"
+                )
+        return fuse(self, *args, **kwargs)
+
+    return fuse_projections
 
 
 @cache

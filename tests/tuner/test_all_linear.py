@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import peft
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import nn
 import clover_peft
 from clover_peft import CloverConfig
 from clover_peft.tuner.layers import clover_layers
-from tests.support.tiny import build, logits, perturb
+from tests.support.tiny import TOLERANCE, build, logits, perturb, relative
 
 LORA = dict(r=2, init_lora_weights=False)
 
@@ -130,6 +132,24 @@ def test_a_branch_that_an_option_opens_counts_where_it_is_open(exact):
         return
     with pytest.raises(ValueError, match="BloomMLP reads its weight past it"):
         get_peft_model(model, config)
+
+
+def test_projections_of_diffusers_are_fused_with_merged_adapters_alone():
+    pytest.importorskip("diffusers", reason="needs the dev extra")
+    base = build("unet")
+    plain = copy.deepcopy(base)
+    model = get_peft_model(base, CloverConfig())
+    perturb(model)
+    expected = logits(model, "unet")
+    with pytest.raises(ValueError, match=r"to_\w: expected a merged adapter, found one that fuse_projections would"):
+        base.fuse_qkv_projections()
+    assert relative(logits(model, "unet"), expected) < TOLERANCE[torch.float32]
+    model.merge_adapter()
+    base.fuse_qkv_projections()
+    assert relative(logits(model, "unet"), expected) < TOLERANCE[torch.float32]
+    before = logits(plain, "unet")
+    plain.fuse_qkv_projections()
+    assert relative(logits(plain, "unet"), before) < TOLERANCE[torch.float32]
 
 
 class Transformer(nn.Module):
