@@ -62,7 +62,8 @@ def prune(
         calibration: batches, each of the model's keyword arguments, or the result of `calibrate`. Moments of
             activations then replace the Grams of the weights that compute them, which is far better. The output
             projection is fitted to what is left of all heads together, and so are the directions of values, except
-            with "vanilla" (ours). Pass about ten tokens for each dimension of a head, or more.
+            with "vanilla" (ours). Pass about ten tokens for each dimension of a head, or more. `own_text` makes
+            batches where there are no data.
         ranks: how `ratio` is distributed; by default "layer" for causal language models, which "global" may ruin, and
             "global" for other models. "global": one threshold for all heads; narrower heads are padded to the
             widest of their layer. "layer": one rank for all heads of a layer, by singular values relative to the
@@ -113,7 +114,10 @@ def prune(
         and method == "clover"
         and any(bool((k < found[n][1].values.shape[1]).any()) for n, k in kept.items())
     ):
-        warn("directions are chosen by weights alone, which often ruins a model; pass calibration=<batches of data>")
+        warn(
+            "directions are chosen by weights alone, which often ruins a model; pass calibration=<batches of data>, "
+            "or clover_peft.own_text(model, rows=60) for a causal language model"
+        )
     factors = compute_factors(found, kept, release=True)
     attentions = attention_blocks(model)
     before = _sizes(model, attentions)
