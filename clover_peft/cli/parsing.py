@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
 
 
 def new_parser(command: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
@@ -13,6 +15,15 @@ def new_parser(command: str, description: str, epilog: str | None = None) -> arg
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,  # a shortened option could be meant as a key, or as another option
     )
+
+
+def expanded(text: str) -> str:
+    """A path, or a name on the hub, with the home folder for `~`, which a shell leaves in quotes and behind `=`."""
+    return os.path.expanduser(text)
+
+
+def path(text: str) -> Path:
+    return Path(expanded(text))
 
 
 def add_model_class(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +64,7 @@ def add_calibration(parser: argparse.ArgumentParser, pairs: bool = True, own_tex
     """Adds the options that choose calibration data and, with `pairs`, the pairs to prune."""
     parser.add_argument(
         "--calibration",
+        type=expanded,
         metavar="TEXT",
         help="a .txt or .jsonl file, .gz too, or a data set on the hub (name or name:configuration); rows have text, "
         "content, messages, prompt and completion, or instruction and output",

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -53,7 +53,8 @@ def plan(
     model = _empty(config, kind)
     base = sum(p.numel() for p in model.parameters())
     with torch.device("meta"):
-        inner = inner_model(get_peft_model(model, adapter))
+        adapted = get_peft_model(model, adapter)
+    inner = inner_model(adapted)
     trainable = sum(p.numel() for p in inner.parameters() if p.requires_grad)
     layers: dict[str, dict[str, Any]] = {}
     s = bases = packed = alone = folded = 0
@@ -74,7 +75,7 @@ def plan(
             "slices": [_describe(spec) for spec in specs],
             "gram_flops": sum(_gram_flops(inner, layer, spec) for spec in specs),
         }
-    beside = trainable - s  # biases, modules_to_save
+    beside = _bytes_beside(adapted)
     files = {"true": s + bases - packed, "false": alone, "folded": folded}
     return {
         "model_type": config.model_type,
@@ -86,7 +87,7 @@ def plan(
             "gradients": BYTES * trainable,
             "adamw": 2 * BYTES * trainable,
         },
-        "adapter_file": {name: BYTES * (count + beside) for name, count in files.items()},
+        "adapter_file": {name: BYTES * count + beside for name, count in files.items()},
         "layers": layers,
     }
 
@@ -167,6 +168,14 @@ def _empty(config: transformers.PretrainedConfig, kind: Any) -> nn.Module:
     """The model on the meta device, in float32."""
     with torch.device("meta"):
         return make_empty(kind, config)
+
+
+def _bytes_beside(model: PeftModel) -> int:
+    """What peft saves beside the layers' own tensors, which are removed: biases, modules_to_save, targeted heads."""
+    for _, layer in clover_layers(inner_model(model)):
+        layer.forget_tensors("default")
+    model.peft_config["default"].base_model_name_or_path = None  # peft would ask the hub if the vocabulary has grown
+    return sum(tensor.nbytes for tensor in get_peft_model_state_dict(model).values())
 
 
 def _layer_of(path: str) -> str:

@@ -13,7 +13,8 @@ from torch import Tensor
 from .rows import find_text, read_lines, read_rows
 
 DEFAULT_ROWS, DEFAULT_LENGTH, DEFAULT_BATCH = 64, 512, 8
-# Fields of a row that hold its text; the first entry whose first field the row has is used.
+# Fields of a row that hold its text; the first entry is used whose first field the row has,
+# and that has text.
 _FIELDS = (("text",), ("content",), ("messages",), ("prompt", "completion"), ("instruction", "input", "output"))
 _CHARACTERS = 16  # characters read for each token that is needed, about four times as many as it has
 
@@ -217,10 +218,8 @@ def _hub_rows(source: str) -> Iterable[Any]:
 
 def _row_text(where: str, row: Any) -> str:
     """Return the text of a row, followed by an empty line."""
-    if isinstance(row, Mapping):
-        for fields in _FIELDS:
-            if fields[0] in row:
-                return "\n".join(filter(None, (_plain(row.get(field)) for field in fields))) + "\n\n"
+    if isinstance(row, Mapping) and (there := [fields for fields in _FIELDS if fields[0] in row]):
+        return next(filter(None, (_plain([row.get(f) for f in fields]) for fields in there)), "") + "\n\n"
     raise ValueError(
         f"{where}: expected a row with {', '.join(' and '.join(fields) for fields in _FIELDS)}, found "
         + (f"the fields {sorted(row)}" if isinstance(row, Mapping) else type(row).__name__)
@@ -228,7 +227,9 @@ def _row_text(where: str, row: Any) -> str:
 
 
 def _plain(value: Any) -> str:
-    """Return text unchanged, the contents of chat messages, and nothing for any other value."""
+    """Return text unchanged, the texts of chat messages and of their parts, and nothing for any other value."""
     if isinstance(value, list):
-        return "\n".join(str(message.get("content", "")) for message in value if isinstance(message, Mapping))
+        return "\n".join(filter(None, map(_plain, value)))
+    if isinstance(value, Mapping):
+        return _plain(value.get("content") or value.get("text"))
     return value if isinstance(value, str) else ""

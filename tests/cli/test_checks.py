@@ -247,3 +247,32 @@ def test_an_extra_that_a_library_asks_for_is_named(package, capsys):
     said = capsys.readouterr().err
     assert said.startswith("error: Please install torch and ")
     assert how_to_install(EXTRAS[package]) in said
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "sft --config ~/a.yaml",
+        "prune ~/m --ratio 0.5 --calibration ~/t.txt --out=~/p",
+        "spectra ~/m --calibration=~/t.txt --out ~/s",
+        "convert ~/m --mla 0.5 --calibration ~/t.txt --out=~/c",
+        "export ~/a ~/o --base ~/m",
+        "plan --model=~/m/config.json",
+        "plan --config-name ~/m",
+        "evaluate --model ~/m --adapter=~/a --data ~/d --harness-tasks ~/h --out=~/e",
+        "ablate --config ~/g.yaml --out=~/o --records ~/r --pictures ~/p",
+        "ablate --table=~/r",
+        "analyze --adapter ~/a --adapter=~/b --model ~/m --texts ~/t.txt --out ~/o",
+        "analyze --before ~/a --after=~/b --out ~/o",
+        "prepare-data ~/d --compare=~/c",
+        "run ~/train.py",
+    ],
+)
+def test_a_tilde_is_the_home_folder_where_the_shell_left_it(line, tmp_path, monkeypatch):
+    """As in quotes, behind `=`, and in programs that start no shell."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    name, *arguments = line.split()
+    given = vars(parsers.PARSERS[name](arguments))
+    assert "~" not in str(given)
+    assert str(given).count(str(tmp_path)) == line.count("~")

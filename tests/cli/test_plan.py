@@ -61,6 +61,30 @@ def test_the_plan_is_what_is_saved(family, choices, tmp_path):
         assert planned == sum(tensor.nbytes for tensor in tensors.values())
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "choices"),
+    [
+        ("llama", {}, {"target_modules": ["lm_head", "k_proj"]}),  # peft saves the whole head, too
+        ("llama", {}, {"target_modules": ["lm_head", "k_proj"], "r": 4, "bias": "all"}),
+        ("llama", {"tie_word_embeddings": True}, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+        ("llama", {}, {"trainable_token_indices": [1, 2]}),
+        ("bert", {}, {"bias": "all"}),  # its head has one bias under two names
+        ("albert", {}, {"bias": "all"}),
+        ("bert", {}, {"bias": "clover_only"}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+def test_the_plan_has_what_peft_saves_beside_the_adapter(family, changes, choices, tmp_path):
+    model = build(family, **changes)
+    planned = script.plan(model.config, CloverConfig(**choices), type(model).__name__)["adapter_file"]
+    found = {}
+    for name, how in {"true": True, "false": False, "folded": "folded"}.items():
+        adapted = get_peft_model(build(family, **changes), CloverConfig(save_bases=how, **choices))
+        adapted.save_pretrained(tmp_path / name)
+        found[name] = sum(t.nbytes for t in load_file(tmp_path / name / "adapter_model.safetensors").values())
+    assert planned == found
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_one_layer_is_measured(family, tmp_path, capsys):
     build(family).config.save_pretrained(tmp_path)

@@ -400,6 +400,21 @@ ROWS = {
         "prompt": [{"role": "user", "content": "the"}],
         "completion": [{"role": "assistant", "content": "cat"}],
     },
+    "parts": {
+        "messages": [
+            {"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "the"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "cat"}]},
+        ]
+    },
+    "tool call": {
+        "messages": [
+            {"role": "user", "content": "the"},
+            {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
+            {"role": "tool", "content": "cat"},
+        ]
+    },
+    "null text": {"text": None, "content": "", "messages": [{"content": "the"}, {"content": "cat"}]},
+    "null prompt": {"prompt": None, "completion": "the\ncat"},
 }
 
 
