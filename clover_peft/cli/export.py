@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig, PeftModel, convert_to_lora, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from ..base_model.plain import check_unquantised
 from ..io.atomic import check_new_folder, new_folder
@@ -61,12 +63,17 @@ def export(
         ValueError: `out` is in use, the base is not known, something of the adapter would be lost, or no LoRA can be
             made of it.
     """
-    for each in (out, *(_lora_folder(out, rank) for rank in lora_ranks or ())):
+    lora_ranks = list(dict.fromkeys(lora_ranks or ()))
+    for each in (out, *(_lora_folder(out, rank) for rank in lora_ranks)):
         check_new_folder(each)
     config = PeftConfig.from_pretrained(adapter)
-    base = base or config.base_model_name_or_path
-    if not base:
-        raise ValueError(f"{adapter}: expected the name of its base model, found none; pass --base")
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        raise ValueError(
+            f"{adapter}: expected an adapter of weights, found {config.peft_type.value}, which has nothing to merge "
+            "into them; serve it with peft"
+        )
+    base_config = _base_config(adapter, config, base)
+    base = base or str(config.base_model_name_or_path)
     extra = [name for name in ("modules_to_save", "trainable_token_indices") if getattr(config, name, None)]
     extra += ["bias"] if getattr(config, "bias", "none") != "none" else []
     if lora_ranks and extra:
@@ -76,7 +83,7 @@ def export(
     processor = load_processor(base)
     trained_with = _tokenizer(adapter)
     tokenizer = trained_with or getattr(processor, "tokenizer", processor)
-    kind = find_class(read_config(base), config, model_class)
+    kind = find_class(base_config, config, model_class)
     model = kind.from_pretrained(base, dtype=dtype or "auto")
     check_unquantised(model, str(base))
     own, wide = dtype or model.dtype, torch.promote_types(model.dtype, torch.float32)
@@ -120,6 +127,22 @@ def export(
         "dtype": str(own),
         "lora": loras,
     }
+
+
+def _base_config(adapter: str, config: PeftConfig, base: str | None) -> PretrainedConfig:
+    """The configuration of the base model: of the one that is passed, else of the one that the adapter names."""
+    if base:
+        return read_config(base)
+    if not (named := config.base_model_name_or_path):
+        raise ValueError(f"{adapter}: expected the name of its base model, found none; pass --base")
+    try:
+        return read_config(named)
+    except (OSError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"{adapter}: expected its base model {named} in that folder, seen from here, or on the hub, found neither "
+            f"({reason}); pass --base with the base's folder or name"
+        ) from error
 
 
 def _lora_folder(out: Path, rank: int) -> Path:
