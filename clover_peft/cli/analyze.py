@@ -60,19 +60,20 @@ def run(given: argparse.Namespace) -> int:
 def _measure_adapter(label: str, path: Path, given: argparse.Namespace) -> list[dict[str, Any]]:
     config = find_adapter(path)
     source = announce_model(given.model or config.base_model_name_or_path)
-    kind, texts = _class_of(source, config, given), _texts(source, path, given)
+    revision = (config.revision if given.model is None else None) or "main"  # of the base that the adapter names
+    kind, texts = _class_of(source, config, given, revision), _texts(source, path, given, revision)
     if moves_base(config):
-        base = load_adapted(source, None, kind, given.dtype)
-        merged = load_adapted(source, path, kind, given.dtype, merge=True)
+        base = load_adapted(source, None, kind, given.dtype, revision=revision)
+        merged = load_adapted(source, path, kind, given.dtype, merge=True, revision=revision)
         return _measure_models(base, merged, texts, label, given)
-    model = load_adapted(source, path, kind, given.dtype)
+    model = load_adapted(source, path, kind, given.dtype, revision=revision)
     layers = getattr(model.base_model, "targeted_module_names", [])  # prompt methods adapt none, and are refused
     inputs = _inputs(model, layers, texts)
     return [_measured(change, inputs, given) for change in _shown(adapter_changes(model), label, len(layers))]
 
 
-def _class_of(source: ModelSource, adapter: Any, given: argparse.Namespace) -> Any:
-    return find_class(read_config(source.path), adapter, given.model_class)
+def _class_of(source: ModelSource, adapter: Any, given: argparse.Namespace, revision: str = "main") -> Any:
+    return find_class(read_config(source.path, revision), adapter, given.model_class)
 
 
 def _measure_models(
@@ -90,7 +91,9 @@ def _measured(change: Change, inputs: dict[str, torch.Tensor], given: argparse.N
     return measure(change, inputs.get(change.name), top=given.top, threshold=given.threshold)
 
 
-def _texts(source: ModelSource, adapter: Path | None, given: argparse.Namespace) -> list[torch.Tensor]:
+def _texts(
+    source: ModelSource, adapter: Path | None, given: argparse.Namespace, revision: str = "main"
+) -> list[torch.Tensor]:
     """The tokens of every text, (1, tokens) each; none without `--texts`."""
     texts: Path | None = given.texts
     if texts is None:
@@ -103,7 +106,7 @@ def _texts(source: ModelSource, adapter: Path | None, given: argparse.Namespace)
             chosen = list(islice((line.strip() for line in lines if line.strip()), 64))
     if not chosen:
         raise ValueError(f"{texts}: expected a text a line, found none")
-    tokenizer = load_tokenizer(source, adapter)
+    tokenizer = load_tokenizer(source, adapter, revision=revision)
     return [tokenizer(t, return_tensors="pt", truncation=True, max_length=512)["input_ids"] for t in chosen]
 
 

@@ -72,6 +72,7 @@ def export(
             f"{adapter}: expected an adapter of weights, found {config.peft_type.value}, which has nothing to merge "
             "into them; serve it with peft"
         )
+    revision = "main" if base else config.revision or "main"  # of the base that the adapter names
     base_config = _base_config(adapter, config, base)
     base = base or str(config.base_model_name_or_path)
     extra = [name for name in ("modules_to_save", "trainable_token_indices") if getattr(config, name, None)]
@@ -80,16 +81,16 @@ def export(
         raise ValueError(f"{adapter}: {extra[0]} cannot be part of a LoRA made of it; leave --lora-rank out")
     if lora_ranks and not isinstance(config, CloverConfig):
         raise ValueError(f"{adapter}: expected a CLOVER adapter, found {config.peft_type}; leave --lora-rank out")
-    processor = load_processor(base)
+    processor = load_processor(base, revision)
     trained_with = _tokenizer(adapter)
     tokenizer = trained_with or getattr(processor, "tokenizer", processor)
     kind = find_class(base_config, config, model_class)
-    model = kind.from_pretrained(base, dtype=dtype or "auto")
+    model = kind.from_pretrained(base, revision=revision, dtype=dtype or "auto")
     check_unquantised(model, str(base))
     own, wide = dtype or model.dtype, torch.promote_types(model.dtype, torch.float32)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}  # a class may keep some in float32
     del model  # loaded again, not cast: what a model computes while it loads, as Gemma its scale, has its dtype
-    model = kind.from_pretrained(base, dtype=wide)
+    model = kind.from_pretrained(base, revision=revision, dtype=wide)
     grown = _grow(model, adapter, trained_with)
     plain = probe(model)
     model = PeftModel.from_pretrained(model, adapter).eval()
@@ -102,7 +103,7 @@ def export(
         for rank in lora_ranks:
             folder = _lora_folder(out, rank)
             _write_lora(model, folder, rank, tokenizer if grown else None, embeddings=grown)
-            lora = kind.from_pretrained(base, dtype=wide)
+            lora = kind.from_pretrained(base, revision=revision, dtype=wide)
             _grow(lora, adapter, trained_with)
             found = probe(PeftModel.from_pretrained(lora, folder))
             loras[rank] = {"weights": errors[rank], "logits": _distance(found, expected, expected - plain)}
@@ -136,7 +137,7 @@ def _base_config(adapter: str, config: PeftConfig, base: str | None) -> Pretrain
     if not (named := config.base_model_name_or_path):
         raise ValueError(f"{adapter}: expected the name of its base model, found none; pass --base")
     try:
-        return read_config(named)
+        return read_config(named, config.revision)
     except (OSError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ValueError(

@@ -197,14 +197,14 @@ def load_as_saved(source: ModelSource, model_class: str | None = None, dtype: st
     return model, load_processor(source.path)
 
 
-def load_processor(path: str) -> Any:
+def load_processor(path: str, revision: str = "main") -> Any:
     """Load the processor or tokenizer of a model; if there is none, the reason is printed and None returned."""
     folder = Path(path)
     try:
         # For some families transformers makes an empty tokenizer where there is none.
         if folder.is_dir() and not any(part in file.name for file in folder.iterdir() for part in _PREPARING):
             raise OSError("no file of one in the folder")
-        return transformers.AutoProcessor.from_pretrained(path)
+        return transformers.AutoProcessor.from_pretrained(path, revision=revision)
     except (OSError, ValueError, ImportError) as error:
         print(f"{path}: no tokenizer or processor could be loaded: {str(error).strip().splitlines()[0]}")
         return None
