@@ -25,6 +25,7 @@ from ..experiments.analysis import (
 )
 from ..experiments.commonsense import sources
 from ..io import run_record as records
+from ..io.adapters import label_options
 from ..io.figures import find_pyplot
 from ..io.hub_models import ModelSource, announce_model, find_adapter, load_adapted, load_tokenizer
 from ..io.model_class import find_class, read_config
@@ -45,8 +46,8 @@ def run(given: argparse.Namespace) -> int:
             found[label] = _measure_adapter(label, path, given)
     else:
         source, end = announce_model(given.before), announce_model(given.after)
-        before = load_adapted(source, None, _class_of(source, None, given), given.dtype)
-        after = load_adapted(end, None, _class_of(end, None, given), given.dtype)
+        before = load_adapted(source, None, _class_of(source, given), given.dtype)
+        after = load_adapted(end, None, _class_of(end, given), given.dtype)
         found[labels[0]] = _measure_models(before, after, _texts(source, None, given), labels[0], given)
     print(_table(found))
     options = {key: value for key, value in vars(given).items() if value is not None}
@@ -61,19 +62,21 @@ def _measure_adapter(label: str, path: Path, given: argparse.Namespace) -> list[
     config = find_adapter(path)
     source = announce_model(given.model or config.base_model_name_or_path)
     revision = (config.revision if given.model is None else None) or "main"  # of the base that the adapter names
-    kind, texts = _class_of(source, config, given, revision), _texts(source, path, given, revision)
+    base_config = read_config(source.path, revision)
+    kind, texts = find_class(base_config, config, given.model_class), _texts(source, path, given, revision)
+    options = {"revision": revision, **label_options(base_config, kind, config, path)}
     if moves_base(config):
-        base = load_adapted(source, None, kind, given.dtype, revision=revision)
-        merged = load_adapted(source, path, kind, given.dtype, merge=True, revision=revision)
+        base = load_adapted(source, None, kind, given.dtype, **options)
+        merged = load_adapted(source, path, kind, given.dtype, merge=True, **options)
         return _measure_models(base, merged, texts, label, given)
-    model = load_adapted(source, path, kind, given.dtype, revision=revision)
+    model = load_adapted(source, path, kind, given.dtype, **options)
     layers = getattr(model.base_model, "targeted_module_names", [])  # prompt methods adapt none, and are refused
     inputs = _inputs(model, layers, texts)
     return [_measured(change, inputs, given) for change in _shown(adapter_changes(model), label, len(layers))]
 
 
-def _class_of(source: ModelSource, adapter: Any, given: argparse.Namespace, revision: str = "main") -> Any:
-    return find_class(read_config(source.path, revision), adapter, given.model_class)
+def _class_of(source: ModelSource, given: argparse.Namespace) -> Any:
+    return find_class(read_config(source.path), name=given.model_class)
 
 
 def _measure_models(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,19 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig, PeftModel, convert_to_lora, get_peft_model_state_dict
-from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from ..base_model.plain import check_unquantised
+from ..io.adapters import grow_embeddings, label_options, load_own_tokenizer
 from ..io.atomic import check_new_folder, new_folder
 from ..io.hub_models import load_processor
 from ..io.model_class import find_class, read_config
-from ..tuner.adapter_file import embedding_of
 from ..tuner.config import CloverConfig
 from ..tuner.experts import refuse_experts
 from ..tuner.layers import clover_layers
@@ -82,16 +81,18 @@ def export(
     if lora_ranks and not isinstance(config, CloverConfig):
         raise ValueError(f"{adapter}: expected a CLOVER adapter, found {config.peft_type}; leave --lora-rank out")
     processor = load_processor(base, revision)
-    trained_with = _tokenizer(adapter)
+    trained_with = load_own_tokenizer(adapter)
     tokenizer = trained_with or getattr(processor, "tokenizer", processor)
     kind = find_class(base_config, config, model_class)
-    model = kind.from_pretrained(base, revision=revision, dtype=dtype or "auto")
+    labels = label_options(base_config, kind, config, adapter)
+    load = functools.partial(kind.from_pretrained, base, revision=revision, **labels)
+    model = load(dtype=dtype or "auto")
     check_unquantised(model, str(base))
     own, wide = dtype or model.dtype, torch.promote_types(model.dtype, torch.float32)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}  # a class may keep some in float32
     del model  # loaded again, not cast: what a model computes while it loads, as Gemma its scale, has its dtype
-    model = kind.from_pretrained(base, revision=revision, dtype=wide)
-    grown = _grow(model, adapter, trained_with)
+    model = load(dtype=wide)
+    grown = grow_embeddings(model, adapter, trained_with)
     plain = probe(model)
     model = PeftModel.from_pretrained(model, adapter).eval()
     if lora_ranks:
@@ -103,8 +104,8 @@ def export(
         for rank in lora_ranks:
             folder = _lora_folder(out, rank)
             _write_lora(model, folder, rank, tokenizer if grown else None, embeddings=grown)
-            lora = kind.from_pretrained(base, revision=revision, dtype=wide)
-            _grow(lora, adapter, trained_with)
+            lora = load(dtype=wide)
+            grow_embeddings(lora, adapter, trained_with)
             found = probe(PeftModel.from_pretrained(lora, folder))
             loras[rank] = {"weights": errors[rank], "logits": _distance(found, expected, expected - plain)}
             del lora
@@ -150,14 +151,6 @@ def _lora_folder(out: Path, rank: int) -> Path:
     return out.with_name(f"{out.name}-lora-r{rank}")
 
 
-def _tokenizer(adapter: str) -> Any:
-    """The adapter's own tokenizer; None where it has none."""
-    try:
-        return transformers.AutoTokenizer.from_pretrained(adapter)
-    except (OSError, ValueError):
-        return None
-
-
 def _cast(model: Any, dtype: torch.dtype, dtypes: Mapping[str, torch.dtype]) -> Any:
     """The model with what it saves in the dtypes of `dtypes`, others in `dtype`, in place; what it computes when it is
     loaded stays as it is."""
@@ -174,27 +167,6 @@ def _digests(model: Any, dtype: torch.dtype, dtypes: Mapping[str, torch.dtype]) 
         tensor = tensor.to(dtypes.get(name, dtype)) if tensor.is_floating_point() else tensor
         result[name] = hashlib.blake2b(tensor.contiguous().flatten().view(torch.uint8).numpy()).digest()
     return result
-
-
-def _grow(model: Any, adapter: str, tokenizer: Any) -> bool:
-    """Give the embeddings the rows that they had in training: as many as were saved, else as its tokenizer needs.
-
-    Returns whether the adapter brings embeddings of its own.
-    """
-    embedding = embedding_of(model, "input")
-    if not isinstance(embedding, nn.Embedding):  # such as patches of an image
-        return False
-    path = next(name for name, module in model.named_modules() if module is embedding)
-    there = embedding.weight.shape[0]
-    saved = None
-    if (file := Path(adapter, "adapter_model.safetensors")).is_file():
-        with safe_open(file, framework="pt") as tensors:
-            if (key := f"base_model.model.{path}.weight") in set(tensors.keys()):
-                saved = tensors.get_slice(key).get_shape()[0]
-    rows = saved or max(len(tokenizer) if tokenizer is not None else 0, there)
-    if rows != there:
-        model.resize_token_embeddings(rows, mean_resizing=False)
-    return saved is not None or rows != there
 
 
 def _settle_ties(model: Any) -> None:
