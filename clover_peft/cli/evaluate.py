@@ -109,11 +109,21 @@ def _trained(folder: str | Path | None) -> dict[str, Any]:
 
 def _init_kwargs(given: argparse.Namespace, trained: dict[str, Any]) -> dict[str, Any]:
     """The arguments that the base was loaded with in training, and that decide which weights it has."""
-    if given.model is not None:  # another base has other revisions
-        return {}
     in_training = (trained.get("settings") or {}).get("model_init_kwargs") or {}
-    revision = in_training.get("revision") or (given.adapter and find_adapter(given.adapter).revision)
-    return {"revision": revision} if revision else {}
+    found: dict[str, Any] = {}
+    if given.model is None:  # another base has other revisions
+        revision = in_training.get("revision") or (given.adapter and find_adapter(given.adapter).revision)
+        found |= {"revision": revision} if revision else {}
+    if given.adapter and (quantisation := in_training.get("quantization_config")):
+        unquantised = "--merge" if given.merge else "--harness" if given.harness else None
+        if unquantised:
+            print(
+                f"{unquantised}: the base is loaded unquantised, although the adapter was trained on a quantised one"
+            )
+        else:
+            print(f"the base is quantised as in training: {quantisation}")
+            found["quantization_config"] = quantisation
+    return found
 
 
 def _base(adapter: Path | None) -> str | None:
