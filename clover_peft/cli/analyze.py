@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import re
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -19,12 +21,15 @@ from ..experiments.analysis import (
     adapter_changes,
     collect_inputs,
     figures,
+    left_out_of_adapter,
+    left_out_of_models,
     measure,
     model_changes,
     moves_base,
 )
 from ..experiments.commonsense import sources
 from ..io import run_record as records
+from ..io.adapters import label_options, saved_shapes
 from ..io.figures import find_pyplot
 from ..io.hub_models import ModelSource, announce_model, find_adapter, load_adapted, load_tokenizer
 from ..io.model_class import find_class, read_config
@@ -40,57 +45,86 @@ def run(given: argparse.Namespace) -> int:
     if not given.no_pictures:
         find_pyplot()
     found: dict[str, Any] = {}
+    left_out: dict[str, list[str]] = {}
     if given.adapter:
         for label, path in zip(labels, given.adapter, strict=True):
-            found[label] = _measure_adapter(label, path, given)
+            found[label], left_out[label] = _measure_adapter(label, path, given)
     else:
         source, end = announce_model(given.before), announce_model(given.after)
-        before = load_adapted(source, None, _class_of(source, None, given), given.dtype)
-        after = load_adapted(end, None, _class_of(end, None, given), given.dtype)
-        found[labels[0]] = _measure_models(before, after, _texts(source, None, given), labels[0], given)
+        before = load_adapted(source, None, _class_of(source, given), given.dtype)
+        after = load_adapted(end, None, _class_of(end, given), given.dtype)
+        texts, label = _texts(source, None, given), labels[0]
+        found[label], left_out[label] = _measure_models(before, after, texts, label, given)
     print(_table(found))
+    for label, names in left_out.items():
+        if names:
+            print(f"{label}: changed too, but not measured, as they are no projections: {_kinds(names)}")
     options = {key: value for key, value in vars(given).items() if value is not None}
-    record = {"options": options, "environment": records.environment(), "modules": found}
+    record = {"options": options, "environment": records.environment(), "modules": found, "left_out": left_out}
     print(records.write(given.out / "analysis.json", record))
     for path in [] if given.no_pictures else figures.draw(found, given.out):
         print(path)
     return 0
 
 
-def _measure_adapter(label: str, path: Path, given: argparse.Namespace) -> list[dict[str, Any]]:
+# Measures, module by module, and the names of what changed too and is not measured.
+Measured = tuple[list[dict[str, Any]], list[str]]
+
+
+def _measure_adapter(label: str, path: Path, given: argparse.Namespace) -> Measured:
     config = find_adapter(path)
     source = announce_model(given.model or config.base_model_name_or_path)
-    kind, texts = _class_of(source, config, given), _texts(source, path, given)
+    revision = (config.revision if given.model is None else None) or "main"  # of the base that the adapter names
+    base_config = read_config(source.path, revision)
+    kind, texts = find_class(base_config, config, given.model_class), _texts(source, path, given, revision)
+    options = {"revision": revision, **label_options(base_config, kind, config, path)}
     if moves_base(config):
-        base = load_adapted(source, None, kind, given.dtype)
-        merged = load_adapted(source, path, kind, given.dtype, merge=True)
+        base = load_adapted(source, None, kind, given.dtype, **options)
+        merged = load_adapted(source, path, kind, given.dtype, merge=True, **options)
         return _measure_models(base, merged, texts, label, given)
-    model = load_adapted(source, path, kind, given.dtype)
-    layers = getattr(model.base_model, "targeted_module_names", [])  # prompt methods adapt none, and are refused
+    model = load_adapted(source, path, kind, given.dtype, **options)
+    targeted = getattr(model.base_model, "targeted_module_names", [])  # prompt methods adapt none, and are refused
+    left_out = left_out_of_adapter(model, saved_shapes(path)) if targeted else []
+    layers = [name for name in targeted if name not in left_out]
     inputs = _inputs(model, layers, texts)
-    return [_measured(change, inputs, given) for change in _shown(adapter_changes(model), label, len(layers))]
+    changes = _shown(adapter_changes(model), label, len(layers))
+    return [_measured(change, inputs, given) for change in changes], left_out
 
 
-def _class_of(source: ModelSource, adapter: Any, given: argparse.Namespace) -> Any:
-    return find_class(read_config(source.path), adapter, given.model_class)
+def _class_of(source: ModelSource, given: argparse.Namespace) -> Any:
+    return find_class(read_config(source.path), name=given.model_class)
 
 
 def _measure_models(
     before: Any, after: Any, texts: list[torch.Tensor], label: str, given: argparse.Namespace
-) -> list[dict[str, Any]]:
+) -> Measured:
     names = [name for name, module in before.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
     inputs = _inputs(before, names, texts)
     found = [_measured(change, inputs, given) for change in _shown(model_changes(before, after), label, len(names))]
+    left_out = left_out_of_models(before, after)
+    if not found and left_out:
+        raise ValueError(
+            f"{label}: expected projections with other weights than before, found the same ones, and others in "
+            f"{_kinds(left_out)} alone, which are not measured"
+        )
     if not found:
         raise ValueError(f"{label}: expected other weights than before, found the same")
-    return found
+    return found, left_out
+
+
+def _kinds(names: list[str]) -> str:
+    """The names without the numbers of their layers, and how many there are of each."""
+    counts = Counter(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names)
+    return ", ".join(f"{name} ({count})" for name, count in counts.items())
 
 
 def _measured(change: Change, inputs: dict[str, torch.Tensor], given: argparse.Namespace) -> dict[str, Any]:
     return measure(change, inputs.get(change.name), top=given.top, threshold=given.threshold)
 
 
-def _texts(source: ModelSource, adapter: Path | None, given: argparse.Namespace) -> list[torch.Tensor]:
+def _texts(
+    source: ModelSource, adapter: Path | None, given: argparse.Namespace, revision: str = "main"
+) -> list[torch.Tensor]:
     """The tokens of every text, (1, tokens) each; none without `--texts`."""
     texts: Path | None = given.texts
     if texts is None:
@@ -103,7 +137,7 @@ def _texts(source: ModelSource, adapter: Path | None, given: argparse.Namespace)
             chosen = list(islice((line.strip() for line in lines if line.strip()), 64))
     if not chosen:
         raise ValueError(f"{texts}: expected a text a line, found none")
-    tokenizer = load_tokenizer(source, adapter)
+    tokenizer = load_tokenizer(source, adapter, revision=revision)
     return [tokenizer(t, return_tensors="pt", truncation=True, max_length=512)["input_ids"] for t in chosen]
 
 

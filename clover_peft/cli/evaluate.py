@@ -25,20 +25,23 @@ def run(given: argparse.Namespace) -> int:
     trained = _trained(given.adapter or given.model)
     given.dtype = given.dtype or trained.get("model", {}).get("dtype", "torch.float32").removeprefix("torch.")
     source = announce_model(given.model or _base(given.adapter))
-    result = _harness(given, source, trained) if given.harness else _suite(given, source, trained)
+    init_kwargs = _init_kwargs(given, trained)
+    result = _harness(given, source, init_kwargs) if given.harness else _suite(given, source, trained, init_kwargs)
     options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()}
     record = {"options": options, "model": source.name, "origin": source.origin, **result}
     print(f"record: {records.write(given.out / 'record.json', {**record, 'environment': records.environment()})}")
     return 0
 
 
-def _suite(given: argparse.Namespace, source: ModelSource, trained: dict[str, Any]) -> dict[str, Any]:
+def _suite(
+    given: argparse.Namespace, source: ModelSource, trained: dict[str, Any], init_kwargs: dict[str, Any]
+) -> dict[str, Any]:
     rows = evaluation.read_questions(given.data, given.split, given.tasks or list(TASKS), given.rows, given.seed)
     model: Any = None
     if given.vllm:
         tokenizer = AutoTokenizer.from_pretrained(source.path)
     else:
-        model, tokenizer = load_trained(source, given.adapter, given.dtype, given.merge, **_revision(trained))
+        model, tokenizer = load_trained(source, given.adapter, given.dtype, given.merge, **init_kwargs)
     settings = trained.get("settings") or {}
     in_training = trained.get("prompt") or settings.get("prompt")  # Earlier records have the latter alone.
     prompt = given.prompt or in_training
@@ -60,7 +63,7 @@ def _suite(given: argparse.Namespace, source: ModelSource, trained: dict[str, An
     asked["prompt"] = prompt
     if given.adapter and given.adapter.is_dir():  # another may have been trained into the same folder
         asked["adapter_sha256"] = records.digest(sorted(given.adapter.glob("adapter_*")))
-    asked |= {"model_sha256": weights_digest(source.path), **_revision(trained)}
+    asked |= {"model_sha256": weights_digest(source.path), **init_kwargs}
     if given.mode == "generate":
         asked |= {"beams": beams, "new_tokens": new_tokens}
     resumed = (given.out / "predictions.jsonl").exists()
@@ -71,14 +74,14 @@ def _suite(given: argparse.Namespace, source: ModelSource, trained: dict[str, An
     return {**summary, "asked": asked, "seconds": None if resumed else time.perf_counter() - started}
 
 
-def _harness(given: argparse.Namespace, source: ModelSource, trained: dict[str, Any]) -> dict[str, Any]:
+def _harness(given: argparse.Namespace, source: ModelSource, init_kwargs: dict[str, Any]) -> dict[str, Any]:
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager
         from lm_eval.utils import make_table
     except ImportError as error:
         raise ValueError("--harness: expected lm-evaluation-harness, found none; pip install lm-eval") from error
-    arguments = {"pretrained": source.path, "dtype": given.dtype, **_revision(trained)}
+    arguments = {"pretrained": source.path, "dtype": given.dtype, **init_kwargs}
     if given.adapter:
         arguments["peft"] = str(given.adapter)
     found = lm_eval.simple_evaluate(
@@ -104,10 +107,23 @@ def _trained(folder: str | Path | None) -> dict[str, Any]:
     return records.read_json(record, "move it away, and pass --prompt")
 
 
-def _revision(trained: dict[str, Any]) -> dict[str, str]:
-    """The base's revision that an adapter was trained on, where it was pinned."""
-    revision = ((trained.get("settings") or {}).get("model_init_kwargs") or {}).get("revision")
-    return {"revision": revision} if revision else {}
+def _init_kwargs(given: argparse.Namespace, trained: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that the base was loaded with in training, and that decide which weights it has."""
+    in_training = (trained.get("settings") or {}).get("model_init_kwargs") or {}
+    found: dict[str, Any] = {}
+    if given.model is None:  # another base has other revisions
+        revision = in_training.get("revision") or (given.adapter and find_adapter(given.adapter).revision)
+        found |= {"revision": revision} if revision else {}
+    if given.adapter and (quantisation := in_training.get("quantization_config")):
+        unquantised = "--merge" if given.merge else "--harness" if given.harness else None
+        if unquantised:
+            print(
+                f"{unquantised}: the base is loaded unquantised, although the adapter was trained on a quantised one"
+            )
+        else:
+            print(f"the base is quantised as in training: {quantisation}")
+            found["quantization_config"] = quantisation
+    return found
 
 
 def _base(adapter: Path | None) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig, PeftModel, convert_to_lora, get_peft_model_state_dict
-from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PretrainedConfig
 
 from ..base_model.plain import check_unquantised
+from ..io.adapters import grow_embeddings, label_options, load_own_tokenizer
 from ..io.atomic import check_new_folder, new_folder
 from ..io.hub_models import load_processor
 from ..io.model_class import find_class, read_config
-from ..tuner.adapter_file import embedding_of
 from ..tuner.config import CloverConfig
 from ..tuner.experts import refuse_experts
 from ..tuner.layers import clover_layers
@@ -61,29 +62,37 @@ def export(
         ValueError: `out` is in use, the base is not known, something of the adapter would be lost, or no LoRA can be
             made of it.
     """
-    for each in (out, *(_lora_folder(out, rank) for rank in lora_ranks or ())):
+    lora_ranks = list(dict.fromkeys(lora_ranks or ()))
+    for each in (out, *(_lora_folder(out, rank) for rank in lora_ranks)):
         check_new_folder(each)
     config = PeftConfig.from_pretrained(adapter)
-    base = base or config.base_model_name_or_path
-    if not base:
-        raise ValueError(f"{adapter}: expected the name of its base model, found none; pass --base")
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        raise ValueError(
+            f"{adapter}: expected an adapter of weights, found {config.peft_type.value}, which has nothing to merge "
+            "into them; serve it with peft"
+        )
+    revision = "main" if base else config.revision or "main"  # of the base that the adapter names
+    base_config = _base_config(adapter, config, base)
+    base = base or str(config.base_model_name_or_path)
     extra = [name for name in ("modules_to_save", "trainable_token_indices") if getattr(config, name, None)]
     extra += ["bias"] if getattr(config, "bias", "none") != "none" else []
     if lora_ranks and extra:
         raise ValueError(f"{adapter}: {extra[0]} cannot be part of a LoRA made of it; leave --lora-rank out")
     if lora_ranks and not isinstance(config, CloverConfig):
         raise ValueError(f"{adapter}: expected a CLOVER adapter, found {config.peft_type}; leave --lora-rank out")
-    processor = load_processor(base)
-    trained_with = _tokenizer(adapter)
+    processor = load_processor(base, revision)
+    trained_with = load_own_tokenizer(adapter)
     tokenizer = trained_with or getattr(processor, "tokenizer", processor)
-    kind = find_class(read_config(base), config, model_class)
-    model = kind.from_pretrained(base, dtype=dtype or "auto")
+    kind = find_class(base_config, config, model_class)
+    labels = label_options(base_config, kind, config, adapter)
+    load = functools.partial(kind.from_pretrained, base, revision=revision, **labels)
+    model = load(dtype=dtype or "auto")
     check_unquantised(model, str(base))
     own, wide = dtype or model.dtype, torch.promote_types(model.dtype, torch.float32)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}  # a class may keep some in float32
     del model  # loaded again, not cast: what a model computes while it loads, as Gemma its scale, has its dtype
-    model = kind.from_pretrained(base, dtype=wide)
-    grown = _grow(model, adapter, trained_with)
+    model = load(dtype=wide)
+    grown = grow_embeddings(model, adapter, trained_with)
     plain = probe(model)
     model = PeftModel.from_pretrained(model, adapter).eval()
     if lora_ranks:
@@ -95,8 +104,8 @@ def export(
         for rank in lora_ranks:
             folder = _lora_folder(out, rank)
             _write_lora(model, folder, rank, tokenizer if grown else None, embeddings=grown)
-            lora = kind.from_pretrained(base, dtype=wide)
-            _grow(lora, adapter, trained_with)
+            lora = load(dtype=wide)
+            grow_embeddings(lora, adapter, trained_with)
             found = probe(PeftModel.from_pretrained(lora, folder))
             loras[rank] = {"weights": errors[rank], "logits": _distance(found, expected, expected - plain)}
             del lora
@@ -122,16 +131,24 @@ def export(
     }
 
 
+def _base_config(adapter: str, config: PeftConfig, base: str | None) -> PretrainedConfig:
+    """The configuration of the base model: of the one that is passed, else of the one that the adapter names."""
+    if base:
+        return read_config(base)
+    if not (named := config.base_model_name_or_path):
+        raise ValueError(f"{adapter}: expected the name of its base model, found none; pass --base")
+    try:
+        return read_config(named, config.revision)
+    except (OSError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"{adapter}: expected its base model {named} in that folder, seen from here, or on the hub, found neither "
+            f"({reason}); pass --base with the base's folder or name"
+        ) from error
+
+
 def _lora_folder(out: Path, rank: int) -> Path:
     return out.with_name(f"{out.name}-lora-r{rank}")
-
-
-def _tokenizer(adapter: str) -> Any:
-    """The adapter's own tokenizer; None where it has none."""
-    try:
-        return transformers.AutoTokenizer.from_pretrained(adapter)
-    except (OSError, ValueError):
-        return None
 
 
 def _cast(model: Any, dtype: torch.dtype, dtypes: Mapping[str, torch.dtype]) -> Any:
@@ -150,27 +167,6 @@ def _digests(model: Any, dtype: torch.dtype, dtypes: Mapping[str, torch.dtype]) 
         tensor = tensor.to(dtypes.get(name, dtype)) if tensor.is_floating_point() else tensor
         result[name] = hashlib.blake2b(tensor.contiguous().flatten().view(torch.uint8).numpy()).digest()
     return result
-
-
-def _grow(model: Any, adapter: str, tokenizer: Any) -> bool:
-    """Give the embeddings the rows that they had in training: as many as were saved, else as its tokenizer needs.
-
-    Returns whether the adapter brings embeddings of its own.
-    """
-    embedding = embedding_of(model, "input")
-    if not isinstance(embedding, nn.Embedding):  # such as patches of an image
-        return False
-    path = next(name for name, module in model.named_modules() if module is embedding)
-    there = embedding.weight.shape[0]
-    saved = None
-    if (file := Path(adapter, "adapter_model.safetensors")).is_file():
-        with safe_open(file, framework="pt") as tensors:
-            if (key := f"base_model.model.{path}.weight") in set(tensors.keys()):
-                saved = tensors.get_slice(key).get_shape()[0]
-    rows = saved or max(len(tokenizer) if tokenizer is not None else 0, there)
-    if rows != there:
-        model.resize_token_embeddings(rows, mean_resizing=False)
-    return saved is not None or rows != there
 
 
 def _settle_ties(model: Any) -> None:

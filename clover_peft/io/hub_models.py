@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from . import run_record as records
+from .adapters import grow_embeddings, load_own_tokenizer
 from .atomic import build_once
 from .downloads import Wheel, cache_root, download_wheel, hub_reachable
 from .locate import DEFAULT_MODEL, check_adapter, check_model, in_cache
@@ -144,6 +145,8 @@ def load_adapted(
         ValueError: the adapter does not fit the model.
     """
     model = kind.from_pretrained(source.path, dtype=dtype, **init_kwargs)
+    if adapter is not None:
+        grow_embeddings(model, adapter, load_own_tokenizer(adapter, init_kwargs.get("trust_remote_code", False)))
     if not {"device_map", "quantization_config"} & init_kwargs.keys():  # These have placed the weights already.
         model = model.to(accelerator())
     if adapter is not None:
@@ -159,13 +162,11 @@ def load_adapted(
 
 def load_tokenizer(source: ModelSource, adapter: str | Path | None, **init_kwargs: Any) -> PreTrainedTokenizerBase:
     """Load the tokenizer that a model was trained with: the adapter's own where it has one. It can pad."""
-    saved_with_it = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
-    revision = None if saved_with_it else init_kwargs.get("revision")  # An adapter's folder has no revisions.
-    tokenizer = AutoTokenizer.from_pretrained(
-        str(adapter) if saved_with_it else source.path,
-        revision=revision or "main",
-        trust_remote_code=init_kwargs.get("trust_remote_code", False),
-    )
+    trust = init_kwargs.get("trust_remote_code", False)
+    tokenizer = None if adapter is None else load_own_tokenizer(adapter, trust)
+    if tokenizer is None:
+        revision = init_kwargs.get("revision") or "main"
+        tokenizer = AutoTokenizer.from_pretrained(source.path, revision=revision, trust_remote_code=trust)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -197,14 +198,14 @@ def load_as_saved(source: ModelSource, model_class: str | None = None, dtype: st
     return model, load_processor(source.path)
 
 
-def load_processor(path: str) -> Any:
+def load_processor(path: str, revision: str = "main") -> Any:
     """Load the processor or tokenizer of a model; if there is none, the reason is printed and None returned."""
     folder = Path(path)
     try:
         # For some families transformers makes an empty tokenizer where there is none.
         if folder.is_dir() and not any(part in file.name for file in folder.iterdir() for part in _PREPARING):
             raise OSError("no file of one in the folder")
-        return transformers.AutoProcessor.from_pretrained(path)
+        return transformers.AutoProcessor.from_pretrained(path, revision=revision)
     except (OSError, ValueError, ImportError) as error:
         print(f"{path}: no tokenizer or processor could be loaded: {str(error).strip().splitlines()[0]}")
         return None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.linalg import matrix_norm, pinv
 
+from ..io.adapters import embedding_of
 from ..io.user_warning import warn
 from ..linalg.triangles import pack, unpack
 from ..runtime.loading import weights_follow
@@ -266,15 +267,6 @@ def _check_no_base_weights(model: nn.Module, adapter_name: str, state: dict[str,
                     f"{key}: expected no weights of the base model in the adapter's file, found some, which would "
                     "replace its own; the file was not written by save_pretrained, take a copy that was"
                 )
-
-
-def embedding_of(model: nn.Module, side: str) -> nn.Module | None:
-    """The "input" or "output" embedding of a model; None if it has none."""
-    get = getattr(model, f"get_{side}_embeddings", None)
-    try:
-        return None if get is None else get()
-    except NotImplementedError:  # raised by models of transformers that have no embeddings
-        return None
 
 
 def unfolded(name: str, spec: BlockSpec, whole: Tensor, frozen: BlockTensors) -> BlockTensors:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -360,3 +360,37 @@ def test_what_cannot_be_exported_is_said_before_anything_is_written(tmp_path, ar
     assert not (tmp_path / "out").exists()
     assert script.main([str(tmp_path / "adapter"), str(tmp_path / "base")]) == 2
     assert "expected a new or empty folder" in capsys.readouterr().err
+
+
+def test_a_rank_that_is_given_twice_is_written_once(tmp_path):
+    save_base(tmp_path / "base", tied=True)
+    train(tmp_path / "base", tmp_path / "adapter", CloverConfig(task_type="CAUSAL_LM"))
+    report = script.export(str(tmp_path / "adapter"), tmp_path / "out", lora_ranks=[4, 4])
+    assert report["lora"].keys() == {4}
+
+
+def test_prompts_are_refused_in_a_sentence(tmp_path, capsys):
+    save_base(tmp_path / "base", tied=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    assert script.main([str(tmp_path / "adapter"), str(tmp_path / "out")]) == 2
+    assert "expected an adapter of weights, found PROMPT_TUNING" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("named", ["base", "../base", "runs/some/base"])
+def test_a_base_that_is_elsewhere_is_asked_for(tmp_path, monkeypatch, capsys, named):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    save_base(tmp_path / "base", tied=True)
+    config = CloverConfig(task_type="CAUSAL_LM", base_model_name_or_path=named)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    model.peft_config["default"].base_model_name_or_path = named
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere" if named != "../base" else tmp_path)
+    assert script.main([str(tmp_path / "adapter"), str(tmp_path / "out")]) == 2
+    [message] = capsys.readouterr().err.splitlines()
+    assert f"expected its base model {named} in that folder" in message
+    assert "pass --base" in message
+    assert script.main([str(tmp_path / "adapter"), str(tmp_path / "out"), "--base", str(tmp_path / "base")]) == 0

@@ -18,6 +18,7 @@ from clover_peft.experiments.analysis import (
     adapter_changes,
     collect_inputs,
     effective_rank,
+    left_out_of_adapter,
     measure,
     model_changes,
     moves_base,
@@ -290,3 +291,87 @@ def test_weights_that_diverged_are_named_and_zero_weights_measured():
     found = measure(Change("up_proj", torch.zeros(4, 3), weight))
     assert found["update"]["relative"] == float("inf")
     assert set(found["intruders"]["similarities"]) == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "left_out"),
+    [
+        (
+            "mixtral",
+            lambda: LoraConfig(
+                r=2,
+                init_lora_weights=False,
+                target_modules=["q_proj"],
+                target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+            ),
+            "model.layers.*.mlp.experts (2)",
+        ),
+        (
+            "mixtral",
+            lambda: CloverConfig(target_modules=["v_proj"], target_parameters=["experts.down_proj"]),
+            "model.layers.*.mlp.experts (2)",
+        ),
+        (
+            "llama",
+            lambda: LoraConfig(
+                r=2,
+                init_lora_weights=False,
+                target_modules=["q_proj", "embed_tokens"],
+                modules_to_save=["lm_head"],
+            ),
+            "model.embed_tokens (1), lm_head (1)",
+        ),
+        (
+            "llama",
+            lambda: LoraConfig(
+                r=2, init_lora_weights=False, target_modules=["q_proj"], trainable_token_indices=[1, 2]
+            ),
+            "model.embed_tokens (1), lm_head (1)",
+        ),
+    ],
+    ids=["experts", "experts, CLOVER", "embedding and whole modules", "tokens"],
+)
+def test_what_is_not_measured_is_named(tmp_path, capsys, family, config, left_out):
+    (tmp_path / "texts.txt").write_text("one text\n\nanother text that is longer\n")
+    if family == "llama":
+        save_chat_model(tmp_path / "base")
+    else:
+        build(family).save_pretrained(tmp_path / "base")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config())
+    perturb(model)
+    model.save_pretrained(tmp_path / "adapter")
+    command = ["--adapter", str(tmp_path / "adapter"), "--model", str(tmp_path / "base"), "--no-pictures"]
+    command += ["--label", "it", *(["--texts", str(tmp_path / "texts.txt")] if family == "llama" else [])]
+    assert script.main([*command, "--out", str(tmp_path / "out")]) == 0, capsys.readouterr().err
+    assert f"it: changed too, but not measured, as they are no projections: {left_out}\n" in capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "analysis.json").read_text())
+    assert len(record["left_out"]["it"]) == sum(int(part[1:-1]) for part in left_out.replace(",", "").split()[1::2])
+
+
+def test_models_that_differ_in_what_is_not_measured_are_not_called_the_same(tmp_path, capsys):
+    model = build("mixtral")
+    model.save_pretrained(tmp_path / "before")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "experts" in name or "embed_tokens" in name:
+                parameter.mul_(1.01)
+    model.save_pretrained(tmp_path / "after")
+    command = ["--before", str(tmp_path / "before"), "--after", str(tmp_path / "after"), "--no-pictures"]
+    assert script.main([*command, "--out", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert "others in model.embed_tokens.weight (1), model.layers.*.mlp.experts.gate_up_proj (2)" in message
+    assert "alone, which are not measured" in message
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.self_attn.q_proj.weight").mul_(1.01)
+    model.save_pretrained(tmp_path / "more")
+    command[3] = str(tmp_path / "more")
+    assert script.main([*command, "--out", str(tmp_path / "out")]) == 0
+    assert "after: changed too, but not measured" in capsys.readouterr().out
+
+
+def test_saved_biases_and_resized_embeddings_are_named():
+    config = LoraConfig(r=2, init_lora_weights=False, target_modules=["c_attn"], bias="all")
+    model = get_peft_model(build("gpt2"), config)
+    saved = ["transformer.h.0.attn.c_attn.base_layer.bias", "transformer.wte.weight"]
+    named = ["transformer.h.0.attn.c_attn.bias", "transformer.wte.weight"]
+    assert left_out_of_adapter(model, [*saved, "transformer.h.0.attn.c_attn.lora_A.weight"]) == named

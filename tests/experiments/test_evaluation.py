@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gzip
 import importlib.util
 import json
@@ -418,6 +419,27 @@ def test_the_prompt_is_that_of_training(given, tmp_path, capsys, record):
         assert f"prompt: {expected} ({why}); weights: bfloat16" in capsys.readouterr().out
         asked = json.loads((tmp_path / out / "record.json").read_text())["asked"]
         assert (asked["prompt"], asked["dtype"]) == (expected, "bfloat16")
+
+
+@pytest.mark.parametrize("method", ["clover", "lora"])
+@pytest.mark.parametrize("merge", [False, True])
+def test_the_base_is_quantised_as_in_training(given, tmp_path, capsys, monkeypatch, method, merge):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    config = CloverConfig if method == "clover" else functools.partial(LoraConfig, target_modules=["q_proj"])
+    base = AutoModelForCausalLM.from_pretrained(given.folder / "model")
+    get_peft_model(base, config(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "run" / "adapter")
+    settings = {"model_init_kwargs": {"quantization_config": {"load_in_4bit": True}}}
+    (tmp_path / "run" / "record.json").write_text(json.dumps({"settings": settings}))
+    seen = []
+    monkeypatch.setattr(script.evaluation, "scorer", lambda model, *_: seen.append(model) or evaluation.unanswered)
+    command = ["--model", str(given.folder / "model"), "--data", str(given.data), "--mode", "score"]
+    command += ["--adapter", str(tmp_path / "run" / "adapter"), "--out", str(tmp_path / "out")]
+    assert script.main([*command, *(["--merge"] if merge else [])]) == 0, capsys.readouterr().err
+    assert any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in seen[0].modules()) != merge
+    said = "--merge: the base is loaded unquantised" if merge else "the base is quantised as in training"
+    assert said in capsys.readouterr().out
+    asked = json.loads((tmp_path / "out" / "record.json").read_text())["asked"]
+    assert ("quantization_config" in asked) != merge
 
 
 def test_the_script_goes_on_with_the_same_adapter_only(given, tmp_path, capsys):

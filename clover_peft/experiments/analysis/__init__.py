@@ -1,7 +1,15 @@
 """How a fine-tuning changed the weights: the paper's measures, for any adapter of peft or any pair of models."""
 
 from ...linalg.spectra import effective_rank
-from .changes import Change, adapter_changes, collect_inputs, model_changes, moves_base
+from .changes import (
+    Change,
+    adapter_changes,
+    collect_inputs,
+    left_out_of_adapter,
+    left_out_of_models,
+    model_changes,
+    moves_base,
+)
 from .measures import measure, projected_share
 
 __all__ = [
@@ -9,6 +17,8 @@ __all__ = [
     "adapter_changes",
     "collect_inputs",
     "effective_rank",
+    "left_out_of_adapter",
+    "left_out_of_models",
     "measure",
     "model_changes",
     "moves_base",

@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...base_model.activations import evaluating
+
+_PROJECTIONS = (nn.Linear, Conv1D)  # what is measured
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ def moves_base(config: Any) -> bool:
 
 
 def adapter_changes(model: Any) -> Iterator[Change]:
-    """Yield how merging the active adapters changes each adapted projection.
+    """Yield how merging the active adapters changes each adapted projection; see `left_out_of_adapter` for the rest.
 
     One module is merged at a time, and restored. This works for every method of peft that merges into a weight and
     leaves the base weights alone (see `moves_base`).
@@ -58,7 +61,7 @@ def adapter_changes(model: Any) -> Iterator[Change]:
     for name, module in model.base_model.model.named_modules():
         layer: Any = module if isinstance(module, BaseTunerLayer) else None
         base = layer and layer.get_base_layer()
-        if not isinstance(base, (nn.Linear, Conv1D)):
+        if not isinstance(base, _PROJECTIONS):
             continue
         found = True
         if layer.merged or not base.weight.is_floating_point():
@@ -73,20 +76,61 @@ def adapter_changes(model: Any) -> Iterator[Change]:
             layer.get_base_layer().weight.data.copy_(original)  # Not every method restores the exact bits.
         yield Change(name, before, after)
     if not found:
-        raise ValueError("expected adapted projections with a weight, found none")
+        others = ", ".join(left_out_of_adapter(model)[:3])
+        raise ValueError(f"expected adapted projections with a weight, found {others or 'none'}")
+
+
+def left_out_of_adapter(model: Any, saved: Iterable[str] = ()) -> list[str]:
+    """What an adapter changes and `adapter_changes` does not measure: experts, embeddings, whole modules, biases.
+
+    Args:
+        model: a `PeftModel`.
+        saved: the names in the adapter's file; those of the base's own parameters are left out too.
+
+    Returns:
+        The names of modules and parameters in the base model.
+    """
+    inner = model.base_model.model
+    found: dict[str, None] = {}
+    for name, module in inner.named_modules():
+        is_adapted = isinstance(module, BaseTunerLayer) and not isinstance(module.get_base_layer(), _PROJECTIONS)
+        if is_adapted or isinstance(module, AuxiliaryTrainingWrapper):
+            found[_base_name(name)] = None
+    own = dict(inner.named_parameters())
+    for name in map(_base_name, (name for name in saved if name in own)):
+        if name.rpartition(".")[0] not in found:
+            found[name] = None
+    return list(found)
+
+
+def _base_name(name: str) -> str:
+    """The name in the base model of what is wrapped by peft."""
+    return ".".join(part for part in name.split(".") if part not in ("base_layer", "token_adapter"))
+
+
+def left_out_of_models(before: nn.Module, after: nn.Module) -> list[str]:
+    """The names of parameters that differ between two models and that `model_changes` does not measure."""
+    measured = {f"{name}.weight" for name, module in before.named_modules() if isinstance(module, _PROJECTIONS)}
+    others = dict(after.named_parameters())
+    return [
+        name
+        for name, one in before.named_parameters()
+        if name not in measured
+        and ((two := others.get(name)) is None or one.shape != two.shape or not torch.equal(one, two))
+    ]
 
 
 def model_changes(before: nn.Module, after: nn.Module) -> Iterator[Change]:
-    """Yield the projections that differ between two models of one architecture.
+    """Yield the projections that differ between two models of one architecture; see `left_out_of_models`.
 
     Raises:
         ValueError: a projection has another shape in the other model, or they share none.
     """
-    others = {name: module for name, module in after.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    others = {name: module for name, module in after.named_modules() if isinstance(module, _PROJECTIONS)}
     shared = 0
     for name, module in before.named_modules():
         other = others.get(name)
-        if not isinstance(module, (nn.Linear, Conv1D)):
+        if not isinstance(module, _PROJECTIONS):
             continue
         shapes = tuple(module.weight.shape), None if other is None else tuple(other.weight.shape)
         if shapes[0] != shapes[1]:
