@@ -193,6 +193,19 @@ def test_a_run_that_diverges_is_no_success(settings, tmp_path, capsys):
     assert "-> nan (mean of steps 4 to 4)" in (tmp_path / "run" / "adapter" / "README.md").read_text()
 
 
+def test_the_adapter_names_the_revision_it_was_trained_on(settings, tmp_path):
+    run(settings(max_steps=1, **{"model_init_kwargs.revision": "v2"}))
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert config["revision"] == "v2"
+
+
+def test_the_old_name_of_a_dtype_counts(settings):
+    record = run(settings(max_steps=1, **{"model_init_kwargs.torch_dtype": "bfloat16"}))
+    assert record["model"]["dtype"] == "torch.bfloat16"
+    with pytest.raises(ValueError, match=r"model_init_kwargs: expected dtype or torch_dtype, found both; leave torch"):
+        run(settings(out="both", model_init_kwargs={"dtype": "float32", "torch_dtype": "bfloat16"}))
+
+
 def test_what_peft_and_trl_refuse_is_one_sentence(settings, monkeypatch):
     def refuse(*_):
         raise TypeError("expected a linear layer,\nfound an Embedding")

@@ -93,7 +93,8 @@ def _run(settings: Settings, callbacks: list[TrainerCallback] | None) -> dict[st
     started = time.perf_counter()
     if settings.peft is not None:
         with _refused_by("peft"):
-            model = peft.get_peft_model(model, settings.peft)
+            # Without the revision, the saved adapter would be loaded on the newest weights of its base.
+            model = peft.get_peft_model(model, settings.peft, revision=init_kwargs.get("revision"))
     init_seconds = time.perf_counter() - started
     if settings.peft is not None:
         say(f"adapted modules: {', '.join(_adapter(model)['modules'])}")
