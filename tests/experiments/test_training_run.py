@@ -199,6 +199,15 @@ def test_the_adapter_names_the_revision_it_was_trained_on(settings, tmp_path):
     assert config["revision"] == "v2"
 
 
+def test_the_rows_that_a_start_takes_are_counted(settings, capsys):
+    """As many as there are, where more are asked for."""
+    asked = {"calibration_rows": 50, "contrast_rows": 50, "rows": 6, "peft.low_rank": 2}
+    run(settings(max_steps=1, held_out_rows=0, questions=0, **asked))
+    said = capsys.readouterr().out
+    assert "making bases from 6 training rows\n" in said
+    assert "at what 6 training rows have and" in said
+
+
 def test_the_old_name_of_a_dtype_counts(settings):
     record = run(settings(max_steps=1, **{"model_init_kwargs.torch_dtype": "bfloat16"}))
     assert record["model"]["dtype"] == "torch.bfloat16"
@@ -207,7 +216,7 @@ def test_the_old_name_of_a_dtype_counts(settings):
 
 
 def test_what_peft_and_trl_refuse_is_one_sentence(settings, monkeypatch):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise TypeError("expected a linear layer,\nfound an Embedding")
 
     with pytest.raises(ValueError, match=r"trainer: .*[Cc]lear-?ML"):

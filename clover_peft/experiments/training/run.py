@@ -31,7 +31,7 @@ from .distillation import load_teacher
 from .initialize import initialize
 from .loading import load_model, load_tokenizer
 from .resuming import Before, Clock, alone, bases_saved, check_rows, find_checkpoint, keep_settings
-from .saving import keep_start, save
+from .saving import keep_start, merge, save
 from .trainer import Trainer
 
 # The record repeats these settings of TRL's configuration, with their defaults filled in.
@@ -156,6 +156,8 @@ def _run(settings: Settings, callbacks: list[TrainerCallback] | None) -> dict[st
     if trainer.is_world_process_zero():
         print(f"record: {records.write(out / 'record.json', record)}")
         _print_summary(record)
+        if job.merge:  # last, since it can fail, and changes the model
+            merge(model, tokenizer, out, record)
     return record
 
 
