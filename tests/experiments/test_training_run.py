@@ -240,6 +240,36 @@ def test_a_prompt_longer_than_max_length_is_said(settings, capsys):
     assert "rows dropped, their prompts alone fill max_length=26" in capsys.readouterr().out
 
 
+def test_held_out_rows_that_do_not_fit_are_counted_out(settings, tmp_path, capsys):
+    """The loss is that of the others, and the record says how many they are."""
+    lines = [{"prompt": f"{i}:" + " cat" * (40 * (i < 6)), "completion": "dog"} for i in range(30)]
+    data, seen = write_jsonl(tmp_path / "rows.jsonl", lines), Evaluated()
+    given = {"data": data, "rows": "null", "held_out_rows": 15, "prompt": "clover", "max_steps": 1, "max_length": 24}
+    record = run(settings(**given), callbacks=[seen])
+    assert 9 <= record["data"]["held_out_rows"] == len(seen.rows) < 15
+    dropped = 15 - len(seen.rows)
+    assert (
+        f"data: {dropped} held-out rows dropped, their prompts alone fill max_length=24\n" in capsys.readouterr().out
+    )
+    packed = run(settings(out="packed", packing=True, eval_packing=True, padding_free=False, **given))
+    assert packed["data"]["held_out_rows"] == 15
+
+
+@pytest.mark.parametrize("kind", ["prompt", "text", "chat"])
+def test_answers_that_max_length_cuts_are_counted(settings, tmp_path, capsys, kind):
+    lines = [{"prompt": f"{i}:", "completion": " dog" * (40 if i < 5 else 1)} for i in range(20)]
+    if kind == "text":  # windows end where they are cut
+        lines = [{"text": " ".join(["cat", "dog", "river"] * 400)}]
+    data = write_jsonl(tmp_path / "rows.jsonl", lines)
+    given = {"data": data, "rows": "null", "held_out_rows": 0, "questions": 0, "max_steps": 1, "max_length": 24}
+    run(settings(**given, **({} if kind == "chat" else {"prompt": "clover"})))
+    said = capsys.readouterr().out
+    warning = "data: 5 answers cut off by max_length=24: the model does not learn where they end; raise max_length"
+    assert (warning in said) == ("cut off" in said) == (kind != "text")
+    run(settings(out="enough", **(given | {"max_length": 96})))
+    assert "cut off" not in capsys.readouterr().out
+
+
 def test_tokenizer_settings(settings, tiny, tmp_path):
     plain = tmp_path / "plain"
     AutoModelForCausalLM.from_pretrained(tiny.model).save_pretrained(plain)

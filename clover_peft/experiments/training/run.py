@@ -111,7 +111,7 @@ def _run(settings: Settings, callbacks: list[TrainerCallback] | None) -> dict[st
             processing_class=tokenizer,
             callbacks=callbacks,
         )
-    _check_trainer(trainer, settings, len(split.train))
+    _check_trainer(trainer, settings, split)
     init_seconds += initialize(trainer, job, say)
     if trainer.accelerator.num_processes > 1 and not trainer.is_sharded:
         broadcast_bases(model)
@@ -196,9 +196,9 @@ def first_and_last(losses: list[float]) -> dict[str, float | None]:
     return {"first": sum(losses[:n]) / n, "last": sum(losses[-n:]) / n}
 
 
-def _check_trainer(trainer: Trainer, settings: Settings, rows: int) -> None:
-    """Check what only the trainer knows: that it can merge, and that rows are left; print how many it dropped."""
-    sft = settings.sft
+def _check_trainer(trainer: Trainer, settings: Settings, split: Split) -> None:
+    """Check what only the trainer knows, that it can merge and that rows are left; print what it dropped and cut."""
+    sft, rows = settings.sft, len(split.train)
     if settings.job.merge and trainer.is_sharded:
         raise ValueError(
             "merge=true: expected the whole model in one process, found it sharded; leave merge out, and merge the "
@@ -207,9 +207,33 @@ def _check_trainer(trainer: Trainer, settings: Settings, rows: int) -> None:
     dropped = rows - len(trainer.train_dataset)
     if dropped == rows:
         raise ValueError(f"max_length={sft.max_length}: expected room for an answer, found none behind any prompt")
+    say = sft.distributed_state.print
     if dropped and not sft.packing:
-        say = sft.distributed_state.print
         say(f"data: {dropped} rows dropped, their prompts alone fill max_length={sft.max_length}")
+    if dropped := len(split.held_out) - _held_out(trainer, split):
+        say(f"data: {dropped} held-out rows dropped, their prompts alone fill max_length={sft.max_length}")
+    if "prompt" in split.train[0] and (cut_off := _count_cut(trainer)):
+        say(
+            f"data: {cut_off} answers cut off by max_length={sft.max_length}: the model does not learn where they "
+            "end; raise max_length, or leave these rows out"
+        )
+
+
+def _held_out(trainer: Trainer, split: Split) -> int:
+    """How many held-out rows are measured; those that are packed are all taken to be."""
+    sft = trainer.args
+    packed = sft.packing if sft.eval_packing is None else sft.eval_packing
+    return len(split.held_out) if packed or not split.held_out else len(trainer.eval_dataset)
+
+
+def _count_cut(trainer: Trainer) -> int:
+    """How many training rows fill `max_length` and have no end token to learn."""
+    sft, end, rows = trainer.args, trainer.processing_class.eos_token_id, trainer.train_dataset
+    if sft.packing or sft.max_length is None or sft.truncation_mode != "keep_start":
+        return 0
+    column = "labels" if "labels" in rows.column_names else "input_ids"
+    batches = rows.select_columns([column]).with_format("numpy").iter(1000)
+    return sum(len(ids) == sft.max_length and end not in ids for batch in batches for ids in batch[column])
 
 
 def _describe(settings: Settings, source: ModelSource, split: Split, trainer: Trainer) -> dict[str, Any]:
@@ -227,7 +251,7 @@ def _describe(settings: Settings, source: ModelSource, split: Split, trainer: Tr
             "source": split.source,
             "fingerprint": split.fingerprint,
             "train_rows": len(trainer.train_dataset),
-            "held_out_rows": len(split.held_out),
+            "held_out_rows": _held_out(trainer, split),
             "bad_rows_skipped": split.skipped,
         },
         "processes": settings.sft.world_size,
