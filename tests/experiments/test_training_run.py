@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("trl", reason="needs the train extra: pip install clover-peft[train]")
 
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from clover_peft.experiments.training.answers import Questions
@@ -20,7 +21,7 @@ from clover_peft.experiments.training.run import first_and_last, run
 from clover_peft.experiments.training.verify import main as verify_main
 from clover_peft.experiments.training.verify import verify
 from clover_peft.io.hub_models import find_model
-from tests.support.tiny_chat import CHATML, make_tokenizer, write_jsonl
+from tests.support.tiny_chat import CHATML, make_tokenizer, with_special_tokens, write_jsonl
 
 METHODS = {"clover_contrast", "clover_diagonal", "clover_full", "dora", "full", "hira", "lora", "pissa"}
 
@@ -268,6 +269,24 @@ def test_answers_that_max_length_cuts_are_counted(settings, tmp_path, capsys, ki
     assert (warning in said) == ("cut off" in said) == (kind != "text")
     run(settings(out="enough", **(given | {"max_length": 96})))
     assert "cut off" not in capsys.readouterr().out
+
+
+def test_questions_end_as_prompts_do_in_training(settings, tiny, tmp_path):
+    """Not in the end token that some tokenizers put behind a text; one in the text itself stays."""
+    model = tmp_path / "ending"
+    AutoModelForCausalLM.from_pretrained(tiny.model).save_pretrained(model)
+    with_special_tokens(make_tokenizer(template=None), "<|im_start|> $A <|im_end|>").save_pretrained(model)
+    lines = [{"prompt": f"{i}: cat<|im_end|>", "completion": " dog"} for i in range(20)]
+    data, seen = write_jsonl(tmp_path / "rows.jsonl", lines), Batch()
+    given = {"model": model, "data": data, "rows": "null", "held_out_rows": 1, "questions": 1, "max_steps": 1}
+    run(settings(**given), callbacks=[seen])
+    prompt = load_file(tmp_path / "run" / "probe.safetensors")["prompt.0"][0].tolist()
+    ids, labels = seen.batch["input_ids"][0], seen.batch["labels"][0]
+    trained = ids[: int((labels != -100).nonzero()[0])].tolist()
+    tokenizer = make_tokenizer()
+    assert [prompt[0], *prompt[-2:]] == [trained[0], *trained[-2:]]
+    assert tokenizer.decode(prompt).endswith("cat<|im_end|>")
+    assert not tokenizer.decode(prompt).endswith("<|im_end|><|im_end|>")
 
 
 def test_tokenizer_settings(settings, tiny, tmp_path):
