@@ -30,7 +30,7 @@ from .data import Split, load_data
 from .distillation import load_teacher
 from .initialize import initialize
 from .loading import load_model, load_tokenizer
-from .resuming import Before, Clock, alone, bases_saved, check_rows, find_checkpoint, keep_settings
+from .resuming import Before, Clock, alone, bases_saved, check_inputs, find_checkpoint, identify, keep_settings
 from .saving import keep_start, merge, save
 from .trainer import Trainer
 
@@ -80,8 +80,10 @@ def _run(settings: Settings, callbacks: list[TrainerCallback] | None) -> dict[st
     source = announce_model(job.model, say)
     tokenizer = load_tokenizer(source, sft)
     split = load_rows(settings, tokenizer)
-    if job.resume:
-        check_rows(out, split.fingerprint)
+    main = sft.process_index == 0
+    inputs = identify(split.fingerprint, source, job.teacher) if main else {}
+    if job.resume and main:
+        check_inputs(out, inputs)
     say(f"data: {len(split.train)} rows to train on, {len(split.held_out)} held out")
     say(f"learning rate: {sft.learning_rate:g}")
     init_kwargs = dict(sft.model_init_kwargs or {})
@@ -125,7 +127,7 @@ def _run(settings: Settings, callbacks: list[TrainerCallback] | None) -> dict[st
     trainer.add_callback(before := Before(out, measure, resuming=checkpoint is not None))
     trainer.accelerator.wait_for_everyone()  # All processes have looked for another run's files by now.
     if trainer.is_world_process_zero():
-        keep_settings(out, settings, split.fingerprint)
+        keep_settings(out, settings, inputs)
         keep_start(out, settings, model)
     if checkpoint:
         say(f"resuming from {checkpoint}")
