@@ -271,6 +271,22 @@ def test_answers_that_max_length_cuts_are_counted(settings, tmp_path, capsys, ki
     assert "cut off" not in capsys.readouterr().out
 
 
+def test_a_template_reads_the_names_in_messages(settings, tmp_path):
+    template = tmp_path / "named.jinja"
+    template.write_text(
+        CHATML.replace("message['content']", "(message['name'] or 'nobody') + ': ' + message['content']")
+    )
+    turns = [{"role": "user", "content": "cat?"}, {"role": "assistant", "content": "dog"}]
+    lines = [{"messages": [{**turns[0], "content": f"cat {i}?", "name": "Ann"}, turns[1]]} for i in range(12)]
+    data, seen = write_jsonl(tmp_path / "rows.jsonl", lines), Batch()
+    given = {"data": data, "rows": "null", "held_out_rows": 1, "questions": 1, "chat_template_path": template}
+    run(settings(max_steps=1, **given), callbacks=[seen])
+    texts = make_tokenizer().batch_decode(seen.batch["input_ids"])
+    assert all("\nAnn: cat " in text and "\nnobody: dog<|im_end|>" in text for text in texts)
+    prompt = load_file(tmp_path / "run" / "probe.safetensors")["prompt.0"][0]
+    assert "\nAnn: cat " in make_tokenizer().decode(prompt)
+
+
 def test_questions_end_as_prompts_do_in_training(settings, tiny, tmp_path):
     """Not in the end token that some tokenizers put behind a text; one in the text itself stays."""
     model = tmp_path / "ending"
