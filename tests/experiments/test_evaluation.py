@@ -26,7 +26,7 @@ from clover_peft import CloverConfig
 from clover_peft.experiments.commonsense import PROTOCOLS, TASKS, Example, evaluation, prepare, render
 from clover_peft.experiments.training.answers import greedy_ids
 from tests.support.tiny import load_script, perturb
-from tests.support.tiny_chat import CHATML, save_chat_model
+from tests.support.tiny_chat import CHATML, save_chat_model, with_special_tokens
 
 script = load_script("evaluate")
 NAMES = list(TASKS)
@@ -214,6 +214,18 @@ def test_batched_generation_is_one_by_one_generation(given, name, beams):
                     break
                 ids = torch.cat([ids, torch.tensor([new[-1:]])], dim=1)
             assert prediction["text"] == given.tokenizer.decode(new, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("name", [None, "clover"])
+def test_no_end_token_stands_behind_a_prompt(given, name):
+    """A tokenizer that puts one behind each text has the same answers as one that does not."""
+    rows, texts = read(given, per_task=1), []
+    for around in ("<|im_start|> $A", "<|im_start|> $A <|im_end|>"):
+        tokenizer = with_special_tokens(copy.deepcopy(given.tokenizer), around)
+        predict = evaluation.generator(given.model, tokenizer, PROTOCOLS.get(name), beams=1, new_tokens=6)
+        texts.append([prediction["text"] for prediction in predict(rows)])
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) > 1
 
 
 @pytest.mark.parametrize("kind", ["model", "adapter", "prompt"])

@@ -73,6 +73,7 @@ def test_configs_differ_in_the_peft_block_alone():
         ("peft.learning_rate_factors={v: .nan}", "factors: v: expected a finite factor of at least 0, found nan"),
         ("peft.learning_rate_factors={v: .inf}", "factors: v: expected a finite factor of at least 0, found inf"),
         ("peft.learning_rate_factors={v: -1}", "factors: v: expected a finite factor of at least 0, found -1"),
+        ("peft.inference_mode=true", r"peft\.inference_mode: expected false, found true, with which nothing trains"),
         ("peft.learning_rate=null", r"learning_rate: expected one .*s_matrix: diagonal.*configs/"),
     ],
 )
@@ -89,6 +90,15 @@ def test_config_file_errors(tmp_path):
         parse(tmp_path / "list.yaml")
     with pytest.raises(ValueError, match="nothing to merge"):
         parse(ROOT / "configs" / "full.yaml", ["merge=true"])
+
+
+@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING"])
+def test_methods_that_cannot_merge_are_refused_before_they_train(tmp_path, kind):
+    block = {"peft_type": kind, "num_virtual_tokens": 4}
+    (tmp_path / "prompt.yaml").write_text(yaml.safe_dump({"learning_rate": 1e-3, "peft": block}))
+    assert parse(tmp_path / "prompt.yaml").peft.peft_type == kind
+    with pytest.raises(ValueError, match=f"merge=true: expected a method that can be merged, found {kind}; leave it"):
+        parse(tmp_path / "prompt.yaml", ["merge=true"])
 
 
 def test_learning_rate_belongs_to_the_method_unless_given():

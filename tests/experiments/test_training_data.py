@@ -32,6 +32,24 @@ def test_row_formats_agree(row):
     assert data.format_row(row, protocol=None) == {"prompt": CHAT[:1], "completion": CHAT[1:]}
 
 
+def test_what_templates_read_beside_the_messages_is_kept_or_refused():
+    """Text is kept; objects, which a table of rows would change, are refused; what is empty is nothing."""
+    named = [{**CHAT[0], "name": "Ann"}, {**CHAT[1], "reasoning_content": "R"}]
+    notes = [{**message, "weight": 1, "tool_calls": None, "parts": []} for message in named]
+    for row in ({"messages": notes, "tools": []}, {"prompt": notes[:1], "completion": notes[1:], "tools": "[]"}):
+        assert data.check_row(row, chat=True) is None
+        assert data.format_row(row, protocol=None) == {"prompt": named[:1], "completion": named[1:]}
+    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
+    for value in ([tool], json.dumps([tool])):
+        for row in ({"messages": CHAT}, {"prompt": CHAT[:1], "completion": CHAT[1:]}):
+            problem = data.check_row({**row, "tools": value}, chat=True)
+            assert problem.startswith('expected messages alone, found "tools", which this job does not hand to')
+    calls = [CHAT[0], {**CHAT[1], "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}, CHAT[1]]
+    assert data.check_row({"messages": calls}, chat=True).startswith(
+        'message 1: expected text in every key, found a list in "tool_calls", which this job does not hand to '
+    )
+
+
 def test_rows_without_a_chat_template():
     instruction = data.format_row({"instruction": "Q", "input": "I", "output": "A"}, protocol=PROTOCOLS["clover"])
     assert instruction["prompt"].endswith("### Instruction:\nQ\n\nI\n\n### Response:")

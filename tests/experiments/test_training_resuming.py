@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("trl", reason="needs the train extra: pip install clover-peft[train]")
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from clover_peft.experiments.training import resuming
@@ -212,6 +212,29 @@ def test_a_run_goes_on_with_its_own_rows_only(settings, tiny, tmp_path):
     del saved["fingerprint of the rows"]  # as earlier versions wrote it
     kept.write_text(json.dumps({**saved, "data": str(tiny.data)}))
     assert run(settings(resume=True, data=moved, **options))["resumed_from_step"] == 2
+
+
+@pytest.mark.parametrize("replaced", ["model", "teacher"])
+def test_a_run_goes_on_with_its_own_weights_only(settings, tiny, tmp_path, replaced):
+    """Others at the same path are refused; a copy of the same, or a run of an earlier version, goes on."""
+    folder = tmp_path / "base"
+    shutil.copytree(tiny.model, folder)
+    options = {"config": "lora", "max_steps": 4, "save_steps": 2, "questions": 0, replaced: folder}
+    with pytest.raises(KeyboardInterrupt):
+        run(settings(**options), callbacks=[Kill(3)])
+    weights, before = folder / "model.safetensors", (folder / "model.safetensors").read_bytes()
+    save_file({name: tensor + 0.5 for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    what = "sha256 of the weights" if replaced == "model" else "sha256 of the teacher's weights"
+    with pytest.raises(ValueError, match=rf"{what}: expected '\w+' as in the run to resume, found '\w+'; give it the"):
+        run(settings(resume=True, **options))
+    shutil.copytree(tmp_path / "run", tmp_path / "earlier")
+    saved = json.loads((tmp_path / "run" / "settings.json").read_text())
+    del saved[what]
+    (tmp_path / "earlier" / "settings.json").write_text(json.dumps(saved))
+    assert run(settings(resume=True, out="earlier", **options))["resumed_from_step"] == 2
+    weights.unlink()
+    weights.write_bytes(before)
+    assert run(settings(resume=True, **options))["resumed_from_step"] == 2
 
 
 def test_a_checkpoint_of_the_last_step_is_not_trained_further(settings, tmp_path):

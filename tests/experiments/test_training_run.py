@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("trl", reason="needs the train extra: pip install clover-peft[train]")
 
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from clover_peft.experiments.training.answers import Questions
@@ -20,7 +21,7 @@ from clover_peft.experiments.training.run import first_and_last, run
 from clover_peft.experiments.training.verify import main as verify_main
 from clover_peft.experiments.training.verify import verify
 from clover_peft.io.hub_models import find_model
-from tests.support.tiny_chat import CHATML, make_tokenizer, write_jsonl
+from tests.support.tiny_chat import CHATML, make_tokenizer, with_special_tokens, write_jsonl
 
 METHODS = {"clover_contrast", "clover_diagonal", "clover_full", "dora", "full", "hira", "lora", "pissa"}
 
@@ -193,8 +194,30 @@ def test_a_run_that_diverges_is_no_success(settings, tmp_path, capsys):
     assert "-> nan (mean of steps 4 to 4)" in (tmp_path / "run" / "adapter" / "README.md").read_text()
 
 
+def test_the_adapter_names_the_revision_it_was_trained_on(settings, tmp_path):
+    run(settings(max_steps=1, **{"model_init_kwargs.revision": "v2"}))
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert config["revision"] == "v2"
+
+
+def test_the_rows_that_a_start_takes_are_counted(settings, capsys):
+    """As many as there are, where more are asked for."""
+    asked = {"calibration_rows": 50, "contrast_rows": 50, "rows": 6, "peft.low_rank": 2}
+    run(settings(max_steps=1, held_out_rows=0, questions=0, **asked))
+    said = capsys.readouterr().out
+    assert "making bases from 6 training rows\n" in said
+    assert "at what 6 training rows have and" in said
+
+
+def test_the_old_name_of_a_dtype_counts(settings):
+    record = run(settings(max_steps=1, **{"model_init_kwargs.torch_dtype": "bfloat16"}))
+    assert record["model"]["dtype"] == "torch.bfloat16"
+    with pytest.raises(ValueError, match=r"model_init_kwargs: expected dtype or torch_dtype, found both; leave torch"):
+        run(settings(out="both", model_init_kwargs={"dtype": "float32", "torch_dtype": "bfloat16"}))
+
+
 def test_what_peft_and_trl_refuse_is_one_sentence(settings, monkeypatch):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise TypeError("expected a linear layer,\nfound an Embedding")
 
     with pytest.raises(ValueError, match=r"trainer: .*[Cc]lear-?ML"):
@@ -216,6 +239,70 @@ def test_a_prompt_longer_than_max_length_is_said(settings, capsys):
     with pytest.raises(ValueError, match="max_length=4: expected room for an answer"):
         run(settings(max_steps=1, max_length=4, out="short"))
     assert "rows dropped, their prompts alone fill max_length=26" in capsys.readouterr().out
+
+
+def test_held_out_rows_that_do_not_fit_are_counted_out(settings, tmp_path, capsys):
+    """The loss is that of the others, and the record says how many they are."""
+    lines = [{"prompt": f"{i}:" + " cat" * (40 * (i < 6)), "completion": "dog"} for i in range(30)]
+    data, seen = write_jsonl(tmp_path / "rows.jsonl", lines), Evaluated()
+    given = {"data": data, "rows": "null", "held_out_rows": 15, "prompt": "clover", "max_steps": 1, "max_length": 24}
+    record = run(settings(**given), callbacks=[seen])
+    assert 9 <= record["data"]["held_out_rows"] == len(seen.rows) < 15
+    dropped = 15 - len(seen.rows)
+    assert (
+        f"data: {dropped} held-out rows dropped, their prompts alone fill max_length=24\n" in capsys.readouterr().out
+    )
+    packed = run(settings(out="packed", packing=True, eval_packing=True, padding_free=False, **given))
+    assert packed["data"]["held_out_rows"] == 15
+
+
+@pytest.mark.parametrize("kind", ["prompt", "text", "chat"])
+def test_answers_that_max_length_cuts_are_counted(settings, tmp_path, capsys, kind):
+    lines = [{"prompt": f"{i}:", "completion": " dog" * (40 if i < 5 else 1)} for i in range(20)]
+    if kind == "text":  # windows end where they are cut
+        lines = [{"text": " ".join(["cat", "dog", "river"] * 400)}]
+    data = write_jsonl(tmp_path / "rows.jsonl", lines)
+    given = {"data": data, "rows": "null", "held_out_rows": 0, "questions": 0, "max_steps": 1, "max_length": 24}
+    run(settings(**given, **({} if kind == "chat" else {"prompt": "clover"})))
+    said = capsys.readouterr().out
+    warning = "data: 5 answers cut off by max_length=24: the model does not learn where they end; raise max_length"
+    assert (warning in said) == ("cut off" in said) == (kind != "text")
+    run(settings(out="enough", **(given | {"max_length": 96})))
+    assert "cut off" not in capsys.readouterr().out
+
+
+def test_a_template_reads_the_names_in_messages(settings, tmp_path):
+    template = tmp_path / "named.jinja"
+    template.write_text(
+        CHATML.replace("message['content']", "(message['name'] or 'nobody') + ': ' + message['content']")
+    )
+    turns = [{"role": "user", "content": "cat?"}, {"role": "assistant", "content": "dog"}]
+    lines = [{"messages": [{**turns[0], "content": f"cat {i}?", "name": "Ann"}, turns[1]]} for i in range(12)]
+    data, seen = write_jsonl(tmp_path / "rows.jsonl", lines), Batch()
+    given = {"data": data, "rows": "null", "held_out_rows": 1, "questions": 1, "chat_template_path": template}
+    run(settings(max_steps=1, **given), callbacks=[seen])
+    texts = make_tokenizer().batch_decode(seen.batch["input_ids"])
+    assert all("\nAnn: cat " in text and "\nnobody: dog<|im_end|>" in text for text in texts)
+    prompt = load_file(tmp_path / "run" / "probe.safetensors")["prompt.0"][0]
+    assert "\nAnn: cat " in make_tokenizer().decode(prompt)
+
+
+def test_questions_end_as_prompts_do_in_training(settings, tiny, tmp_path):
+    """Not in the end token that some tokenizers put behind a text; one in the text itself stays."""
+    model = tmp_path / "ending"
+    AutoModelForCausalLM.from_pretrained(tiny.model).save_pretrained(model)
+    with_special_tokens(make_tokenizer(template=None), "<|im_start|> $A <|im_end|>").save_pretrained(model)
+    lines = [{"prompt": f"{i}: cat<|im_end|>", "completion": " dog"} for i in range(20)]
+    data, seen = write_jsonl(tmp_path / "rows.jsonl", lines), Batch()
+    given = {"model": model, "data": data, "rows": "null", "held_out_rows": 1, "questions": 1, "max_steps": 1}
+    run(settings(**given), callbacks=[seen])
+    prompt = load_file(tmp_path / "run" / "probe.safetensors")["prompt.0"][0].tolist()
+    ids, labels = seen.batch["input_ids"][0], seen.batch["labels"][0]
+    trained = ids[: int((labels != -100).nonzero()[0])].tolist()
+    tokenizer = make_tokenizer()
+    assert [prompt[0], *prompt[-2:]] == [trained[0], *trained[-2:]]
+    assert tokenizer.decode(prompt).endswith("cat<|im_end|>")
+    assert not tokenizer.decode(prompt).endswith("<|im_end|><|im_end|>")
 
 
 def test_tokenizer_settings(settings, tiny, tmp_path):

@@ -76,6 +76,18 @@ def test_record_card_and_summary(settings, tmp_path, capsys):
     assert "import clover_peft" not in (tmp_path / "run" / "merged" / "README.md").read_text()
 
 
+def test_a_merge_that_fails_leaves_the_record_and_the_summary(settings, tmp_path, capsys):
+    with pytest.raises(
+        ValueError, match=r"^merge=true: expected weights that can be merged, found: .*the adapter and"
+    ):
+        run(settings("lora", merge=True, max_steps=4, **{"peft.learning_rate": 1e37}))
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["steps"] == 4
+    assert record["peak_memory_bytes"] > 0
+    assert "WARNING: training failed" in capsys.readouterr().out
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
 def test_a_folder_without_a_card_is_no_model_of_the_hub(settings, tiny, tmp_path):
     shutil.copytree(tiny.model, tmp_path / "plain", ignore=shutil.ignore_patterns("README.md"))
     run(settings(model=tmp_path / "plain", max_steps=1))

@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CHATML = (
@@ -50,6 +50,13 @@ def make_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
     )
     fast.chat_template = template
     return fast
+
+
+def with_special_tokens(tokenizer: PreTrainedTokenizerFast, around: str) -> PreTrainedTokenizerFast:
+    """Lets the tokenizer put tokens around each text, `$A`, such as "<|im_start|> $A <|im_end|>"."""
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in around.split() if token != "$A"]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=around, special_tokens=special)
+    return tokenizer
 
 
 def save_chat_model(folder: Path) -> None:

@@ -24,7 +24,7 @@ from ...io.atomic import write_json, write_text
 from ...io.rows import Row, parse_row, read_lines
 from ...io.tables import markdown_table
 from . import prepare, sources
-from .protocols import Protocol
+from .protocols import Protocol, prompt_tokens
 from .tasks import TASKS, extract, options
 
 Prediction = dict[str, Any]
@@ -131,10 +131,8 @@ def generator(model: Any, tokenizer: Any, protocol: Protocol | None, beams: int,
     """
 
     def predict(rows: list[Row]) -> list[Prediction]:
-        prompts = [ask(row, protocol, tokenizer) for row in rows]
-        batch = tokenizer(
-            prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=protocol is not None
-        ).to(model.device)
+        prompts = [prompt_tokens(tokenizer, ask(row, protocol, tokenizer), protocol is not None) for row in rows]
+        batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
         with torch.no_grad():
             ids = generate_plainly(
                 model,
@@ -169,9 +167,8 @@ def vllm_generator(
     engine = vllm.LLM(model=model, dtype=dtype)
 
     def predict(rows: list[Row]) -> list[Prediction]:
-        add_special = protocol is not None
         prompts = [
-            {"prompt_token_ids": tokenizer(ask(row, protocol, tokenizer), add_special_tokens=add_special)["input_ids"]}
+            {"prompt_token_ids": prompt_tokens(tokenizer, ask(row, protocol, tokenizer), protocol is not None)}
             for row in rows
         ]
         if beams > 1:

@@ -48,6 +48,18 @@ PROTOCOLS: dict[str, Protocol] = {
 }
 
 
+def prompt_tokens(tokenizer: Any, prompt: str, special: bool) -> list[int]:
+    """Return a prompt's token ids; with `special`, those that a tokenizer puts before a text, not those behind it.
+
+    An end token behind the prompt would end the text in front of its answer, as no training does.
+    """
+    found = tokenizer(prompt, add_special_tokens=special, return_special_tokens_mask=True)
+    ids, mask = list(found["input_ids"]), list(found["special_tokens_mask"])
+    while special and ids and mask[len(ids) - 1]:
+        ids.pop()
+    return ids
+
+
 def find_protocol(name: str | None, tokenizer: Any) -> Protocol | None:
     """Return the protocol of that name, or None for the tokenizer's chat template.
 

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...base_model.activations import evaluating
 from ...base_model.own_text import generate_plainly
 from ...io.rows import Row
+from ..commonsense.protocols import prompt_tokens
 
 _BEGINNING = 32  # tokens of a window of plain text that a model is asked to continue
 
@@ -91,10 +92,10 @@ def greedy_ids(
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, row: Row) -> torch.Tensor:
     """Return the prompt's token ids, (1, tokens), the same as in training."""
     prompt = row["prompt"]
-    if not isinstance(prompt, str):
+    plain = isinstance(prompt, str)
+    if not plain:
         prompt = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        return tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    return tokenizer(prompt, return_tensors="pt")["input_ids"]
+    return torch.tensor([prompt_tokens(tokenizer, prompt, special=plain)])
 
 
 def answer_logits(model: PreTrainedModel, prompt: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:

@@ -78,6 +78,9 @@ def parse(config: str | Path | Sequence[str | Path], overrides: Sequence[str] = 
     settings.check_rate(flat)
     if job.merge and adapter is None:
         raise ValueError("merge=true: full fine-tuning has nothing to merge; its model is saved in output_dir/model")
+    tuners: dict[Any, type] = peft.PEFT_TYPE_TO_TUNER_MAPPING
+    if job.merge and adapter is not None and not hasattr(tuners.get(adapter.peft_type), "merge_and_unload"):
+        raise ValueError(f"merge=true: expected a method that can be merged, found {block['peft_type']}; leave it out")
     if adapter is None or adapter.peft_type != "CLOVER":
         for key in ("calibration_rows", "own_text_rows", "contrast_rows", "balance_updates"):
             if getattr(job, key):
@@ -99,6 +102,8 @@ def _peft_config(block: dict[str, Any]) -> peft.PeftConfig | None:
     kind = str(block["peft_type"]).upper()
     settings.check_method(kind, known)
     settings.check_block(block, [field.name for field in dataclasses.fields(known[kind]) if field.init])
+    if block.get("inference_mode"):
+        raise ValueError("peft.inference_mode: expected false, found true, with which nothing trains; leave it out")
     return peft.get_peft_config({"task_type": "CAUSAL_LM", **block, "peft_type": kind})
 
 

@@ -25,6 +25,10 @@ from ..commonsense import TASKS, Protocol, sources
 DEFAULT_DATA = sources.JOINED
 _WHEEL = sources.WHEEL
 _SHOWN = 5  # how many bad rows an error lists
+_TEMPLATE_KEYS = ("tools", "documents", "chat_template_kwargs")  # what templates read beside the messages
+_EMPTY: tuple[Any, ...] = (None, "", "[]", "{}", "null", [], {})
+# In a table, objects of different rows get each other's keys, so that a template would write others than were given.
+_LEFT = "which this job does not hand to the chat template; take it out, or train with TRL's own script"
 _FORMATS = '{"instruction", "input", "output"}, {"prompt", "completion"}, {"messages"} or {"text"}'
 
 
@@ -109,6 +113,8 @@ def check_row(row: Any, chat: bool) -> str | None:
     if not isinstance(row, dict):
         hint = "; write one object a line, not a JSON array" if isinstance(row, list) else ""
         return f"expected an object, found {_name(row)}{hint}"
+    if ("messages" in row or isinstance(row.get("prompt"), list)) and (key := _extra(row, _TEMPLATE_KEYS)):
+        return f'expected messages alone, found "{key}", {_LEFT}'
     if "messages" in row:
         messages = row["messages"]
         if isinstance(messages, list) and len(messages) == 1:
@@ -243,6 +249,8 @@ def _check_messages(messages: Any, chat: bool, last: str | None = None) -> str |
         problem = _check_text(message, "content")
         if problem:
             return f"message {i}: {problem}"
+        if key := _extra(message, [key for key, value in message.items() if isinstance(value, (list, dict))]):
+            return f'message {i}: expected text in every key, found {_name(message[key])} in "{key}", {_LEFT}'
     if last and messages[-1]["role"] != last:
         return f'expected the last message to have the role "{last}", found "{messages[-1]["role"]}"'
     return None
@@ -251,7 +259,13 @@ def _check_messages(messages: Any, chat: bool, last: str | None = None) -> str |
 def _message(content: str | Row, role: str = "") -> Row:
     if isinstance(content, str):
         return {"role": role, "content": content}
-    return {"role": content["role"], "content": content["content"]}
+    # Templates may read other keys, such as "name"; numbers are notes on a message, and null stands for no key.
+    return {key: value for key, value in content.items() if isinstance(value, str)}
+
+
+def _extra(row: Row, keys: Iterable[str]) -> str | None:
+    """The first of these keys that is there and holds something."""
+    return next((key for key in keys if row.get(key) not in _EMPTY), None)
 
 
 def _asked(row: Row) -> str:

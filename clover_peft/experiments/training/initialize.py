@@ -21,17 +21,18 @@ def initialize(trainer: Trainer, job: JobArguments, say: Callable[[str], None]) 
         The seconds that it took.
     """
     started, model = time.perf_counter(), trainer.model
+    calibration, contrast = (_rows(trainer, count) for count in (job.calibration_rows, job.contrast_rows))
     written: list[dict[str, Tensor]] = []
     if count := max(job.own_text_rows, job.contrast_rows):
         say(f"the model writes {count} texts")
         with model.disable_adapter():  # the base's text, also where the adapter truncates, in 0.6 of the time
             written = own_text(model, rows=count, seed=trainer.args.seed)
     if job.calibration_rows or job.own_text_rows:
-        say(f"making bases from {f'{job.calibration_rows} training rows' if job.calibration_rows else 'these texts'}")
-        initialize_from_activations(model, _rows(trainer, job.calibration_rows) if job.calibration_rows else written)
+        say(f"making bases from {f'{len(calibration)} training rows' if calibration else 'these texts'}")
+        initialize_from_activations(model, calibration or written)
     if job.contrast_rows:
-        say(f"pointing the low-rank part at what {job.contrast_rows} training rows have and these texts have not")
-        initialize_from_contrast(model, _rows(trainer, job.contrast_rows), written)
+        say(f"pointing the low-rank part at what {len(contrast)} training rows have and these texts have not")
+        initialize_from_contrast(model, contrast, written)
     if job.balance_updates:
         say(f"balancing the updates by {job.balance_updates} batches of training rows")
         balance_updates(model, _batches(trainer, job.balance_updates))

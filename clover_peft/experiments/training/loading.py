@@ -42,13 +42,17 @@ def load_model(source: ModelSource, init_kwargs: dict[str, Any], trust_remote_co
 
     Args:
         source: where it is.
-        init_kwargs: arguments of `from_pretrained`; `dtype` is float32 unless given.
+        init_kwargs: arguments of `from_pretrained`; `dtype` is float32 unless given, also by its old name
+            `torch_dtype`.
         trust_remote_code: run code that the model brings with it.
 
     Raises:
-        ValueError: the model is an encoder-decoder, which TRL does not train.
+        ValueError: the model is an encoder-decoder, which TRL does not train; or the dtype is given by both names.
     """
-    init_kwargs = {"dtype": "float32", **init_kwargs}
+    if {"dtype", "torch_dtype"} <= init_kwargs.keys():
+        raise ValueError("model_init_kwargs: expected dtype or torch_dtype, found both; leave torch_dtype out")
+    init_kwargs = {"dtype": init_kwargs.get("torch_dtype", "float32"), **init_kwargs}
+    init_kwargs.pop("torch_dtype", None)
     kind = AutoModelForCausalLM
     if not trust_remote_code:
         kind = find_language_model_class(read_config(source.path, init_kwargs.get("revision")))

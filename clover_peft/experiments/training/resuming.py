@@ -16,13 +16,16 @@ from transformers import TrainerCallback
 
 from ...io import run_record as records
 from ...io.atomic import write_json
+from ...io.hub_models import ModelSource, find_model, weights_digest
 from ..settings import join_rates
 from .arguments import LOCAL, Settings
 
 ENDING_SECONDS = 10.0  # how long a process that was killed may still hold its lock
 _SETTINGS = "settings.json"
 _BEFORE = "before.json"
-_ROWS = "fingerprint of the rows"  # a key of the settings file
+_ROWS, _WEIGHTS = "fingerprint of the rows", "sha256 of the weights"  # keys of the settings file
+_TEACHER = "sha256 of the teacher's weights"
+_INPUTS = (_ROWS, _WEIGHTS, _TEACHER)
 _SPENT = "seconds_so_far"  # a key of the log
 
 
@@ -47,7 +50,7 @@ def find_checkpoint(out: Path, settings: Settings) -> str | None:
         remedy = "delete it, to resume with the settings given now without comparing, or choose another output_dir=..."
         saved = records.read_json(saved_file, remedy)
         join_rates(saved)  # earlier versions kept both
-        known = {key: value for key, value in saved.items() if key not in (*LOCAL, _ROWS)}
+        known = {key: value for key, value in saved.items() if key not in (*LOCAL, *_INPUTS)}
         repeat = "repeat its settings, or choose another output_dir=..."
         records.check_same(known, _repeatable(settings), "the run to resume", repeat)
     say = settings.sft.distributed_state.print
@@ -86,22 +89,36 @@ def alone(lock: Path, what: str) -> Iterator[None]:
         held.release()
 
 
-def keep_settings(out: Path, settings: Settings, fingerprint: str) -> None:
-    """Write down what a resumed run must repeat: the settings, and the fingerprint of the rows."""
+def identify(fingerprint: str, source: ModelSource, teacher: str | None) -> dict[str, str]:
+    """Return what tells a run's inputs from others of the same name; of weights, only those in a folder.
+
+    Args:
+        fingerprint: of the rows.
+        source: the model.
+        teacher: its name or folder, if there is one.
+    """
+    found = {_ROWS: fingerprint, _WEIGHTS: weights_digest(source.path)}
+    if teacher is not None:
+        found[_TEACHER] = weights_digest(find_model(teacher).path)
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def keep_settings(out: Path, settings: Settings, inputs: dict[str, str]) -> None:
+    """Write down what a resumed run must repeat: the settings, and its inputs from `identify`."""
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / _SETTINGS, {**_repeatable(settings), _ROWS: fingerprint})
+    write_json(out / _SETTINGS, {**_repeatable(settings), **inputs})
 
 
-def check_rows(out: Path, fingerprint: str) -> None:
-    """Check that a resumed run has the rows it began with.
+def check_inputs(out: Path, inputs: dict[str, str]) -> None:
+    """Check that a resumed run has the rows and the weights it began with.
 
     Raises:
-        ValueError: the rows differ; the message has both fingerprints.
+        ValueError: they differ; the message has both fingerprints.
     """
     saved = records.read_json(out / _SETTINGS, "choose another output_dir=...") if (out / _SETTINGS).is_file() else {}
-    if _ROWS in saved:  # Earlier versions did not write it.
-        remedy = "give it the same rows, or choose another output_dir=..."
-        records.check_same({_ROWS: saved[_ROWS]}, {_ROWS: fingerprint}, "the run to resume", remedy)
+    known = inputs.keys() & saved.keys()  # Earlier versions wrote fewer.
+    before, now = ({key: values[key] for key in known} for values in (saved, inputs))
+    records.check_same(before, now, "the run to resume", "give it the same again, or choose another output_dir=...")
 
 
 def _damaged(checkpoint: Path) -> str | None:
@@ -124,7 +141,7 @@ def _damaged(checkpoint: Path) -> str | None:
 def _repeatable(settings: Settings) -> dict[str, Any]:
     """Return the settings that a resumed run must repeat, converted to JSON and back.
 
-    The path of the data is not among them: `check_rows` compares the rows.
+    The path of the data is not among them: `check_inputs` compares the rows.
     """
     values = {key: value for key, value in settings.values.items() if key not in LOCAL}
     return dict(json.loads(json.dumps(values, default=str)))

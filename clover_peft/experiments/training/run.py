@@ -30,8 +30,8 @@ from .data import Split, load_data
 from .distillation import load_teacher
 from .initialize import initialize
 from .loading import load_model, load_tokenizer
-from .resuming import Before, Clock, alone, bases_saved, check_rows, find_checkpoint, keep_settings
-from .saving import keep_start, save
+from .resuming import Before, Clock, alone, bases_saved, check_inputs, find_checkpoint, identify, keep_settings
+from .saving import keep_start, merge, save
 from .trainer import Trainer
 
 # The record repeats these settings of TRL's configuration, with their defaults filled in.
@@ -80,8 +80,10 @@ def _run(settings: Settings, callbacks: list[TrainerCallback] | None) -> dict[st
     source = announce_model(job.model, say)
     tokenizer = load_tokenizer(source, sft)
     split = load_rows(settings, tokenizer)
-    if job.resume:
-        check_rows(out, split.fingerprint)
+    main = sft.process_index == 0
+    inputs = identify(split.fingerprint, source, job.teacher) if main else {}
+    if job.resume and main:
+        check_inputs(out, inputs)
     say(f"data: {len(split.train)} rows to train on, {len(split.held_out)} held out")
     say(f"learning rate: {sft.learning_rate:g}")
     init_kwargs = dict(sft.model_init_kwargs or {})
@@ -93,7 +95,8 @@ def _run(settings: Settings, callbacks: list[TrainerCallback] | None) -> dict[st
     started = time.perf_counter()
     if settings.peft is not None:
         with _refused_by("peft"):
-            model = peft.get_peft_model(model, settings.peft)
+            # Without the revision, the saved adapter would be loaded on the newest weights of its base.
+            model = peft.get_peft_model(model, settings.peft, revision=init_kwargs.get("revision"))
     init_seconds = time.perf_counter() - started
     if settings.peft is not None:
         say(f"adapted modules: {', '.join(_adapter(model)['modules'])}")
@@ -110,7 +113,7 @@ def _run(settings: Settings, callbacks: list[TrainerCallback] | None) -> dict[st
             processing_class=tokenizer,
             callbacks=callbacks,
         )
-    _check_trainer(trainer, settings, len(split.train))
+    _check_trainer(trainer, settings, split)
     init_seconds += initialize(trainer, job, say)
     if trainer.accelerator.num_processes > 1 and not trainer.is_sharded:
         broadcast_bases(model)
@@ -124,7 +127,7 @@ def _run(settings: Settings, callbacks: list[TrainerCallback] | None) -> dict[st
     trainer.add_callback(before := Before(out, measure, resuming=checkpoint is not None))
     trainer.accelerator.wait_for_everyone()  # All processes have looked for another run's files by now.
     if trainer.is_world_process_zero():
-        keep_settings(out, settings, split.fingerprint)
+        keep_settings(out, settings, inputs)
         keep_start(out, settings, model)
     if checkpoint:
         say(f"resuming from {checkpoint}")
@@ -155,6 +158,8 @@ def _run(settings: Settings, callbacks: list[TrainerCallback] | None) -> dict[st
     if trainer.is_world_process_zero():
         print(f"record: {records.write(out / 'record.json', record)}")
         _print_summary(record)
+        if job.merge:  # last, since it can fail, and changes the model
+            merge(model, tokenizer, out, record)
     return record
 
 
@@ -193,9 +198,9 @@ def first_and_last(losses: list[float]) -> dict[str, float | None]:
     return {"first": sum(losses[:n]) / n, "last": sum(losses[-n:]) / n}
 
 
-def _check_trainer(trainer: Trainer, settings: Settings, rows: int) -> None:
-    """Check what only the trainer knows: that it can merge, and that rows are left; print how many it dropped."""
-    sft = settings.sft
+def _check_trainer(trainer: Trainer, settings: Settings, split: Split) -> None:
+    """Check what only the trainer knows, that it can merge and that rows are left; print what it dropped and cut."""
+    sft, rows = settings.sft, len(split.train)
     if settings.job.merge and trainer.is_sharded:
         raise ValueError(
             "merge=true: expected the whole model in one process, found it sharded; leave merge out, and merge the "
@@ -204,9 +209,33 @@ def _check_trainer(trainer: Trainer, settings: Settings, rows: int) -> None:
     dropped = rows - len(trainer.train_dataset)
     if dropped == rows:
         raise ValueError(f"max_length={sft.max_length}: expected room for an answer, found none behind any prompt")
+    say = sft.distributed_state.print
     if dropped and not sft.packing:
-        say = sft.distributed_state.print
         say(f"data: {dropped} rows dropped, their prompts alone fill max_length={sft.max_length}")
+    if dropped := len(split.held_out) - _held_out(trainer, split):
+        say(f"data: {dropped} held-out rows dropped, their prompts alone fill max_length={sft.max_length}")
+    if "prompt" in split.train[0] and (cut_off := _count_cut(trainer)):
+        say(
+            f"data: {cut_off} answers cut off by max_length={sft.max_length}: the model does not learn where they "
+            "end; raise max_length, or leave these rows out"
+        )
+
+
+def _held_out(trainer: Trainer, split: Split) -> int:
+    """How many held-out rows are measured; those that are packed are all taken to be."""
+    sft = trainer.args
+    packed = sft.packing if sft.eval_packing is None else sft.eval_packing
+    return len(split.held_out) if packed or not split.held_out else len(trainer.eval_dataset)
+
+
+def _count_cut(trainer: Trainer) -> int:
+    """How many training rows fill `max_length` and have no end token to learn."""
+    sft, end, rows = trainer.args, trainer.processing_class.eos_token_id, trainer.train_dataset
+    if sft.packing or sft.max_length is None or sft.truncation_mode != "keep_start":
+        return 0
+    column = "labels" if "labels" in rows.column_names else "input_ids"
+    batches = rows.select_columns([column]).with_format("numpy").iter(1000)
+    return sum(len(ids) == sft.max_length and end not in ids for batch in batches for ids in batch[column])
 
 
 def _describe(settings: Settings, source: ModelSource, split: Split, trainer: Trainer) -> dict[str, Any]:
@@ -224,7 +253,7 @@ def _describe(settings: Settings, source: ModelSource, split: Split, trainer: Tr
             "source": split.source,
             "fingerprint": split.fingerprint,
             "train_rows": len(trainer.train_dataset),
-            "held_out_rows": len(split.held_out),
+            "held_out_rows": _held_out(trainer, split),
             "bad_rows_skipped": split.skipped,
         },
         "processes": settings.sft.world_size,

@@ -9,6 +9,7 @@ import peft
 import torch
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerBase
 
 from .arguments import Settings
 from .card import write_card
@@ -29,11 +30,11 @@ def keep_start(out: Path, settings: Settings, model: Any) -> None:
 def save(
     trainer: Trainer, model: Any, settings: Settings, record: dict[str, Any], probe: dict[str, torch.Tensor]
 ) -> None:
-    """Save into `output_dir`; all processes call this, because they gather sharded tensors together.
+    """Save into `output_dir`, but for the merged model; all processes call this, as they gather sharded tensors.
 
     Args:
         trainer: the trainer, after training.
-        model: the trainer's model, unwrapped; it is merged with `merge=true`.
+        model: the trainer's model, unwrapped.
         settings: the run's settings.
         record: the run's record, for the cards; `adapter_bytes` is set in it.
         probe: from `Questions.probe`; saved as `probe.safetensors`.
@@ -60,12 +61,25 @@ def save(
     if probe:
         save_file(probe, out / "probe.safetensors")
     print(f"saved {out / kind}")
-    if settings.job.merge:
+
+
+def merge(model: Any, tokenizer: PreTrainedTokenizerBase, out: Path, record: dict[str, Any]) -> None:
+    """Merge the adapter and save the model into `out/merged`.
+
+    Raises:
+        ValueError: it cannot be merged, such as after a training that diverged.
+    """
+    try:
         merged = model.merge_and_unload(safe_merge=True)
-        merged.save_pretrained(out / "merged")
-        tokenizer.save_pretrained(out / "merged")
-        write_card(out / "merged", "model", record)
-        print(f"saved {out / 'merged'}")
+    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        raise ValueError(
+            f"merge=true: expected weights that can be merged, found: {' '.join(str(error).split())}; the adapter and "
+            f"the record are in {out}"
+        ) from error
+    merged.save_pretrained(out / "merged")
+    tokenizer.save_pretrained(out / "merged")
+    write_card(out / "merged", "model", record)
+    print(f"saved {out / 'merged'}")
 
 
 def _whole_state(model: torch.nn.Module, trained_only: bool) -> dict[str, torch.Tensor]:
