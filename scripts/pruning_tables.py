@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results" / "pruning_tables.md"
 KINDS = {("qk",): "Q-K", ("vo",): "V-O", ("qk", "vo"): "Q-K and V-O, as much of each"}
-OTHER_TEXT = "calibration_text"  # the record of text that was not calibrated with
+OTHER_TEXT = "calibration_text-2"  # the record of text that was not calibrated with
 NAMES = {"clover": "CLOVER", "vanilla": "vanilla"}
 HEAD = """# Tables of pruning
 
@@ -51,8 +51,9 @@ def _other_text() -> str:
     return (
         f"## Text that was not calibrated with\n\nSmolLM2-135M-Instruct, `{options['ranks']}`: rise of the loss in "
         f"nats a token on {options['windows']} held-out windows of each text, calibrated with "
-        f"{options['calibration_windows']} windows of one text, or a third of them of each (all). Brackets hold "
-        f"standard errors, paired over windows. Record: {_link(OTHER_TEXT)}.\n\n{table}\n"
+        f"{options['calibration_windows']} windows of one text, a third of them of each (all), as many tokens that "
+        "the model writes (own), or half of these and half of WikiText-2. Brackets hold standard errors, paired over "
+        f"windows. Record: {_link(OTHER_TEXT)}.\n\n{table}\n"
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import itertools
 import struct
 
 import numpy as np
@@ -272,10 +273,13 @@ def test_calibration_with_several_texts(benchmark, tmp_path, capsys):
     record = run(benchmark("calibration_text"), tmp_path / "record.json")
     rows = {(row["calibrated_with"], row["ratio"]): row for row in record["pruned"]}
     texts = ["wikitext", "python", "french"]
-    assert rows.keys() == {(text, ratio) for text in [*texts, "all"] for ratio in (0.25, 0.5)}
+    assert rows.keys() == {
+        (text, ratio) for text in [*texts, "all", "own", "wikitext and own"] for ratio in (0.25, 0.5)
+    }
     for row in rows.values():
         for name in texts:
             before, after = record["unpruned"]["losses"][name], row["losses"][name]
             assert row["rises"][name][0] == pytest.approx(np.mean(after) - np.mean(before), abs=1e-9)
-    assert rows["all", 0.5]["losses"] != rows["python", 0.5]["losses"]
+    losses = [rows[text, 0.5]["losses"] for text in ("python", "all", "own", "wikitext and own")]
+    assert all(one != other for one, other in itertools.combinations(losses, 2))
     assert "calibrated with" in capsys.readouterr().out
