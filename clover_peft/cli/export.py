@@ -148,7 +148,7 @@ def _base_config(adapter: str, config: PeftConfig, base: str | None) -> Pretrain
 
 
 def _lora_folder(out: Path, rank: int) -> Path:
-    return out.with_name(f"{out.name}-lora-r{rank}")
+    return out.absolute().with_name(f"{out.absolute().name}-lora-r{rank}")  # "." has no name of its own
 
 
 def _cast(model: Any, dtype: torch.dtype, dtypes: Mapping[str, torch.dtype]) -> Any:

@@ -369,6 +369,16 @@ def test_a_rank_that_is_given_twice_is_written_once(tmp_path):
     assert report["lora"].keys() == {4}
 
 
+def test_the_working_directory_has_its_loras_beside_it(tmp_path, monkeypatch):
+    save_base(tmp_path / "base", tied=True)
+    train(tmp_path / "base", tmp_path / "adapter", CloverConfig(task_type="CAUSAL_LM"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    script.export(str(tmp_path / "adapter"), Path("."), lora_ranks=[4])
+    assert (tmp_path / "here" / "config.json").is_file()
+    assert (tmp_path / "here-lora-r4" / "adapter_config.json").is_file()
+
+
 def test_prompts_are_refused_in_a_sentence(tmp_path, capsys):
     save_base(tmp_path / "base", tied=True)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
