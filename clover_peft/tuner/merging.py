@@ -34,11 +34,12 @@ def check_merge(layer: AdapterTensors, adapter_names: list[str]) -> None:
     Raises:
         ValueError: if two of them truncate, one has no bases, another tuner has an unmerged update below, or the
             projection is one whose weight no merge fits.
+        TypeError: if the weight can only be run, as in some quantised formats.
     """
     check_truncation(layer, adapter_names, "merged")
     base = layer.base_weight
     if not base.is_readable:
-        raise ValueError(
+        raise TypeError(
             f"{layer.name}: expected a weight to merge into, found {base.precision} in a form that can only be run; "
             "leave the adapter unmerged, or merge it into the unquantised model"
         )

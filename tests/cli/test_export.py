@@ -400,7 +400,7 @@ def test_a_base_that_is_elsewhere_is_asked_for(tmp_path, monkeypatch, capsys, na
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere" if named != "../base" else tmp_path)
     assert script.main([str(tmp_path / "adapter"), str(tmp_path / "out")]) == 2
-    [message] = capsys.readouterr().err.splitlines()
+    message = capsys.readouterr().err.splitlines()[-1]  # behind progress bars
     assert f"expected its base model {named} in that folder" in message
     assert "pass --base" in message
     assert script.main([str(tmp_path / "adapter"), str(tmp_path / "out"), "--base", str(tmp_path / "base")]) == 0

@@ -395,6 +395,6 @@ def test_a_packed_weight_without_a_backend_is_no_plain_weight(tmp_path):
         expected = apply_maps(base, layers(trained)[0].maps(["default"]))
         assert relative(model(x), expected) < TOLERANCE[torch.float32]
         for merge in (model.merge_adapter, model.merge_and_unload):
-            with pytest.raises(ValueError, match="fc1: expected a weight to merge into, found uint8 in a form"):
+            with pytest.raises(TypeError, match="fc1: expected a weight to merge into, found uint8 in a form"):
                 merge()
         assert relative(model(x), expected) < TOLERANCE[torch.float32]
