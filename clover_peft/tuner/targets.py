@@ -75,7 +75,8 @@ _BRANCHES: dict[str, Callable[[Any], bool]] = {
 def refuse_bypassed(parent: nn.Module, path: str) -> None:
     """Refuse a projection whose weight its parent reads itself, past the module and so past an adapter.
 
-    State-space layers hand such weights to kernels; WavLM and `nn.MultiheadAttention` hand them to a function.
+    State-space layers hand such weights to kernels; WavLM and `nn.MultiheadAttention` hand them to a function. Where
+    the parent also calls the projection, it may read the weight for another reason, such as a penalty: a warning.
     """
     *_, holder, name = ("", *path.split("."))
     class_: Any = type(parent)
@@ -84,6 +85,12 @@ def refuse_bypassed(parent: nn.Module, path: str) -> None:
         return
     place = "" if holder.isdigit() or not holder else f"{holder}."
     remedy = f"pass exclude_modules={[place + each for each in found]}"
+    if found[name] and not branches and not hasattr(parent, "conv1d"):
+        warn(
+            f"{class_.__name__} calls {name}, and also reads its weight past it, where an adapter is skipped until it "
+            f"is merged; if the weight acts on activations there, {remedy}"
+        )
+        return
     if isinstance(parent, nn.TransformerEncoderLayer):
         remedy = "call torch.backends.mha.set_fastpath_enabled(False) before this, in every process"
     raise ValueError(
@@ -112,23 +119,24 @@ def _fused_if_merged(fuse: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @cache
-def _read(parent: type[nn.Module]) -> list[str]:
-    """The attributes whose weights a class of modules reads in its forward methods, and in those that they call.
+def _read(parent: type[nn.Module]) -> dict[str, bool]:
+    """The attributes whose weights a class of modules reads, and whether it calls them too.
 
-    To ask for a weight's type, dtype or shape and to change it in place is no reading.
+    It looks at the forward methods, and at those that they call. To ask for a weight's type, dtype or shape and to
+    change it in place is no reading.
     """
     methods = [name for name in dir(parent) if name.endswith("forward")]
-    found: dict[str, None] = {}
+    read, called = set[str](), set[str]()
     for name in methods:  # grows
         try:
             source = inspect.getsource(getattr(parent, name))
         except (OSError, TypeError):  # compiled, or without its file
             continue
         source = re.sub(r"#.*|isinstance\([^()]*\)", "", source)
-        found |= dict.fromkeys(re.findall(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|data\.\w+_\())", source))
-        called = re.findall(r"self\.(\w+)\(", source)
-        methods += [each for each in dict.fromkeys(called) if each not in methods and hasattr(parent, each)]
-    return list(found)
+        read |= set(re.findall(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|data\.\w+_\())", source))
+        called |= (calls := dict.fromkeys(re.findall(r"self\.(\w+)\(", source))).keys()
+        methods += [each for each in calls if each not in methods and hasattr(parent, each)]
+    return {name: name in called for name in sorted(read)}
 
 
 def shared_modules(model: nn.Module) -> dict[nn.Module, list[str]]:

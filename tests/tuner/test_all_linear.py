@@ -152,6 +152,20 @@ def test_projections_of_diffusers_are_fused_with_merged_adapters_alone():
     assert relative(logits(plain, "unet"), before) < TOLERANCE[torch.float32]
 
 
+class Penalised(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.fc(x), self.fc.weight.square().sum()
+
+
+def test_a_weight_that_is_read_beside_a_call_is_a_warning():
+    with pytest.warns(UserWarning, match=r"Penalised calls fc, and also reads its weight.*exclude_modules=\['fc'\]"):
+        get_peft_model(Penalised(), CloverConfig(target_modules=["fc"], mlp_block_size=4))
+
+
 class Transformer(nn.Module):
     def __init__(self):
         super().__init__()
