@@ -67,7 +67,7 @@ def run(given: argparse.Namespace) -> int:
     return 0
 
 
-# Measures, module by module, and the names of what changed too and is not measured.
+# The first part holds the measures of each module; the second names what changed as well and was not measured.
 Measured = tuple[list[dict[str, Any]], list[str]]
 
 

@@ -436,7 +436,7 @@ def test_the_prompt_is_that_of_training(given, tmp_path, capsys, record):
 @pytest.mark.parametrize("method", ["clover", "lora"])
 @pytest.mark.parametrize("merge", [False, True])
 def test_the_base_is_quantised_as_in_training(given, tmp_path, capsys, monkeypatch, method, merge):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the quant extra: pip install clover-peft[quant]")
     config = CloverConfig if method == "clover" else functools.partial(LoraConfig, target_modules=["q_proj"])
     base = AutoModelForCausalLM.from_pretrained(given.folder / "model")
     get_peft_model(base, config(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "run" / "adapter")

@@ -71,7 +71,7 @@ def merge(model: Any, tokenizer: PreTrainedTokenizerBase, out: Path, record: dic
     """
     try:
         merged = model.merge_and_unload(safe_merge=True)
-    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+    except (ValueError, TypeError, NotImplementedError) as error:
         raise ValueError(
             f"merge=true: expected weights that can be merged, found: {' '.join(str(error).split())}; the adapter and "
             f"the record are in {out}"
