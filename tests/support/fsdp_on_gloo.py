@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
@@ -25,4 +26,8 @@ if __name__ == "__main__":
     PartialState._prepare_backend = _prepare_backend
     sys.argv = sys.argv[1:]
     sys.path[0] = str(Path(sys.argv[0]).parent)  # as if it had been started itself
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:  # An open group aborts its process in one run of some twenty: here in every one.
+        if dist.is_initialized():
+            raise RuntimeError(f"{sys.argv[0]} ended without dist.destroy_process_group()")

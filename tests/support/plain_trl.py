@@ -50,3 +50,4 @@ if __name__ == "__main__":
     if trainer.is_world_process_zero():
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         Path(out, "losses.json").write_text(json.dumps(losses))
+    trainer.accelerator.end_training()
