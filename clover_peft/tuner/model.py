@@ -136,7 +136,7 @@ class CloverModel(TargetParameters, TiedWeights):
             )
         if config.awaits_weights and (loads or config.inference_mode):  # without them, inference makes no sense
             check_folder(config.folder)
-        self._refuse_experts(config)
+        self._check_experts(config, is_new=not loads)
         if state_dict is None and not config.target_parameters:
             check_names(self.model, config.target_modules, config.exclude_modules)
         refuse_sharded(self.model)

@@ -210,17 +210,27 @@ class TargetParameters(BaseTuner):
                 )
         return sorted(found)
 
-    def _refuse_experts(self, config: CloverConfig) -> None:
-        """Refuse stacks of experts' weights among the target modules: each stack is one parameter, not a module."""
+    def _check_experts(self, config: CloverConfig, is_new: bool) -> None:
+        """Refuse a target module that is a stack of experts' weights: each stack is one parameter, not a module.
+
+        A name that is also a projection's, such as that of a shared expert, adapts the projections alone. For a new
+        adapter this is a warning.
+        """
         names = config.target_modules if isinstance(config.target_modules, set) else set()
+        modules = [path for path, module in self.model.named_modules() if is_projection(base_of(module))]
         for path, parameter in self.model.named_parameters():
             shape = whole_shape(parameter)
-            if len(shape) > 2 and (name := next((n for n in names if path.endswith("." + n)), None)):
+            if len(shape) <= 2 or (name := next((n for n in names if path.endswith("." + n)), None)) is None:
+                continue
+            remedy = f"pass target_parameters={[name if '.' in name else f'experts.{name}']} to adapt it"
+            if not any(find_suffix(module, [name]) for module in modules):
                 raise ValueError(
                     f"{path}: expected a linear projection, found a stack of {shape[0]} experts' weights of "
-                    f"shape {shape[1:]}; leave it out of target_modules, and pass "
-                    f"target_parameters={[name if '.' in name else f'experts.{name}']} to adapt it"
+                    f"shape {shape[1:]}; leave it out of target_modules, and {remedy}"
                 )
+            if is_new and not find_suffix(path, config.target_parameters or ()):
+                warn(f"target_modules: {name} is also {path}, a stack of experts' weights, and is left out; {remedy}")
+                return
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from clover_peft import CloverConfig, hotswap_adapter
 from clover_peft.base_model.families import FAMILIES as TABLE
 from clover_peft.tuner.experts import CloverExperts
 from tests.support.adapters import activate, adapted, layers_by_name, loss_and_grads, only_spec, same
+from tests.support.tiny import FAMILIES as TINY
 from tests.support.tiny import TOLERANCE, build, inputs, logits, perturb, relative
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -309,6 +311,36 @@ def test_parameters_are_chosen_as_modules_are():
     model = get_peft_model(build("mixtral"), CloverConfig(target_parameters=STACKS))
     assert {spec.size for layer in stacks(model).values() for spec in layer.specs["default"]} == {40, 48}
     assert any(name.endswith("v_proj") for name in layers_by_name(model))  # the table's own targets too
+
+
+@pytest.mark.parametrize("family", sorted(name for name in TINY if name in TABLE and TABLE[name].experts))
+def test_all_linear_modules_are_loaded_again_where_stacks_have_their_names(tmp_path, family):
+    """Such as `down_proj`, a shared expert's projection and the experts' parameter: only the projection is adapted."""
+    model = get_peft_model(build(family), CloverConfig(target_modules="all-linear", mlp_block_size=None))
+    assert not stacks(model)
+    perturb(model)
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        loaded = PeftModel.from_pretrained(build(family), tmp_path)
+    assert torch.equal(logits(loaded, family), logits(model.eval(), family))
+
+
+def test_a_name_of_projections_and_of_a_stack():
+    with pytest.warns(
+        UserWarning, match=r"down_proj is also model\.layers\.0\.mlp\.experts\.down_proj.*left out; pass"
+    ):
+        model = get_peft_model(build("qwen2_moe"), CloverConfig(target_modules=["down_proj"]))
+    assert set(layers_by_name(model)) == {f"model.layers.{i}.mlp.shared_expert.down_proj" for i in range(2)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        both = CloverConfig(target_modules=["down_proj"], target_parameters=["experts.down_proj"])
+        assert len(layers_by_name(get_peft_model(build("qwen2_moe"), both))) == 4
+
+
+def test_a_name_of_a_stack_alone_is_refused():
+    with pytest.raises(ValueError, match=r"found a stack of 4 experts.*target_parameters=\['experts\.down_proj'\]"):
+        get_peft_model(build("mixtral"), CloverConfig(target_modules=["v_proj", "down_proj"]))
 
 
 def test_factors_are_those_of_the_weights():
