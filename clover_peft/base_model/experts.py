@@ -94,6 +94,7 @@ class ExpertsWeight(BaseWeight):
         self.parameter = path.rpartition(".")[2]
         self.names = (self.parameter, f"{self.parameter}_bias")
         self.backend, self.fan_in_fan_out, self._original, self._written = None, False, None, None
+        self.note_weight()
         self.in_features = self.stored.shape[3 - layout.dim]
         self.out_features = len(self.stored) * (self.stored.shape[layout.dim] // layout.parts)
 

@@ -95,6 +95,7 @@ class BaseWeight:
         self.backend = resolve_quantization_backend(self.module, **(quantization_kwargs or {}))
         self._original: Original | None = None
         self._written: tuple[Tensor, str] | None = None  # what `write` wrote, and its digest
+        self.note_weight()
 
     @property
     def module(self) -> Any:
@@ -164,6 +165,37 @@ class BaseWeight:
     def compute(self, fn: Callable[[], ResultT]) -> ResultT:
         """`fn()`, computed by the processes that have the weight and sent to those that have none."""
         return fn() if self.is_in_every_process else computed_on_rank_0(fn)
+
+    def note_weight(self) -> None:
+        """Take the weight as it is now for the one that adapters are made for, see `check_unchanged`."""
+        self._corner = self._read_corner()
+
+    def check_unchanged(self) -> None:
+        """Refuse a plain, frozen weight that something has written into since `note_weight`.
+
+        A tuner's layer around this one does so when it merges: its update belongs behind the maps, not before them.
+        """
+        noted, now = self._corner, self._read_corner()
+        if noted is None or now is None or self.is_merged or self.stored.requires_grad:
+            return
+        is_same_kind = (noted.shape, noted.dtype, noted.device) == (now.shape, now.dtype, now.device)
+        if is_same_kind and not torch.equal(noted.nan_to_num(), now.nan_to_num()):
+            raise ValueError(
+                f"{self.path}: expected the weight that the adapter was made for, found that something has written "
+                "into it since, such as an adapter of another method around this one that was merged: the result "
+                "would not be what the model computed; unmerge that one, and call merge_adapter or merge_and_unload "
+                "of CLOVER's PeftModel, which merges both in order; if the new weight is meant, save the adapter and "
+                "load it onto the new model"
+            )
+
+    def _read_corner(self) -> Tensor | None:
+        """A few numbers of the model's own weight, if it is plain and here; an update of an adapter changes all."""
+        if self.backend is not None:
+            return None
+        own = self.stored if self._original is None else self._original.weight
+        if own.ndim < 2 or own.is_meta or isinstance(own, DTensor):
+            return None
+        return own.detach()[..., :8, :8].clone()
 
     def check_not_repacked(self) -> None:
         """Refuse a weight that gradients cannot pass through."""
@@ -268,13 +300,13 @@ class BaseWeight:
     def apply(self, fn: Any) -> None:
         """Move or cast the kept tensors, as `nn.Module._apply` does with a module's own."""
         self._written = None  # another device or dtype may change the digest
-        if self._original is None:
-            return
-        module, weight, bias, state = self._original
-        if module is not self.module:
-            module._apply(fn)
-        weight, bias = (None if tensor is None else _applied(fn, tensor) for tensor in (weight, bias))
-        self._original = Original(module, weight, bias, state)
+        if self._original is not None:
+            module, weight, bias, state = self._original
+            if module is not self.module:
+                module._apply(fn)
+            weight, bias = (None if tensor is None else _applied(fn, tensor) for tensor in (weight, bias))
+            self._original = Original(module, weight, bias, state)
+        self.note_weight()
 
     def _dense_original(self, original: Original) -> Tensor:
         if self.backend is None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch.distributed as dist
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from torch import nn
 
 from ..io.user_warning import warn
@@ -81,6 +82,15 @@ def check_merges(model: nn.Module, adapter_names: list[str] | None, safe_merge: 
         if safe_merge:
             with layer.base_weight.whole():
                 layer.merged_tensors(names, safe_merge=True)
+
+
+def merge_wrapped(model: nn.Module, adapter_names: list[str] | None, safe_merge: bool) -> None:
+    """Merge the layers that are inside another tuner's layers, whose updates belong behind the maps, not before."""
+    for path, layer in clover_layers(model):
+        around: Any = model.get_submodule(path.rpartition(".")[0])
+        if isinstance(around, BaseTunerLayer) and not isinstance(around, CloverLayer):
+            with onload_layer(layer):
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
 
 @contextmanager

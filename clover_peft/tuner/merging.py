@@ -44,6 +44,7 @@ def check_merge(layer: AdapterTensors, adapter_names: list[str]) -> None:
             "leave the adapter unmerged, or merge it into the unquantised model"
         )
     refuse_computed(base.module, layer.name)
+    base.check_unchanged()
     below = layer.below
     if isinstance(below, BaseTunerLayer) and not below.merged:
         raise ValueError(

@@ -38,7 +38,7 @@ from .combining import add_up, find_sources
 from .config import CloverConfig
 from .experts import CloverExperts
 from .layer import CloverLayer, CloverLinear
-from .layers import check_merges, clover_layers, unwrap_empty_layers, warning_of_rounding
+from .layers import check_merges, clover_layers, merge_wrapped, unwrap_empty_layers, warning_of_rounding
 from .merging import check_truncation
 from .mixed_batch import mixed_batch
 from .model_maps import fold_together
@@ -272,6 +272,7 @@ class CloverModel(TargetParameters, TiedWeights):
         """
         check_merges(self.model, adapter_names, safe_merge)
         with warning_of_rounding(self.model):
+            merge_wrapped(self.model, adapter_names, safe_merge)
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
@@ -291,6 +292,8 @@ class CloverModel(TargetParameters, TiedWeights):
         fold_together(self.model, [])
         is_tied = self.get_model_config(self.model).get("tie_word_embeddings")
         with warning_of_rounding(self.model):
+            if merge:
+                merge_wrapped(self.model, adapter_names, safe_merge)
             result: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if is_tied and not self.get_model_config(result).get("tie_word_embeddings"):
             untie_whole(result)

@@ -231,12 +231,53 @@ def test_a_merged_weight_that_something_else_has_written_into_is_not_unmerged(fa
     assert not layer.merged
 
 
-def test_lora_around_a_clover_layer_is_not_unmerged_into_another_base():
+def lora_around(clover: PeftModel) -> PeftModel:
+    return get_peft_model(clover.base_model.model, LoraConfig(target_modules=["v_proj"], init_lora_weights=False))
+
+
+def test_lora_around_a_clover_layer_is_not_merged_before_it():
+    """Its update is added behind the maps; merged first, the maps would act on it too."""
+    both = lora_around(adapted("llama"))
+    expected = logits(both, "llama")
+    with pytest.raises(ValueError, match=r"v_proj: .*such as an adapter of another method around this one"):
+        both.merge_adapter()
+    both.unmerge_adapter()
+    assert relative(logits(both, "llama"), expected) < 1e-5
+
+
+@pytest.mark.parametrize("unload", [False, True])
+def test_lora_around_a_clover_layer_is_merged_after_it(unload):
     clover = adapted("llama")
-    both = get_peft_model(clover.base_model.model, LoraConfig(target_modules=["v_proj"], init_lora_weights=False))
-    both.merge_adapter()
-    with pytest.raises(ValueError, match="such as an adapter of another method around this one"):
-        both.unmerge_adapter()
+    both = lora_around(clover)
+    expected = logits(both, "llama")
+    merged = clover.merge_and_unload() if unload else clover
+    if not unload:
+        clover.merge_adapter()
+    assert relative(logits(merged, "llama"), expected) < 1e-5
+    if not unload:
+        with pytest.raises(ValueError, match="such as an adapter of another method around this one"):
+            both.unmerge_adapter()
+
+
+@pytest.mark.parametrize("change", ["trained", "loaded", "moved", "not a number"])
+def test_a_base_that_is_meant_to_change_is_merged(change):
+    model = adapted("llama")
+    layer = layers(model)[0]
+    weight = layer.get_base_layer().weight
+    if change == "trained":
+        weight.requires_grad_(True).data.mul_(1.5)
+    elif change == "loaded":
+        state = {name: torch.rand_like(tensor) for name, tensor in model.state_dict().items() if "base_layer" in name}
+        model.load_state_dict(state, strict=False)
+    elif change == "moved":
+        model.to(torch.bfloat16).to(torch.float32)
+    else:
+        weight.data[0, 0] = float("nan")
+        model.to(torch.float32)
+    model.merge_adapter()
+    assert layer.merged
+    model.unmerge_adapter()
+    model.merge_adapter()
 
 
 def test_lora_trains_on_a_merged_clover_model():
