@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from ..base_model.experts import experts_slice
+from ..base_model.families import find_suffix
 from ..base_model.resolve import resolve
 from ..base_model.slices import TargetSlice
 from ..io.model_class import class_of, make_empty
@@ -95,14 +96,10 @@ def _choose_sizes(lora: LoraConfig, model: nn.Module | PretrainedConfig, options
     if lora.target_modules is None and not lora.target_parameters:
         options["target_modules"] = sorted(tuner.peft_config["default"].target_modules)
         of_default = f" for peft's default modules {options['target_modules']}"
+    stacks, others = _stacks(lora, model, tuner)
+    others += _replace_targets(lora, tuner, stacks, options)
     slices = [each for path in tuner.targeted_module_names for each in resolve(model, path, described=True)]
-    for path in tuner.targeted_parameter_names:
-        if len(shape := model.get_parameter(path).shape) != 3:
-            raise ValueError(
-                f"{path}: expected target_parameters to name stacks of experts' weights, with three dimensions, found "
-                f"the shape {tuple(shape)}; name its module in target_modules"
-            )
-        slices.append(experts_slice(model, path)[0])
+    slices += [experts_slice(model, path)[0] for path in stacks]
     budget = sum(parameter.numel() for name, parameter in tuner.named_parameters() if "lora_" in name)
     sizes = _nearest(budget, slices)
     options |= sizes
@@ -110,7 +107,44 @@ def _choose_sizes(lora: LoraConfig, model: nn.Module | PretrainedConfig, options
     chosen = ", ".join(f"{name}={size}" for name, size in sizes.items()) or "CLOVER's own sizes of blocks"
     far = "" if abs(off) <= NEAR else ", the nearest that blocks of these modules reach"
     said = f"chose {chosen}{of_default}: {count:,} trained numbers where the LoRA has {budget:,} ({off:+.1%}{far})"
-    return not far, said
+    if others:
+        said += f"; without {', '.join(others)}, which are neither projections nor stacks of experts' weights here"
+    return not (far or others), said
+
+
+def _stacks(lora: LoraConfig, model: nn.Module, tuner: LoraModel) -> tuple[list[str], list[str]]:
+    """The paths of the experts' weights that the LoRA adapts, and names of parameters that CLOVER leaves out.
+
+    Peft adds parameters that the user has not named, such as routers, to the targets of mixtures of experts.
+    """
+    stacks, others = [], set[str]()
+    for path in tuner.targeted_parameter_names:
+        if len(shape := model.get_parameter(path).shape) == 3:
+            stacks.append(path)
+        elif find_suffix(path, lora.target_parameters or ()):
+            raise ValueError(
+                f"{path}: expected target_parameters to name stacks of experts' weights, with three dimensions, found "
+                f"the shape {tuple(shape)}; name its module in target_modules"
+            )
+        else:
+            others.add(".".join(path.split(".")[-2:]))
+    return stacks, sorted(others)
+
+
+def _replace_targets(lora: LoraConfig, tuner: LoraModel, stacks: list[str], options: dict[str, Any]) -> list[str]:
+    """Put the targets into the options that peft has made of the LoRA's; returns names that no module has.
+
+    Where a model keeps its experts in stacks, peft replaces the names of their modules.
+    """
+    completed, named = tuner.peft_config["default"], lora.target_modules
+    if set(completed.target_parameters or ()) != set(lora.target_parameters or ()):
+        options["target_parameters"] = sorted({".".join(path.split(".")[-2:]) for path in stacks})
+        options["target_modules"] = named = completed.target_modules
+    if named is None or isinstance(named, str):
+        return []
+    unused = [name for name in named if not any(find_suffix(path, [name]) for path in tuner.targeted_module_names)]
+    options["target_modules"] = sorted(set(named) - set(unused))
+    return sorted(unused)
 
 
 def _adapted(lora: LoraConfig, model: nn.Module) -> LoraModel:

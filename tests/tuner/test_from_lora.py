@@ -118,6 +118,33 @@ def test_the_count_is_that_of_peft(options: dict[str, Any], caplog) -> None:
     assert f"where the LoRA has {there:,} (" in said
 
 
+USUAL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize("targets", ["all-linear", USUAL], ids=["all-linear", "usual"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss"])
+def test_mixtures_of_experts(family: str, targets: Any, caplog) -> None:
+    """Peft replaces names of experts' modules by parameters, and adds routers to them, for models with stacks."""
+    lora = LoraConfig(r=4, target_modules=targets)
+    config, said, is_warning = reported(lora, build(family), caplog)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings(
+            "ignore", "target_modules: down_proj is also"
+        )  # Qwen2's experts, which LoRA passes over
+        ours = get_peft_model(build(family), config).base_model
+    theirs = get_peft_model(build(family), lora).base_model
+    assert set(ours.targeted_module_names) == set(theirs.targeted_module_names)
+    routers = {path for path in theirs.targeted_parameter_names if path.endswith("gate.weight")}
+    assert set(ours.targeted_parameter_names) == set(theirs.targeted_parameter_names) - routers
+    assert f"{sum(p.numel() for p in ours.parameters() if p.requires_grad):,} trained numbers" in said
+    assert bool(routers) == ("gate.weight" in said)
+    unused = {name for name in targets if not any(path.endswith(name) for path in theirs.targeted_module_names)}
+    if targets == USUAL and not theirs.targeted_parameter_names:
+        assert all(name in said for name in unused)
+        assert is_warning or not unused
+
+
 def test_a_parameter_of_one_module_is_refused() -> None:
     lora = LoraConfig(target_modules=[], target_parameters=["gate.weight"])
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.gate\.weight: expected .* found the shape \(4, 48\)"):
