@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,10 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 import torch.distributed as dist
 from accelerate import cpu_offload, disk_offload, dispatch_model
+from packaging.version import Version
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
@@ -80,11 +83,20 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
     return made
 
 
+def free_port() -> int:
+    """For accelerate, which chooses one itself (0) in later versions alone."""
+    if Version(accelerate.__version__) >= Version("1.15"):
+        return 0
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
 def launch(config: Path, *command: object, **environment: str) -> None:
     process = subprocess.run(
         [
             *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)),
-            *("--main_process_port", "0", *map(str, command)),
+            *("--main_process_port", str(free_port()), *map(str, command)),
         ],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},

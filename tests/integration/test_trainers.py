@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
@@ -311,8 +312,14 @@ def chatty(tokenizer) -> hf.PreTrainedTokenizerBase:
 WAYS = [(kind, how) for kind in TRAINERS for how in ("peft_config", "wrapped") if how == "wrapped" or kind not in OWN]
 
 
+# With LoRA too, TRL then resumes with the policy as its own reference.
+LOSES_REFERENCE = Version(trl.__version__) < Version("1.16")
+
+
 @pytest.mark.parametrize(("kind", "how"), [*WAYS, ("sft", "string"), ("grpo", "string")])
 def test_three_steps_a_kill_and_a_resume_bit_for_bit(kind, how, chatty, tmp_path):
+    if LOSES_REFERENCE and how == "wrapped" and kind in ("dpo", "kto", "grpo"):
+        pytest.skip(f"TRL {trl.__version__} resumes with another reference, with LoRA too")
     checkpoints = {"save_strategy": "steps", "save_steps": 2}
 
     def run(folder: str, stop: int | None = None, resume: bool = False) -> hf.Trainer:

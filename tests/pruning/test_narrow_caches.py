@@ -17,7 +17,7 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from clover_peft.pruning.narrow.attention import STYLES
 from clover_peft.pruning.narrow.calls import ROLES, call_of
 from tests.support.pruning import GENERATING, NARROW, prune, ratio
-from tests.support.tiny import FAMILIES, VOCAB, build, inputs, logits, relative
+from tests.support.tiny import FAMILIES, VOCAB, build, inputs, logits, relative, seq_2_seq_by_peft
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -327,7 +327,7 @@ def test_another_batch_of_the_encoder_is_read_as_by_the_stock_class(family):
             model(**given)
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "bart"])
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", pytest.param("bart", marks=seq_2_seq_by_peft)])
 def test_prefix_tuning_of_narrow_heads_is_refused_by_name(family):
     model = build(family)
     prune(model, {"vo": 0.4})

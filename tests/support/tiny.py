@@ -579,6 +579,12 @@ through_transformers = pytest.mark.skipif(
     reason=f"transformers {hf.__version__} refuses to add an adapter with peft below {_ASKED}",
 )
 
+# Peft reads a method of the model that transformers no longer has.
+seq_2_seq_by_peft = pytest.mark.skipif(
+    Version(peft.__version__) < Version("0.21.2"),
+    reason=f"peft {peft.__version__} makes no adapter of the task SEQ_2_SEQ_LM, of any method",
+)
+
 # The first transformers in which a family has passed; before it, the family is missing or has other modules.
 SINCE = {"internlm3": "5.20", "gemma4": "5.23", "gemma4_text": "5.23"}
 MISSING = {name for name, version in SINCE.items() if is_older(version)}
