@@ -6,7 +6,7 @@ import argparse
 import functools
 import hashlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ..base_model.plain import check_unquantised
-from ..io.adapters import grow_embeddings, label_options, load_own_tokenizer
+from ..io.adapters import embedding_of, grow_embeddings, label_options, load_own_tokenizer
 from ..io.atomic import check_new_folder, new_folder
 from ..io.hub_models import load_processor
 from ..io.model_class import find_class, read_config
+from ..io.user_warning import warn
 from ..tuner.config import CloverConfig
 from ..tuner.experts import refuse_experts
 from ..tuner.layers import clover_layers
@@ -91,10 +92,11 @@ def export(
     own, wide = dtype or model.dtype, torch.promote_types(model.dtype, torch.float32)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}  # a class may keep some in float32
     del model  # loaded again, not cast: what a model computes while it loads, as Gemma its scale, has its dtype
-    model = load(dtype=wide)
+    model, info = load(dtype=wide, output_loading_info=True)
     grown = grow_embeddings(model, adapter, trained_with)
     plain = probe(model)
     model = PeftModel.from_pretrained(model, adapter).eval()
+    _warn_of_random(model, info["missing_keys"])
     if lora_ranks:
         _check_loras(model, lora_ranks)
     expected = probe(model)
@@ -171,15 +173,32 @@ def _digests(model: Any, dtype: torch.dtype, dtypes: Mapping[str, torch.dtype]) 
 
 def _settle_ties(model: Any) -> None:
     """Say in the config whether output and input embeddings are one: an adapter may have trained one of two."""
+    if (decoder := getattr(model, "decoder", None)) is not None and decoder.config is getattr(
+        model.config, "decoder", 0
+    ):
+        model = decoder  # one model reads and another one writes
     config = model.config.get_text_config()
-    out, into = model.get_output_embeddings(), model.get_input_embeddings()
-    if not getattr(config, "tie_word_embeddings", False) or out is None or out.weight is into.weight:
+    out: Any = embedding_of(model, "output")
+    into: Any = embedding_of(model, "input")
+    if not getattr(config, "tie_word_embeddings", False) or out is None or into is None or out.weight is into.weight:
         return
     if torch.equal(out.weight, into.weight):
         out.weight = into.weight
         return
     for each in {id(config): config, id(model.config): model.config}.values():
         each.tie_word_embeddings = False
+
+
+def _warn_of_random(model: PeftModel, missing: Iterable[str]) -> None:
+    """Warn of parameters that the base's file lacks and the adapter does not bring, as a classifier's pooler."""
+    kept = (name for name in model.state_dict() if ".modules_to_save." in name)
+    brought = {name.removeprefix("base_model.model.").replace(".modules_to_save.default", "") for name in kept}
+    drawn = sorted(set(missing) - brought)
+    if drawn:
+        warn(
+            f"neither the base nor the adapter has {', '.join(drawn)}: drawn at random here, as in every load, so "
+            "that what reads them is not what was trained; name their modules in modules_to_save and train again"
+        )
 
 
 def _check_loras(model: PeftModel, ranks: list[int]) -> None:

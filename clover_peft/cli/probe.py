@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..io.adapters import embedding_of
+
 _TOKENS, _SAMPLES = 32, 4000
 
 
@@ -48,17 +50,22 @@ def _run(model: Any, inputs: dict[str, Tensor]) -> Any:
 def _inputs(model: Any, generator: torch.Generator) -> dict[str, Tensor] | None:
     """Random keyword arguments of a model; None where it reads something else."""
     config, name = model.config, model.main_input_name
+    parts = [config, *(getattr(config, part) for part in ("encoder", "vision_config") if hasattr(config, part))]
     found: dict[str, Tensor] = {}
     if name == "input_ids":
-        found[name] = _ids(model.get_input_embeddings().weight.shape[0], generator)
+        embedding: Any = embedding_of(model, "input")  # may have grown
+        rows = config.get_text_config().vocab_size if embedding is None else embedding.weight.shape[0]
+        found[name] = _ids(rows, generator)
         if "pixel_values" in inspect.signature(model.forward).parameters and not model.can_generate():
             found["pixel_values"] = _image(getattr(config, "vision_config", config), generator)
-    elif name == "pixel_values" and hasattr(config, "image_size"):
-        found[name] = _image(config, generator)
+    elif name == "pixel_values" and (sized := [part for part in parts if hasattr(part, "image_size")]):
+        found[name] = _image(sized[0], generator)
     elif name == "input_features" and hasattr(config, "max_source_positions"):
         found[name] = torch.randn(1, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)
     elif name == "input_values":
         found[name] = torch.randn(1, _SAMPLES, generator=generator)
+    elif name == "inputs" and (of_encoder := _inputs(model.encoder, generator)):  # a speech encoder with a decoder
+        found = of_encoder
     else:
         return None
     if config.is_encoder_decoder:

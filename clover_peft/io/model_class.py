@@ -10,7 +10,14 @@ from typing import Any
 
 import transformers
 from peft import PeftConfig
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForTextEncoding,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 _TASKS: dict[str, Any] = {
     "CAUSAL_LM": AutoModelForCausalLM,
@@ -18,7 +25,7 @@ _TASKS: dict[str, Any] = {
     "SEQ_CLS": transformers.AutoModelForSequenceClassification,
     "TOKEN_CLS": transformers.AutoModelForTokenClassification,
     "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
-    "FEATURE_EXTRACTION": transformers.AutoModel,
+    "FEATURE_EXTRACTION": AutoModel,
 }
 
 
@@ -48,6 +55,8 @@ def find_class(config: PretrainedConfig, adapter: PeftConfig | None = None, name
     if adapter is not None:
         task = adapter.task_type
         by_task = _TASKS.get(str(getattr(task, "value", task)))
+        if by_task is AutoModel and _is_text_encoder(config):
+            by_task = AutoModelForTextEncoding
         if by_task is not None and type(config) in by_task._model_mapping:
             return by_task
         noted = getattr(transformers, str((adapter.auto_mapping or {}).get("base_model_class")), None)
@@ -62,6 +71,12 @@ def find_class(config: PretrainedConfig, adapter: PeftConfig | None = None, name
             "--model-class with the class that the weights were saved in"
         )
     return kind
+
+
+def _is_text_encoder(config: PretrainedConfig) -> bool:
+    """Whether the model was saved as the encoder alone of a model that has a decoder too, as T5's."""
+    encoders = AutoModelForTextEncoding._model_mapping
+    return type(config) in encoders and encoders[type(config)].__name__ in (config.architectures or ())
 
 
 def class_of(config: PretrainedConfig, adapter: PeftConfig, name: str | None = None) -> Any:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
 import tarfile
 import urllib.request
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -22,6 +26,7 @@ from transformers import (
     GgufConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
 )
 
 from clover_peft import CloverConfig, CloverLayer
@@ -290,15 +295,77 @@ def test_a_narrow_folder_is_the_float32_merge_rounded_once(tmp_path, own, dtype)
         assert torch.equal(tensor, merged[name].to(chosen))
 
 
-def test_other_kinds_of_models_are_exported(tmp_path):
-    build("bert").save_pretrained(tmp_path / "base")
-    model = get_peft_model(build("bert"), CloverConfig())
+def _composite(kind: Any, config: Any, encoder: str) -> PreTrainedModel:
+    """A model of an encoder and a GPT-2 decoder, which are tiny."""
+    decoder = build("gpt2").config
+    torch.manual_seed(0)
+    made = kind(config.from_encoder_decoder_configs(build(encoder).config, decoder))
+    made.config.decoder_start_token_id = made.config.pad_token_id = 0
+    return made.eval()
+
+
+KINDS: dict[str, Callable[[], PreTrainedModel]] = {
+    "bert": lambda: build("bert"),
+    "clip": lambda: build("clip"),  # embeddings in its towers alone
+    "wav2vec2": lambda: build("wav2vec2"),  # no embeddings
+    "text encoder and decoder": lambda: _composite(hf.EncoderDecoderModel, hf.EncoderDecoderConfig, "bert"),
+    "vision encoder and decoder": lambda: _composite(
+        hf.VisionEncoderDecoderModel, hf.VisionEncoderDecoderConfig, "vit"
+    ),
+    "speech encoder and decoder": lambda: _composite(
+        hf.SpeechEncoderDecoderModel, hf.SpeechEncoderDecoderConfig, "wav2vec2"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_of_models_are_exported(kind, tmp_path):
+    KINDS[kind]().save_pretrained(tmp_path / "base")
+    model = get_peft_model(KINDS[kind](), CloverConfig())
     model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
     perturb(model)
     model.save_pretrained(tmp_path / "adapter")
     report = script.export(str(tmp_path / "adapter"), tmp_path / "out")
     assert report["difference"] < 1e-5
-    assert logits(model, "bert").isfinite().all()
+    assert report["changed"] == []
+    merged = model.merge_and_unload()
+    found = type(merged).from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in merged.state_dict().items())
+
+
+@pytest.mark.parametrize("task", ["FEATURE_EXTRACTION", None])
+def test_an_encoder_is_not_taken_for_the_whole_model(task, tmp_path):
+    def encoder() -> PreTrainedModel:
+        torch.manual_seed(0)
+        return hf.T5EncoderModel(build("t5").config).eval()
+
+    encoder().save_pretrained(tmp_path / "base")
+    model = get_peft_model(encoder(), CloverConfig(task_type=task))
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    perturb(model)
+    model.save_pretrained(tmp_path / "adapter")
+    assert script.main([str(tmp_path / "adapter"), str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["T5EncoderModel"]
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_parameters_that_no_file_has_are_named(saved, tmp_path):
+    """A classifier on a language model's checkpoint draws its pooler at random, and peft saves the head alone."""
+    build("bert").save_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    classifier = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    more = {"modules_to_save": ["pooler", "classifier"]} if saved else {}
+    model = get_peft_model(classifier, CloverConfig(task_type="SEQ_CLS", **more)).eval()
+    perturb(model)
+    model.save_pretrained(tmp_path / "adapter")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        script.export(str(tmp_path / "adapter"), tmp_path / "out")
+    named = [str(each.message) for each in caught if "drawn at random" in str(each.message)]
+    assert bool(named) != saved
+    assert all("bert.pooler.dense.bias, bert.pooler.dense.weight" in each for each in named)
+    exported = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    assert (relative(logits(exported, "bert"), logits(model, "bert")) < 1e-5) == saved
 
 
 @pytest.mark.parametrize("dtype", [None, "float32"])
