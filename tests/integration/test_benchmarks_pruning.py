@@ -8,6 +8,7 @@ import struct
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 
 from tests.support.benchmarks import run
 
@@ -77,9 +78,17 @@ def test_pruning_of_a_language_model(pruning, tmp_path):
     assert rows["clover", 0.5]["figures"]["kv_bytes"] == record["unpruned"]["kv_bytes"] * 3 // 4
 
 
-def test_recovery(benchmark, tmp_path, capsys):
+@pytest.fixture
+def recovery(benchmark):
+    trl = pytest.importorskip("trl", reason="needs the train extra")
+    if Version(trl.__version__) < Version("1.16"):
+        pytest.skip(f"TRL {trl.__version__} leaves its own forward pass on a model that it has trained")
     benchmark("pruning")  # from which it takes the model and its measure
-    record = run(benchmark("recovery"), tmp_path / "record.json", "--ratio", "0.375", "0.5")
+    return benchmark("recovery")
+
+
+def test_recovery(recovery, tmp_path, capsys):
+    record = run(recovery, tmp_path / "record.json", "--ratio", "0.375", "0.5")
     rows = {(row["removed"], row["method"]): row for row in record["results"]}
     methods = ("clover", "lora", "attention")
     trained = {(share, method) for share in (0.375, 0.5) for method in methods}
@@ -92,9 +101,8 @@ def test_recovery(benchmark, tmp_path, capsys):
     assert "50.0% removed, lora" in capsys.readouterr().out
 
 
-def test_loras_start_does_not_depend_on_what_was_trained_before(benchmark, tmp_path):
-    benchmark("pruning")
-    recovery, losses = benchmark("recovery"), []
+def test_loras_start_does_not_depend_on_what_was_trained_before(recovery, tmp_path):
+    losses = []
     for number, methods in enumerate((["lora"], ["attention", "lora"])):
         record = run(recovery, tmp_path / f"record{number}.json", "--ratio", "0.5", "--methods", *methods)
         losses += [row["losses"] for row in record["results"] if row["method"] == "lora"]
