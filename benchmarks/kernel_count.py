@@ -4,9 +4,8 @@
     python benchmarks/kernel_count.py
 
 A kernel is an operation of torch that is no view, forward and backward together; the optimizer's step is not counted.
-The count is that of an accelerator, on any machine: a CPU reads norms that an accelerator would have to be waited for,
-which is switched off here. The maps are near their start (`STD`). For larger ones, the inverses that a model computes
-once take up to five products more, each of two kernels, for values and for the up-projection.
+The count is the same on any machine. The maps are near their start (`STD`). For larger ones, the inverses that a model
+computes once take up to six products more, each of two kernels, for values and for the up-projection.
 
 A layer's share is the difference between models of four and of two layers; the rest of the step's count is `once` a
 model. The layers' input requires a gradient, as it does below layers that others train. `waits` are calls of
@@ -19,7 +18,6 @@ import collections
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from harness import PAPER_LORA_TARGETS, finish, llama, options, parser, randomise, table
@@ -30,7 +28,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from clover_peft import CloverConfig
 from clover_peft.io import run_record as records
-from clover_peft.tuner import fused_maps
 
 CLOVER_TARGETS = ("k_proj", "v_proj", "up_proj")
 LAYERS = (2, 4)
@@ -86,8 +83,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         "dora": LoraConfig(r=8, use_dora=True, target_modules=list(PAPER_LORA_TARGETS)),
     }
     environment = records.environment()
-    with mock.patch.object(fused_maps, "_NORMS_ARE_READ_ON", set()):
-        pairs = {name: _counts(config, arguments) for name, config in methods.items()}
+    pairs = {name: _counts(config, arguments) for name, config in methods.items()}
     counts, once = ({name: pair[i] for name, pair in pairs.items()} for i in (0, 1))
     figures = {
         name: {

@@ -28,9 +28,6 @@ from .maps import HeadMap, Inversion, Place, StagedMap, formula
 
 # The coarsest rounding of a product: torch may be set to round factors of float32 products to TF32 or bfloat16.
 _EPS = torch.finfo(torch.bfloat16).eps
-# Where a norm ends the products: it is well below its bound and saves two of them. An accelerator would have to wait
-# for it. benchmarks/kernel_count.py empties the set, to count as on an accelerator.
-_NORMS_ARE_READ_ON = {"cpu"}
 # The largest rounding error of z solved for from y, relative to z.
 _MUCH_AMPLIFIED = 0.1
 
@@ -113,11 +110,11 @@ class _ApplyMaps(torch.autograd.Function):
             if ctx.needs_input_grad[3 + i] and ctx.inversions is None:
                 grad_matrices[i] = torch.bmm(grad_y.mT, place.tokens(kept)).to(matrix.dtype)
             elif ctx.needs_input_grad[3 + i]:
-                # Invert the map as it was applied, rounded, but sum in its own dtype: otherwise a feature with a large
-                # mean drowns the others in rounding error.
+                # The sum is in the map's own dtype: otherwise a feature with a large mean drowns the others in
+                # rounding error.
                 square, shared = ctx.inversions[i]
                 if shared is None or torch.is_grad_enabled():
-                    inverse = inverse_of_one_plus(rounded.to(matrix.dtype), square)
+                    inverse = inverse_of_one_plus(matrix, square, gradient.dtype)
                 else:
                     inverse = shared(gradient.dtype)
                 ctx.inversions[i] = Inversion(square)  # lets go of the other layers' inverses
@@ -171,24 +168,25 @@ def is_invertible(once: float, twice: float) -> bool:
     return twice < 1 and (1 + once) ** 2 / (1 - twice) * _EPS <= _MUCH_AMPLIFIED
 
 
-def inverse_of_one_plus(matrix: Tensor, square: float) -> Tensor:
-    """`(I + M)^-1 = (I - M)(I + M^2)(I + M^4)...` to the precision of the dtype.
+def inverse_of_one_plus(matrix: Tensor, square: float, applied_in: torch.dtype) -> Tensor:
+    """`(I + M)^-1 = (I - M)(I + M^2)(I + M^4)...` to the precision of M's dtype.
 
-    Only products of d x d matrices: on accelerators, a batch of small solves takes many times as long.
+    Only products of d x d matrices, without a wait for a norm: on accelerators, a batch of small solves takes many
+    times as long.
 
     Args:
         matrix: (H, d, d), M.
         square: a bound on the norms of M^2, below 1.
+        applied_in: the dtype that M was rounded to when it was applied; the rounded map is inverted.
 
     Returns:
         (H, d, d).
     """
+    matrix = matrix.to(applied_in).to(matrix.dtype)
     result = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device) - matrix
     rest = matrix  # invariant: rest^2 = I - (I + M) result
     while square > torch.finfo(matrix.dtype).eps / 2:
         rest = rest @ rest
         result = torch.baddbmm(result, result, rest)
-        if rest.device.type in _NORMS_ARE_READ_ON:
-            square = float(torch.linalg.vector_norm(rest, dim=(-2, -1)).amax())
         square = square * square
     return result

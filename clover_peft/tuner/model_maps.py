@@ -190,7 +190,9 @@ def _fold_all(slices: Iterable[_Slice]) -> None:
     for (*_, may_invert), group in groups.items():
         first = group[0]
         with torch.autocast(first.tensors["clover_S"].device.type, enabled=False):
-            stacked = {name: torch.cat([one.tensors[name] for one in group]) for name in first.tensors}
+            read = {"clover_S", "clover_U", "clover_V"} | ({"clover_S0"} if first.spec.truncate else set())
+            stacked = dict(first.tensors)  # of tensors that are not read, the dtype alone counts
+            stacked |= {name: torch.cat([one.tensors[name] for one in group]) for name in read & stacked.keys()}
             matrices = first.spec.map(first.layer.scaled(first.adapter_name, BlockTensors.of(stacked)))
             matrices = matrices.unflatten(0, (len(group), -1))
             for one, matrix in zip(group, matrices, strict=True):
@@ -224,8 +226,8 @@ class _Inverses:
     def of(self, number: int, dtype: torch.dtype) -> Tensor:
         """The inverse for one of the maps, rounded to `dtype`: (H, d, d)."""
         if dtype not in self._found:
-            rounded = self._matrices.to(dtype).to(self._matrices.dtype).flatten(0, 1)
-            self._found[dtype] = inverse_of_one_plus(rounded, self._square).view_as(self._matrices)
+            inverse = inverse_of_one_plus(self._matrices.flatten(0, 1), self._square, dtype)
+            self._found[dtype] = inverse.view_as(self._matrices)
         return self._found[dtype][number]
 
 

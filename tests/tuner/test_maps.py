@@ -134,9 +134,10 @@ def test_it_can_be_differentiated_twice(layout, kind, kept):
     assert torch.autograd.gradgradcheck(run, (z, m.matrix))
 
 
-def test_a_feature_with_a_large_mean_does_not_drown_the_others():
+@pytest.mark.parametrize(("mean", "limit"), [(20, TOLERANCE[torch.bfloat16]), (100, 0.1)])
+def test_a_feature_with_a_large_mean_does_not_drown_the_others(mean, limit):
     """In bfloat16, where the map that is inverted and the sum over tokens must not be rounded otherwise than y was."""
-    z = (random(4096, 24).detach() + 20 * (torch.arange(24) % 6 == 0)).bfloat16()
+    z = (random(4096, 24).detach() + mean * (torch.arange(24) % 6 == 0)).bfloat16()
     g = random(4096, 24, seed=5).detach().bfloat16()
     matrix = torch.zeros(4, 6, 6, dtype=torch.float64)
     matrix[:, 1:, 0] = torch.linspace(0.2, 0.6, 5, dtype=torch.float64)  # others read the large one
@@ -147,7 +148,7 @@ def test_a_feature_with_a_large_mean_does_not_drown_the_others():
     for kept in (False, True):
         found = torch.autograd.grad(apply_maps(z, [m], kept), m.matrix, g)[0]
         errors = (found - wanted).norm(dim=(0, 1)) / wanted.norm(dim=(0, 1))
-        assert float(errors.max()) < TOLERANCE[torch.bfloat16], kept
+        assert float(errors.max()) < limit, kept
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -203,11 +204,12 @@ def test_several_maps_read_the_same_features():
 
 @pytest.mark.parametrize("norm", [0.0, 1e-9, 0.1, 0.5, 0.9, 0.99])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_inverse_is_one(norm, dtype):
+@pytest.mark.parametrize("applied_in", [torch.float64, torch.bfloat16])
+def test_the_inverse_is_that_of_the_map_as_it_was_applied(norm, dtype, applied_in):
     m = random(3, 8, 8, dtype=dtype).detach()
     m = norm * m / torch.linalg.matrix_norm(m, keepdim=True)
-    found = inverse_of_one_plus(m, float(torch.linalg.matrix_norm(m @ m).max()))
-    expected = torch.linalg.inv(torch.eye(8, dtype=torch.float64) + m.double())
+    found = inverse_of_one_plus(m, float(torch.linalg.matrix_norm(m @ m).max()), applied_in)
+    expected = torch.linalg.inv(torch.eye(8, dtype=torch.float64) + m.to(applied_in).double())
     assert relative(found.double(), expected) < 20 * torch.finfo(dtype).eps / (1 - norm)
 
 

@@ -132,10 +132,14 @@ def test_s_in_half_precision_and_scales(forms, by_formula):
     assert set(forms) == {"together"}
 
 
-def test_a_layer_whose_map_is_large_keeps_its_input_and_the_others_do_not(by_formula):
-    model = adapted(target_modules=["v_proj", "up_proj"])
+@pytest.mark.parametrize("large", range(4))
+def test_a_layer_whose_map_is_large_keeps_its_input_and_the_others_do_not(large, by_formula):
+    """The others' inverses are computed together, without it."""
+    model = get_peft_model(build("llama", num_hidden_layers=4), CloverConfig(target_modules=["v_proj"]))
+    perturb(model)
     with torch.no_grad():
-        layers(model)[0].clover_S["default"].weight.mul_(200)
+        layers(model)[large].clover_S["default"].weight.mul_(200)
+        layers(model)[large - 1].clover_S["default"].weight.mul_(1e-4)  # its inverse would take fewer products
     wanted = by_formula(lambda: loss_and_grads(model))[1]
     agree(loss_and_grads(model)[1], wanted)
 
@@ -288,6 +292,19 @@ def test_several_adapters_at_once_fold_alone(forms, by_formula):
     forms.clear()
     agree(loss_and_grads(model)[1], wanted)
     assert set(forms) == {"alone"}
+
+
+def test_maps_that_replace_and_maps_that_add_are_told_apart(forms, by_formula):
+    options = {"target_modules": ["v_proj"], "r": 12}
+    model = get_peft_model(build("llama"), CloverConfig(**options, layers_to_transform=[0], truncate=True))
+    model.add_adapter("b", CloverConfig(**options, layers_to_transform=[1]))
+    perturb(model)
+    model.base_model.set_adapter(["default", "b"])
+    wanted = by_formula(lambda: loss_and_grads(model))[1]
+    assert len(wanted) == 2
+    forms.clear()
+    agree(loss_and_grads(model)[1], wanted)
+    assert set(forms) == {"together"}
 
 
 def test_a_switch_of_adapters_takes_effect(by_formula):
