@@ -6,10 +6,16 @@ is computed in float64 and batched over H; no D x D matrix is ever formed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+ResultT = TypeVar("ResultT")
 
 # A Cholesky factor whose Frobenius condition exceeds this is not trusted: the block goes through `eigh` instead.
 CHOLESKY_CONDITION = 1e6
@@ -115,6 +121,22 @@ def per_key_value_head(g: Tensor, heads: int, groups: int) -> Tensor:
     return g.unflatten(0, (heads, groups, -1)).sum(1).flatten(0, 1)
 
 
+def _on_one_thread(function: Callable[P, ResultT]) -> Callable[P, ResultT]:
+    """LAPACK gains nothing from threads for matrices of a head's size, and waits long for those that sleep."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> ResultT:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.set_num_threads(threads)
+
+    return run
+
+
+@_on_one_thread
 def limit_condition(g: Tensor, most: float) -> Tensor:
     """Gram matrices with as much of the identity added as limits their condition numbers (ours).
 
@@ -177,6 +199,7 @@ def _fix_signs(c: Tensor) -> Tensor:
     return torch.where(largest < 0, -1.0, 1.0).to(largest)
 
 
+@_on_one_thread
 def pair_bases(g_in: Tensor, g_out: Tensor) -> Bases:
     """Bases of a pair, two projections that meet inside a head: `W_o W_v = V S0 U^T` (Eq. 3, arXiv 2411.17426).
 
@@ -212,6 +235,7 @@ def pair_bases(g_in: Tensor, g_out: Tensor) -> Bases:
     return Bases(c * sign.unsqueeze(-1), e * sign.unsqueeze(-2), s0 * alive)
 
 
+@_on_one_thread
 def qr_bases(g: Tensor) -> Bases:
     """Bases of one projection, `W = R^T Q^T`: Q orthonormal and frozen, R trained (Section 3, arXiv 2411.17426).
 
@@ -232,6 +256,7 @@ def qr_bases(g: Tensor) -> Bases:
     return Bases(inverse.mT.contiguous(), None, sigma * keep)
 
 
+@_on_one_thread
 def svd_bases(g: Tensor) -> Bases:
     """Bases of one projection from its singular vectors: `W = L Sigma N^T`, `C = Sigma^-1 L^T`, `E = L`.
 

@@ -630,3 +630,25 @@ def test_bases_as_strong_as_others():
     assert not torch.allclose(found.e, other.e, rtol=1e-2)
     zero = replace(other, c=torch.zeros_like(other.c))
     assert torch.equal(zero.as_strong_as(one, *grams[:2]).c, zero.c)
+
+
+@pytest.mark.parametrize("function", [pair_bases, qr_bases, svd_bases, limit_condition])
+def test_small_matrices_are_decomposed_on_one_thread(function, monkeypatch):
+    """With two threads that sleep between calls (OMP_WAIT_POLICY=passive) they took three times as long."""
+    grams = torch.eye(4, dtype=torch.float64).expand(2, 4, 4)
+    arguments = {pair_bases: (grams, grams), limit_condition: (grams, 10.0)}.get(function, (grams,))
+    seen, threads = [], torch.get_num_threads()
+    for name in ("svd", "eigh", "eigvalsh", "cholesky_ex", "solve_triangular"):
+        plain = getattr(torch.linalg, name)
+        counting = lambda *a, plain=plain, **k: seen.append(torch.get_num_threads()) or plain(*a, **k)  # noqa: E731
+        monkeypatch.setattr(torch.linalg, name, counting)
+    torch.set_num_threads(2)
+    try:
+        function(*arguments)
+        assert set(seen) == {1}
+        assert torch.get_num_threads() == 2
+        with pytest.raises(ValueError, match="NaN"):
+            function(*(a * float("nan") for a in arguments))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
