@@ -115,7 +115,7 @@ def test_figures_of_the_readme_are_those_of_the_records():
     def row(start):
         return next(text for name, text in rows.items() if name.startswith(start))
 
-    large, small = (_record(f"train_step{name}")["figures"] for name in ("_large-3", "-8"))
+    large, small = (_record(f"train_step{name}")["figures"] for name in ("_large-3", "-9"))
     step = row("training step / frozen base, full")
     assert _ratio(large["clover"], "step_v_base") in step
     assert _ratio(large["lora"], "step_v_base") in step
@@ -125,7 +125,7 @@ def test_figures_of_the_readme_are_those_of_the_records():
     for figures in (large, small):
         saved = [f"{figures[method]['saved_over_base_bytes'] / 2**20:.1f} MiB" for method in ("clover", "lora")]
         assert f"| {' | '.join(saved)} |" in README
-    files = _record("adapter_io-3")["figures"]
+    files = _record("adapter_io-4")["figures"]
     sizes = [round(files[name]["bytes"] / 2**20) for name in ("clover", "clover folded", "lora")]
     assert "| {} MiB; {} MiB folded | {} MiB |".format(*sizes) in row("adapter file")
 
