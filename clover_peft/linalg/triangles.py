@@ -5,13 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def pack(matrices: Tensor) -> Tensor | None:
     """The lower triangles of (H, d, d), row by row, (H, d (d + 1) / 2).
 
     None if a number above a diagonal is not +0.0: `unpack` would not give the same bits.
     """
-    if matrices.triu(1).view(torch.int64 if matrices.dtype == torch.float64 else torch.int32).any():  # -0.0 has a bit
+    bits = _BITS[matrices.dtype.itemsize]  # -0.0 has one
+    if matrices.triu(1).view(bits).any():
         return None
     d = matrices.shape[-1]
     rows, columns = torch.tril_indices(d, d, device=matrices.device)
