@@ -5,7 +5,7 @@
 
 A kernel is an operation of torch that is no view, forward and backward together; the optimizer's step is not counted.
 The count is the same on any machine. The maps are near their start (`STD`). For larger ones, the inverses that a model
-computes once take up to six products more, each of two kernels, for values and for the up-projection.
+computes once take up to five products more, each of two kernels, for values and for the up-projection.
 
 A layer's share is the difference between models of four and of two layers; the rest of the step's count is `once` a
 model. The layers' input requires a gradient, as it does below layers that others train. `waits` are calls of

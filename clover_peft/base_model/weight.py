@@ -167,35 +167,46 @@ class BaseWeight:
         return fn() if self.is_in_every_process else computed_on_rank_0(fn)
 
     def note_weight(self) -> None:
-        """Take the weight as it is now for the one that adapters are made for, see `check_unchanged`."""
+        """Take the weight as it is now for the one that `check_unchanged` expects."""
         self._corner = self._read_corner()
 
     def check_unchanged(self) -> None:
-        """Refuse a plain, frozen weight that something has written into since `note_weight`.
+        """Refuse to merge into a weight that something else has written into.
 
         A tuner's layer around this one does so when it merges: its update belongs behind the maps, not before them.
+        `CloverModel` merges in order, and calls `note_weight` first; this is for a merge that another tuner begins.
         """
+        if self.is_merged:
+            self._check_written()
+            return
         noted, now = self._corner, self._read_corner()
-        if noted is None or now is None or self.is_merged or self.stored.requires_grad:
+        if noted is None or now is None or self.stored.requires_grad:
             return
         is_same_kind = (noted.shape, noted.dtype, noted.device) == (now.shape, now.dtype, now.device)
         if is_same_kind and not torch.equal(noted.nan_to_num(), now.nan_to_num()):
             raise ValueError(
                 f"{self.path}: expected the weight that the adapter was made for, found that something has written "
-                "into it since, such as an adapter of another method around this one that was merged: the result "
-                "would not be what the model computed; unmerge that one, and call merge_adapter or merge_and_unload "
-                "of CLOVER's PeftModel, which merges both in order; if the new weight is meant, save the adapter and "
-                "load it onto the new model"
+                "into it since, such as an adapter of another method around this one that was merged; unmerge that "
+                "one, and call merge_adapter or merge_and_unload of CLOVER's PeftModel, which merges both in order"
             )
 
     def _read_corner(self) -> Tensor | None:
-        """A few numbers of the model's own weight, if it is plain and here; an update of an adapter changes all."""
-        if self.backend is not None:
+        """A few numbers of a plain weight that is here; the update of a projection's adapter changes them."""
+        stored = self.stored if self.backend is None else None
+        if stored is None or stored.ndim < 2 or stored.is_meta or isinstance(stored, DTensor):
             return None
-        own = self.stored if self._original is None else self._original.weight
-        if own.ndim < 2 or own.is_meta or isinstance(own, DTensor):
-            return None
-        return own.detach()[..., :8, :8].clone()
+        return stored.detach()[..., :8, :8].clone()
+
+    def _check_written(self) -> None:
+        """Refuse to replace a merged weight that something else has written into."""
+        written, digest = self._written or (None, "")
+        if written is not None and written is getattr(self.module, self.names[0]) and _digest(written) != digest:
+            raise ValueError(
+                f"{self.path}: expected the weight as the merge left it, found that something has written into it "
+                "since, such as an adapter of another method around this one that was merged or unmerged; a further "
+                "merge, or unmerging, would lose that or leave it in the weight; load the base model again, and merge "
+                "all adapters in one call"
+            )
 
     def check_not_repacked(self) -> None:
         """Refuse a weight that gradients cannot pass through."""
@@ -276,13 +287,7 @@ class BaseWeight:
             ValueError: if the weight that `write` wrote has been changed since, with nothing changed.
         """
         assert self._original is not None
-        written, digest = self._written or (None, "")
-        if written is not None and written is getattr(self.module, self.names[0]) and _digest(written) != digest:
-            raise ValueError(
-                f"{self.path}: expected the weight as the merge left it, found that something has written into it "
-                "since, such as an adapter of another method around this one that was merged or unmerged; unmerging "
-                "would lose that, and may leave the other adapter's update in the weight; load the base model again"
-            )
+        self._check_written()
         merged, (module, weight, bias, state) = self.module, self._original
         if merged is not module:
             holder: Any = self.owner
@@ -306,7 +311,7 @@ class BaseWeight:
                 module._apply(fn)
             weight, bias = (None if tensor is None else _applied(fn, tensor) for tensor in (weight, bias))
             self._original = Original(module, weight, bias, state)
-        self.note_weight()
+        self._corner = None if self._corner is None else fn(self._corner)
 
     def _dense_original(self, original: Original) -> Tensor:
         if self.backend is None:

@@ -15,10 +15,10 @@ from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig, PeftModel, convert_to_lora, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..base_model.plain import check_unquantised
-from ..io.adapters import embedding_of, grow_embeddings, label_options, load_own_tokenizer
+from ..io.adapters import embedding_of, grow_embeddings, label_options, load_own_tokenizer, saved_shapes
 from ..io.atomic import check_new_folder, new_folder
 from ..io.hub_models import load_processor
 from ..io.model_class import find_class, read_config
@@ -96,7 +96,7 @@ def export(
     grown = grow_embeddings(model, adapter, trained_with)
     plain = probe(model)
     model = PeftModel.from_pretrained(model, adapter).eval()
-    _warn_of_random(model, info["missing_keys"])
+    _warn_of_random(info["missing_keys"], adapter)
     if lora_ranks:
         _check_loras(model, lora_ranks)
     expected = probe(model)
@@ -173,9 +173,8 @@ def _digests(model: Any, dtype: torch.dtype, dtypes: Mapping[str, torch.dtype]) 
 
 def _settle_ties(model: Any) -> None:
     """Say in the config whether output and input embeddings are one: an adapter may have trained one of two."""
-    if (decoder := getattr(model, "decoder", None)) is not None and decoder.config is getattr(
-        model.config, "decoder", 0
-    ):
+    decoder: Any = getattr(model, "decoder", None)
+    if isinstance(decoder, PreTrainedModel) and decoder.config is getattr(model.config, "decoder", None):
         model = decoder  # one model reads and another one writes
     config = model.config.get_text_config()
     out: Any = embedding_of(model, "output")
@@ -189,15 +188,12 @@ def _settle_ties(model: Any) -> None:
         each.tie_word_embeddings = False
 
 
-def _warn_of_random(model: PeftModel, missing: Iterable[str]) -> None:
-    """Warn of parameters that the base's file lacks and the adapter does not bring, as a classifier's pooler."""
-    kept = (name for name in model.state_dict() if ".modules_to_save." in name)
-    brought = {name.removeprefix("base_model.model.").replace(".modules_to_save.default", "") for name in kept}
-    drawn = sorted(set(missing) - brought)
-    if drawn:
+def _warn_of_random(missing: Iterable[str], adapter: str) -> None:
+    """Warn of parameters that neither the base's file nor the adapter's has, as a classifier's pooler."""
+    if new := sorted(set(missing) - saved_shapes(adapter).keys()):
         warn(
-            f"neither the base nor the adapter has {', '.join(drawn)}: drawn at random here, as in every load, so "
-            "that what reads them is not what was trained; name their modules in modules_to_save and train again"
+            f"neither the base nor the adapter has {', '.join(new)}: each load initialises them anew, so that what "
+            "reads them is not what was trained; name their modules in modules_to_save and train again"
         )
 
 

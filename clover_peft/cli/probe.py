@@ -64,7 +64,9 @@ def _inputs(model: Any, generator: torch.Generator) -> dict[str, Tensor] | None:
         found[name] = torch.randn(1, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)
     elif name == "input_values":
         found[name] = torch.randn(1, _SAMPLES, generator=generator)
-    elif name == "inputs" and (of_encoder := _inputs(model.encoder, generator)):  # a speech encoder with a decoder
+    elif name == "inputs" and isinstance(encoder := getattr(model, "encoder", None), PreTrainedModel):  # of speech
+        if (of_encoder := _inputs(encoder, generator)) is None:
+            return None
         found = of_encoder
     else:
         return None

@@ -6,6 +6,7 @@ is computed in float64 and batched over H; no D x D matrix is ever formed.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -14,8 +15,9 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-P = ParamSpec("P")
-ResultT = TypeVar("ResultT")
+_P = ParamSpec("_P")
+_ResultT = TypeVar("_ResultT")
+_threads = threading.RLock()  # held while their number is one
 
 # A Cholesky factor whose Frobenius condition exceeds this is not trusted: the block goes through `eigh` instead.
 CHOLESKY_CONDITION = 1e6
@@ -121,17 +123,22 @@ def per_key_value_head(g: Tensor, heads: int, groups: int) -> Tensor:
     return g.unflatten(0, (heads, groups, -1)).sum(1).flatten(0, 1)
 
 
-def _on_one_thread(function: Callable[P, ResultT]) -> Callable[P, ResultT]:
-    """LAPACK gains nothing from threads for matrices of a head's size, and waits long for those that sleep."""
+def _on_one_thread(function: Callable[_P, _ResultT]) -> Callable[_P, _ResultT]:
+    """Run a function on one of torch's threads: more gain LAPACK nothing for matrices of a head's size.
+
+    It waits long for threads that sleep between calls. The number is set for the process: another Python thread whose
+    first operation falls into such a call starts with one.
+    """
 
     @wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> ResultT:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return function(*args, **kwargs)
-        finally:
-            torch.set_num_threads(threads)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _ResultT:
+        with _threads:
+            count = torch.get_num_threads()
+            torch.set_num_threads(1)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                torch.set_num_threads(count)
 
     return run
 

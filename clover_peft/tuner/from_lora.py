@@ -108,7 +108,7 @@ def _choose_sizes(lora: LoraConfig, model: nn.Module | PretrainedConfig, options
     far = "" if abs(off) <= NEAR else ", the nearest that blocks of these modules reach"
     said = f"chose {chosen}{of_default}: {count:,} trained numbers where the LoRA has {budget:,} ({off:+.1%}{far})"
     if others:
-        said += f"; without {', '.join(others)}, which are neither projections nor stacks of experts' weights here"
+        said += f"; without {', '.join(others)}, which CLOVER does not adapt here"
     return not (far or others), said
 
 
@@ -132,9 +132,9 @@ def _stacks(lora: LoraConfig, model: nn.Module, tuner: LoraModel) -> tuple[list[
 
 
 def _replace_targets(lora: LoraConfig, tuner: LoraModel, stacks: list[str], options: dict[str, Any]) -> list[str]:
-    """Put the targets into the options that peft has made of the LoRA's; returns names that no module has.
+    """Put the targets into the options that peft has made of the LoRA's; returns names of experts' modules.
 
-    Where a model keeps its experts in stacks, peft replaces the names of their modules.
+    Where a model keeps its experts in stacks, it has no such modules. Peft replaces the names where it can.
     """
     completed, named = tuner.peft_config["default"], lora.target_modules
     if set(completed.target_parameters or ()) != set(lora.target_parameters or ()):
@@ -142,8 +142,11 @@ def _replace_targets(lora: LoraConfig, tuner: LoraModel, stacks: list[str], opti
         options["target_modules"] = named = completed.target_modules
     if named is None or isinstance(named, str):
         return []
-    unused = [name for name in named if not any(find_suffix(path, [name]) for path in tuner.targeted_module_names)]
-    options["target_modules"] = sorted(set(named) - set(unused))
+    if not any(parameter.ndim == 3 for parameter in tuner.model.parameters()):
+        return []
+    modules = [path for path, _ in tuner.model.named_modules()]
+    unused = {name for name in named if not any(find_suffix(path, [name]) for path in modules)}
+    options["target_modules"] = sorted(set(named) - unused)
     return sorted(unused)
 
 

@@ -70,7 +70,6 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
         self._cache = MapCache()
         self.base_weight = (base_weight or partial(BaseWeight, quantization_kwargs=quantization_kwargs))(self, name)
         self.in_features, self.out_features = self.base_weight.in_features, self.base_weight.out_features
-        self.register_load_state_dict_post_hook(CloverLayer._note_weight)
 
     @property
     def quantization_backend(self) -> Any:  # type: ignore[override]  # peft declares an attribute
@@ -147,9 +146,6 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
         self.forget_maps()
         super().train(mode)
         return self
-
-    def _note_weight(self, *_: Any) -> None:
-        self.base_weight.note_weight()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CloverLayer:
         self.forget_maps()

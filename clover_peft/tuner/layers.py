@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from ..io.user_warning import warn
@@ -73,7 +73,13 @@ def check_merges(model: nn.Module, adapter_names: list[str] | None, safe_merge: 
     merge, and the memory of one layer's result. The merge itself checks again, because it also reaches layers of other
     tuners, such as trained tokens.
     """
-    for _, layer in clover_layers(model):
+    for path, layer in clover_layers(model):
+        if (around := layer_around(model, path)) is not None and around.merged and not layer.merged:
+            raise ValueError(
+                f"{layer.name}: expected to be merged before the {type(around).__name__} around it, found that one "
+                "merged; unmerge it first, and call this again: both are merged then, in order"
+            )
+        layer.base_weight.note_weight()  # no tuner around it has written into the weight: if it is new, it is meant
         wanted = layer.active_adapters if adapter_names is None else adapter_names
         names = list(dict.fromkeys([*layer.merged_adapters, *(name for name in wanted if name in layer.specs)]))
         if not names:
@@ -84,13 +90,10 @@ def check_merges(model: nn.Module, adapter_names: list[str] | None, safe_merge: 
                 layer.merged_tensors(names, safe_merge=True)
 
 
-def merge_wrapped(model: nn.Module, adapter_names: list[str] | None, safe_merge: bool) -> None:
-    """Merge the layers that are inside another tuner's layers, whose updates belong behind the maps, not before."""
-    for path, layer in clover_layers(model):
-        around: Any = model.get_submodule(path.rpartition(".")[0])
-        if isinstance(around, BaseTunerLayer) and not isinstance(around, CloverLayer):
-            with onload_layer(layer):
-                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+def layer_around(model: nn.Module, path: str) -> Any:
+    """The other tuner's layer that the layer at `path` is inside of; None if there is none."""
+    around: Any = model.get_submodule(path.rpartition(".")[0])
+    return around if isinstance(around, BaseTunerLayer) and not isinstance(around, CloverLayer) else None
 
 
 @contextmanager

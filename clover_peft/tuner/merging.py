@@ -45,7 +45,7 @@ def check_merge(layer: AdapterTensors, adapter_names: list[str]) -> None:
         )
     refuse_computed(base.module, layer.name)
     base.check_unchanged()
-    below = layer.below
+    below: Any = getattr(layer.below, "token_adapter", layer.below)
     if isinstance(below, BaseTunerLayer) and not below.merged:
         raise ValueError(
             f"{layer.name}: expected a plain projection to merge into, found {type(below).__name__} with an update "

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from peft.utils import get_quantization_kwargs
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ from .combining import add_up, find_sources
 from .config import CloverConfig
 from .experts import CloverExperts
 from .layer import CloverLayer, CloverLinear
-from .layers import check_merges, clover_layers, merge_wrapped, unwrap_empty_layers, warning_of_rounding
+from .layers import check_merges, clover_layers, layer_around, unwrap_empty_layers, warning_of_rounding
 from .merging import check_truncation
 from .mixed_batch import mixed_batch
 from .model_maps import fold_together
@@ -271,9 +271,11 @@ class CloverModel(TargetParameters, TiedWeights):
         With `safe_merge`, every result is computed as a trial first, which costs one more merge.
         """
         check_merges(self.model, adapter_names, safe_merge)
+        layers: list[Any] = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
         with warning_of_rounding(self.model):
-            merge_wrapped(self.model, adapter_names, safe_merge)
-            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+            for layer in reversed(layers):  # one inside another tuner's first: that update belongs behind the maps
+                with onload_layer(layer):
+                    layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
         self,
@@ -292,8 +294,10 @@ class CloverModel(TargetParameters, TiedWeights):
         fold_together(self.model, [])
         is_tied = self.get_model_config(self.model).get("tie_word_embeddings")
         with warning_of_rounding(self.model):
-            if merge:
-                merge_wrapped(self.model, adapter_names, safe_merge)
+            for path, layer in clover_layers(self.model) if merge else ():
+                if layer_around(self.model, path) is not None:
+                    with onload_layer(layer):
+                        layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
             result: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if is_tied and not self.get_model_config(result).get("tie_word_embeddings"):
             untie_whole(result)

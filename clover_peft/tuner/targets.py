@@ -216,21 +216,25 @@ class TargetParameters(BaseTuner):
         A name that is also a projection's, such as that of a shared expert, adapts the projections alone. For a new
         adapter this is a warning.
         """
-        names = config.target_modules if isinstance(config.target_modules, set) else set()
+        names = sorted(config.target_modules) if isinstance(config.target_modules, set) else []
         modules = [path for path, module in self.model.named_modules() if is_projection(base_of(module))]
-        for path, parameter in self.model.named_parameters():
-            shape = whole_shape(parameter)
-            if len(shape) <= 2 or (name := next((n for n in names if path.endswith("." + n)), None)) is None:
+        left_out: dict[str, str] = {}
+        own = ((path, parameter) for path, parameter in self.model.named_parameters() if ".clover_" not in path)
+        for path, parameter in own:
+            path = ".".join(part for part in path.split(".") if part != "base_layer")
+            shape, found = whole_shape(parameter), [name for name in names if path.endswith("." + name)]
+            if len(shape) <= 2 or not found or find_suffix(path, config.target_parameters or ()):
                 continue
+            name = found[0]
             remedy = f"pass target_parameters={[name if '.' in name else f'experts.{name}']} to adapt it"
-            if not any(find_suffix(module, [name]) for module in modules):
+            if not any(find_suffix(module, found) for module in modules):
                 raise ValueError(
                     f"{path}: expected a linear projection, found a stack of {shape[0]} experts' weights of "
                     f"shape {shape[1:]}; leave it out of target_modules, and {remedy}"
                 )
-            if is_new and not find_suffix(path, config.target_parameters or ()):
-                warn(f"target_modules: {name} is also {path}, a stack of experts' weights, and is left out; {remedy}")
-                return
+            left_out.setdefault(name, f"{name} is also {path}, a stack of experts' weights, and is left out; {remedy}")
+        if left_out and is_new:
+            warn(f"target_modules: {'; '.join(left_out.values())}")
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

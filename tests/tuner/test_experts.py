@@ -336,11 +336,20 @@ def test_a_name_of_projections_and_of_a_stack():
         warnings.simplefilter("error", UserWarning)
         both = CloverConfig(target_modules=["down_proj"], target_parameters=["experts.down_proj"])
         assert len(layers_by_name(get_peft_model(build("qwen2_moe"), both))) == 4
+        model = get_peft_model(build("qwen2_moe"), CloverConfig(**ONLY))
+        model.add_adapter("b", both)
+        assert len(layers_by_name(model)) == 6
 
 
 def test_a_name_of_a_stack_alone_is_refused():
     with pytest.raises(ValueError, match=r"found a stack of 4 experts.*target_parameters=\['experts\.down_proj'\]"):
         get_peft_model(build("mixtral"), CloverConfig(target_modules=["v_proj", "down_proj"]))
+
+
+def test_one_of_two_names_of_a_stack_may_be_a_projection_s():
+    with pytest.warns(UserWarning, match="left out; pass"):
+        model = get_peft_model(build("qwen2_moe"), CloverConfig(target_modules=["down_proj", "experts.down_proj"]))
+    assert len(layers_by_name(model)) == 2
 
 
 def test_factors_are_those_of_the_weights():

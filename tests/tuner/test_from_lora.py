@@ -139,10 +139,22 @@ def test_mixtures_of_experts(family: str, targets: Any, caplog) -> None:
     assert set(ours.targeted_parameter_names) == set(theirs.targeted_parameter_names) - routers
     assert f"{sum(p.numel() for p in ours.parameters() if p.requires_grad):,} trained numbers" in said
     assert bool(routers) == ("gate.weight" in said)
-    unused = {name for name in targets if not any(path.endswith(name) for path in theirs.targeted_module_names)}
     if targets == USUAL and not theirs.targeted_parameter_names:
+        unused = [name for name in USUAL if not any(path.endswith(name) for path in theirs.targeted_module_names)]
         assert all(name in said for name in unused)
         assert is_warning or not unused
+
+
+def test_names_that_are_misspelt_or_excluded_are_left_to_the_model(caplog) -> None:
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_prj", "lm_head"], exclude_modules=["lm_head"])
+    config, said, _ = reported(lora, build("llama"), caplog)
+    assert config.target_modules == {"q_proj", "v_prj", "lm_head"}
+    assert "without" not in said
+    with pytest.warns(UserWarning, match="v_prj: did you mean v_proj"):
+        get_peft_model(build("llama"), config)
+    config, said, _ = reported(lora, build("mixtral"), caplog)
+    assert "without v_prj" in said
+    assert config.target_modules == {"q_proj", "lm_head"}
 
 
 def test_a_parameter_of_one_module_is_refused() -> None:

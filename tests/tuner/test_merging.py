@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import OrderedDict
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -232,7 +234,8 @@ def test_a_merged_weight_that_something_else_has_written_into_is_not_unmerged(fa
 
 
 def lora_around(clover: PeftModel) -> PeftModel:
-    return get_peft_model(clover.base_model.model, LoraConfig(target_modules=["v_proj"], init_lora_weights=False))
+    config = LoraConfig(target_modules=["v_proj"], init_lora_weights=False)
+    return get_peft_model(clover.base_model.model, config, "lora")
 
 
 def test_lora_around_a_clover_layer_is_not_merged_before_it():
@@ -245,39 +248,89 @@ def test_lora_around_a_clover_layer_is_not_merged_before_it():
     assert relative(logits(both, "llama"), expected) < 1e-5
 
 
-@pytest.mark.parametrize("unload", [False, True])
-def test_lora_around_a_clover_layer_is_merged_after_it(unload):
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_refused_merge_of_lora_is_not_forgotten(moved):
+    """CLOVER's own merge would map LoRA's update, which is in one weight by then."""
     clover = adapted("llama")
     both = lora_around(clover)
     expected = logits(both, "llama")
-    merged = clover.merge_and_unload() if unload else clover
-    if not unload:
+    with pytest.raises(ValueError, match="such as an adapter"):
+        both.merge_adapter()
+    if moved:
+        both.to(torch.float64).to(torch.float32)
+    with pytest.raises(ValueError, match="such as an adapter"):
+        both.merge_adapter()
+    with pytest.raises(ValueError, match="expected to be merged before the Linear around it"):
         clover.merge_adapter()
-    assert relative(logits(merged, "llama"), expected) < 1e-5
-    if not unload:
-        with pytest.raises(ValueError, match="such as an adapter of another method around this one"):
-            both.unmerge_adapter()
+    both.unmerge_adapter()
+    clover.merge_adapter()
+    assert relative(logits(both, "llama"), expected) < 1e-5
 
 
-@pytest.mark.parametrize("change", ["trained", "loaded", "moved", "not a number"])
+@pytest.mark.parametrize("how", ["merged", "unloaded", "one after the other"])
+def test_lora_around_a_clover_layer_is_merged_after_it(how):
+    clover = several({"default": {}, "b": {}})
+    both = lora_around(clover)
+    clover.base_model.set_adapter(["default", "b"])
+    expected = logits(both, "llama")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "All adapters are already merged")
+        if how == "unloaded":
+            assert relative(logits(clover.merge_and_unload(), "llama"), expected) < 1e-5
+            return
+        if how == "merged":
+            clover.merge_adapter(["default", "b", "lora"])
+            assert relative(logits(both, "llama"), expected) < 1e-5
+    if how == "one after the other":  # the second merge starts from the base's own weights, without LoRA's update
+        clover.merge_adapter(["default", "lora"])
+        with pytest.raises(ValueError, match="merge all adapters in one call"):
+            clover.merge_adapter(["b"])
+    with pytest.raises(ValueError, match="such as an adapter of another method around this one"):
+        both.unmerge_adapter()
+
+
+CHANGES: dict[str, Callable[[PeftModel, nn.Parameter], object]] = {
+    "trained": lambda model, weight: weight.requires_grad_(True).data.mul_(1.5),
+    "trained, then frozen": lambda model, weight: weight.data.mul_(1.5),
+    "loaded": lambda model, weight: model.load_state_dict(
+        {n: torch.rand_like(t) for n, t in model.state_dict().items() if n.endswith("base_layer.weight")}, strict=False
+    ),
+    "moved": lambda model, weight: model.to(torch.float64).to(torch.float32),
+    "allocated anew": lambda model, weight: setattr(weight, "data", torch.rand_like(weight)),
+    "lora inside": lambda model, weight: None,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_base_that_is_meant_to_change_is_merged(change):
-    model = adapted("llama")
-    layer = layers(model)[0]
-    weight = layer.get_base_layer().weight
-    if change == "trained":
-        weight.requires_grad_(True).data.mul_(1.5)
-    elif change == "loaded":
-        state = {name: torch.rand_like(tensor) for name, tensor in model.state_dict().items() if "base_layer" in name}
-        model.load_state_dict(state, strict=False)
-    elif change == "moved":
-        model.to(torch.bfloat16).to(torch.float32)
+    if change == "lora inside":
+        inner = get_peft_model(build("llama"), LoraConfig(target_modules=["v_proj"], init_lora_weights=False))
+        model = get_peft_model(inner.base_model.model, CloverConfig(target_modules=["v_proj"]), "outer")
+        perturb(model)
+        layers(model)[0].base_layer.merge()
+        layers(model)[1].base_layer.merge()
     else:
-        weight.data[0, 0] = float("nan")
-        model.to(torch.float32)
-    model.merge_adapter()
-    assert layer.merged
-    model.unmerge_adapter()
-    model.merge_adapter()
+        model = adapted("llama")
+    CHANGES[change](model, layers(model)[0].get_base_layer().weight)
+    expected = logits(model, "llama")
+    for _ in range(2):
+        model.merge_adapter()
+        assert relative(logits(model, "llama"), expected) < 1e-5
+        if change != "lora inside":
+            model.unmerge_adapter()
+
+
+def test_an_update_of_tokens_below_the_layer_is_merged_first():
+    """A tied head with trained tokens: their layer is inside CLOVER's."""
+    options = {"target_modules": ["lm_head"], "trainable_token_indices": [20, 30]}
+    model = get_peft_model(build("llama", tie_word_embeddings=True), CloverConfig(**options, mlp_block_size=16))
+    perturb(model)
+    expected = logits(model, "llama")
+    with pytest.raises(
+        ValueError, match=r"lm_head: .*found TrainableTokensLayer with an update.*merge that adapter first"
+    ):
+        model.merge_adapter()
+    assert relative(logits(model, "llama"), expected) < 1e-5
 
 
 def test_lora_trains_on_a_merged_clover_model():
