@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from ..linalg.decomposition import gram
 from ..runtime.bitsandbytes import check_packing
 from ..runtime.sharding import computed_on_rank_0, onloaded, only_rank_0_has_weights
+from ..runtime.tensors import is_plain
 from .slices import HeadSlice, Partner
 
 ResultT = TypeVar("ResultT")
@@ -178,22 +179,25 @@ class BaseWeight:
         """
         if self.is_merged:
             self._check_written()
-            return
-        noted, now = self._corner, self._read_corner()
-        if noted is None or now is None or self.stored.requires_grad:
-            return
-        is_same_kind = (noted.shape, noted.dtype, noted.device) == (now.shape, now.dtype, now.device)
-        if is_same_kind and not torch.equal(noted.nan_to_num(), now.nan_to_num()):
+        elif self._is_changed() and not self.stored.requires_grad:
             raise ValueError(
                 f"{self.path}: expected the weight that the adapter was made for, found that something has written "
                 "into it since, such as an adapter of another method around this one that was merged; unmerge that "
                 "one, and call merge_adapter or merge_and_unload of CLOVER's PeftModel, which merges both in order"
             )
 
+    def _is_changed(self) -> bool:
+        """Whether the weight is another than `note_weight` took, as far as that can be told."""
+        noted, now = self._corner, self._read_corner()
+        if noted is None or now is None:
+            return False
+        is_same_kind = (noted.shape, noted.dtype, noted.device) == (now.shape, now.dtype, now.device)
+        return is_same_kind and not torch.equal(noted.nan_to_num(), now.nan_to_num())
+
     def _read_corner(self) -> Tensor | None:
         """A few numbers of a plain weight that is here; the update of a projection's adapter changes them."""
         stored = self.stored if self.backend is None else None
-        if stored is None or stored.ndim < 2 or stored.is_meta or isinstance(stored, DTensor):
+        if stored is None or stored.ndim < 2 or not is_plain(stored):
             return None
         return stored.detach()[..., :8, :8].clone()
 

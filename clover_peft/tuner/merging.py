@@ -44,7 +44,6 @@ def check_merge(layer: AdapterTensors, adapter_names: list[str]) -> None:
             "leave the adapter unmerged, or merge it into the unquantised model"
         )
     refuse_computed(base.module, layer.name)
-    base.check_unchanged()
     below: Any = getattr(layer.below, "token_adapter", layer.below)
     if isinstance(below, BaseTunerLayer) and not below.merged:
         raise ValueError(
@@ -53,6 +52,7 @@ def check_merge(layer: AdapterTensors, adapter_names: list[str]) -> None:
         )
     for adapter_name in adapter_names:
         layer.check_bases(adapter_name, "merge")
+    base.check_unchanged()
     with base.whole():
         _refuse_other_forward(layer, adapter_names)
 

@@ -297,6 +297,7 @@ CHANGES: dict[str, Callable[[PeftModel, nn.Parameter], object]] = {
     ),
     "moved": lambda model, weight: model.to(torch.float64).to(torch.float32),
     "allocated anew": lambda model, weight: setattr(weight, "data", torch.rand_like(weight)),
+    "a layer emptied": lambda model, weight: layers(model)[0].base_layer.to_empty(device="cpu").weight.data.fill_(0.1),
     "lora inside": lambda model, weight: None,
 }
 
