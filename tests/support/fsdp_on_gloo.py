@@ -26,8 +26,14 @@ if __name__ == "__main__":
     PartialState._prepare_backend = _prepare_backend
     sys.argv = sys.argv[1:]
     sys.path[0] = str(Path(sys.argv[0]).parent)  # as if it had been started itself
+    code: Any = 0
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
-    finally:  # An open group aborts its process in one run of some twenty: here in every one.
-        if dist.is_initialized():
-            raise RuntimeError(f"{sys.argv[0]} ended without dist.destroy_process_group()")
+    except SystemExit as end:
+        code = end.code
+    if dist.is_initialized():
+        raise RuntimeError(f"{sys.argv[0]} ended without dist.destroy_process_group()")
+    # Torch's threads now and then abort the end of a process whose model was sharded, when all is done and saved.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
