@@ -69,6 +69,8 @@ def broadcast_bases(model: nn.Module) -> None:
 def check_merges(model: nn.Module, adapter_names: list[str] | None, safe_merge: bool) -> None:
     """Refuse adapters that cannot be merged, before any is; None stands for the active ones.
 
+    The weights as they are now count as the base's own from here on, unless another tuner has merged around a layer.
+
     With `safe_merge`, compute every result, as a trial, and refuse those that are not finite. The trial costs one more
     merge, and the memory of one layer's result. The merge itself checks again, because it also reaches layers of other
     tuners, such as trained tokens.

@@ -31,7 +31,7 @@ if __name__ == "__main__":
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as end:
         code = end.code
-    if dist.is_initialized():
+    if not code and dist.is_initialized():  # an error of the script is told as it is
         raise RuntimeError(f"{sys.argv[0]} ended without dist.destroy_process_group()")
     # Torch's threads now and then abort the end of a process whose model was sharded, when all is done and saved.
     sys.stdout.flush()
