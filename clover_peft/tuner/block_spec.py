@@ -176,11 +176,17 @@ def block_specs(
 
 
 def warn_of_useless_block_size(config: CloverConfig, specs: Sequence[BlockSpec]) -> None:
-    """Warn of a block size for heads if none of an adapter's slices has heads."""
+    """Warn of block sizes without effect: for heads if there are none, and of more features than a projection has."""
     if config.block_size is not None and specs and all(spec.part in WITHOUT_HEADS for spec in specs):
         warn(
             f"block_size={config.block_size} cuts attention heads, and no target has any: it is without effect; cut "
             "these with mlp_block_size, or describe the heads with head_dim=... or num_heads=...",
+        )
+    widest = max((spec.size for spec in specs if spec.part in WITHOUT_HEADS), default=None)
+    if widest is not None and config.mlp_block_size is not None and widest < config.mlp_block_size:
+        warn(
+            f"mlp_block_size={config.mlp_block_size} is more than any of these projections has features: each is one "
+            f"block, of {widest} features at most; pass {widest} or less",
         )
 
 
@@ -190,6 +196,8 @@ def _block_spec(config: CloverConfig, key: str, target: TargetSlice, rank: int |
     partner = target.partner if config.cross_layer else None
     given = config.block_size if is_attention else config.mlp_block_size
     size = given or target.default_block_size
+    if not is_attention:
+        size = min(size, heads.dim)
     if not is_attention and given is None and size < min(8, heads.dim):
         warn(
             f"{key}: {heads.dim} features have no divisor between 8 and 64, blocks are of {size}, which trains "

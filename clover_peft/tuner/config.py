@@ -42,8 +42,8 @@ class CloverConfig(PeftConfig):
             paper's cross-layer form). False decomposes every projection alone.
         block_size: Features per block of attention projections. None: one block per head. A divisor of the head size
             splits heads; a multiple joins heads, for intra-layer targets only.
-        mlp_block_size: Features per block of the other projections. None: the largest divisor of the output features
-            that is at most 64.
+        mlp_block_size: Features per block of the other projections; one with fewer features is one block. None: the
+            largest divisor of the output features that is at most 64.
         basis: Basis of intra-layer targets, "qr" or "svd". None: "qr" for a full matrix over a whole block, otherwise
             "svd".
         truncate: Drop the directions beyond the leading r instead of keeping them unchanged: training starts from the

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections.abc import Iterable
 from copy import deepcopy
@@ -50,8 +49,9 @@ def options_like(lora: LoraConfig, model: nn.Module | PretrainedConfig | None) -
     """The options of a CLOVER config for the modules of a LoRA, and for about as many trained numbers.
 
     A block of d features trains d^2 numbers, so a slice of n features trains n d of them, and a projection of n
-    outputs and m inputs takes r (n + m) in LoRA. Among the block sizes that divide all heads and outputs, those are
-    chosen that come within 10 % and are most alike; if none do, the leading directions of a block are trained.
+    outputs and m inputs takes r (n + m) in LoRA. Among the block sizes that divide all heads and outputs (or are
+    wider than an output), those are chosen that come within 10 % and are most alike; if none do, the leading
+    directions of a block are trained.
 
     Arguments and errors as in `CloverConfig.from_lora`.
     """
@@ -195,15 +195,17 @@ def _count(
     """Numbers in S: n d for n features in blocks of d, and r^2 n/d if r directions of each block are trained."""
     count = 0
     for each in slices:
-        size = (block_size if each.has_heads else mlp_block_size) or each.default_block_size
+        size = block_size if each.has_heads else mlp_block_size and min(mlp_block_size, each.heads.dim)
+        size = size or each.default_block_size
         count += each.heads.features // size * (r or size) ** 2
     return count
 
 
 def _divisors(slices: Iterable[TargetSlice]) -> list[int]:
-    """The sizes of blocks that divide every head, or every projection without heads."""
-    common = math.gcd(*(each.heads.dim for each in slices))
-    return [size for size in range(1, common + 1) if common % size == 0]
+    """The sizes of blocks that divide every head, or every projection without heads that has as many features."""
+    dims = {(each.heads.dim, each.has_heads) for each in slices}
+    sizes = range(1, max((dim for dim, _ in dims), default=0) + 1)
+    return [size for size in sizes if all(dim % size == 0 or (dim < size and not heads) for dim, heads in dims)]
 
 
 def _default(each: Any) -> Any:

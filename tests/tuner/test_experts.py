@@ -414,7 +414,7 @@ def test_options_without_a_meaning_for_experts_are_refused(options, message):
     [
         ({"target_parameters": ["experts.up_proj"]}, "ends none"),
         ({"target_parameters": ["gate.weight"]}, "table of architectures knows"),
-        ({"mlp_block_size": 96}, "choose a divisor of"),
+        ({"mlp_block_size": 7}, "choose a divisor of"),
         ({"r": 9}, "larger than a block"),
     ],
     ids=str,

@@ -145,6 +145,16 @@ def test_mixtures_of_experts(family: str, targets: Any, caplog) -> None:
         assert is_warning or not unused
 
 
+def test_one_narrow_projection_does_not_decide_the_size_of_all_blocks(caplog) -> None:
+    """Qwen2's mixtures of experts have a gate of one feature."""
+    with torch.device("meta"):
+        config = hf.Qwen2MoeConfig(num_hidden_layers=2, num_experts=4, vocab_size=1000)
+        model = hf.Qwen2MoeForCausalLM(config)
+        chosen, said, is_warning = reported(LoraConfig(r=16, target_modules="all-linear"), model, caplog)
+        assert any(path.endswith("shared_expert_gate") for path in get_peft_model(model, chosen).targeted_module_names)
+    assert not is_warning, said
+
+
 def test_names_that_are_misspelt_or_excluded_are_left_to_the_model(caplog) -> None:
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_prj", "lm_head"], exclude_modules=["lm_head"])
     config, said, _ = reported(lora, build("llama"), caplog)

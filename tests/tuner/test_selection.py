@@ -155,6 +155,21 @@ def test_block_size_joins_heads_of_intra_layer_targets() -> None:
     assert only_spec(_adapted(block_size=24, target_modules=["k_proj"])["model.layers.0.self_attn.k_proj"]).size == 24
 
 
+def test_a_projection_narrower_than_a_block_is_one_block() -> None:
+    shape = dict(hidden_size=48, intermediate_size=80, vocab_size=64)
+    config = CloverConfig(mlp_block_size=80, target_modules=["up_proj", "down_proj"])
+    for name, layer in layers_by_name(get_peft_model(build("llama", **shape), config)).items():
+        assert (only_spec(layer).size, only_spec(layer).blocks) == (80 if "up" in name else 48, 1), name
+
+
+def test_a_block_that_no_projection_fills_is_said() -> None:
+    config = CloverConfig(mlp_block_size=96, target_modules=["k_proj", "up_proj"])
+    with pytest.warns(UserWarning, match="mlp_block_size=96 is more .* of 80 features at most; pass 80 or less"):
+        assert (
+            only_spec(layers_by_name(get_peft_model(build("llama"), config))["model.layers.0.mlp.up_proj"]).size == 80
+        )
+
+
 @pytest.mark.parametrize(("size", "blocks"), [(80, 1), (40, 2), (16, 5), (1, 80)])
 def test_mlp_block_size_cuts_up_projections(size: int, blocks: int) -> None:
     for name, layer in _adapted(mlp_block_size=size, target_modules=["up_proj"]).items():
