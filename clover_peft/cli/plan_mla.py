@@ -64,7 +64,7 @@ def summary(plan: MlaPlan, seconds: dict[str, float] | None) -> str:
     return "\n".join(
         [
             f"{plan.method}, {plan.dtype}: rotary key of {plan.rope_dims}, latent of {plan.kv_lora_rank}; cache "
-            f"{cache:,} to {less:,} bytes a token ({1 - less / cache:.2%} less); {before:,} to at most {after:,} "
+            f"{cache:,} to {less:,} bytes a token ({1 - less / cache:.2%} less); {before:,} to {after:,} "
             "parameters",
             f"{plan.tokens:,} tokens of calibration data{layers}{files}",
             "",

@@ -9,14 +9,13 @@ in the same way. A bias of keys that lost their rotation changes no softmax, and
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DeepseekV3Config
 
-from .rotary import Components, Slots
+from .rotary import Components, freq_fold_of, frequencies_of
 from .structure import Source
 
 EPS = 1e-6  # transformers' constant in the latent's norm; other servers read `rms_norm_eps`, so that both must agree
@@ -24,16 +23,21 @@ _SMALL, _GAIN = 2.0**-30, 2.0**20  # of the latent before its norm, and of the n
 _LINEAR = math.sqrt(EPS) / (_SMALL * _GAIN)  # what the two and the norm leave to undo
 
 
-def lost_pairs(found: Sequence[Components], slots: Slots) -> tuple[list[Tensor], Tensor]:
-    """For each layer (groups, n) bool, the components without rotation; and (groups,), where any layer has some."""
-    shape = found[0].worth.shape
-    lost = [torch.ones(shape.numel(), dtype=torch.bool).index_fill(0, f, False).view(shape) for f in slots.filled]
-    return lost, torch.stack(lost).any(0).any(1)
+def lost_components(source: Source, rotated: Tensor) -> Tensor:
+    """(groups, n) bool, the components of keys that lose their rotation, from those that keep it."""
+    freq_fold = freq_fold_of(source, len(rotated))
+    lost = torch.ones(source.pairs, dtype=torch.bool).index_fill(0, rotated, False)
+    return lost.view(-1, source.key_value_heads * freq_fold)
 
 
-def make_config(source: Source, slots: Slots, nope: int) -> DeepseekV3Config:
-    """The configuration with a latent of full rank, and `nope` dimensions of a head's key without rotation."""
-    config, rope = source.model.config, 2 * len(slots.frequencies)
+def make_config(source: Source, rotated: Tensor) -> DeepseekV3Config:
+    """The configuration with a latent of full rank.
+
+    Args:
+        source: the model.
+        rotated: (pairs,) int64, the components of keys that keep their rotation.
+    """
+    config, rope, part = source.model.config, 2 * len(rotated), lost_components(source, rotated).any(1)
     biased = any(getattr(source.layers[0].self_attn, name).bias is not None for name in _PROJECTIONS)
     return DeepseekV3Config(
         vocab_size=config.vocab_size,
@@ -46,7 +50,7 @@ def make_config(source: Source, slots: Slots, nope: int) -> DeepseekV3Config:
         num_nextn_predict_layers=0,
         q_lora_rank=config.hidden_size + 1 if source.layers[0].self_attn.q_proj.bias is not None else None,
         kv_lora_rank=2 * source.key_value_heads * source.head_dim - rope,
-        qk_nope_head_dim=nope,
+        qk_nope_head_dim=source.head_dim * int(part.sum()) // len(part),
         qk_rope_head_dim=rope,
         v_head_dim=source.head_dim,
         hidden_act=config.hidden_act,
@@ -56,7 +60,7 @@ def make_config(source: Source, slots: Slots, nope: int) -> DeepseekV3Config:
         initializer_range=config.initializer_range,
         max_position_embeddings=config.max_position_embeddings,
         tie_word_embeddings=config.tie_word_embeddings,
-        rope_parameters=_rope_parameters(source, slots.frequencies),
+        rope_parameters=_rope_parameters(source, frequencies_of(source, rotated)),
         **{name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
         dtype=source.model.dtype,
     )
@@ -88,9 +92,7 @@ def attention_weights(
     source: Source,
     attention: Any,
     found: Components,
-    filled: Tensor,
-    factors: Tensor,
-    part: Tensor,
+    rotated: Tensor,
     size: float,
 ) -> dict[str, Tensor]:
     """The weights of one attention block, with a latent of full rank, in float64; exact but for rotations given up.
@@ -99,9 +101,7 @@ def attention_weights(
         source: the model.
         attention: its attention block.
         found: the components of its keys.
-        filled: (pairs,), the components that are rotated.
-        factors: (H, pairs), of the queries that meet them.
-        part: (groups,), frequencies of which some layer has components without rotation.
+        rotated: (pairs,) int64, the components that keep their rotation.
         size: root mean square of the latent before it is scaled.
 
     Returns:
@@ -112,7 +112,8 @@ def attention_weights(
     freq_fold = n // h
     device = attention.q_proj.weight.device
     mix, split, factor = (t.to(device) for t in (found.mix, found.split, found.unrotated))
-    filled, factors, part = (t.to(device) for t in (filled, factors, part))
+    lost = lost_components(source, rotated).to(device)
+    rotated, part = rotated.to(device), lost.any(1)
 
     def paired(name: str) -> Tensor:
         """(heads, groups, freq_fold, D + 1) complex128, the pairs' rows with the bias last."""
@@ -121,13 +122,11 @@ def attention_weights(
         rows = torch.cat([module.weight.detach(), bias[:, None]], 1).double().unflatten(0, (-1, 2, groups, freq_fold))
         return torch.complex(rows[:, 0], rows[:, 1])
 
-    lost = torch.ones(groups * n, dtype=torch.bool, device=device).index_fill(0, filled, False).view(groups, n)
     q, k = paired("q_proj"), paired("k_proj")
     c = split @ k.permute(1, 2, 0, 3).flatten(1, 2)  # (groups, n, D + 1), the components
     of_head = mix.unflatten(1, (freq_fold, h)).repeat_interleave(source.groups, 2)  # (groups, freq_fold, H, n)
-    # Head by head, because each head has all components before those that are rotated are chosen.
-    rotated = [torch.einsum("gfn,gfx->gnx", of_head[:, :, a].conj(), q[a]).flatten(0, 1)[filled] for a in range(heads)]
-    q_rope = torch.stack(rotated) * factors[..., None]
+    rotated_of_head = of_head[rotated // n, :, :, rotated % n]  # (pairs, freq_fold, H)
+    q_rope = torch.einsum("pfa,apfx->apx", rotated_of_head.conj(), q[:, rotated // n])
     q_nope = (q * factor.unflatten(1, (groups, freq_fold))[..., None])[:, part].flatten(1, 2)
     widths = [2 * q_nope.shape[1], 2 * q_rope.shape[1]]
     stretch = source.scale * math.sqrt(sum(widths))
@@ -135,7 +134,7 @@ def attention_weights(
 
     values = attention.v_proj.weight.detach().double()
     latent = torch.cat([_interleaved(c[lost]), torch.cat([values, values.new_zeros(len(values), 1)], 1)])
-    rope = _interleaved(c.flatten(0, 1)[filled])
+    rope = _interleaved(c.flatten(0, 1)[rotated])
     # The latent's first numbers are components; every head reads its keys' share of them, and its values.
     read = of_head[part].permute(2, 0, 1, 3).flatten(1, 2)  # (H, nope pairs, n)
     place = torch.zeros(heads, read.shape[1], int(lost.sum()), dtype=read.dtype, device=device)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import DeepseekV3ForCausalLM
 
 from ..base_model.activations import OF_LOGITS, TokenReader
-from .deepseek import EPS, attention_weights, lost_pairs, make_config
-from .rotary import Components, Slots
+from .deepseek import EPS, attention_weights, make_config
+from .rotary import Components
 from .structure import Source
 
 
@@ -35,21 +35,19 @@ class Layerwise:
         device: of the original.
     """
 
-    def __init__(self, source: Source, found: Sequence[Components], slots: Slots, sizes: Sequence[float]) -> None:
+    def __init__(self, source: Source, found: Sequence[Components], rotated: Tensor, sizes: Sequence[float]) -> None:
         """Make everything but the layers.
 
         Args:
             source: the original.
             found: for each layer the components of its keys.
-            slots: the rotary key.
+            rotated: (pairs,) int64, the components that keep their rotation.
             sizes: for each layer the root mean square of a number in the latent of full rank.
         """
-        self._source, self._found, self._slots, self._sizes = source, found, slots, sizes
+        self._source, self._found, self._rotated, self._sizes = source, found, rotated, sizes
         self.device, self._dtype = source.model.device, source.model.dtype
         self.scale = math.sqrt(EPS / source.eps)
-        _, self._part = lost_pairs(found, slots)
-        freq_fold = len(source.frequencies) // len(self._part)
-        config = make_config(source, slots, 2 * freq_fold * int(self._part.sum()))
+        config = make_config(source, rotated)
         with torch.device("meta"):
             self.model = DeepseekV3ForCausalLM(config).eval().requires_grad_(False)
         self.layers: list[Any] = list(self.model.model.layers)
@@ -76,7 +74,7 @@ class Layerwise:
             for name, tensor in original.state_dict().items()
             if not name.startswith("self_attn.")
         }
-        chosen = (self._found[i], self._slots.filled[i], self._slots.factors[i], self._part, self._sizes[i])
+        chosen = (self._found[i], self._rotated, self._sizes[i])
         for name, tensor in attention_weights(self._source, original.self_attn, *chosen).items():
             tensor = tensor * self.scale if name.startswith("o_proj") else tensor
             state[f"self_attn.{name}"] = tensor.to(self.device, self._dtype)

@@ -14,7 +14,7 @@ from transformers import DeepseekV3ForCausalLM
 
 from ..base_model.activations import evaluating, read_batches, warn_if_few
 from . import latent, latent_passes, rotary
-from .deepseek import lost_pairs
+from .deepseek import lost_components
 from .exactness import attention_error, longest_text, record, rotation_errors, selection_errors
 from .layerwise import Layerwise
 from .report import ConversionReport, ConvertedLayer
@@ -47,13 +47,13 @@ def convert_to_mla(
             error or an interrupt, unless `release` says so. The result shares no memory with it.
         calibration: batches, each of the model's keyword arguments. Pass about ten tokens for each dimension of keys
             and values, or more; one text must have 16 at least. They are read several times.
-        rope_dims: dimensions of the shared rotary key, even; by default those of a head, or 0.6 of the cache that
-            remains if that is less.
+        rope_dims: dimensions of the shared rotary key, even; by default those of a head, halved until they are at most
+            0.6 of the cache that remains.
         kv_lora_rank: dimensions of the latent.
         cache_reduction: instead of `kv_lora_rank`, the share of the key-value cache to remove. If neither is given,
             0.5.
-        method: "clover" (ours), or "transmla", the baseline: the first component of each frequency keeps its rotation,
-            and the latent is the balanced principal components.
+        method: "clover" (ours), or "transmla", the published recipe: principal components of the keys at each
+            frequency, no rotation for all but the first, and a latent of balanced principal components.
         release: give up the weights of each layer of `model` as soon as the converted layer exists, so that memory
             holds one of the two models instead of both. `model` is lost then, also by an error or an interrupt of the
             last stage: its weights are on the meta device. What the conversion refuses keeps its weights.
@@ -72,7 +72,7 @@ def convert_to_mla(
     source = read_source(model)
     if method not in ("clover", "transmla"):
         raise ValueError(f"method: expected 'clover' or 'transmla', found {method!r}")
-    pairs, rank = choose_sizes(source, rope_dims, kv_lora_rank, cache_reduction, method)
+    pairs, rank = choose_sizes(source, rope_dims, kv_lora_rank, cache_reduction)
     batches = read_batches(calibration)
     text = longest_text(model, batches)
     clock, seconds = time.perf_counter(), {}
@@ -83,18 +83,18 @@ def convert_to_mla(
         seconds[stage], clock = now - clock, now
 
     before = (_parameters(model), _cache_bytes(model, text))
-    freq_fold = rotary.freq_fold_of(source, pairs, method)
+    freq_fold = rotary.freq_fold_of(source, pairs)
     moments = rotary.collect(source, batches, freq_fold)
     tokens = moments[0].tokens
     warn_if_few("calibration", tokens, 4 * source.pairs, f"{4 * source.pairs} dimensions of keys and values")
     found = [rotary.components(source, of_layer, method) for of_layer in moments]
-    slots = rotary.choose(source, moments, found, pairs, method)
+    rotated = rotary.choose(torch.stack([c.worth for c in found]).sum(0), pairs)
     recording = record(source, text)
     exact = rotation_errors(source, found if freq_fold == 1 else _unmixed(source), recording)
     lap("rotation")
-    lost, _ = lost_pairs(found, slots)
-    sizes = [_size(source, *of_layer) for of_layer in zip(moments, found, lost, strict=True)]
-    target = Layerwise(source, found, slots, sizes)
+    lost = lost_components(source, rotated)
+    sizes = [_size(source, *of_layer, lost) for of_layer in zip(moments, found, strict=True)]
+    target = Layerwise(source, found, rotated, sizes)
     selection = selection_errors(source, target, recording)
     lap("selection")
     narrow = [0.0] * len(target.layers)
@@ -111,11 +111,12 @@ def convert_to_mla(
         method=method,
         rope_dims=2 * pairs,
         kv_lora_rank=rank,
-        frequencies=slots.frequencies.tolist(),
+        rotated=rotated.tolist(),
+        frequencies=rotary.frequencies_of(source, rotated).tolist(),
         rope_type=result.config.rope_parameters["rope_type"],
         layers=[
-            ConvertedLayer(*errors, sorted(filled.tolist()), c.worth.flatten().tolist())
-            for errors, filled, c in zip(zip(exact, selection, narrow, strict=True), slots.filled, found, strict=True)
+            ConvertedLayer(*errors, c.worth.flatten().tolist())
+            for errors, c in zip(zip(exact, selection, narrow, strict=True), found, strict=True)
         ],
         parameters=(before[0], after[0]),
         cache_bytes=(before[1], after[1]),
@@ -141,9 +142,7 @@ def _final_layers(
             yield i
 
 
-def choose_sizes(
-    source: Source, rope_dims: int | None, rank: int | None, reduction: float | None, method: Method
-) -> tuple[int, int]:
+def choose_sizes(source: Source, rope_dims: int | None, rank: int | None, reduction: float | None) -> tuple[int, int]:
     """The number of rotated pairs, and the rank of the latent."""
     whole = 4 * source.pairs  # dimensions of keys and values of all heads
     if rank is not None and reduction is not None:
@@ -153,7 +152,7 @@ def choose_sizes(
         raise ValueError(f"cache_reduction: expected a share above 0 and below 1, found {reduction}")
     budget = round((1 - reduction) * whole)
     if rope_dims is None:
-        rope_dims = _default_rope_dims(source, budget if rank is None else whole, method)
+        rope_dims = _default_rope_dims(source, budget if rank is None else whole)
     if not 2 <= rope_dims <= 2 * source.pairs or rope_dims % 2:
         raise ValueError(f"rope_dims: expected an even number from 2 to {2 * source.pairs}, found {rope_dims}")
     if rank is None:
@@ -168,12 +167,12 @@ def choose_sizes(
     return rope_dims // 2, rank
 
 
-def _default_rope_dims(source: Source, budget: int, method: Method) -> int:
+def _default_rope_dims(source: Source, budget: int) -> int:
     """A head's worth, or most of a smaller cache: rotation given up costs more than a narrower latent."""
     most = max(2, min(source.head_dim, int(_ROTARY_SHARE * budget), 2 * source.pairs))
     dims = source.head_dim
-    while method == "transmla" and dims > most and dims % 4 == 0:
-        dims //= 2  # It has a component for each frequency, or for two, four, ... that count as one.
+    while dims > most and dims % 4 == 0:
+        dims //= 2  # There is a pair for each frequency, or for two, four, ... that count as one.
     return dims if dims <= most else most // 2 * 2
 
 
@@ -191,7 +190,7 @@ def _unmixed(source: Source) -> list[Components]:
     half, h = source.head_dim // 2, source.key_value_heads
     eye = torch.eye(h, dtype=torch.complex128).expand(half, h, h)
     ones = torch.ones(source.heads, half, dtype=torch.complex128)
-    return [Components(eye, eye, torch.zeros(half, h), torch.zeros(half * h, half), ones)] * len(source.layers)
+    return [Components(eye, eye, torch.zeros(half, h), ones)] * len(source.layers)
 
 
 def _parameters(model: Any) -> int:

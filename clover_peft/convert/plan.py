@@ -22,7 +22,7 @@ from .exactness import TOKENS
 from .latent import EVERY
 from .latent_passes import group_size, saved_bytes, stored_bytes
 from .mla import choose_sizes, convert_to_mla
-from .rotary import Method, Slots, freq_fold_of
+from .rotary import Method, choose, freq_fold_of
 from .structure import Source, read_structure
 
 # Float32 copies of one layer's attention weights, from the scores to the skewed sum: all, and those that live at once.
@@ -70,8 +70,7 @@ class MlaPlan:
         rope_dims: dimensions of the shared rotary key.
         kv_lora_rank: dimensions of the latent.
         cache_bytes: bytes of the key-value cache for a token, before and after.
-        parameters: before, and after at most: the weights decide whether at some frequency the components of all
-            heads keep their rotation in all layers, which makes it less.
+        parameters: before and after.
         largest: rows of the largest matrix that is decomposed.
         layer_moments: bytes of a layer's moments in the last stage.
         stages: name -> what it takes.
@@ -127,9 +126,9 @@ def plan_mla(
             "model as it was before quantisation"
         )
     source = read_structure(model)
-    pairs, rank = choose_sizes(source, rope_dims, kv_lora_rank, cache_reduction, method)
+    pairs, rank = choose_sizes(source, rope_dims, kv_lora_rank, cache_reduction)
     _try_small(model)
-    configs = [_config(source, pairs, each, method) for each in (None, rank)]
+    configs = [_config(source, pairs, each) for each in (None, rank)]
     with torch.device("meta"):
         full, final = map(DeepseekV3ForCausalLM, configs)
     data = (length, min(batch_size, windows), windows * length)
@@ -201,7 +200,7 @@ class _Counts:
         self.key = self.nope + self.rope
         self.mlp = config.intermediate_size
         # Components of a group of frequencies, and their squares over all groups, in complex products of 8 operations.
-        self.of_group = source.key_value_heads * freq_fold_of(source, self.rope // 2, method)
+        self.of_group = source.key_value_heads * freq_fold_of(source, self.rope // 2)
         self.components = source.pairs * self.of_group
         self.weights, self.final_weights = size * _parameters(source.model), size * _parameters(final)
         self.layer = _parameters(full.model.layers[0])
@@ -319,18 +318,17 @@ class _Counts:
         )
 
 
-def result_config(model: PreTrainedModel, cache_reduction: float, method: Method = "clover") -> DeepseekV3Config:
-    """The configuration that a conversion gives a model, which may be on the meta device; see `MlaPlan.parameters`."""
+def result_config(model: PreTrainedModel, cache_reduction: float) -> DeepseekV3Config:
+    """The configuration that a conversion gives a model, which may be on the meta device."""
     source = read_structure(model)
-    return _config(source, *choose_sizes(source, None, None, cache_reduction, method), method)
+    return _config(source, *choose_sizes(source, None, None, cache_reduction))
 
 
-def _config(source: Source, pairs: int, rank: int | None, method: Method) -> DeepseekV3Config:
+def _config(source: Source, pairs: int, rank: int | None) -> DeepseekV3Config:
     """The result's, with a latent of this rank or, without one, of full rank."""
-    freq_fold = freq_fold_of(source, pairs, method)
-    folded = source.head_dim // 2 // freq_fold * freq_fold
-    slots = Slots(torch.ones(pairs, dtype=torch.float64), [], [])
-    config = make_config(source, slots, 0 if pairs == source.pairs else 2 * folded)
+    freq_fold = freq_fold_of(source, pairs)
+    worth = torch.zeros(source.head_dim // 2 // freq_fold, source.key_value_heads * freq_fold)
+    config = make_config(source, choose(worth, pairs))
     config.kv_lora_rank = config.kv_lora_rank if rank is None else rank
     return config
 

@@ -23,14 +23,12 @@ class ConvertedLayer:
         rotation_error: of the rotation of keys across heads, which is exact but for rounding.
         selection_error: after most pairs lost their rotation.
         latent_error: after the latent was made narrow too.
-        rotated: the components that keep a rotation, counted through all frequencies, fast to slow.
         worth: of each component, what its rotation is worth: the squared scores that are lost without it.
     """
 
     rotation_error: float
     selection_error: float
     latent_error: float
-    rotated: list[int]
     worth: list[float]
 
 
@@ -42,7 +40,8 @@ class ConversionReport(Report):
         method: "clover" or "transmla".
         rope_dims: dimensions of the shared rotary key.
         kv_lora_rank: dimensions of the latent.
-        frequencies: inverse frequency of each kept pair, in radians a token, the same list for all layers.
+        rotated: the components of keys that keep a rotation, counted through all frequencies, fast to slow.
+        frequencies: inverse frequency of each, in radians a token.
         rope_type: of the result; servers with code of their own may know "default" alone.
         layers: what happened to each layer.
         parameters: number of the model's parameters, before and after.
@@ -54,6 +53,7 @@ class ConversionReport(Report):
     method: Method
     rope_dims: int
     kv_lora_rank: int
+    rotated: list[int]
     frequencies: list[float]
     rope_type: str
     layers: list[ConvertedLayer]
@@ -92,7 +92,7 @@ class ConversionReport(Report):
         rows = [[max(worth, 1e-12) for worth in layer.worth] for layer in self.layers]
         image = left.imshow(rows, aspect="auto", interpolation="nearest", norm="log", vmin=max(map(max, rows)) * 1e-6)
         figure.colorbar(image, ax=left)
-        dots = [(x, y) for y, layer in enumerate(self.layers) for x in layer.rotated]
+        dots = [(x, y) for y in range(len(self.layers)) for x in self.rotated]
         left.plot(*zip(*dots, strict=True), "r.", markersize=3)
         title = f"worth of rotation; the {self.rope_dims // 2} of {len(rows[0])} that keep one"
         left.set(title=title, xlabel="component, fast to slow", ylabel="layer")

@@ -3,13 +3,14 @@
 A pair of rotated dimensions is one complex number: position t multiplies it by exp(i w t). At one frequency w, the
 keys of all key-value heads are a vector k in C^h, and any invertible complex V commutes with the rotation: `k = V c`,
 and a query reads `Re(conj(q) k) = Re(conj(V^* q) c)`. V is free, and is chosen so that the components c have an order:
-by what their rotation is worth. The stock class rotates the same frequencies in all layers, the slots. Each layer puts
-components into them, its own or of a frequency close by; the others lose their rotation.
+by what their rotation is worth. The first components keep it, and become the rotary key that all heads share; the
+others lose it. If the rotary key has fewer pairs than a head has frequencies, adjacent frequencies count as one, and
+turn at the first of them (TransMLA's FreqFold).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -53,37 +54,20 @@ class LayerMoments:
 class Components:
     """The components of one layer's keys.
 
-    `freq_fold` adjacent frequencies may count as one, as in TransMLA's FreqFold: n = h freq_fold.
+    `freq_fold` adjacent frequencies may count as one: n = h freq_fold.
 
     Attributes:
         mix: V, (d/2/freq_fold, n, n) complex128, columns ordered by worth; rows are frequency by frequency, and in it
             head by head.
         split: V^-1, rows in order.
         worth: (d/2/freq_fold, n) float64, what the rotation of each component is worth.
-        gain: (d/2 n, d/2) float64, what it is worth to rotate a component by another frequency of the model.
         unrotated: (H, d/2) complex128, the factor of queries whose pair lost its rotation.
     """
 
     mix: Tensor
     split: Tensor
     worth: Tensor
-    gain: Tensor
     unrotated: Tensor
-
-
-@dataclass(frozen=True)
-class Slots:
-    """The rotary key.
-
-    Attributes:
-        frequencies: (pairs,) float64, the same in all layers.
-        filled: for each layer (pairs,) int64, the component in each slot, counted through all frequencies.
-        factors: for each layer (H, pairs) complex128, the factor of queries, where the slot's frequency is another.
-    """
-
-    frequencies: Tensor
-    filled: list[Tensor]
-    factors: list[Tensor]
 
 
 @torch.no_grad()
@@ -159,74 +143,53 @@ def _eager(model: Any) -> Iterator[None]:
 def components(source: Source, moments: LayerMoments, method: Method) -> Components:
     """The components of a layer's keys.
 
-    "clover" (ours): the eigenvectors of `W^1/2 E[k k^*] W^1/2`, where W is diagonal and has for each key-value head
-    the sum over its query heads of `E|q|^2 (1 - |a|^2)`, with `a = E[exp(i w (t_q - t_k))]` under the head's
-    attention. An eigenvalue is what squared scores lose if the component is multiplied by a instead of rotated.
+    "clover" (ours): the eigenvectors of `W^1/2 E[k k^*] W^1/2`, where W is diagonal and has for each frequency w and
+    key-value head the sum over its query heads of `E|q|^2 (1 - |a|^2)`, with `a = E[exp(i w (t_q - t_k))]` under the
+    head's attention: what squared scores lose if the component is multiplied by a instead of rotated. Queries whose
+    pair lost its rotation are multiplied by `a / |a|^1/2`, because fewer predictions change than with a, which makes
+    scores smaller than they were, or with a / |a|. (The power was chosen on validation text of SmolLM2-135M.)
     "transmla" (arXiv 2502.07864): the eigenvectors of the real part of `E[k k^*]`, and 1 for a.
     """
     keys, half = moments.keys / moments.tokens, len(source.frequencies)
     if method == "transmla":
         values, vectors = torch.linalg.eigh(keys.real)
         mix, ones = vectors.flip(-1).to(keys.dtype), torch.ones(source.heads, half, dtype=keys.dtype)
-        return Components(mix, mix.mH, values.flip(-1), values.new_zeros(values.numel(), half), ones)
+        return Components(mix, mix.mH, values.flip(-1), ones)
     a = moments.turn(source.frequencies)
     energy = moments.queries / moments.tokens * source.scale**2  # (H, d/2)
-    loss = (energy * (1 - a.abs().square()).clamp(min=0)).unflatten(0, (-1, source.groups)).sum(1).T  # (d/2, h)
-    loss = loss.clamp(min=1e-9 * float(loss.max()))
+    loss = (energy * (1 - a.abs().square()).clamp(min=0)).unflatten(0, (-1, source.groups)).sum(1)  # (h, d/2)
+    loss = loss.T.reshape(keys.shape[:2]).clamp(min=1e-9 * float(loss.max()))
     root = loss.sqrt().to(keys.dtype)
     values, vectors = torch.linalg.eigh(root[:, :, None] * keys * root[:, None, :])
     values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
-    mix = vectors / root[:, :, None]
-    other = (source.frequencies[:, None] - source.frequencies).flatten()
-    saved = moments.turn(other).abs().square().unflatten(1, (half, half)) - a.abs().square()[..., None]
-    of_head = mix.abs().square().repeat_interleave(source.groups, 1)  # (d/2, H, h)
-    gain = torch.einsum("af,faj,fj,afw->fjw", energy, of_head, values, saved).flatten(0, 1)
-    return Components(mix, vectors.mH * root[:, None, :], values, gain, a)
+    unrotated = a / a.abs().clamp(min=1e-12).sqrt()
+    return Components(vectors / root[:, :, None], vectors.mH * root[:, None, :], values, unrotated)
 
 
-def freq_fold_of(source: Source, pairs: int, method: Method) -> int:
-    """How many adjacent frequencies count as one: TransMLA has one component for each frequency, or for several."""
+def freq_fold_of(source: Source, pairs: int) -> int:
+    """How many adjacent frequencies count as one, so that each such group has a pair that is rotated."""
     half = source.head_dim // 2
-    return half // pairs if method == "transmla" and pairs < half else 1
+    return min(n for n in range(1, half + 1) if half % n == 0 and half // n <= pairs)
 
 
-def choose(
-    source: Source, moments: Sequence[LayerMoments], found: Sequence[Components], pairs: int, method: Method
-) -> Slots:
-    """The frequencies that are rotated, and the components that each layer puts there.
+def frequencies_of(source: Source, rotated: Tensor) -> Tensor:
+    """(pairs,) float64: the frequency at which each component turns that keeps its rotation."""
+    freq_fold = freq_fold_of(source, len(rotated))
+    return source.frequencies[::freq_fold][rotated // (source.key_value_heads * freq_fold)]
 
-    "clover" adds one slot after another, of the frequency that is worth most over all layers together. "transmla", and
-    any method that keeps all pairs, takes the first components of every frequency.
+
+def choose(worth: Tensor, pairs: int) -> Tensor:
+    """(pairs,) int64: the components that keep their rotation, in every layer, counted through all groups.
+
+    They are the first one of each group of frequencies, the second one, and so on. The last round may not have a pair
+    for every group; its groups are those with the most worth.
+
+    Args:
+        worth: (groups, n), of each component, over all layers.
+        pairs: of the rotary key.
     """
-    groups, n = found[0].worth.shape
-    freq_fold = len(source.frequencies) // groups
-    if method == "transmla" or pairs == groups * n:
-        counts = torch.tensor([pairs // groups + (i < pairs % groups) for i in range(groups)])
-        slots = torch.cat([i * n + torch.arange(int(count)) for i, count in enumerate(counts)])
-        frequencies = source.frequencies[::freq_fold].repeat_interleave(counts)
-        ones = torch.ones(source.heads, pairs, dtype=torch.complex128)
-        return Slots(frequencies, [slots] * len(found), [ones] * len(found))
-    gain = torch.stack([c.gain for c in found])  # (layers, components, frequencies)
-    left, chosen = gain.clone(), []
-    for _ in range(pairs):
-        best, component = left.max(1)  # (layers, frequencies)
-        chosen.append(int(best.sum(0).argmax()))
-        left[torch.arange(len(left)), component[:, chosen[-1]]] = -1.0
-    frequencies = source.frequencies[chosen]
-    filled = [_fill(of_layer[:, chosen]) for of_layer in gain]
-    factors = []
-    for of_layer, components_ in zip(moments, filled, strict=True):
-        own = source.frequencies[components_ // n]
-        factors.append(of_layer.turn(own - frequencies))
-    return Slots(frequencies, filled, factors)
-
-
-def _fill(gain: Tensor) -> Tensor:
-    """(slots,) int64: a component for every slot, the largest gains (components, slots) first."""
-    result = torch.full((gain.shape[1],), -1)
-    used = torch.zeros(len(gain), dtype=torch.bool)
-    for flat in gain.flatten().argsort(descending=True, stable=True).tolist():
-        component, slot = divmod(flat, gain.shape[1])
-        if result[slot] < 0 and not used[component]:
-            result[slot], used[component] = component, True
-    return result
+    groups, n = worth.shape
+    counts = torch.full((groups,), pairs // groups)
+    if left := pairs % groups:
+        counts[worth[:, pairs // groups].topk(left).indices] += 1
+    return torch.cat([i * n + torch.arange(count) for i, count in enumerate(counts.tolist())])

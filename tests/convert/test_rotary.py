@@ -5,26 +5,25 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clover_peft.convert.rotary import choose, collect, components
+from clover_peft.convert.rotary import choose, collect, components, freq_fold_of, frequencies_of
 from clover_peft.convert.structure import read_source
 from tests.support.tiny import VOCAB, build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def measured():
+def subject():
+    """A tiny model with heads of six frequencies and two key-value heads, and data."""
     source = read_source(build("llama"))
     ids = torch.randint(3, VOCAB, (2, 24), generator=torch.Generator().manual_seed(3))
     mask = torch.ones_like(ids)
     mask[1, 20:] = 0
-    batches = [{"input_ids": ids, "attention_mask": mask}, {"input_ids": ids[:, :9]}]
+    return source, [{"input_ids": ids, "attention_mask": mask}, {"input_ids": ids[:, :9]}]
+
+
+def test_distances_are_those_of_the_attention_weights():
+    source, batches = subject()
     moments = collect(source, batches)
-    return source, batches, moments, [components(source, m, "clover") for m in moments]
-
-
-def test_distances_are_those_of_the_attention_weights(measured):
-    source, batches, moments, _ = measured
     source.model.set_attn_implementation("eager")
     expected = [torch.zeros(4, 24, dtype=torch.float64) for _ in moments]
     for batch in batches:
@@ -44,27 +43,38 @@ def test_distances_are_those_of_the_attention_weights(measured):
         torch.testing.assert_close(turn, mean, atol=1e-5, rtol=1e-5)
 
 
-def test_components_are_the_keys_in_another_basis_and_uncorrelated(measured):
-    _, _, moments, found = measured
-    for of, c in zip(moments, found, strict=True):
-        torch.testing.assert_close(c.mix @ c.split, torch.eye(2, dtype=c.mix.dtype).expand_as(c.mix))
+@pytest.mark.parametrize("freq_fold", [1, 2, 6])
+def test_components_are_the_keys_in_another_basis_and_uncorrelated(freq_fold):
+    source, batches = subject()
+    n, groups = 2 * freq_fold, 6 // freq_fold
+    for of in collect(source, batches, freq_fold):
+        c = components(source, of, "clover")
+        torch.testing.assert_close(c.mix @ c.split, torch.eye(n, dtype=c.mix.dtype).expand_as(c.mix))
         spread = c.split @ (of.keys / of.tokens) @ c.split.mH
         torch.testing.assert_close(spread, torch.diag_embed(c.worth).to(spread), atol=1e-8, rtol=1e-6)
-        own = torch.arange(6).repeat_interleave(2)
-        gain = c.gain[torch.arange(12), own].view(6, 2)
-        torch.testing.assert_close(gain, c.worth, atol=1e-12, rtol=1e-5)
-        assert (c.gain <= gain.flatten()[:, None] + 1e-12).all()  # no frequency is worth more than the own one
+        assert (c.worth.diff(dim=1) <= 0).all()
+        # What rotations are worth is the same in any basis: that of the heads' own keys.
+        a = of.turn(source.frequencies)
+        lost = of.queries / of.tokens * source.scale**2 * (1 - a.abs().square())  # (H, d/2)
+        keys = (of.keys / of.tokens).diagonal(dim1=1, dim2=2).real.reshape(6, 2).T.repeat_interleave(2, 0)  # (H, d/2)
+        torch.testing.assert_close(c.worth.sum(1), (lost * keys).sum(0).view(groups, -1).sum(1))
+        torch.testing.assert_close(c.unrotated.abs().square(), a.abs())
+        torch.testing.assert_close(c.unrotated.angle(), a.angle())
 
 
-@pytest.mark.parametrize("pairs", [1, 5, 12])
-def test_every_layer_fills_every_slot_with_a_component_of_its_own(measured, pairs):
-    source, _, moments, found = measured
-    slots = choose(source, moments, found, pairs, "clover")
-    assert slots.frequencies.shape == (pairs,)
-    for filled, factors in zip(slots.filled, slots.factors, strict=True):
-        assert len(set(filled.tolist())) == pairs
-        assert filled.min() >= 0
-        same = source.frequencies[filled // 2] == slots.frequencies
-        assert same.all() or pairs < 12
-        torch.testing.assert_close(factors[:, same], torch.ones_like(factors[:, same]))
-        assert (factors.abs() <= 1 + 1e-9).all()
+@pytest.mark.parametrize(("pairs", "freq_fold"), [(1, 6), (2, 3), (3, 2), (5, 2), (6, 1), (7, 1), (12, 1)])
+def test_every_group_of_frequencies_has_a_rotated_component_and_those_of_most_worth_another(pairs, freq_fold):
+    source, batches = subject()
+    assert freq_fold_of(source, pairs) == freq_fold
+    worth = torch.stack([components(source, of, "clover").worth for of in collect(source, batches, freq_fold)]).sum(0)
+    groups, n = worth.shape
+    rotated = choose(worth, pairs)
+    assert rotated.tolist() == sorted(set(rotated.tolist()))
+    counts = (rotated // n).bincount(minlength=groups)
+    assert counts.sum() == pairs
+    assert (rotated % n).tolist() == [j for count in counts.tolist() for j in range(count)]  # first ones first
+    fewest, more = pairs // groups, counts > pairs // groups
+    assert set(counts.tolist()) <= {fewest, fewest + 1}
+    if more.any():
+        assert worth[more, fewest].min() >= worth[~more, fewest].max()
+    torch.testing.assert_close(frequencies_of(source, rotated), source.frequencies[::freq_fold][rotated // n])
