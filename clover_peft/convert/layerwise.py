@@ -30,6 +30,7 @@ class Layerwise:
     Attributes:
         model: `DeepseekV3ForCausalLM`, with the weights that stand outside its layers.
         layers: its decoder layers.
+        original_layers: those of the original.
         layer_numbers: numbers in the weights of a layer with a latent of full rank.
         scale: c.
         device: of the original.
@@ -51,6 +52,7 @@ class Layerwise:
         with torch.device("meta"):
             self.model = DeepseekV3ForCausalLM(config).eval().requires_grad_(False)
         self.layers: list[Any] = list(self.model.model.layers)
+        self.original_layers = source.layers
         self.layer_numbers = sum(parameter.numel() for parameter in self.layers[0].parameters())
         tied = {"lm_head.weight"} if config.tie_word_embeddings else set[str]()
         state = source.model.state_dict()
@@ -60,7 +62,7 @@ class Layerwise:
         # Buffers of a model on the meta device have no numbers.
         self.model.model.rotary_emb = type(self.model.model.rotary_emb)(config=config).to(self.device)
         self.model.generation_config = copy.deepcopy(source.model.generation_config)
-        self._reader = TokenReader(self.model)
+        self._readers = {id(model): TokenReader(model) for model in (self.model, source.model)}
 
     def fill(self, i: int) -> Any:
         """Give layer i its weights, with a latent of full rank, and return it; none of them takes a gradient.
@@ -86,9 +88,10 @@ class Layerwise:
         self.layers[i].to("meta")
 
     def release_original(self, i: int) -> None:
-        """Give up the weights of the original's layer i, and at the first call those outside its layers."""
-        trunk = self._source.model.model
-        for module in (trunk.embed_tokens, trunk.norm, self._source.model.lm_head, self._source.layers[i]):
+        """Give up the weights of the original's layer i, and with the last layer those outside."""
+        trunk, last = self._source.model.model, i == len(self.layers) - 1
+        outside = (trunk.embed_tokens, trunk.norm, self._source.model.lm_head) if last else ()
+        for module in (self.original_layers[i], *outside):
             module.to("meta")
 
     @torch.no_grad()
@@ -101,9 +104,17 @@ class Layerwise:
         Returns:
             Hidden states (B, T, D), the keyword arguments that all layers share, and (B, T) bool.
         """
-        values, masks = self._reader.start(batch)
+        return self._start(self.model, batch)
+
+    @torch.no_grad()
+    def start_original(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """What the original's first layer is called with."""
+        return self._start(self._source.model, batch)[:2]
+
+    def _start(self, model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any], Tensor]:
+        values, masks = self._readers[id(model)].start(batch)
         ids = values["input_ids"]
-        first, trunk = _First(), self.model.model
+        first, trunk = _First(), model.model
         layers, trunk.layers = trunk.layers, nn.ModuleList([first])
         try:
             trunk(**{name: value for name, value in values.items() if name not in OF_LOGITS})

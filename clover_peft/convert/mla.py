@@ -13,13 +13,15 @@ from torch import Tensor
 from transformers import DeepseekV3ForCausalLM
 
 from ..base_model.activations import evaluating, read_batches, warn_if_few
-from . import latent, latent_passes, rotary
+from . import fitting, latent, latent_passes, rotary
 from .deepseek import lost_components
 from .exactness import attention_error, longest_text, record, rotation_errors, selection_errors
+from .latent import LatentMoments
 from .layerwise import Layerwise
 from .report import ConversionReport, ConvertedLayer
 from .rotary import Components, Method
 from .structure import Source, read_source
+from .temporary import temporary_tensors
 
 _ROTARY_SHARE = 0.6  # of the cache that remains, at most; not tuned
 
@@ -53,7 +55,7 @@ def convert_to_mla(
         cache_reduction: instead of `kv_lora_rank`, the share of the key-value cache to remove. If neither is given,
             0.5.
         method: "clover" (ours), or "transmla", the published recipe: principal components of the keys at each
-            frequency, no rotation for all but the first, and a latent of balanced principal components.
+            frequency, no rotation for all but the first, a latent of balanced principal components, and no fit.
         release: give up the weights of each layer of `model` as soon as the converted layer exists, so that memory
             holds one of the two models instead of both. `model` is lost then, also by an error or an interrupt of the
             last stage: its weights are on the meta device. What the conversion refuses keeps its weights.
@@ -63,10 +65,11 @@ def convert_to_mla(
 
     Raises:
         ValueError, TypeError: if the model, the data or an argument does not fit.
-        OSError: if the temporary files have no room: hidden states of all tokens at the boundaries of groups of
-            layers, written where layers and moments do not fit `latent_passes.BUDGET` together.
+        OSError: if the temporary files have no room: for "clover" the Fisher information of all layers and the hidden
+            states of all tokens, twice; and hidden states at the boundaries of groups of layers, where layers do not
+            fit `latent_passes.BUDGET` together.
 
-    Memory beside the two models: the float64 work of one layer, and a group of layers with its activations for one
+    Memory beside the two models: the float64 work of one layer, or a group of layers with its activations for one
     batch and its moments (`clover plan --mla` counts it).
     """
     source = read_source(model)
@@ -98,7 +101,7 @@ def convert_to_mla(
     selection = selection_errors(source, target, recording)
     lap("selection")
     narrow = [0.0] * len(target.layers)
-    with closing(_final_layers(target, batches, 2 * (source.pairs - pairs), rank, method)) as layers:
+    with closing(_final_layers(target, batches, tokens, 2 * (source.pairs - pairs), rank, method)) as layers:
         for i in layers:
             narrow[i] = attention_error(target, i, recording)
             if release:
@@ -127,19 +130,27 @@ def convert_to_mla(
 
 
 def _final_layers(
-    target: Layerwise, batches: Sequence[Mapping[str, Any]], keys: int, rank: int, method: Method
+    target: Layerwise, batches: Sequence[Mapping[str, Any]], tokens: int, keys: int, rank: int, method: Method
 ) -> Generator[int]:
-    """Give each layer its final weights, and yield its number; see `latent.narrow` for the arguments."""
+    """Give each layer its final weights, and yield its number; `tokens` are real ones, the rest as in `latent`."""
     if rank == target.model.config.kv_lora_rank:
         for i in range(len(target.layers)):
             target.fill(i)
             yield i
-        return
-    with closing(latent_passes.collect(target, batches, gradients=method == "clover")) as collected:
-        for i, moments in collected:
-            latent.narrow(target.layers[i].self_attn, moments, keys, rank, method)
-            del moments
-            yield i
+    elif method == "transmla":
+        with closing(latent_passes.collect(target, batches, gradients=False)) as collected:
+            for i, second in collected:
+                latent.narrow(target.layers[i].self_attn, LatentMoments(second.div_(tokens)), keys, rank)
+                del second
+                yield i
+    else:
+        needed = fitting.stored_bytes(target.model.config, batches, target.model.dtype.itemsize)
+        with temporary_tensors(needed, target.device) as files:
+            with closing(latent_passes.collect(target, batches, gradients=True)) as collected:
+                for i, fisher in collected:
+                    files.write(f"fisher-{i}", fisher.float())
+                    target.empty(i)
+            yield from fitting.narrow_layers(target, batches, keys, rank, files)
 
 
 def choose_sizes(source: Source, rope_dims: int | None, rank: int | None, reduction: float | None) -> tuple[int, int]:

@@ -19,8 +19,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PretrainedConf
 
 from .deepseek import make_config
 from .exactness import TOKENS
-from .latent import EVERY
-from .latent_passes import group_size, saved_bytes, stored_bytes
+from .latent_passes import EVERY, group_size, saved_bytes, stored_bytes
 from .mla import choose_sizes, convert_to_mla
 from .rotary import Method, choose, freq_fold_of
 from .structure import Source, read_structure
@@ -144,7 +143,7 @@ def plan_mla(
         cache_bytes=(4 * source.pairs * layers * size, (2 * pairs + rank) * layers * size),
         parameters=(_parameters(model), _parameters(final)),
         largest=max(count.n if narrowed else 0, count.of_group),
-        layer_moments=(2 if method == "clover" else 1) * 8 * count.n**2 if narrowed else 0,
+        layer_moments=(3 if method == "clover" else 1) * 8 * count.n**2 if narrowed else 0,
         stages=stages,
     )
 
@@ -192,7 +191,7 @@ class _Counts:
         release: bool,
     ) -> None:
         self.source, self.full, self.size, self.method, self.release = source, full, size, method, release
-        self.final_config, config = final.config, full.config
+        self.final, self.final_config, config = final, final.config, full.config
         self.length, self.batch, self.tokens = length, batch, tokens
         self.layers, self.heads, self.d = len(source.layers), source.heads, source.head_dim
         self.hidden, self.vocabulary = config.hidden_size, config.vocab_size
@@ -275,44 +274,61 @@ class _Counts:
 
     def latent(self) -> Stage:
         n, rank, learned = self.n, self.final_config.kv_lora_rank, self.method == "clover"
-        narrowed = rank < n
+        double, moved, building = self._building()
+        result, original, square = self.final_weights - self.outside, self.weights - self.outside, 8 * n * n
+        # The most of both models is there with the first layer at work or with the last one.
+        left = original / self.layers + self.outside if self.release else self.weights
+        models = [(self.weights, self.outside), (left, result * (1 - 1 / self.layers) + self.outside)]
+        held = dict(zip(("original", "result"), max(models, key=sum), strict=True)) | {"recording": self._recording()}
+        one = {"layers at work": self.size * self.layer}
+        if rank == n:
+            held |= {**one, "one layer in float64": building}
+            return Stage(double=self.layers * double, moved=self.layers * moved, held=held)
         batch = self.batch * self.length
         saved = saved_bytes(self.full.config, self.batch, self.length, self.size)
-        at_once = group_size(self.full.config, self.size * self.layer + learned * saved, learned) if narrowed else 1
+        at_once = group_size(self.full.config, self.size * self.layer + learned * saved)
         groups = -(-self.layers // at_once)
-        double, moved, building = self._building()
-        done = self.final_weights - at_once * (self.final_weights - self.outside) / self.layers
-        left = at_once * (self.weights - self.outside) / self.layers if self.release else self.weights
-        held = {"layers at work": at_once * self.size * self.layer, "recording": self._recording()}
-        # The most of both models is there with the first group of layers or with the last one.
-        models = max([(self.weights, self.outside), (left, done)], key=sum)
-        held = dict(zip(("original", "result"), models, strict=True)) | held
-        if not narrowed:
-            held["one layer in float64"] = building
-            return Stage(double=self.layers * double, moved=self.layers * moved, held=held)
         up, passes = self.heads * (self.nope + self.d), 2 if learned else 1
         again = (1 - at_once / self.layers) if learned else 0  # the first sweep, of all groups but the last
         # A backward pass is for inputs alone: weights get no gradients. A causal kernel computes half of the scores.
         # Its backward pass is two forward passes, that of the rest one.
         half = self.layers * self.heads * (self.key + self.d) * self.length * self.tokens
         matmul = (passes + again) * 2 * _linear(self.full.model) * self.tokens + (2 * passes - 1 + again) * half
-        matmul += passes * 2 * self.layers * n * n * self.tokens + (passes - 1) * 2 * self._logits(self.tokens / EVERY)
-        layer = (2 + 8 * learned) * n**3 + 2 * n * rank * (2 * n + self.hidden + up)
-        activations = saved * (at_once if learned else 1)
-        square = 8 * n * n
+        matmul += 2 * self.layers * n * n * self.tokens + (passes - 1) * 2 * self._logits(self.tokens / EVERY)
+        layer = 2 * n**3 + 2 * n * rank * (2 * n + self.hidden + up)
+        group = {"layers at work": at_once * self.size * self.layer}
+        sums = {"moments": at_once * square, "a sum": 1.5 * square}
         at_work = [
-            {"moments": at_once * passes * square, "activations": activations, "a sum": 1.5 * square}
+            group | sums | {"activations": saved * (at_once if learned else 1)}
             | ({"gradients": 8 * self.heads * self.length * batch} if learned else {})
             | ({"logits": batch / EVERY * self.vocabulary * 4 * 4} if learned else {}),
-            {"moments": (at_once - 1) * passes * square, "one layer in float64": (7 if learned else 6) * square},
-            {"one layer in float64": building},
-        ]
+            group | {"moments": (at_once - 1) * square, "one layer in float64": building},
+        ]  # fmt: skip
         on_disk = stored_bytes(groups, self.tokens, self.hidden, self.size, learned)
+        if learned:
+            width = self.heads * self.d
+            # The original, the narrow layers, their attention once more, and two streams of latents of full rank.
+            matmul += 2 * self.tokens * (_linear(self.source.model.model) + _linear(self.final.model))
+            matmul += 3 * self.layers * self.heads * (self.key + self.d) * self.length * self.tokens
+            matmul += self.layers * self.tokens * (4 * self.hidden * n + 4 * n * n)
+            matmul += 2 * self.layers * self.tokens * width * (width + 2 * self.hidden)
+            layer += 13 * n**3 + width**3
+            of_output = 8 * width * (width + self.hidden)
+            at_work += [
+                one | {"moments": 2 * square, "a sum": 1.5 * square, "output projection": of_output},
+                one | {"one layer in float64": 10 * square, "output projection": of_output},
+                one | {"output projection": 4 * of_output, "activations": batch * 8 * 2 * width},
+            ]
+            streams = 2 * self.tokens * self.hidden * self.size
+            on_disk = 4 * self.layers * n * n + max(on_disk, streams)
+        else:
+            at_work.append(group | {"moments": (at_once - 1) * square, "one layer in float64": 6 * square})
         return Stage(
             matmul=matmul,
-            double=self.layers * (layer + double * (1 + again)),
+            double=self.layers * (layer + double * (1 + again + learned)),
             eigen=self.layers * passes * n**3,
-            moved=(2 * passes - 1 + again) * self._elementwise(self.tokens) + self.layers * moved * (1 + again),
+            moved=(2 * passes - 1 + again + 2 * learned) * self._elementwise(self.tokens)
+            + self.layers * moved * (1 + again + learned),
             held=held | max(at_work, key=lambda kinds: sum(kinds.values())),
             files=on_disk,
         )

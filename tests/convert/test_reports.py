@@ -11,7 +11,9 @@ from clover_peft.convert import ConversionReport, SlicingReport
 
 SIZES = {"parameters": (10, 8), "tokens": 9}
 REPORTS = [
-    ConversionReport("clover", 4, 8, [1.0], "default", [], cache_bytes=(4, 2), seconds={"latent": 1.0}, **SIZES),
+    ConversionReport(
+        "clover", 4, 8, [0, 5], [1.0, 0.1], "default", [], cache_bytes=(4, 2), seconds={"latent": 1.0}, **SIZES
+    ),
     SlicingReport("shared", True, (48, 36), {"model.norm": 0.9}, seconds=1.0, **SIZES),
 ]
 

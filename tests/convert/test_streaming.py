@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import tempfile
 from contextlib import ExitStack
@@ -12,9 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from clover_peft.convert import convert_to_mla, latent, latent_passes
-from clover_peft.convert.latent import EVERY, LatentMoments
+from clover_peft.convert import convert_to_mla, fitting, latent, latent_passes
+from clover_peft.convert.latent import LatentMoments
+from clover_peft.convert.latent_passes import EVERY
 from clover_peft.convert.plan import plan_mla
+from clover_peft.convert.temporary import TemporaryTensors
 from tests.support.live_memory import LiveMemory
 from tests.support.tiny import VOCAB, build
 
@@ -48,49 +51,106 @@ def same(first, second) -> bool:
     return all(torch.equal(first.state_dict()[name], second.state_dict()[name]) for name in names)
 
 
-def narrowed_as_a_whole(full, data, keys: int, rank: int, method: str):
-    """The plain way: passes through the whole model, all moments at once, and then all layers."""
-    sums = [LatentMoments.zeros(full.config.kv_lora_rank) for _ in full.model.layers]
+def seen(model, data, **of) -> dict[str, list[Tensor]]:
+    """The input or the output of some modules, by name, in a pass through a whole model; real tokens alone."""
+    found = {name: [] for name in of}
+    with ExitStack() as hooked, torch.no_grad():
+        for name, (module, reads) in of.items():
+
+            def hook(module, args, kwargs, output, name=name, reads=reads):
+                x = (args[0] if args else kwargs["hidden_states"]) if reads else output
+                found[name].append(x[0] if isinstance(x, tuple) else x)
+
+            hooked.enter_context(module.register_forward_hook(hook, with_kwargs=True))
+        for batch in data:
+            model(**batch, use_cache=False)
+    real = [batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool() for batch in data]
+    return {
+        name: torch.cat([x[mask].double() for x, mask in zip(each, real, strict=True)]) for name, each in found.items()
+    }
+
+
+def fisher_information(full, data) -> list[Tensor]:
+    """Of each layer's latent, by one backward pass through the whole model for each batch."""
+    sums = [torch.zeros(full.config.kv_lora_rank, full.config.kv_lora_rank).double() for _ in full.model.layers]
     generator = torch.Generator().manual_seed(0)
     full.requires_grad_(False)
-    mask = {}
 
-    def fisher(of, gradient):
+    def add(of, gradient):
         g = gradient.float().flatten(0, 1)
-        of.fisher += (g.T @ g).double()
+        of += (g.T @ g).double()
 
-    def second(of, module, inputs, output):
-        z = (output.detach().float() * mask["real"].unsqueeze(-1)).flatten(0, 1)
-        of.second += (z.T @ z).double()
-        of.tokens += int(mask["real"].sum())
+    def watch(of, module, inputs, output):
         output = output if output.requires_grad else output.detach().requires_grad_()
-        output.register_hook(partial(fisher, of))
+        output.register_hook(partial(add, of))
         return output
 
     with ExitStack() as hooked:
         for layer, of in zip(full.model.layers, sums, strict=True):
-            hooked.enter_context(layer.self_attn.kv_a_layernorm.register_forward_hook(partial(second, of)))
+            hooked.enter_context(layer.self_attn.kv_a_layernorm.register_forward_hook(partial(watch, of)))
         for batch in data:
-            mask["real"] = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-            hidden = full.model(**batch, use_cache=False).last_hidden_state[mask["real"]]
+            real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+            hidden = full.model(**batch, use_cache=False).last_hidden_state[real]
             chosen = torch.randperm(len(hidden), generator=generator)
             logs = full.lm_head(hidden[chosen[: -(-len(hidden) // EVERY)]]).float().log_softmax(-1)
             drawn = torch.multinomial(logs.detach().exp(), 1, generator=generator)
             logs.gather(-1, drawn).sum().neg().backward()
-    for layer, of in zip(full.model.layers, sums, strict=True):
-        latent.narrow(layer.self_attn, of, keys, rank, method)
+    return sums
+
+
+def narrowed_as_a_whole(original, full, data, keys: int, rank: int, method: str):
+    """The plain way: whole models from the first layer on, for each layer anew."""
+    scale = (1e-6 / original.config.rms_norm_eps) ** 0.5
+    whole, sums = copy.deepcopy(full), fisher_information(full, data) if method == "clover" else None
+    for i, layer in enumerate(full.model.layers):
+        attention, reference = layer.self_attn, original.model.layers[i]
+        latents = {"z": (attention.kv_a_layernorm, False)}
+        if method == "transmla":
+            z = seen(whole, data, z=(whole.model.layers[i].self_attn.kv_a_layernorm, False))["z"]
+            latent.narrow(attention, LatentMoments(z.T @ z / len(z)), keys, rank)
+            continue
+        here = seen(full, data, **latents)["z"]
+        # The narrow layers before this one are not there in the original: its latents are those of exact layers.
+        x = seen(original, data, x=(reference, True), y=(reference.self_attn, False))
+        hidden = layer.input_layernorm((x["x"] * scale).to(full.dtype))
+        wanted = attention.kv_a_layernorm(attention.kv_a_proj_with_mqa(hidden)[:, : attention.kv_lora_rank]).double()
+        moments = LatentMoments(here.T @ here / len(here), wanted.T @ here / len(here), sums[i].clone())
+        latent.narrow(attention, moments, keys, rank)
+        left = seen(full, data, x=(layer, True), h=(attention.o_proj, True), y=(attention, False))
+        h, weight = left["h"], attention.o_proj.weight.double()
+        missing = x["y"] * scale + fitting.PULL * (x["x"] * scale - left["x"]) - left["y"]
+        # Least squares with a penalty are least squares with more rows.
+        penalty = (fitting.RIDGE * h.square().sum(0).mean()).sqrt() * torch.eye(h.shape[1], dtype=h.dtype)
+        wanted = torch.cat([missing, missing.new_zeros(len(penalty), missing.shape[1])])
+        change = torch.linalg.lstsq(torch.cat([h, penalty]), wanted).solution
+        attention.o_proj.weight = torch.nn.Parameter((weight + change.T).to(full.dtype))
+    full.config.kv_lora_rank = rank
     return full
 
 
+@pytest.mark.parametrize(
+    ("method", "choices"),
+    [("clover", {"attention_bias": True}), ("clover", {"tie_word_embeddings": True}), ("transmla", {})],
+)
+def test_layers_are_narrowed_as_whole_models_would_be(method, choices):
+    choices |= {"rms_norm_eps": 1e-3, "dtype": torch.float64}
+    full, _ = convert_to_mla(model(**choices), batches(), rope_dims=4, kv_lora_rank=44, method=method)
+    found, report = convert_to_mla(model(**choices), batches(), method=method, **SIZES)
+    assert report.kv_lora_rank == 20
+    expected = narrowed_as_a_whole(model(**choices), full, batches(), 20, 20, method)
+    with torch.no_grad():
+        outputs = [m(**batches()[1]).logits for m in (found, expected)]
+    torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("method", ["clover", "transmla"])
-@pytest.mark.parametrize(("layers", "dtype"), [(1, torch.bfloat16), (2, torch.float32), (LAYERS, torch.float32)])
+@pytest.mark.parametrize(("layers", "dtype"), [(1, torch.bfloat16), (2, torch.float32)])
 def test_groups_of_layers_change_no_bit(method, layers, dtype, monkeypatch):
     choices = {"tie_word_embeddings": True, "rms_norm_eps": 1e-3}
-    full, _ = convert_to_mla(model(dtype=dtype, **choices), batches(), rope_dims=4, kv_lora_rank=44, method=method)
-    expected = narrowed_as_a_whole(full, batches(), 20, 20, method)
+    at_once(monkeypatch, LAYERS)
+    expected, _ = convert_to_mla(model(dtype=dtype, **choices), batches(), method=method, **SIZES)
     at_once(monkeypatch, layers)
-    found, report = convert_to_mla(model(dtype=dtype, **choices), batches(), method=method, **SIZES)
-    assert report.kv_lora_rank == 20
+    found, _ = convert_to_mla(model(dtype=dtype, **choices), batches(), method=method, **SIZES)
     assert same(found, expected)
     assert all(parameter.requires_grad for parameter in found.parameters())
 
@@ -98,19 +158,29 @@ def test_groups_of_layers_change_no_bit(method, layers, dtype, monkeypatch):
 @pytest.mark.parametrize("method", ["clover", "transmla"])
 def test_no_more_layers_than_a_group_have_full_rank(method, monkeypatch):
     at_once(monkeypatch, 2)
-    real, seen, original = latent_passes._Passes.sweep, [], model()
+    real, narrow, seen, original = latent_passes._Passes.sweep, latent.narrow, [], model()
 
-    def sweep(self, k, group, moments):
-        real(self, k, group, moments)
-        filled = [layer for layer in self.target.layers if not layer.mlp.up_proj.weight.is_meta]
+    def note(layers):
+        filled = [layer for layer in layers if not layer.mlp.up_proj.weight.is_meta]
         whole = [layer.self_attn.kv_lora_rank == 44 for layer in filled]
         left = [not layer.mlp.up_proj.weight.is_meta for layer in original.model.layers]
         seen.append((sum(whole), sum(left) + len(whole) - sum(whole)))
 
+    def sweep(self, k, group, sums):
+        real(self, k, group, sums)
+        sweep.layers = self.target.layers
+        note(sweep.layers)
+
+    def narrowed(*args):
+        note(sweep.layers)
+        narrow(*args)
+
     monkeypatch.setattr(latent_passes._Passes, "sweep", sweep)
+    monkeypatch.setattr(latent, "narrow", narrowed)
     convert_to_mla(original, batches(), method=method, release=True, **SIZES)
-    assert len(seen) == (5 if method == "clover" else 3)
+    assert len(seen) == (5 if method == "clover" else 3) + LAYERS
     assert all(whole <= 2 and both == LAYERS for whole, both in seen)
+    assert method == "transmla" or max(whole for whole, _ in seen[-LAYERS:]) == 1
 
 
 @pytest.mark.parametrize("sizes", [SIZES, {"rope_dims": 4, "kv_lora_rank": 44}])
@@ -133,44 +203,48 @@ def test_what_is_refused_is_not_released():
     assert same(refused, build("granite", **granite))
 
 
-@pytest.mark.parametrize("failing", [None, "narrow", "_read"])
+@pytest.mark.parametrize("failing", [None, "narrow", "read"])
 def test_temporary_files_are_bounded_and_removed(failing, tmp_path, monkeypatch):
     at_once(monkeypatch, 2)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    write, most = latent_passes._Passes._write, [0]
+    write, most = TemporaryTensors.write, [0]
 
     def watched(self, name, tensor):
         write(self, name, tensor)
         files = [torch.load(path).nbytes for path in tmp_path.rglob("*.pt")]
         most.append(sum(files))
 
-    monkeypatch.setattr(latent_passes._Passes, "_write", watched)
+    monkeypatch.setattr(TemporaryTensors, "write", watched)
     original = model()
     if failing is None:
         convert_to_mla(original, batches(), **SIZES)
-        planned = latent_passes.stored_bytes(3, sum(b["input_ids"].numel() for b in batches()), 48, 4, gradients=True)
-        assert 0 < max(most) <= planned
+        with torch.device("meta"):
+            empty = model()
+        plan = plan_mla(empty, windows=6, length=40, batch_size=2, **SIZES)
+        assert 0.7 * plan.stages["latent"].files < max(most) <= plan.stages["latent"].files
     else:
 
-        def fail(*args):
+        def fail(*args, **kwargs):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(*{"narrow": (latent, "narrow"), "_read": (latent_passes._Passes, "_read")}[failing], fail)
+        monkeypatch.setattr(*{"narrow": (latent, "narrow"), "read": (TemporaryTensors, "read")}[failing], fail)
         with pytest.raises(KeyboardInterrupt):
             convert_to_mla(original, batches(), **SIZES)
         assert same(original, model())
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_refused_before_anything_is_lost(monkeypatch):
+@pytest.mark.parametrize("method", ["clover", "transmla"])
+def test_a_full_disk_is_refused_before_anything_is_lost(method, monkeypatch):
     at_once(monkeypatch, 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
     original = model()
     with pytest.raises(OSError, match=r"expected room for 0.0 GiB of temporary files, found .*; set TMPDIR"):
-        convert_to_mla(original, batches(), release=True, **SIZES)
+        convert_to_mla(original, batches(), release=True, method=method, **SIZES)
     assert same(original, model())
-    at_once(monkeypatch, LAYERS)
-    convert_to_mla(original, batches(), release=True, **SIZES)
+    if method == "transmla":  # One group needs no files.
+        at_once(monkeypatch, LAYERS)
+        convert_to_mla(original, batches(), release=True, method=method, **SIZES)
 
 
 @pytest.mark.parametrize(
