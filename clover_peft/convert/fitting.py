@@ -49,7 +49,7 @@ def narrow_layers(
         layer = _Layer(target, i)
         for b, batch in enumerate(batches):
             layer.add_latents(batch, files.read(f"narrow-{b}"), files.read(f"original-{b}"))
-        layer.narrow(files.read(f"fisher-{i}", last=True), keys, rank)
+        layer.narrow(files.read(f"fisher-{i}", last=True).double(), keys, rank)
         for b, batch in enumerate(batches):
             after = layer.add_heads(batch, files.read(f"narrow-{b}"), files.read(f"original-{b}"))
             files.write(f"original-{b}", after)
@@ -96,8 +96,8 @@ class _Layer:
 
     def narrow(self, fisher: Tensor, keys: int, rank: int) -> None:
         """Make the latent narrow."""
-        moments = LatentMoments(self.second.div_(self.tokens), self.cross.div_(self.tokens), fisher.double())
-        del self.second, self.cross
+        moments = LatentMoments(self.second.div_(self.tokens), self.cross.div_(self.tokens), fisher)
+        del self.second, self.cross, fisher
         latent.narrow(self.stock.self_attn, moments, keys, rank)
 
     def add_heads(self, batch: Batch, narrow: Tensor, original: Tensor) -> Tensor:

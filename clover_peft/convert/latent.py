@@ -54,17 +54,20 @@ def bases(moments: LatentMoments, keys: int, rank: int) -> tuple[Tensor, Tensor]
         u = torch.linalg.eigh(scale[:, None] * second * scale).eigenvectors[:, -rank:]
         a, b = u.T * scale, u / scale[:, None]
     else:
+        predicted = _regression(cross, second)
+        explained = predicted @ cross.T
+        moments.cross = cross = None
         # Components have very different units. In units of their own gradients, no direction drowns in the damping.
         unit = fisher.diagonal().clamp(min=1e-30 * float(fisher.diagonal().max())).sqrt()
         values, vectors = torch.linalg.eigh(fisher.div_(unit[:, None]).div_(unit))
         moments.fisher = fisher = None
         values = values.clamp(min=0) + _DAMPING
         root = (vectors * values.sqrt()) @ vectors.T
-        predicted = _regression(cross, second)
-        explained = unit[:, None] * (predicted @ cross.T) * unit
-        u = torch.linalg.eigh(root @ explained @ root).eigenvectors[:, -rank:].clone()
+        explained.mul_(unit[:, None]).mul_(unit)
+        explained = root @ explained @ root
+        u = torch.linalg.eigh(explained).eigenvectors[:, -rank:].clone()
         a = (u.T @ root * unit) @ predicted
-        del root
+        del root, explained, predicted
         b = (vectors / values.sqrt()) @ vectors.T @ u / unit[:, None]
     # Numbers of one size in the cache lose least where a server stores it in few bits.
     size = torch.einsum("rn,nm,rm->r", a, second, a).clamp(min=0).sqrt()
@@ -75,9 +78,11 @@ def bases(moments: LatentMoments, keys: int, rank: int) -> tuple[Tensor, Tensor]
 def _regression(cross: Tensor, second: Tensor) -> Tensor:
     """(n, n): E[z z'^T] E[z' z'^T]^-1, the latter in units of each number of z'."""
     unit = second.diagonal().clamp(min=1e-30 * float(second.diagonal().max())).sqrt()
-    scaled = second / unit[:, None] / unit
-    factor = torch.linalg.cholesky(scaled.diagonal_scatter(scaled.diagonal() + _RIDGE))
-    return torch.cholesky_solve((cross / unit).T, factor).T / unit
+    scaled = (second / unit[:, None]).div_(unit)
+    scaled.diagonal().add_(_RIDGE)
+    factor = torch.linalg.cholesky(scaled)
+    del scaled
+    return torch.cholesky_solve((cross / unit).T, factor).T.div_(unit)
 
 
 @torch.no_grad()

@@ -149,6 +149,7 @@ def _final_layers(
             with closing(latent_passes.collect(target, batches, gradients=True)) as collected:
                 for i, fisher in collected:
                     files.write(f"fisher-{i}", fisher.float())
+                    del fisher
                     target.empty(i)
             yield from fitting.narrow_layers(target, batches, keys, rank, files)
 

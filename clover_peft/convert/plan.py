@@ -316,7 +316,7 @@ class _Counts:
             of_output = 8 * width * (width + self.hidden)
             at_work += [
                 one | {"moments": 2 * square, "a sum": 1.5 * square, "output projection": of_output},
-                one | {"one layer in float64": 10 * square, "output projection": of_output},
+                one | {"one layer in float64": 8 * square, "output projection": of_output},
                 one | {"output projection": 4 * of_output, "activations": batch * 8 * 2 * width},
             ]
             streams = 2 * self.tokens * self.hidden * self.size
