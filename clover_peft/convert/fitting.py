@@ -29,36 +29,33 @@ Batch = Mapping[str, Any]
 
 
 @torch.no_grad()
-def narrow_layers(
-    target: Layerwise, batches: Sequence[Batch], keys: int, rank: int, files: TemporaryTensors
-) -> Generator[int]:
+def narrow_layers(target: Layerwise, batches: Sequence[Batch], rank: int, files: TemporaryTensors) -> Generator[int]:
     """Give each layer its final weights, and yield its number; its original may be released then.
 
     Args:
         target: the stock model, all of its layers empty.
         batches: keyword arguments; rows are texts.
-        keys: how many of the latent's first numbers are of keys.
         rank: of the narrow latents.
         files: have the Fisher information of each layer's latent as "fisher-i", and get all hidden states, twice.
     """
     for b, batch in enumerate(batches):
         files.write(f"narrow-{b}", target.start(batch)[0])
         files.write(f"original-{b}", target.start_original(batch)[0])
-    progress = tqdm(total=len(target.layers) * len(batches), desc="CLOVER fit", unit=" batches", delay=3, leave=False)
-    for i in range(len(target.layers)):
-        layer = _Layer(target, i)
-        for b, batch in enumerate(batches):
-            layer.add_latents(batch, files.read(f"narrow-{b}"), files.read(f"original-{b}"))
-        layer.narrow(files.read(f"fisher-{i}", last=True).double(), keys, rank)
-        for b, batch in enumerate(batches):
-            after = layer.add_heads(batch, files.read(f"narrow-{b}"), files.read(f"original-{b}"))
-            files.write(f"original-{b}", after)
-        layer.fit_output()
-        for b, batch in enumerate(batches):
-            files.write(f"narrow-{b}", layer.run(batch, files.read(f"narrow-{b}")))
-            progress.update()
-        yield i
-    progress.close()
+    bar = tqdm(total=len(target.layers) * len(batches), desc="CLOVER fit", unit=" batches", delay=3, leave=False)
+    with bar as progress:
+        for i in range(len(target.layers)):
+            layer = _Layer(target, i)
+            for b, batch in enumerate(batches):
+                layer.add_latents(batch, files.read(f"narrow-{b}"), files.read(f"original-{b}"))
+            layer.narrow(files.read(f"fisher-{i}", last=True).to("cpu", torch.float64), rank)
+            for b, batch in enumerate(batches):
+                after = layer.add_heads(batch, files.read(f"narrow-{b}"), files.read(f"original-{b}"))
+                files.write(f"original-{b}", after)
+            layer.fit_output()
+            for b, batch in enumerate(batches):
+                files.write(f"narrow-{b}", layer.run(batch, files.read(f"narrow-{b}")))
+                progress.update()
+            yield i
 
 
 def stored_bytes(config: Any, batches: Sequence[Batch], itemsize: int) -> int:
@@ -86,7 +83,7 @@ class _Layer:
 
     def add_latents(self, batch: Batch, narrow: Tensor, original: Tensor) -> None:
         """Add a batch's latents of full rank to the sums of `narrow`, from what enters the layer."""
-        attention, mask = self.stock.self_attn, self.target.start(batch)[2]
+        attention, mask = self.stock.self_attn, self.target.mask(batch)
         hidden = self.stock.input_layernorm(torch.cat([narrow, original * self.target.scale]))
         found = attention.kv_a_proj_with_mqa(hidden)[..., : attention.kv_lora_rank]
         here, wanted = (z[mask] for z in attention.kv_a_layernorm(found).float().chunk(2))
@@ -94,11 +91,11 @@ class _Layer:
         self.cross += (wanted.T @ here).to(self.cross)
         self.tokens += len(here)
 
-    def narrow(self, fisher: Tensor, keys: int, rank: int) -> None:
-        """Make the latent narrow."""
+    def narrow(self, fisher: Tensor, rank: int) -> None:
+        """Make the latent narrow, with (n, n) sums on the CPU."""
         moments = LatentMoments(self.second.div_(self.tokens), self.cross.div_(self.tokens), fisher)
         del self.second, self.cross, fisher
-        latent.narrow(self.stock.self_attn, moments, keys, rank)
+        latent.narrow(self.stock.self_attn, *latent.fitted_bases(moments, rank))
 
     def add_heads(self, batch: Batch, narrow: Tensor, original: Tensor) -> Tensor:
         """Add a batch's heads, and what their output lacks, to the sums of `fit_output`.
@@ -123,7 +120,7 @@ class _Layer:
 
     def fit_output(self) -> None:
         """Change the output projection by the solution of least squares."""
-        penalty = RIDGE * self.heads.diagonal().mean()
+        penalty = (RIDGE * self.heads.diagonal().mean()).clamp(min=1e-30)  # heads without values are zero
         change = torch.linalg.solve(
             self.heads.diagonal_scatter(self.heads.diagonal() + penalty), self.errors, left=False
         )

@@ -28,56 +28,70 @@ class LatentMoments:
 
     Attributes:
         second: (n, n) float64, E[z' z'^T].
-        cross: (n, n) float64, E[z z'^T]; None for z = z'.
-        fisher: (n, n) float64, E[g g^T] up to a factor; None for the balanced principal components of z'.
+        cross: (n, n) float64, E[z z'^T].
+        fisher: (n, n) float64, E[g g^T] up to a factor.
     """
 
     second: Tensor
-    cross: Tensor | None = None
-    fisher: Tensor | None = None
+    cross: Tensor
+    fisher: Tensor
 
 
-def bases(moments: LatentMoments, keys: int, rank: int) -> tuple[Tensor, Tensor]:
+def principal_bases(second: Tensor, keys: int, rank: int) -> tuple[Tensor, Tensor]:
+    """A (rank, n) and B (n, rank), float64, of TransMLA: keys and values are scaled to equal energy.
+
+    Args:
+        second: (n, n) float64, E[z z^T].
+        keys: how many of the latent's first numbers are of keys; the others are values.
+        rank: of the narrow latent.
+    """
+    energy = second.diagonal().split([keys, len(second) - keys])
+    scale = torch.cat([part.new_full(part.shape, (float(part.sum()) or 1.0) ** -0.5) for part in energy])
+    u = torch.linalg.eigh(scale[:, None] * second * scale).eigenvectors[:, -rank:]
+    return _of_one_size(u.T * scale, u / scale[:, None], second)
+
+
+def fitted_bases(moments: LatentMoments, rank: int) -> tuple[Tensor, Tensor]:
     """A (rank, n), which makes the narrow latent, and B (n, rank), which reads it; float64.
 
     Args:
         moments: of the latent of full rank; used up, because n x n numbers are most of a conversion's work.
-        keys: how many of its first numbers are of keys; the others are values.
         rank: of the narrow latent.
     """
-    second, cross, fisher = moments.second, moments.cross, moments.fisher
-    if cross is None or fisher is None:  # TransMLA: keys and values are scaled to equal energy
-        energy = second.diagonal().split([keys, len(second) - keys])
-        scale = torch.cat(
-            [part.new_full(part.shape, float(part.sum()) ** -0.5) if len(part) else part for part in energy]
-        )
-        u = torch.linalg.eigh(scale[:, None] * second * scale).eigenvectors[:, -rank:]
-        a, b = u.T * scale, u / scale[:, None]
-    else:
-        predicted = _regression(cross, second)
-        explained = predicted @ cross.T
-        moments.cross = cross = None
-        # Components have very different units. In units of their own gradients, no direction drowns in the damping.
-        unit = fisher.diagonal().clamp(min=1e-30 * float(fisher.diagonal().max())).sqrt()
-        values, vectors = torch.linalg.eigh(fisher.div_(unit[:, None]).div_(unit))
-        moments.fisher = fisher = None
-        values = values.clamp(min=0) + _DAMPING
-        root = (vectors * values.sqrt()) @ vectors.T
-        explained.mul_(unit[:, None]).mul_(unit)
-        explained = root @ explained @ root
-        u = torch.linalg.eigh(explained).eigenvectors[:, -rank:].clone()
-        a = (u.T @ root * unit) @ predicted
-        del root, explained, predicted
-        b = (vectors / values.sqrt()) @ vectors.T @ u / unit[:, None]
-    # Numbers of one size in the cache lose least where a server stores it in few bits.
+    second, predicted = moments.second, _regression(moments.cross, moments.second)
+    explained = predicted @ moments.cross.T
+    del moments.cross
+    # Components have very different units. In units of their own gradients, no direction drowns in the damping.
+    unit = _units(moments.fisher)
+    values, vectors = torch.linalg.eigh(moments.fisher.div_(unit[:, None]).div_(unit))
+    del moments.fisher
+    values = values.clamp(min=0) + _DAMPING
+    root = (vectors * values.sqrt()) @ vectors.T
+    explained.mul_(unit[:, None]).mul_(unit)
+    explained = root @ explained @ root
+    u = torch.linalg.eigh(explained).eigenvectors[:, -rank:].clone()
+    a = (u.T @ root * unit) @ predicted
+    del root, explained, predicted
+    b = (vectors / values.sqrt()) @ vectors.T @ u / unit[:, None]
+    return _of_one_size(a, b, second)
+
+
+def _of_one_size(a: Tensor, b: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers of one size in the cache lose least where a server stores it in few bits."""
     size = torch.einsum("rn,nm,rm->r", a, second, a).clamp(min=0).sqrt()
-    size = size.clamp(min=1e-6 * float(size.max()))
+    size = size.clamp(min=1e-6 * (float(size.max()) or 1.0))
     return a / size[:, None], b * size
+
+
+def _units(moment: Tensor) -> Tensor:
+    """(n,): the root mean square of each number, from (n, n); almost zero counts as the smallest size above."""
+    diagonal = moment.diagonal()
+    return diagonal.clamp(min=1e-30 * (float(diagonal.max()) or 1.0)).sqrt()
 
 
 def _regression(cross: Tensor, second: Tensor) -> Tensor:
     """(n, n): E[z z'^T] E[z' z'^T]^-1, the latter in units of each number of z'."""
-    unit = second.diagonal().clamp(min=1e-30 * float(second.diagonal().max())).sqrt()
+    unit = _units(second)
     scaled = (second / unit[:, None]).div_(unit)
     scaled.diagonal().add_(_RIDGE)
     factor = torch.linalg.cholesky(scaled)
@@ -86,17 +100,16 @@ def _regression(cross: Tensor, second: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def narrow(attention: Any, moments: LatentMoments, keys: int, rank: int) -> None:
+def narrow(attention: Any, a: Tensor, b: Tensor) -> None:
     """Make the latent of one stock attention block narrower, in place.
 
     Args:
-        attention: `DeepseekV3Attention` with a latent of full rank.
-        moments: of its latent; used up.
-        keys: how many of the latent's first numbers are of keys.
-        rank: of the narrow latent.
+        attention: `DeepseekV3Attention` with a latent of full rank, n.
+        a: (rank, n).
+        b: (n, rank).
     """
     down, up, norm = attention.kv_a_proj_with_mqa, attention.kv_b_proj, attention.kv_a_layernorm
-    a, b = (t.to(down.weight.device) for t in bases(moments, keys, rank))
+    rank, (a, b) = len(a), (t.to(down.weight.device) for t in (a, b))
     latent, rope = down.weight.double().split([attention.kv_lora_rank, attention.qk_rope_head_dim])
     new = {down: torch.cat([a @ latent, rope]), up: up.weight.double() @ b, norm: norm.weight[:rank].clone()}
     for module, weight in new.items():

@@ -104,23 +104,24 @@ class Layerwise:
         Returns:
             Hidden states (B, T, D), the keyword arguments that all layers share, and (B, T) bool.
         """
-        return self._start(self.model, batch)
+        return *self._start(self.model, batch), self.mask(batch)
+
+    def mask(self, batch: Mapping[str, Any]) -> Tensor:
+        """(B, T) bool: the real tokens."""
+        values, masks = self._readers[id(self.model)].start(batch)
+        return masks.get("attention_mask", torch.ones_like(values["input_ids"], dtype=torch.bool))
 
     @torch.no_grad()
     def start_original(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """What the original's first layer is called with."""
-        return self._start(self._source.model, batch)[:2]
+        return self._start(self._source.model, batch)
 
-    def _start(self, model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any], Tensor]:
-        values, masks = self._readers[id(model)].start(batch)
-        ids = values["input_ids"]
-        first, trunk = _First(), model.model
-        layers, trunk.layers = trunk.layers, nn.ModuleList([first])
-        try:
-            trunk(**{name: value for name, value in values.items() if name not in OF_LOGITS})
-        finally:
-            trunk.layers = layers
-        return (*first.seen, masks.get("attention_mask", torch.ones_like(ids, dtype=torch.bool)))
+    def _start(self, model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        values, _ = self._readers[id(model)].start(batch)
+        first, trunk = _First(), copy.copy(model.model)  # the model keeps its layers
+        trunk._modules = trunk._modules | {"layers": nn.ModuleList([first])}
+        trunk(**{name: value for name, value in values.items() if name not in OF_LOGITS})
+        return first.seen
 
     def _scaled(self, name: str, tensor: Tensor) -> Tensor:
         """A copy of an original weight outside attention, for the scaled residual stream."""

@@ -16,7 +16,6 @@ from ..base_model.activations import evaluating, read_batches, warn_if_few
 from . import fitting, latent, latent_passes, rotary
 from .deepseek import lost_components
 from .exactness import attention_error, longest_text, record, rotation_errors, selection_errors
-from .latent import LatentMoments
 from .layerwise import Layerwise
 from .report import ConversionReport, ConvertedLayer
 from .rotary import Components, Method
@@ -49,9 +48,9 @@ def convert_to_mla(
             error or an interrupt, unless `release` says so. The result shares no memory with it.
         calibration: batches, each of the model's keyword arguments. Pass about ten tokens for each dimension of keys
             and values, or more; one text must have 16 at least. They are read several times.
-        rope_dims: dimensions of the shared rotary key, even; by default those of a head, halved until they are at most
-            0.6 of the cache that remains.
-        kv_lora_rank: dimensions of the latent.
+        rope_dims: dimensions of the shared rotary key, even: a divisor of a head's, or more than a head has. By
+            default the largest divisor that is at most 0.6 of the cache that remains.
+        kv_lora_rank: dimensions of the latent. Nothing is fitted if there are as many as keys and values have.
         cache_reduction: instead of `kv_lora_rank`, the share of the key-value cache to remove. If neither is given,
             0.5.
         method: "clover" (ours), or "transmla", the published recipe: principal components of the keys at each
@@ -104,6 +103,11 @@ def convert_to_mla(
     with closing(_final_layers(target, batches, tokens, 2 * (source.pairs - pairs), rank, method)) as layers:
         for i in layers:
             narrow[i] = attention_error(target, i, recording)
+            if not math.isfinite(narrow[i]):
+                raise ValueError(
+                    f"model.layers.{i}.self_attn: expected finite weights after the fit, found others; pass other or "
+                    "more calibration data, or method='transmla'"
+                )
             if release:
                 target.release_original(i)
     result = target.model.requires_grad_(True)
@@ -140,7 +144,7 @@ def _final_layers(
     elif method == "transmla":
         with closing(latent_passes.collect(target, batches, gradients=False)) as collected:
             for i, second in collected:
-                latent.narrow(target.layers[i].self_attn, LatentMoments(second.div_(tokens)), keys, rank)
+                latent.narrow(target.layers[i].self_attn, *latent.principal_bases(second.div_(tokens), keys, rank))
                 del second
                 yield i
     else:
@@ -151,7 +155,7 @@ def _final_layers(
                     files.write(f"fisher-{i}", fisher.float())
                     del fisher
                     target.empty(i)
-            yield from fitting.narrow_layers(target, batches, keys, rank, files)
+            yield from fitting.narrow_layers(target, batches, rank, files)
 
 
 def choose_sizes(source: Source, rope_dims: int | None, rank: int | None, reduction: float | None) -> tuple[int, int]:
@@ -167,6 +171,12 @@ def choose_sizes(source: Source, rope_dims: int | None, rank: int | None, reduct
         rope_dims = _default_rope_dims(source, budget if rank is None else whole)
     if not 2 <= rope_dims <= 2 * source.pairs or rope_dims % 2:
         raise ValueError(f"rope_dims: expected an even number from 2 to {2 * source.pairs}, found {rope_dims}")
+    if rope_dims < source.head_dim and source.head_dim % rope_dims:
+        fitting_dims = ", ".join(map(str, _head_divisors(source)))
+        raise ValueError(
+            f"rope_dims: below a head's {source.head_dim} dimensions, expected a divisor of them, so that each "
+            f"rotated pair stands for as many frequencies, found {rope_dims}; choose one of {fitting_dims}"
+        )
     if rank is None:
         rank = budget - rope_dims
         if rank < 1:
@@ -181,11 +191,12 @@ def choose_sizes(source: Source, rope_dims: int | None, rank: int | None, reduct
 
 def _default_rope_dims(source: Source, budget: int) -> int:
     """A head's worth, or most of a smaller cache: rotation given up costs more than a narrower latent."""
-    most = max(2, min(source.head_dim, int(_ROTARY_SHARE * budget), 2 * source.pairs))
-    dims = source.head_dim
-    while dims > most and dims % 4 == 0:
-        dims //= 2  # There is a pair for each frequency, or for two, four, ... that count as one.
-    return dims if dims <= most else most // 2 * 2
+    return max(dims for dims in _head_divisors(source) if dims <= max(2, _ROTARY_SHARE * budget))
+
+
+def _head_divisors(source: Source) -> list[int]:
+    """Even divisors of a head's dimensions: with one pair for each frequency, or for two, three, ... of them."""
+    return [dims for dims in range(2, source.head_dim + 1, 2) if source.head_dim % dims == 0]
 
 
 def _size(source: Source, moments: rotary.LayerMoments, found: Components, lost: Tensor) -> float:

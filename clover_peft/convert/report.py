@@ -22,8 +22,10 @@ class ConvertedLayer:
     Attributes:
         rotation_error: of the rotation of keys across heads, which is exact but for rounding.
         selection_error: after most pairs lost their rotation.
-        latent_error: after the latent was made narrow too.
-        worth: of each component, what its rotation is worth: the squared scores that are lost without it.
+        latent_error: of the final layer. With "clover" it is fitted to what the narrow layers before it return, which
+            is not the original's.
+        worth: of each component, what its rotation is worth: the squared scores that are lost without it, or with
+            "transmla" the energy of its keys.
     """
 
     rotation_error: float

@@ -146,8 +146,8 @@ def components(source: Source, moments: LayerMoments, method: Method) -> Compone
     "clover" (ours): the eigenvectors of `W^1/2 E[k k^*] W^1/2`, where W is diagonal and has for each frequency w and
     key-value head the sum over its query heads of `E|q|^2 (1 - |a|^2)`, with `a = E[exp(i w (t_q - t_k))]` under the
     head's attention: what squared scores lose if the component is multiplied by a instead of rotated. Queries whose
-    pair lost its rotation are multiplied by `a / |a|^1/2`, because fewer predictions change than with a, which makes
-    scores smaller than they were, or with a / |a|. (The power was chosen on validation text of SmolLM2-135M.)
+    pair lost its rotation are multiplied by `a / |a|^1/2`. (That lost less than a and a / |a| on validation text of
+    SmolLM2-135M. By a alone, all scores shrink.)
     "transmla" (arXiv 2502.07864): the eigenvectors of the real part of `E[k k^*]`, and 1 for a.
     """
     keys, half = moments.keys / moments.tokens, len(source.frequencies)
@@ -158,7 +158,7 @@ def components(source: Source, moments: LayerMoments, method: Method) -> Compone
     a = moments.turn(source.frequencies)
     energy = moments.queries / moments.tokens * source.scale**2  # (H, d/2)
     loss = (energy * (1 - a.abs().square()).clamp(min=0)).unflatten(0, (-1, source.groups)).sum(1)  # (h, d/2)
-    loss = loss.T.reshape(keys.shape[:2]).clamp(min=1e-9 * float(loss.max()))
+    loss = loss.T.reshape(keys.shape[:2]).clamp(min=1e-9 * (float(loss.max()) or 1.0))
     root = loss.sqrt().to(keys.dtype)
     values, vectors = torch.linalg.eigh(root[:, :, None] * keys * root[:, None, :])
     values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
@@ -168,8 +168,7 @@ def components(source: Source, moments: LayerMoments, method: Method) -> Compone
 
 def freq_fold_of(source: Source, pairs: int) -> int:
     """How many adjacent frequencies count as one, so that each such group has a pair that is rotated."""
-    half = source.head_dim // 2
-    return min(n for n in range(1, half + 1) if half % n == 0 and half // n <= pairs)
+    return max(1, source.head_dim // (2 * pairs))
 
 
 def frequencies_of(source: Source, rotated: Tensor) -> Tensor:

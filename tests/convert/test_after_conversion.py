@@ -39,7 +39,7 @@ def test_a_converted_model_is_pruned_and_adapted(rope_dims):
 @pytest.mark.parametrize("rank", [3, 6])
 def test_uniform_ranks_keep_the_stock_class_where_heads_have_fewer_directions(rank, multiple):
     """A narrow latent leaves some heads fewer directions than the rank: these are padded, not made narrower."""
-    model, _ = convert_to_mla(build("llama"), BATCHES, rope_dims=8, kv_lora_rank=rank)
+    model, _ = convert_to_mla(build("llama"), BATCHES, rope_dims=6, kv_lora_rank=rank)
     report = clover_peft.prune(model, 0.5, ranks="uniform", multiple=multiple, calibration=BATCHES)
     assert len({tuple(layer.self_attn.kv_b_proj.weight.shape) for layer in model.model.layers}) == 1
     assert not model.config.clover_pruning["blocks"]

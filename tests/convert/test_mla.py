@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 
 import clover_peft
-from clover_peft.convert import convert_to_mla, latent, layerwise, mla
+from clover_peft.convert import convert_to_mla, fitting, latent, layerwise, mla
 from clover_peft.convert.exactness import longest_text
 from tests.support.other_process import stock_answers
 from tests.support.tiny import VOCAB, build, relative
@@ -66,7 +66,7 @@ def test_nothing_given_up_changes_no_logit(case):
     assert max(layer.latent_error for layer in report.layers) < 1e-5
 
 
-@pytest.mark.parametrize("dims", [2, 6, 10])
+@pytest.mark.parametrize("dims", [2, 6, 14])
 def test_unrotated_pairs_alone_are_not_exact_and_a_latent_of_full_rank_adds_no_error(dims):
     model = build("llama")
     width = 2 * 2 * 12 - dims
@@ -80,7 +80,7 @@ def test_unrotated_pairs_alone_are_not_exact_and_a_latent_of_full_rank_adds_no_e
 
 @pytest.mark.parametrize("method", ["clover", "transmla"])
 def test_a_saved_model_loads_without_the_package_and_generates_the_same(tmp_path, method):
-    result, _ = convert_to_mla(build("qwen2"), batches(), cache_reduction=0.5, rope_dims=8, method=method)
+    result, _ = convert_to_mla(build("qwen2"), batches(), cache_reduction=0.5, rope_dims=6, method=method)
     result.save_pretrained(tmp_path)
     ids = batches()[0]["input_ids"]
     (found,) = stock_answers([tmp_path], ids)
@@ -274,6 +274,7 @@ def test_adapters_and_other_objects_are_refused():
     [
         ({"rope_dims": 3}, "rope_dims: expected an even number from 2 to 24"),
         ({"rope_dims": 26}, "rope_dims: expected an even number from 2 to 24"),
+        ({"rope_dims": 10}, "rope_dims: below a head's 12 dimensions, .* choose one of 2, 4, 6, 12"),
         ({"rope_dims": 4, "kv_lora_rank": 45}, "kv_lora_rank: expected 1 to 44"),
         ({"rope_dims": 4, "kv_lora_rank": 0}, "kv_lora_rank: expected 1 to 44"),
         ({"cache_reduction": 1.0}, "cache_reduction: expected a share above 0 and below 1"),
@@ -369,7 +370,7 @@ def test_labels_cost_no_logits_and_unknown_keywords_reach_the_model(monkeypatch)
     assert all(loss is None for loss, _ in sizes)
     of_data = [names for names in seen if "token_type_ids" in names]
     layers = model.config.num_hidden_layers
-    assert len(of_data) == (2 + 3 * layers) * len(data)  # once for the gradients, once and three times a layer to fit
+    assert len(of_data) == (2 + 2 * layers) * len(data)  # once for the gradients, once and twice a layer to fit
     assert not any({"labels", "logits_to_keep"} & names for names in seen if "token_type_ids" in names)
     plain, _ = convert_to_mla(model, batches(), cache_reduction=0.5)
     assert torch.equal(logits(found), logits(plain))
@@ -391,10 +392,67 @@ def test_an_interrupt_leaves_the_model_as_it_was(after):
 
     with pytest.raises(KeyboardInterrupt):
         convert_to_mla(model, [Interrupting(batch) for batch in batches()], rope_dims=4, cache_reduction=0.5)
-    assert model.training
+    _is_as_it_was(model, before)
+
+
+@pytest.mark.parametrize("after", [1, 5, 11, 17])
+def test_an_interrupt_inside_a_layer_leaves_the_model_as_it_was(after):
+    model, calls = build("llama").train(), []
+    layer = model.model.layers[1]
+    before, forward = snapshot(model), layer.forward
+
+    def interrupting(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == after:
+            raise KeyboardInterrupt
+        return forward(*args, **kwargs)
+
+    layer.forward = interrupting
+    with pytest.raises(KeyboardInterrupt):
+        convert_to_mla(model, batches(count=8), rope_dims=4, cache_reduction=0.5)
+    _is_as_it_was(model, before)
+
+
+def _is_as_it_was(model, before):
+    assert all(module.training for module in model.modules())
     assert model.config._attn_implementation == "sdpa"
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["clover", "transmla"])
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj", "o_proj"])
+def test_a_layer_of_zeros_is_converted(name, method):
+    """Then a moment is zero, and so is everything that is divided by it."""
+    model = build("llama")
+    with torch.no_grad():
+        getattr(model.model.layers[0].self_attn, name).weight.zero_()
+    result, report = convert_to_mla(model, batches(), rope_dims=4, cache_reduction=0.5, method=method)
+    assert logits(result).isfinite().all()
+    assert max(layer.latent_error for layer in report.layers) < float("inf")
+
+
+def test_a_layer_that_is_not_finite_is_refused_before_anything_is_released(monkeypatch):
+    fit = fitting._Layer.fit_output
+
+    def broken(self):
+        fit(self)
+        self.output.weight.data[0, 0] = float("nan")
+
+    monkeypatch.setattr(fitting._Layer, "fit_output", broken)
+    model = build("llama")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"model.layers.0.self_attn: expected finite weights after the fit"):
+        convert_to_mla(model, batches(), rope_dims=4, cache_reduction=0.5, release=True)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_hidden_states_of_the_result_are_there_after_batches_that_ask_for_them():
+    data = [{**batch, "output_hidden_states": True} for batch in batches()]
+    result, _ = convert_to_mla(build("llama"), data, rope_dims=4, cache_reduction=0.5)
+    with torch.no_grad():
+        assert len(result(**data[0]).hidden_states) == 3
 
 
 def test_the_public_name():

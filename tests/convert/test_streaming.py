@@ -107,7 +107,7 @@ def narrowed_as_a_whole(original, full, data, keys: int, rank: int, method: str)
         latents = {"z": (attention.kv_a_layernorm, False)}
         if method == "transmla":
             z = seen(whole, data, z=(whole.model.layers[i].self_attn.kv_a_layernorm, False))["z"]
-            latent.narrow(attention, LatentMoments(z.T @ z / len(z)), keys, rank)
+            latent.narrow(attention, *latent.principal_bases(z.T @ z / len(z), keys, rank))
             continue
         here = seen(full, data, **latents)["z"]
         # The narrow layers before this one are not there in the original: its latents are those of exact layers.
@@ -115,7 +115,7 @@ def narrowed_as_a_whole(original, full, data, keys: int, rank: int, method: str)
         hidden = layer.input_layernorm((x["x"] * scale).to(full.dtype))
         wanted = attention.kv_a_layernorm(attention.kv_a_proj_with_mqa(hidden)[:, : attention.kv_lora_rank]).double()
         moments = LatentMoments(here.T @ here / len(here), wanted.T @ here / len(here), sums[i].clone())
-        latent.narrow(attention, moments, keys, rank)
+        latent.narrow(attention, *latent.fitted_bases(moments, rank))
         left = seen(full, data, x=(layer, True), h=(attention.o_proj, True), y=(attention, False))
         h, weight = left["h"], attention.o_proj.weight.double()
         missing = x["y"] * scale + fitting.PULL * (x["x"] * scale - left["x"]) - left["y"]
