@@ -19,16 +19,15 @@ from typing import Any
 
 import torch
 from harness import Rows, options, parser, table, tiny_language_model
-from real_models import smollm2
+from real_models import SOURCES, smollm2, windows_of_domain
 from torch import Tensor
 from tqdm import tqdm
 
 import clover_peft
-from clover_peft.experiments.adaptation.domains import Domain, read_domain
+from clover_peft.experiments.adaptation.domains import read_domain
 from clover_peft.io import run_record as records
 from clover_peft.pruning import Calibration
 
-SOURCES = {"wikitext": "wikitext2", "python": "python", "french": "manpages-fr"}
 ALL, OWN, BESIDE = "all", "own", "wikitext and own"
 OWN_LENGTH, AT_A_TIME = 256, 4  # tokens of a window that the model writes; windows in a batch of them
 
@@ -86,7 +85,7 @@ class _Subject:
             domain = read_domain(name, source)
             self.about[name] = domain.describe()
             self.calibration[name], self.held_out[name] = (
-                _windows(domain, split, count, tokenizer, self.seed)
+                windows_of_domain(domain, split, count, tokenizer, self.seed)
                 for split, count in zip(("train", "test"), counts, strict=True)
             )
         share = arguments.calibration_windows // len(SOURCES)
@@ -128,14 +127,6 @@ class _Subject:
             batches = [window.unsqueeze(0).to(self.device) for window in windows]
             found[name] = [float(model(input_ids=ids, labels=ids).loss) for ids in batches]
         return found
-
-
-def _windows(domain: Domain, split: str, count: int, tokenizer: Any, seed: int, size: int = 1024) -> Tensor:
-    """(count, size) int64: windows of a split's documents, drawn by the seed."""
-    text = "\n\n".join(document.text for document in domain.of(split))
-    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-    windows = ids[: len(ids) // size * size].view(-1, size)
-    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:count]]
 
 
 def _rise(after: Sequence[float], before: Sequence[float]) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
     python benchmarks/mla.py                                          # the whole test set: hours on a CPU
     python benchmarks/mla.py --zeroshot 200                           # and 200 questions of each of seven sets
+    python benchmarks/mla.py --other-windows 8                        # and Python's source and French manual pages
     python benchmarks/mla.py --windows 16 --calibration-windows 16    # a look
     python benchmarks/mla.py --split validation --windows 6           # for choosing options
 
@@ -36,7 +37,7 @@ from typing import Any
 import torch
 from harness import Rows, at_most, clock, options, parser, table
 from pruning import windows_of
-from real_models import smollm2
+from real_models import SOURCES, smollm2, windows_of_domain
 from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -44,6 +45,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import clover_peft
 from clover_peft.convert import convert_to_mla
 from clover_peft.convert.plan import MlaPlan, measure_rates, plan_mla
+from clover_peft.experiments.adaptation.domains import read_domain
 from clover_peft.experiments.adaptation.trial import reset_peak_memory
 from clover_peft.experiments.adaptation.zeroshot import SETS, read_questions, score
 from clover_peft.io import run_record as records
@@ -65,11 +67,14 @@ class Benchmark:
         # Made at the start, so that a reduction that cannot be reached is refused before anything is measured.
         pairs = [(method, reduction) for reduction in arguments.reductions for method in arguments.methods]
         self.plans = {(method, reduction): self._plan(method, reduction) for method, reduction in pairs}
+        self.other = _other_texts(arguments, self.tokenizer)
         self.questions = read_questions(arguments.zeroshot * len(SETS)) if arguments.zeroshot else {}
 
     def measure(self, model: Any) -> Row:
         """Perplexity, accuracy and size of a model."""
         found: Row = {"perplexity": perplexity(model, self.test), "parameters": _parameters(model)}
+        if self.other:
+            found["other"] = {name: perplexity(model, windows) for name, windows in self.other.items()}
         if self.questions:
             answers = score(model, self.tokenizer, self.questions)
             found["zeroshot"] = {name: sum(a.values()) / len(a) for name, a in answers.items()}
@@ -122,7 +127,19 @@ def main(argv: Sequence[str] | None = None) -> Path:
             found += [row for each in settings if (row := rows.find(**each)) is not None]
             for row in found[-len(settings) :]:
                 tqdm.write("  ".join(str(cell) for cell in _cells(row)))
-    header = ["", "perplexity", "log ratio", "rope", "latent", "cache bytes", "parameters", "s", "GiB", "zero-shot"]
+    header = [
+        "",
+        "perplexity",
+        "log ratio",
+        "rope",
+        "latent",
+        "cache bytes",
+        "parameters",
+        "s",
+        "GiB",
+        "other",
+        "zero-shot",
+    ]
     before = next((row["report"]["cache_bytes"][0] for row in found), "")
     print(table(header, [_original(base, before), *map(_cells, found)]))
     target = _judge(found)
@@ -166,12 +183,29 @@ def _name(row: Row) -> str:
 def _cells(row: Row) -> list[object]:
     report = row["report"]
     sizes = (report["rope_dims"], report["kv_lora_rank"], report["cache_bytes"][1], row["parameters"])
-    took = (f"{row['convert_seconds']:.0f}", f"{row['convert_bytes'] / 2**30:.2f}", _accuracy(row))
+    took = (f"{row['convert_seconds']:.0f}", f"{row['convert_bytes'] / 2**30:.2f}", _others(row), _accuracy(row))
     return [_name(row), row["perplexity"], row["log_ratio"], *map(str, sizes), *took]
 
 
 def _original(row: Row, cache: object) -> list[object]:
-    return ["original", row["perplexity"], 0.0, "", "", str(cache), str(row["parameters"]), "", "", _accuracy(row)]
+    return [
+        "original",
+        row["perplexity"],
+        0.0,
+        "",
+        "",
+        str(cache),
+        str(row["parameters"]),
+        "",
+        "",
+        _others(row),
+        _accuracy(row),
+    ]
+
+
+def _others(row: Row) -> str:
+    """Perplexities on other texts."""
+    return ", ".join(f"{name} {value:.1f}" for name, value in row.get("other", {}).items()) or "-"
 
 
 def _accuracy(row: Row) -> str:
@@ -236,6 +270,18 @@ def _subject(arguments: argparse.Namespace) -> tuple[Any, Any, Tensor, Tensor]:
     return model.to(arguments.device), tokenizer, train, test[[i * len(test) // count for i in range(count)]]
 
 
+def _other_texts(arguments: argparse.Namespace, tokenizer: Any) -> dict[str, Tensor]:
+    """Windows of text of other kinds than what the conversion is calibrated with, by name."""
+    names, count = [name for name in SOURCES if name != "wikitext"], arguments.other_windows
+    if not count:
+        return {}
+    if arguments.fast:
+        drawn = torch.randint(3, 64, (len(names), count, 64), generator=torch.Generator().manual_seed(arguments.seed))
+        return dict(zip(names, drawn, strict=True))
+    domains = {name: read_domain(name, SOURCES[name]) for name in names}
+    return {name: windows_of_domain(each, "test", count, tokenizer, arguments.seed) for name, each in domains.items()}
+
+
 def _read_bytes(text: str, **_: Any) -> dict[str, list[int]]:
     """The tokenizer of a tiny model."""
     return {"input_ids": [3 + byte % 61 for byte in text.encode()]}
@@ -245,6 +291,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     command = parser(__doc__.splitlines()[0] if __doc__ else "", "mla")
     command.add_argument("--split", default="test", choices=["validation", "test"], help="of WikiText-2")
     command.add_argument("--windows", type=int, default=0, help="measured windows; 0: the whole split")
+    command.add_argument("--other-windows", type=int, default=0, help="measured windows of text of each other kind")
     command.add_argument("--calibration-windows", type=int, default=64)
     command.add_argument("--calibration-window", type=int, default=1024, help="tokens in one")
     command.add_argument("--reductions", type=float, nargs="+", default=REDUCTIONS, help="shares of the cache")

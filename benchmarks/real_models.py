@@ -34,6 +34,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
+from clover_peft.experiments.adaptation.domains import Domain
 from clover_peft.io.atomic import build_once
 from clover_peft.io.downloads import Archive, Wheel, cache_root, download_archive, download_wheel
 from clover_peft.io.hub_models import DEFAULT_MODEL, find_model
@@ -60,6 +61,8 @@ JFK_TEXT = (
 )
 SAMPLE_RATE = 16_000
 START, NO_TIMESTAMPS, END = 50257, 50362, 50256  # tiny.en writes text after the first two, and the third after it
+# Name of a kind of text -> its source, as adaptation experiments name it.
+SOURCES = {"wikitext": "wikitext2", "python": "python", "french": "manpages-fr"}
 PREVIOUS = 50360  # before the text that went before
 
 
@@ -329,3 +332,11 @@ def _waveform(path: Path) -> np.ndarray:
             raise ValueError(f"{path.name}: expected 16-bit mono at {SAMPLE_RATE} Hz, found {found}")
         samples = np.frombuffer(file.readframes(file.getnframes()), "<i2")
     return samples.astype(np.float32) / 32768
+
+
+def windows_of_domain(domain: Domain, split: str, count: int, tokenizer: Any, seed: int, size: int = 1024) -> Tensor:
+    """(count, size) int64: windows of a split's documents, drawn by the seed."""
+    text = "\n\n".join(document.text for document in domain.of(split))
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    windows = ids[: len(ids) // size * size].view(-1, size)
+    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:count]]

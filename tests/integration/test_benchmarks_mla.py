@@ -99,6 +99,17 @@ def test_zero_shot_accuracy_is_measured_of_every_row(benchmark, tmp_path):
         assert all(0 <= accuracy <= 1 for accuracy in row["zeroshot"].values())
 
 
+def test_text_of_other_kinds_is_measured_of_every_row(benchmark, tmp_path, capsys):
+    benchmark("pruning")
+    options = ["--reductions", "0.5", "--methods", "transmla", "--other-windows", "2"]
+    record = run(benchmark("mla"), tmp_path / "record.json", *options)
+    for row in (record["original"], *record["converted"]):
+        assert set(row["other"]) == {"python", "french"}
+        assert all(value > 1 for value in row["other"].values())
+    assert record["original"]["other"] != record["converted"][0]["other"]
+    assert f"python {record['original']['other']['python']:.1f}, french" in capsys.readouterr().out
+
+
 def rows_of(path: Path) -> list[Path]:
     return list(path.parent.glob("record.*.rows.json"))
 
