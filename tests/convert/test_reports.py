@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from clover_peft.convert import ConversionReport, SlicingReport
+from clover_peft.convert import ConversionReport, SlicingReport, card, convert_to_mla
+from tests.support.tiny import VOCAB, build
 
 SIZES = {"parameters": (10, 8), "tokens": 9}
 REPORTS = [
@@ -34,3 +36,19 @@ def test_a_failed_write_keeps_the_earlier_report(report, tmp_path, monkeypatch):
         report.save(path)
     assert path.read_bytes() == before
     assert [child.name for child in tmp_path.iterdir()] == ["report.json"]
+
+
+@pytest.mark.filterwarnings("ignore:calibration. .* tokens .*are few")
+@pytest.mark.parametrize(
+    ("choices", "said"),
+    [
+        ({}, "vLLM's own class fits."),
+        ({"tie_word_embeddings": True}, "because its head is tied to the embeddings: pass `model_impl=transformers`"),
+        ({"attention_bias": True}, "because it has biases: pass `model_impl=transformers`"),
+    ],
+)
+def test_the_card_names_what_vllms_class_lacks(choices, said):
+    batches = [{"input_ids": torch.randint(3, VOCAB, (1, 40), generator=torch.Generator().manual_seed(0))}]
+    result, report = convert_to_mla(build("llama", **choices), batches, rope_dims=6, cache_reduction=0.5)
+    assert report.rope_type == "default"
+    assert said in card._servers(result, report)
