@@ -196,8 +196,7 @@ def _block_spec(config: CloverConfig, key: str, target: TargetSlice, rank: int |
     partner = target.partner if config.cross_layer else None
     given = config.block_size if is_attention else config.mlp_block_size
     size = given or target.default_block_size
-    if not is_attention:
-        size = min(size, heads.dim)
+    size = size if is_attention else min(size, heads.dim)
     if not is_attention and given is None and size < min(8, heads.dim):
         warn(
             f"{key}: {heads.dim} features have no divisor between 8 and 64, blocks are of {size}, which trains "
