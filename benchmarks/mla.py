@@ -174,6 +174,7 @@ def _measure(benchmark: Benchmark, rows: Rows, settings: Sequence[Row], base: fl
         if rows.find(**each) is None:
             found = benchmark.measure(model)
             rows.add({**found, "log_ratio": math.log(found["perplexity"] / base), **facts}, **each)
+            facts["report"] = {**facts["report"], "layers": []}  # they are in the row before
 
 
 def _name(row: Row) -> str:

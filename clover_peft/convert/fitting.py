@@ -121,9 +121,8 @@ class _Layer:
     def fit_output(self) -> None:
         """Change the output projection by the solution of least squares."""
         penalty = (RIDGE * self.heads.diagonal().mean()).clamp(min=1e-30)  # heads without values are zero
-        change = torch.linalg.solve(
-            self.heads.diagonal_scatter(self.heads.diagonal() + penalty), self.errors, left=False
-        )
+        self.heads.diagonal().add_(penalty)
+        change = torch.linalg.solve(self.heads, self.errors, left=False)
         self.output.weight = nn.Parameter((self.output.weight.double() + change).to(self.output.weight.dtype), False)
 
     def run(self, batch: Batch, narrow: Tensor) -> Tensor:

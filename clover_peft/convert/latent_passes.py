@@ -48,18 +48,18 @@ def collect(target: Layerwise, batches: Sequence[Mapping[str, Any]], gradients: 
     needed = stored_bytes(len(order), sum(map(math.prod, shapes)), config.hidden_size, itemsize, gradients)
     with temporary_tensors(needed, target.device) as files:
         passes = _Passes(target, batches, files, len(order), gradients)
-        if gradients:
-            for k, group in order[:-1]:
-                passes.sweep(k, group, None)
+        with passes.progress:
+            if gradients:
+                for k, group in order[:-1]:
+                    passes.sweep(k, group, None)
+                    for i in group:
+                        target.empty(i)
+            for k, group in reversed(order) if gradients else order:
+                n = config.kv_lora_rank
+                sums = {i: torch.zeros(n, n, dtype=torch.float64) for i in group}
+                passes.sweep(k, group, sums)
                 for i in group:
-                    target.empty(i)
-        for k, group in reversed(order) if gradients else order:
-            n = config.kv_lora_rank
-            sums = {i: torch.zeros(n, n, dtype=torch.float64) for i in group}
-            passes.sweep(k, group, sums)
-            for i in group:
-                yield i, sums.pop(i)
-    passes.progress.close()
+                    yield i, sums.pop(i)
 
 
 def group_size(config: Any, layer: int) -> int:

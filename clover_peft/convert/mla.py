@@ -106,7 +106,7 @@ def convert_to_mla(
             if not math.isfinite(narrow[i]):
                 raise ValueError(
                     f"model.layers.{i}.self_attn: expected finite weights after the fit, found others; pass other or "
-                    "more calibration data, or method='transmla'"
+                    "more calibration data"
                 )
             if release:
                 target.release_original(i)

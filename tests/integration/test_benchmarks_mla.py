@@ -23,6 +23,7 @@ def test_latent_attention_by_both_rules(benchmark, tmp_path, capsys):
         assert row["convert_bytes"] > 0
         assert set(row["planned"]["seconds"]) == set(row["report"]["seconds"])
         assert row["planned"]["cache_bytes"] == row["report"]["cache_bytes"]
+        assert bool(row["report"]["layers"]) is not halved
         assert (row["parameters"] < found[row["method"], False]["parameters"]) is halved
     assert record["targets"]["log ratio v TransMLA's at -50 %"]["wanted"] == 0.5
     assert "clover -50.00%, heads halved" in capsys.readouterr().out

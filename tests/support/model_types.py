@@ -60,7 +60,8 @@ def small_config(cls: Any) -> Any:
             and not isinstance(old, list | tuple | dict)
             and (old is not None or name not in _OPTIONAL)
         ):
-            choices[name] = _BY_NAME[name]
+            kind = type(old) if isinstance(old, bool | float) else int  # configs check the types of their fields
+            choices[name] = kind(_BY_NAME[name])
         if name in _LISTS and isinstance(old, list) and len(old) > 2:
             choices[name] = (list(dict.fromkeys(old)) * 2)[:2]
     for name in getattr(cls, "sub_configs", {}):
