@@ -27,7 +27,6 @@ import torch
 from harness import finish, options, parser, randomise, table
 from peft import PeftModel, get_peft_model, save_as_lora
 from real_models import smollm2, wikitext2
-from torch import nn
 from tqdm.auto import tqdm
 
 from clover_peft import CloverConfig, convert_to_mla, prune, save_stock
@@ -192,19 +191,16 @@ def _loras(model: Any, tokenizer: Any, folder: Path) -> Made:
     return made
 
 
-def _latent(model: Any, tokenizer: Any, folder: Path, share: float | None = None, untied: bool = False) -> Made:
-    """Latent attention with a third of the cache, its heads made narrower by `share`, or its head of its own."""
+def _latent(model: Any, tokenizer: Any, folder: Path, share: float | None = None) -> Made:
+    """Latent attention with a third of the cache, its heads made narrower by `share`."""
     batches = _calibration(tokenizer)
     converted, report = convert_to_mla(model, batches, cache_reduction=0.6875)
     if share is not None:
         # vLLM's kernels know some widths of keys; these are a rotary key of 64 and a multiple of 16.
         prune(converted, share, calibration=batches, ranks="uniform", multiple=16)
-    if untied:
-        converted.lm_head.weight = nn.Parameter(converted.lm_head.weight.detach().clone())
-        converted.config.tie_word_embeddings = False
     converted.save_pretrained(folder / "model")
-    # The native class has no biases, takes every list of frequencies for YaRN, and does not tie the head.
-    native = report.rope_type == "default" and not converted.config.tie_word_embeddings
+    # The native class takes every list of frequencies for YaRN. It has no biases either; this model has none.
+    native = report.rope_type == "default"
     # Its kernel for the norm misreads the latent on a CPU.
     arguments: dict[str, Any] = {"compilation_config": {"custom_ops": ["none"]}}
     return Made({"": converted}, arguments if native else {"model_impl": "transformers"}, {"VLLM_MLA_DISABLE": "1"})
@@ -230,7 +226,6 @@ KINDS: dict[str, Callable[[Any, Any, Path], Made]] = {
     "two LoRAs exported from adapters": _loras,
     "latent attention": _latent,
     "latent attention, heads halved": partial(_latent, share=0.5),
-    "latent attention, head untied": partial(_latent, untied=True),
     "narrow values, MiMo class": _narrow_values,
 }
 CALIBRATED = {name for name in KINDS if "latent" in name or "narrow" in name}  # need WikiText-2

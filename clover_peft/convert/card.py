@@ -80,7 +80,6 @@ def _servers(model: Any, report: ConversionReport) -> str:
     in_the_way = [
         *(["its rotary frequencies are a list (`longrope`)"] if report.rope_type != "default" else []),
         *(["it has biases"] if model.config.attention_bias else []),
-        *(["its head is tied to the embeddings"] if model.config.tie_word_embeddings else []),
     ]
     if in_the_way:
         return (

@@ -59,7 +59,7 @@ def make_config(source: Source, rotated: Tensor) -> DeepseekV3Config:
         attention_dropout=getattr(config, "attention_dropout", 0.0),
         initializer_range=config.initializer_range,
         max_position_embeddings=config.max_position_embeddings,
-        tie_word_embeddings=config.tie_word_embeddings,
+        tie_word_embeddings=False,  # vLLM's class ignores it, and then makes a head of random numbers
         rope_parameters=_rope_parameters(source, frequencies_of(source, rotated)),
         **{name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
         dtype=source.model.dtype,

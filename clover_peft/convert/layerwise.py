@@ -54,11 +54,9 @@ class Layerwise:
         self.layers: list[Any] = list(self.model.model.layers)
         self.original_layers = source.layers
         self.layer_numbers = sum(parameter.numel() for parameter in self.layers[0].parameters())
-        tied = {"lm_head.weight"} if config.tie_word_embeddings else set[str]()
         state = source.model.state_dict()
-        outside = {name for name in state if not name.startswith(_LAYERS)} - tied
-        _load(self.model, {name: self._scaled(name, state[name]) for name in outside}, "", tied)
-        self.model.tie_weights()
+        outside = {name for name in state if not name.startswith(_LAYERS)}
+        _load(self.model, {name: self._scaled(name, state[name]) for name in outside}, "")
         # Buffers of a model on the meta device have no numbers.
         self.model.model.rotary_emb = type(self.model.model.rotary_emb)(config=config).to(self.device)
         self.model.generation_config = copy.deepcopy(source.model.generation_config)
@@ -126,13 +124,11 @@ class Layerwise:
     def _scaled(self, name: str, tensor: Tensor) -> Tensor:
         """A copy of an original weight outside attention, for the scaled residual stream."""
         shrinks = name.endswith(("embed_tokens.weight", "mlp.down_proj.weight"))
-        grows = name == "model.norm.weight" and self.model.config.tie_word_embeddings
-        factor = self.scale if shrinks else 1 / self.scale if grows else 1.0
-        if factor == 1:
+        if not shrinks or self.scale == 1:
             return tensor.clone()
         result = torch.empty_like(tensor)
         for old, new in zip(tensor.split(_ROWS), result.split(_ROWS), strict=True):
-            new.copy_(old.double() * factor)
+            new.copy_(old.double() * self.scale)
         return result
 
 
@@ -148,13 +144,11 @@ class _First(nn.Module):
         return hidden
 
 
-def _load(
-    module: nn.Module, state: Mapping[str, Tensor], path: str, tied: set[str] | frozenset[str] = frozenset()
-) -> None:
+def _load(module: nn.Module, state: Mapping[str, Tensor], path: str) -> None:
     """Put tensors in the place of a module's own, all of them but those of layers below it."""
     found = module.load_state_dict(state, strict=False, assign=True)
     missing = {name for name in found.missing_keys if not name.startswith(_LAYERS)}
-    if odd := sorted({*found.unexpected_keys, *missing} - tied):
+    if odd := sorted({*found.unexpected_keys, *missing}):
         raise ValueError(
             f"{path}{odd[0]}: expected the weights of DeepseekV3ForCausalLM and no others, found {len(odd)} missing "
             "or unexpected; remove buffers and parameters that the model's class does not have"
