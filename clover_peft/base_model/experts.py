@@ -90,13 +90,13 @@ class ExpertsWeight(BaseWeight):
     """
 
     def __init__(self, owner: nn.Module, path: str, layout: ExpertsLayout) -> None:
-        self.owner, self.path, self.layout = owner, path, layout
-        self.parameter = path.rpartition(".")[2]
+        self.layout, self.parameter = layout, path.rpartition(".")[2]
         self.names = (self.parameter, f"{self.parameter}_bias")
-        self.backend, self.fan_in_fan_out, self._original, self._written = None, False, None, None
-        self.note_weight()
-        self.in_features = self.stored.shape[3 - layout.dim]
-        self.out_features = len(self.stored) * (self.stored.shape[layout.dim] // layout.parts)
+        super().__init__(owner, path)
+
+    def _count_features(self) -> tuple[int, int]:
+        shape, dim = self.stored.shape, self.layout.dim
+        return shape[3 - dim], shape[0] * (shape[dim] // self.layout.parts)
 
     @property
     def stored(self) -> Tensor:

@@ -13,12 +13,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
+from ..io.text_windows import longest_window
 from .activations import evaluating
+
+_LENGTH = 256  # tokens of a row
 
 
 @torch.no_grad()
 def own_text(
-    model: Any, *, rows: int = 24, length: int = 256, batch_size: int = 24, seed: int = 0
+    model: Any, *, rows: int = 24, length: int | None = None, batch_size: int = 24, seed: int = 0
 ) -> list[dict[str, Tensor]]:
     """Text that a causal language model writes by itself, as batches for `initialize_from_activations` (ours).
 
@@ -29,7 +32,8 @@ def own_text(
     Args:
         model: a causal language model of transformers, or peft's around one. Its active adapters take part.
         rows: texts.
-        length: tokens of each, more than 1.
+        length: tokens of each, more than 1 and at most as many as the model has positions; by default 256, or all of
+            these if they are fewer.
         batch_size: rows that are written at a time.
         seed: of the random numbers. The global generators are left as they are.
 
@@ -37,17 +41,21 @@ def own_text(
         Batches of `{"input_ids": (rows, length) int64}`.
 
     Raises:
-        ValueError: if the model cannot write text from text alone, or a number is too small.
+        ValueError: if the model cannot write text from text alone, or a number is too small or too large.
     """
-    for name, value, least in (("rows", rows, 1), ("length", length, 2), ("batch_size", batch_size, 1)):
-        if value < least:
-            raise ValueError(f"{name}: expected at least {least}, found {value}")
     can_generate = getattr(model, "can_generate", lambda: False)()
     if not can_generate or getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(
             f"expected a causal language model, found {type(model).__name__}, which writes no text by itself; pass "
             "batches of real data instead"
         )
+    most = longest_window(model, None)
+    length = min(_LENGTH, most or _LENGTH) if length is None else length
+    for name, value, least in (("rows", rows, 1), ("length", length, 2), ("batch_size", batch_size, 1)):
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, found {value}")
+    if most is not None and length > most:
+        raise ValueError(f"length: expected at most the {most} positions of the model, found {length}")
     device = next(model.parameters()).device
     words = model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
 
@@ -91,12 +91,14 @@ class BaseWeight:
     def __init__(self, owner: nn.Module, path: str = "", quantization_kwargs: dict[str, Any] | None = None) -> None:
         self.owner = owner
         self.path = path
-        self.in_features, self.out_features = feature_counts(self.module, path)
+        self.in_features, self.out_features = self._count_features()
         self.fan_in_fan_out = isinstance(self.module, Conv1D)
         self.backend = resolve_quantization_backend(self.module, **(quantization_kwargs or {}))
         self._original: Original | None = None
-        self._written: tuple[Tensor, str] | None = None  # what `write` wrote, and its digest
-        self.note_weight()
+        self.remember_weight()
+
+    def _count_features(self) -> tuple[int, int]:
+        return feature_counts(self.module, self.path)
 
     @property
     def module(self) -> Any:
@@ -167,19 +169,26 @@ class BaseWeight:
         """`fn()`, computed by the processes that have the weight and sent to those that have none."""
         return fn() if self.is_in_every_process else computed_on_rank_0(fn)
 
-    def note_weight(self) -> None:
+    def remember_weight(self) -> None:
         """Take the weight as it is now for the one that `check_unchanged` expects."""
         self._corner = self._read_corner()
 
     def check_unchanged(self) -> None:
-        """Refuse to merge into a weight that something else has written into.
+        """Refuse to replace a weight that something else has written into since it was remembered.
 
         A tuner's layer around this one does so when it merges: its update belongs behind the maps, not before them.
-        `CloverModel` merges in order, and calls `note_weight` first; this is for a merge that another tuner begins.
+        `CloverModel` merges in order, and remembers the weights first; this is for a merge that another tuner begins.
         """
+        if not self._is_changed():
+            return
         if self.is_merged:
-            self._check_written()
-        elif self._is_changed() and not self.stored.requires_grad:
+            raise ValueError(
+                f"{self.path}: expected the weight as the merge left it, found that something has written into it "
+                "since, such as an adapter of another method around this one that was merged or unmerged; a further "
+                "merge, or unmerging, would lose that or leave it in the weight; load the base model again, and merge "
+                "all adapters in one call"
+            )
+        if not self.stored.requires_grad:
             raise ValueError(
                 f"{self.path}: expected the weight that the adapter was made for, found that something has written "
                 "into it since, such as an adapter of another method around this one that was merged; unmerge that "
@@ -187,12 +196,12 @@ class BaseWeight:
             )
 
     def _is_changed(self) -> bool:
-        """Whether the weight is another than `note_weight` took, as far as that can be told."""
-        noted, now = self._corner, self._read_corner()
-        if noted is None or now is None:
+        """Whether the weight is another than the one remembered, as far as its corner tells."""
+        before, now = self._corner, self._read_corner()
+        if before is None or now is None:
             return False
-        is_same_kind = (noted.shape, noted.dtype, noted.device) == (now.shape, now.dtype, now.device)
-        return is_same_kind and not torch.equal(noted.nan_to_num(), now.nan_to_num())
+        is_same_kind = (before.shape, before.dtype, before.device) == (now.shape, now.dtype, now.device)
+        return is_same_kind and not torch.equal(before.nan_to_num(), now.nan_to_num())
 
     def _read_corner(self) -> Tensor | None:
         """A few numbers of a plain weight that is here; the update of a projection's adapter changes them."""
@@ -200,17 +209,6 @@ class BaseWeight:
         if stored is None or stored.ndim < 2 or not is_plain(stored):
             return None
         return stored.detach()[..., :8, :8].clone()
-
-    def _check_written(self) -> None:
-        """Refuse to replace a merged weight that something else has written into."""
-        written, digest = self._written or (None, "")
-        if written is not None and written is getattr(self.module, self.names[0]) and _digest(written) != digest:
-            raise ValueError(
-                f"{self.path}: expected the weight as the merge left it, found that something has written into it "
-                "since, such as an adapter of another method around this one that was merged or unmerged; a further "
-                "merge, or unmerging, would lose that or leave it in the weight; load the base model again, and merge "
-                "all adapters in one call"
-            )
 
     def check_not_repacked(self) -> None:
         """Refuse a weight that gradients cannot pass through."""
@@ -261,21 +259,20 @@ class BaseWeight:
             TypeError: if a quantisation backend wrote into the packed weight, which `restore` could not put back.
         """
         module, (name, bias_name) = self.module, self.names
+        before = weight if self.backend is None else self.as_stored(self.transposed())
         if self._original is None:
             own, state = getattr(module, name, None), copy.copy(getattr(module, "state", None))
             self._original = Original(module, own, getattr(module, bias_name, None), state)
         if self.backend is None:
-            written = _like(getattr(module, name), weight)
-            setattr(module, name, written)
-            self._written = None if written.is_meta or isinstance(written, DTensor) else (written, _digest(written))
+            setattr(module, name, _like(getattr(module, name), weight))
         else:
-            before, packed = self.as_stored(self.transposed()), self.stored
+            packed = self.stored
             self.backend.set_base_weight(self.owner, weight)
-            if self.module is module and self.stored is packed:
+            if self.module is module and (self.stored is packed or not hasattr(module, name)):
                 self._original = None
                 raise TypeError(
-                    f"{self.path}: expected peft's {self.backend.backend_name} backend to put a new weight or a new "
-                    "module in place, found that it wrote into the old one, which unmerging could not restore; the "
+                    f"{self.path}: expected peft's {self.backend.backend_name} backend to put a new {name} or a new "
+                    "module in place, found that it changed the old one, which unmerging could not restore; the "
                     "module is merged now, load the base model again"
                 )
             error = self.backend.get_base_weight(self.module) - weight
@@ -283,6 +280,7 @@ class BaseWeight:
         if bias is not None:
             own = getattr(self.module, bias_name)
             setattr(self.module, bias_name, bias if own is None else _like(own, bias))  # None in a new module
+        self.remember_weight()
 
     def restore(self) -> None:
         """Put the base model's own tensors back, bit for bit.
@@ -291,7 +289,7 @@ class BaseWeight:
             ValueError: if the weight that `write` wrote has been changed since, with nothing changed.
         """
         assert self._original is not None
-        self._check_written()
+        self.check_unchanged()
         merged, (module, weight, bias, state) = self.module, self._original
         if merged is not module:
             holder: Any = self.owner
@@ -304,11 +302,11 @@ class BaseWeight:
                 module.state = state
         if bias is not None:
             setattr(module, self.names[1], bias)
-        self._original = self._written = None
+        self._original = None
+        self.remember_weight()
 
     def apply(self, fn: Any) -> None:
         """Move or cast the kept tensors, as `nn.Module._apply` does with a module's own."""
-        self._written = None  # another device or dtype may change the digest
         if self._original is not None:
             module, weight, bias, state = self._original
             if module is not self.module:
@@ -330,13 +328,6 @@ class BaseWeight:
 def _like(old: Tensor, new: Tensor) -> Tensor:
     """`new` in the place of `old`, which stays as it is: another module may share it."""
     return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
-
-
-def _digest(weight: Tensor) -> str:
-    """Two sums over a weight, which a change of it changes."""
-    weight = weight.detach()
-    sums = weight.sum(dtype=torch.float64), torch.linalg.vector_norm(weight, dtype=torch.float64)
-    return " ".join(float(one).hex() for one in sums)  # as text, NaN equals itself
 
 
 def _applied(fn: Any, tensor: Tensor) -> Tensor:
@@ -371,6 +362,11 @@ def partner_weight(model: nn.Module, partner: Partner) -> Iterator[Side]:
     weight = base_weight(model, partner.path)
     with weight.whole():
         yield Side(weight.transposed().mT, None) if partner.reads else weight.side
+
+
+def partner_side(model: nn.Module, partner: Partner | None) -> AbstractContextManager[Side | None]:
+    """`partner_weight`, or a context with None for a projection that is adapted alone."""
+    return nullcontext() if partner is None else partner_weight(model, partner)
 
 
 def base_of(module: nn.Module) -> nn.Module:

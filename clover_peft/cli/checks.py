@@ -10,6 +10,7 @@ import argparse
 import difflib
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 from ..experiments import settings
@@ -140,7 +141,9 @@ def evaluate(given: argparse.Namespace) -> None:
     if given.merge and given.adapter is None:
         raise ValueError("--merge: expected --adapter, found none to merge")
     if given.data is None and not given.harness:
-        raise ValueError("--data: expected a folder that `clover prepare-data` wrote, found none")
+        raise ValueError(
+            "--data is needed without --harness: expected a folder that `clover prepare-data` wrote, found no option"
+        )
     if given.vllm and (given.adapter or given.mode == "score"):
         raise ValueError("--vllm generates with a merged model: pass its folder as --model (`clover export`)")
     if given.adapter is not None:
@@ -157,7 +160,7 @@ def analyze(given: argparse.Namespace) -> None:
         raise ValueError(f"--{useless[0]}: expected none with --{'adapter' if given.adapter else 'before'}")
     names = labels(given)
     if len(set(names)) != len(given.adapter or names[:1]):
-        raise ValueError(f"--label: expected a name of its own for each adapter or model, found {names}")
+        raise ValueError(f"--label: expected a name of its own for each adapter or model, found {names}; pass them")
     if given.top < 1:
         raise ValueError(f"--top: expected at least 1, found {given.top}")
     if not 0 <= given.threshold <= 1:
@@ -177,7 +180,12 @@ def analyze(given: argparse.Namespace) -> None:
 
 def labels(given: argparse.Namespace) -> list[str]:
     """The names of the adapters that `clover analyze` compares, or of the model."""
-    return given.label or ([path.parent.name for path in given.adapter] if given.adapter else ["after"])
+    return given.label or [_label(path.absolute()) for path in given.adapter or ()] or ["after"]
+
+
+def _label(path: Path) -> str:
+    """The name of an adapter's folder, or of the run that it belongs to."""
+    return path.parent.name if path.name == "adapter" or path.name.startswith("checkpoint-") else path.name
 
 
 def convert(given: argparse.Namespace) -> None:

@@ -34,7 +34,7 @@ COMMANDS = {
     "sft": Command("fine-tune a language model on instruction data with TRL", ("trl", "datasets")),
     "prune": Command("make attention heads narrower along their singular directions"),
     "spectra": Command("show what attention heads would lose to pruning"),
-    "convert": Command("save a model in another stock class, with latent attention"),
+    "convert": Command("give a model latent attention, or a smaller hidden size"),
     "export": Command("merge an adapter into its base model, or approximate it by LoRAs"),
     "plan": Command("count an adapter's parameters and bytes without loading weights"),
     "evaluate": Command("ask a model the questions of the commonsense suite"),

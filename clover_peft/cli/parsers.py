@@ -256,7 +256,9 @@ The same command resumes an interrupted evaluation. It writes predictions.jsonl 
         "--data", type=path, help="folder from `clover prepare-data`, or test/<task>.jsonl[.gz] of original rows"
     )
     parser.add_argument("--split", choices=("test", "validation"), help="by default test")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), metavar="task", help="a part of the suite")
+    parser.add_argument(
+        "--tasks", nargs="+", choices=list(TASKS), metavar="task", help=f"a part of the suite: {', '.join(TASKS)}"
+    )
     parser.add_argument("--rows", type=int, metavar="N", help="questions a task, drawn at random; by default all")
     parser.add_argument("--mode", choices=("generate", "score"), help="by default generate")
     parser.add_argument(
@@ -264,7 +266,7 @@ The same command resumes an interrupted evaluation. It writes predictions.jsonl 
     )
     parser.add_argument("--beams", type=int, help="of the search; by default the protocol's")
     parser.add_argument("--new-tokens", type=int, help="longest answer; by default the protocol's 32")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=32, help="questions at a time; by default 32")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; by default as in training, else float32")
     parser.add_argument("--vllm", action="store_true", help="generate with vLLM, for a merged model")
     parser.add_argument("--harness", nargs="+", metavar="task", help="lm-evaluation-harness's tasks, instead")

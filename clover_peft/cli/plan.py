@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from ..base_model.weight import BaseWeight, base_of, feature_counts
 from ..io.hub_models import find_model
 from ..io.model_class import class_of, find_class, make_empty, read_config
-from ..tuner.bases import frozen_tensors
+from ..tuner.bases import compute_frozen_tensors
 from ..tuner.block_spec import BlockSpec
 from ..tuner.config import CloverConfig
 from ..tuner.experts import refuse_experts
@@ -157,7 +157,7 @@ def measure(config: transformers.PretrainedConfig, kind: Any, adapter: CloverCon
             for parameter in module.parameters():
                 nn.init.normal_(parameter.data, std=0.02)
         started = time.perf_counter()
-        frozen_tensors(model, BaseWeight(model.get_submodule(path), path), specs)
+        compute_frozen_tensors(model, BaseWeight(model.get_submodule(path), path), specs)
         seconds += time.perf_counter() - started
         for name in dict.fromkeys([path, *partners]):
             model.get_submodule(name).to("meta")

@@ -11,10 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from ..base_model.own_text import own_text
-from ..io.text_windows import DEFAULT_BATCH, batches_for, longest_window, without_outputs
+from ..io.text_windows import DEFAULT_BATCH, batches_for, without_outputs
 
 _HELD_OUT = 8  # windows to measure on
-_OWN_LENGTH = 256  # tokens of a window that the model writes
 
 
 def calibration(
@@ -40,10 +39,9 @@ def calibration(
         name = Path(given.calibration).name if Path(given.calibration).exists() else given.calibration
         described.append(f"{rows} windows of {length} tokens from {name}")
     if own := getattr(given, "own_text", None):  # `clover spectra` has no such option
-        length = min(_OWN_LENGTH, longest_window(model, tokenizer) or _OWN_LENGTH)
-        written = own_text(model, rows=own, length=length, batch_size=given.batch_size or DEFAULT_BATCH)
+        written = own_text(model, rows=own, batch_size=given.batch_size or DEFAULT_BATCH)
         batches += [{**batch, **without_outputs(model)} for batch in written]
-        described.append(f"{own} windows of {length} tokens that the model wrote")
+        described.append(f"{own} windows of {written[0]['input_ids'].shape[1]} tokens that the model wrote")
     if not batches:
         return None, None
     data = " and ".join(described)

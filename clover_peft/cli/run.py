@@ -17,7 +17,9 @@ def run(given: argparse.Namespace) -> int:
         sys.path[0] = os.getcwd() if given.module else str(Path(name).resolve().parent)
     if not (_can_run(name) if given.module else Path(name).exists()):
         expected = "a module that can be run" if given.module else "a script"
-        remedy = "check the name" if given.module else "check the path, or pass -m to name a module"
+        remedy = "check the path, or pass -m to name a module"
+        if given.module:
+            remedy = "check the name, and that its package is installed in this environment"
         print(f"error: clover run {name}: expected {expected}, found none; {remedy}", file=sys.stderr)
         return 2
     sys.argv = [name, *given.arguments]

@@ -162,10 +162,10 @@ def _advice(
 def _more_text(batches: Sequence[dict[str, Any]]) -> str:
     """How much text a measurement needs: a window beside those of the calibration."""
     count, length = sum(len(batch["input_ids"]) for batch in batches), batches[0]["input_ids"].shape[1]
-    fewer = f", or --rows {count - 1} to hold one out" if count > 1 else ""
+    fewer = f", or --rows {count - 1} to calibrate with one less" if count > 1 else ""
     return (
-        f"that needs {count + 1} different windows of {length} tokens, one of them held out, and the text has "
-        f"{count}; pass more text{fewer}"
+        f"that needs a window of {length} tokens besides the {count} that calibrate, and the text has no other; pass "
+        f"more text{fewer}"
     )
 
 

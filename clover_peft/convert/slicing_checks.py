@@ -99,13 +99,19 @@ def choose_width(model: Any, ratio: float, multiple: int, stock: bool) -> int:
     if ratio == 0:
         return int(size)
     wanted = size * (1 - ratio)
-    if stock and not _is_valid(model.config, _nearest(wanted, step)):
-        step = math.lcm(step, model.config.num_attention_heads)
-    width = _nearest(wanted, step)
+
+    def choose(step: int) -> tuple[int, int]:
+        if stock and not _is_valid(model.config, _nearest(wanted, step)):
+            step = math.lcm(step, model.config.num_attention_heads)
+        return _nearest(wanted, step), step
+
+    width, step = choose(step)
     if not 1 < width < size:
+        other = choose(1)[0]
+        smaller = f", or multiple=1, with which it is {other}" if 1 < other < size else ""
         raise ValueError(
             f"ratio={ratio}: expected a hidden size below {size}, found {width} as the multiple of {step} that is "
-            f"nearest to {wanted:.1f}; pass another ratio, or a smaller multiple"
+            f"nearest to {wanted:.1f}; pass another ratio{smaller}"
         )
     return width
 

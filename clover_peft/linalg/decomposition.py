@@ -32,13 +32,13 @@ _CHUNK_ELEMENTS = 1_048_576
 class Bases:
     """Frozen bases of H blocks, which read and write the projection's own output z (ours).
 
-    With the paper's orthonormal U and V (Eq. 3, arXiv 2411.17426): `C z = U^T x`, `W_o E = V`, and `E S0 C = I` if no
-    direction was cut or dropped. From Grams that `limit_condition` changed, U and V are not orthonormal.
+    With the paper's orthonormal U and V (Eq. 3, arXiv 2411.17426): `C z = U^T x`, `W_o E = V`, and `E S0 C = I` if all
+    directions are there. From Grams that `limit_condition` changed, U and V are not orthonormal.
 
     Attributes:
         c: (H, r, d) float64, C. A dropped direction is a zero row.
         e: (H, d, r) float64, E, or None for the identity (QR basis).
-        singular_values: (H, r) float64, those of S0, descending. S0 is their diagonal matrix, in the QR basis R^T.
+        singular_values: (H, r) float64, descending, those of S0: their diagonal matrix, or R^T (QR basis).
     """
 
     c: Tensor
@@ -80,9 +80,9 @@ def _trace(rows: Tensor, g: Tensor) -> Tensor:
 
 
 def gram(blocks: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Gram matrix of every block: the sum over the D hidden features of `w w^T`, w the block's d weights of a feature.
+    """Gram matrix of every block, `A A^T` for its (d, D) weights A. Costs D H d^2.
 
-    A bias is one more hidden feature, which is always 1. Costs D H d^2.
+    A bias is one more column of A: the weights of a hidden feature that is always 1.
 
     Args:
         blocks: (D, H, d), any floating dtype. For a projection `W` (out, in): `W^T`, its outputs cut into blocks. For

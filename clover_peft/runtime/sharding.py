@@ -82,8 +82,15 @@ def spare_broadcasts(model: nn.Module, buffers: Iterable[str]) -> None:
     """Keep DistributedDataParallel from sending constant buffers to all processes in each forward pass.
 
     DistributedDataParallel may wrap the bare model, the tuner or a `PeftModel`; each has other names for a buffer.
-    `buffers` are names in the bare model. Names of adapters that were taken out stay, without effect.
+    `buffers` are names in the bare model, and replace those of an earlier call.
     """
-    known = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+    before: list[str] = getattr(model, _IGNORED, [])
+    others = {name for name in before if "clover_" not in name}
     wrapped = {prefix + name for name in buffers for prefix in ("", "model.", "base_model.model.")}
-    model._ddp_params_and_buffers_to_ignore = sorted(known | wrapped)  # type: ignore[assignment]
+    if names := sorted(others | wrapped):
+        setattr(model, _IGNORED, names)
+    elif before:
+        delattr(model, _IGNORED)
+
+
+_IGNORED = "_ddp_params_and_buffers_to_ignore"  # torch's name

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from ..base_model.activations import Probe, collect_moments
-from ..base_model.weight import base_of
-from .bases import compute_bases, partner_side, stored_bases
+from ..base_model.weight import base_of, partner_side
+from .bases import compute_bases, stored_bases
 from .block_spec import BlockSpec
 from .experts import refuse_experts
 from .layer import CloverLayer
@@ -56,7 +56,7 @@ def initialize_from_activations(
         with layer.base_weight.whole():
             side = layer.base_weight.side
             for spec in layer.specs[adapter_name]:
-                with partner_side(inner, spec) as partner:
+                with partner_side(inner, spec.partner) as partner:
                     bases = compute_bases(spec, side, partner, *map(found.get, _names(path, spec)))
                 made.append((layer, spec, stored_bases(bases)))
     for layer, spec, tensors in made:

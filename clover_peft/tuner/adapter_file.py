@@ -12,7 +12,7 @@ from ..linalg.triangles import pack, unpack
 from ..runtime.loading import weights_follow
 from .adapter_tensors import BASES_CHECKSUM, FROZEN, PACKED, TRAINED, WHOLE, file_key, tensor_keys
 from .base_check import MUCH_CHANGED, check_fingerprint, error_from_rounding, fingerprint
-from .bases import frozen_tensors
+from .bases import compute_frozen_tensors
 from .block_spec import BlockSpec, BlockTensors
 from .config import CloverConfig
 from .layer import CloverLayer
@@ -56,14 +56,14 @@ def select_for_saving(name: str, layer: CloverLayer, adapter_name: str, config: 
             state[keys[BASES_CHECKSUM]] = _checksum(tensors.c)
 
 
-def take_file(
+def check_and_complete(
     model: nn.Module, layers: dict[str, CloverLayer], adapter_name: str, config: CloverConfig, state: dict[str, Tensor]
 ) -> None:
     """Check a file's tensors against the model, and add the bases that were not saved. Nothing is loaded here.
 
     `layers` holds the adapter's layers by their paths, as in the keys of `state`, which is changed in place.
 
-    Trained tensors alone, which no file has, are set in an adapter that has its bases; it keeps the others.
+    A state dict of trained tensors alone, which no file is, gets the bases that the adapter has here.
 
     Warns of a base in another precision than in training, if rounding is much of the adapter's effect on it.
     """
@@ -87,7 +87,7 @@ def take_file(
 def has_same_bases(layers: dict[str, CloverLayer], adapter_name: str, state: dict[str, Tensor]) -> bool:
     """Whether a file's bases are those that the adapter has here, up to rounding, as in a checkpoint of its training.
 
-    The arguments are those of `take_file`.
+    The arguments are those of `check_and_complete`.
     """
     _unpack(layers, adapter_name, state)
     for name, layer in layers.items():
@@ -164,7 +164,7 @@ def _take_layer(
             continue
         frozen = layer.tensors(adapter_name, spec)
         if frozen.c is None or not layer.has_bases(adapter_name):
-            computed = computed or frozen_tensors(inner, layer.base_weight, layer.specs[adapter_name])
+            computed = computed or compute_frozen_tensors(inner, layer.base_weight, layer.specs[adapter_name])
             if computed is None:
                 source = "a base model without weights; load it first"
                 if not layer.base_weight.is_readable:

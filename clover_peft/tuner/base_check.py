@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..base_model.weight import BaseWeight
+from ..base_model.weight import BaseWeight, partner_side
 from .adapter_tensors import tensor_keys
-from .bases import partner_side, row_norms
+from .bases import row_norms
 from .block_spec import BlockSpec, BlockTensors
 from .config import CloverConfig
 from .layer import CloverLayer
@@ -15,7 +15,7 @@ from .layer import CloverLayer
 # The largest relative difference of two fingerprints by rounding of the base's weights, for the coarser precision of
 # the two. It is far below the precision itself, because rounding averages out over a row.
 FINGERPRINT_TOLERANCE = {"float64": 1e-5, "float32": 1e-5, "bfloat16": 5e-3, "float16": 1e-3, "bnb 8bit": 1e-2}
-COARSE_TOLERANCE = 0.1  # any other quantisation, of which 4 bits are the coarsest
+COARSE_TOLERANCE = 0.1  # any other quantisation; chosen for 4 bits
 # Root mean square of the rounding error of normally distributed weights, relative to that of the weights.
 WEIGHT_ERROR = {
     "float64": 0.0,
@@ -40,7 +40,7 @@ def fingerprint(model: nn.Module, base: BaseWeight, spec: BlockSpec) -> Tensor |
     with base.whole():
         if not base.is_present:
             return None
-        with partner_side(model, spec) as partner:
+        with partner_side(model, spec.partner) as partner:
             return row_norms(spec, base.side, partner, _COMPARED)
 
 
@@ -49,7 +49,7 @@ def error_from_rounding(layers: dict[str, CloverLayer], adapter_name: str, confi
     """The share of an adapter's effect, `E dS C W`, that changes because W has another precision than in training.
 
     An estimate, which takes rounding errors in W to be white, of the usual size for the coarser precision. It is 0 if
-    the precisions are the same, or the weights cannot be read. The arguments are those of `take_file`.
+    the precisions are the same, or the weights cannot be read. The arguments are those of `check_and_complete`.
     """
     changed = effect = 0.0
     for name, layer in layers.items():

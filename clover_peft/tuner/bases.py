@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from ..base_model.weight import BaseWeight, Side, partner_weight
+from ..base_model.weight import BaseWeight, Side, partner_side
 from ..io.user_warning import warn
 from ..linalg.decomposition import Bases, feature_norms, limit_condition, pair_bases, qr_bases, svd_bases
 from ..linalg.moments import Moments, pair_grams, shrink
@@ -18,7 +17,7 @@ _NAMED = 8  # the most targets that a warning names
 
 
 def warn_of_zero_blocks(found: list[str]) -> None:
-    """Warn once of the blocks of zeros that `frozen_tensors` found in a model."""
+    """Warn once of the blocks of zeros that `compute_frozen_tensors` found in a model."""
     if found:
         more = f"; and {len(found) - _NAMED} more target(s)" if len(found) > _NAMED else ""
         warn(
@@ -28,13 +27,8 @@ def warn_of_zero_blocks(found: list[str]) -> None:
         )
 
 
-def partner_side(model: nn.Module, spec: BlockSpec) -> AbstractContextManager[Side | None]:
-    """The other projection of a pair, whole inside the context only; None for a projection that is adapted alone."""
-    return nullcontext() if spec.partner is None else partner_weight(model, spec.partner)
-
-
 @torch.no_grad()
-def frozen_tensors(
+def compute_frozen_tensors(
     model: nn.Module, base_weight: BaseWeight, specs: tuple[BlockSpec, ...], zero_blocks: list[str] | None = None
 ) -> dict[str, dict[str, Tensor]] | None:
     """The frozen tensors of a projection's slices.
@@ -53,7 +47,7 @@ def frozen_tensors(
     """
 
     def of_slice(spec: BlockSpec, own: Side) -> dict[str, Tensor]:
-        with partner_side(model, spec) as partner:
+        with partner_side(model, spec.partner) as partner:
             norm = row_norms(spec, own, partner)
             if zero_blocks is not None and (zeros := (norm == 0).all(-1).nonzero().flatten().tolist()):
                 zero_blocks.append(f"{base_weight.path} ({spec.part}), block(s) {', '.join(map(str, zeros))}")
@@ -81,8 +75,8 @@ def stored_bases(bases: Bases) -> dict[str, Tensor]:
 
 
 def row_norms(spec: BlockSpec, own: Side, partner: Side | None, features: int | None = None) -> Tensor:
-    """Norms of the weight's rows, (H, d), or of the first features of each block; for a pair, times the norms of the
-    partner's columns."""
+    """Norms of the weight's rows, (H, d), or of the first features of each block; for a pair, times the norms of what
+    the partner has for the same features, over all heads that share them."""
     found = feature_norms(spec.heads.blocks(own.weight, spec.size)[..., :features])
     if partner is None:
         return found

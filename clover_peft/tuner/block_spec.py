@@ -89,7 +89,7 @@ class BlockSpec:
 
     @property
     def place(self) -> Place:
-        """The features that the map acts on, and how."""
+        """The features that the map acts on, and whether it replaces them."""
         return Place(self.heads, self.size, self.replaces)
 
     @property
@@ -104,9 +104,9 @@ class BlockSpec:
 
     @property
     def is_factored(self) -> bool:
-        """Whether to keep the map as C and E dS: autograd then keeps fewer numbers, or it is less work."""
-        keeps_nothing = self.output_is_kept and not self.replaces  # training needs only an output that is kept anyway
-        return self.r < self.size and (not keeps_nothing or self.r <= self.size // 4)
+        """Whether to keep the map as C and E dS: if that saves numbers for the backward pass, or most of the work."""
+        keeps_only_output = self.output_is_kept and not self.replaces  # which the layers behind keep anyway
+        return self.r < self.size and (not keeps_only_output or self.r <= self.size // 4)
 
     @property
     def base_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -237,7 +237,7 @@ def _block_spec(config: CloverConfig, key: str, target: TargetSlice, rank: int |
         config.truncate and r < size,
         config.from_activations,
         config.balanced_updates,
-        config.max_condition if r == size else None,  # the leading directions are those of the weights
+        config.max_condition if r == size else None,  # a limit would mix the leading directions with others
         partner,
         output_is_kept=target.part == "up" or (target.part == "v" and target.partner is not None),
     )

@@ -42,8 +42,9 @@ class CloverConfig(PeftConfig):
             paper's cross-layer form). False decomposes every projection alone.
         block_size: Features per block of attention projections. None: one block per head. A divisor of the head size
             splits heads; a multiple joins heads, for intra-layer targets only.
-        mlp_block_size: Features per block of the other projections; one with fewer features is one block. None: the
-            largest divisor of the output features that is at most 64.
+        mlp_block_size: Features per block where there are no heads, as in an MLP; fewer features are one block. None:
+            the largest divisor of the features that is at most 64. A number also admits projections of models that
+            the table does not know.
         basis: Basis of intra-layer targets, "qr" or "svd". None: "qr" for a full matrix over a whole block, otherwise
             "svd".
         truncate: Drop the directions beyond the leading r instead of keeping them unchanged: training starts from the
@@ -71,10 +72,10 @@ class CloverConfig(PeftConfig):
         from_activations: Set by `initialize_from_activations`; not for new adapters.
         balanced_updates: Set by `balance_updates`; not for new adapters.
         base_precision: Set when the adapter is made: the precision of the base weights, such as "bfloat16".
-        max_condition: Largest condition number of the bases of blocks that are trained whole; the bases amplify
-            rounding by up to this factor. A direction whose strength is below 1/limit of the strongest is treated as
-            if it had that strength. None means 100 in a new config; a large number is no limit. In files of earlier
-            versions, None means no limit.
+        max_condition: Largest condition number of the bases of blocks that are trained whole, above 1 and at most
+            10,000; the bases amplify rounding by up to this factor. Where it would be larger, a multiple of the
+            identity is added to the block's Gram matrix. None means 100 in a new config, and in files of earlier
+            versions no limit.
 
     Raises:
         ValueError: for values outside these choices and for combinations that have no meaning.
@@ -115,8 +116,8 @@ class CloverConfig(PeftConfig):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        # These three are not fields, so no file has them. Only a config from a file has peft's version here; it waits
-        # for the weights beside it until they are loaded.
+        # These three are not fields, so no file has them. Only a config that was read from a file has peft's version
+        # here: it waits for the weights beside it.
         self.awaits_weights = self.peft_version is not None
         self.folder = ""  # the folder that it was read from, if that is known
         # What the file says of its bases, while the adapter has bases that were computed from this model's weights.
@@ -128,10 +129,14 @@ class CloverConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
+        self.check()
+
+    def check(self) -> None:
+        """Check the fields, which may have been set since: `ValueError` for values that do not fit together."""
         config_checks.check({each.name: getattr(self, each.name) for each in fields(self)})
 
     def set_record_aside(self) -> None:
-        """Say nothing of a file's bases: others are computed from the weights here. The file may be loaded later."""
+        """Hide the fields that describe a file's bases, while the adapter has bases of this model's weights."""
         names = ("from_activations", "balanced_updates", "base_precision")
         self.recorded = self.recorded or {name: getattr(self, name) for name in names}
         self.from_activations = self.balanced_updates = False

@@ -61,7 +61,7 @@ class MapCache:
         if not all(map(_can_watch, sources)):
             return None
         maps = fold()
-        if all(type(m.matrix) is Tensor for m in maps):  # no tracer's stand-in
+        if all(type(m.matrix) is Tensor for m in maps):  # and no FakeTensor of a tracer
             self._entries[key] = (
                 maps,
                 [_Seen(t, t._version, t.detach()) for t in cast(list[Tensor], sources)],
@@ -153,6 +153,8 @@ def apply_adapters(layer: AdapterTensors, z: Tensor, adapter_names: Sequence[str
         (..., out_features), dtype of `z`.
     """
     names = [name for name in adapter_names if name in layer.specs]
+    if not names:
+        return z
     traced, differentiated = is_traced(), layer.training or torch.is_grad_enabled()
     is_replica = shares_state(layer)
     kept = folded = together = None

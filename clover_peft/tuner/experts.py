@@ -41,7 +41,7 @@ class CloverExperts(CloverLayer):
     base_weight: ExpertsWeight
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, name: str, layout: ExpertsLayout) -> None:
-        super().__init__(base_layer, adapter_name, name, base_weight=partial(ExpertsWeight, layout=layout))
+        super().__init__(base_layer, adapter_name, name, make_reader=partial(ExpertsWeight, layout=layout))
 
     @property
     def below(self) -> nn.Module:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.linalg import pinv
 
-from ..base_model.weight import Side
-from .bases import compute_bases, partner_side
+from ..base_model.weight import Side, partner_side
+from .bases import compute_bases
 from .block_spec import BlockSpec
 from .layer import CloverLayer
 from .layers import clover_layers, inner_model
@@ -84,7 +84,7 @@ def _factors(model: nn.Module, layer: CloverLayer, adapter_name: str, spec: Bloc
     u, ds = rows @ tensors.c.double().mT, layer.scaling[adapter_name] * tensors.s.double()
     v = torch.eye(spec.size).to(u) if tensors.e is None else tensors.e.double()
     v = v.expand(spec.blocks, -1, -1)
-    with partner_side(model, spec) as partner:
+    with partner_side(model, spec.partner) as partner:
         if spec.balanced_updates:  # which scaled C
             norms = torch.linalg.matrix_norm(compute_bases(spec, own, partner).c.to(u))
             scale = torch.linalg.matrix_norm(tensors.c.double()) / torch.where(norms > 0, norms, 1.0)

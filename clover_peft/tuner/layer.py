@@ -34,14 +34,14 @@ from .execution import MapCache, apply_adapters
 
 
 class CloverLayer(AdapterTensors, BaseTunerLayer):
-    """A projection with CLOVER adapters: `nn.Linear`, `Conv1D` or a quantised linear.
+    """A projection with CLOVER adapters: `nn.Linear`, `Conv1D` or a quantised linear; a subclass holds experts.
 
     Args:
         base_layer: the projection, or another tuner's layer around it.
         adapter_name: its first adapter, which is active; `update_layer` makes it.
         name: path of the target in the model, for messages.
         quantization_kwargs: arguments of peft's quantisation backends (`get_quantization_kwargs(model)`).
-        base_weight: makes the reader of the base weight from the layer and `name`; None for a projection's own.
+        make_reader: makes the reader of the base weight from the layer and `name`; None for a projection's own.
 
     Attributes:
         adapters_of_model: the adapters of all layers of the model, in a set that these share.
@@ -59,7 +59,7 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
         adapter_name: str,
         name: str = "",
         quantization_kwargs: dict | None = None,
-        base_weight: Callable[[nn.Module, str], BaseWeight] | None = None,
+        make_reader: Callable[[nn.Module, str], BaseWeight] | None = None,
     ) -> None:
         super().__init__(base_layer, name)
         self.merged_adapters: list[str] = []
@@ -68,7 +68,7 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter = [adapter_name]
         self._cache = MapCache()
-        self.base_weight = (base_weight or partial(BaseWeight, quantization_kwargs=quantization_kwargs))(self, name)
+        self.base_weight = (make_reader or partial(BaseWeight, quantization_kwargs=quantization_kwargs))(self, name)
         self.in_features, self.out_features = self.base_weight.in_features, self.base_weight.out_features
 
     @property
@@ -242,7 +242,7 @@ class CloverLayer(AdapterTensors, BaseTunerLayer):
         """Write adapters into the base weight, `W <- (I + E dS C) W + B A`, and into the bias.
 
         The original tensors are kept beside the merged ones: `unmerge` restores them bit for bit, and a further merge
-        starts from them. An offloaded or sharded weight has to be whole, which peft sees to when it merges a model.
+        starts from them. An offloaded or sharded weight has to be whole, which `CloverModel` sees to.
 
         Args:
             safe_merge: refuse results that are not finite.

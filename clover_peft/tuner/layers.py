@@ -81,7 +81,8 @@ def check_merges(model: nn.Module, adapter_names: list[str] | None, safe_merge: 
                 f"{layer.name}: expected to be merged before the {type(around).__name__} around it, found that one "
                 "merged; unmerge it first, and call this again: both are merged then, in order"
             )
-        layer.base_weight.note_weight()  # no tuner around it has written into the weight: if it is new, it is meant
+        if not layer.merged:
+            layer.base_weight.remember_weight()  # no tuner wrote into it: a user who did wants the new weight merged
         wanted = layer.active_adapters if adapter_names is None else adapter_names
         names = list(dict.fromkeys([*layer.merged_adapters, *(name for name in wanted if name in layer.specs)]))
         if not names:

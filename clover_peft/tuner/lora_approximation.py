@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .experts import refuse_experts
-from .layers import layers_with
+from .layers import inner_model, layers_with
 
 
 @torch.no_grad()
@@ -35,7 +35,7 @@ def lora_errors(
     if wrong := [rank for rank in ranks if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1]:
         raise ValueError(f"lora_errors: expected positive integers as ranks, found {wrong[0]!r}")
     energies = {}
-    layers = layers_with(model, adapter_name)
+    layers = layers_with(inner_model(model), adapter_name)
     refuse_experts(layers, "a LoRA that approximates the adapter")
     for name, layer in layers:
         with layer.base_weight.whole():

@@ -18,7 +18,7 @@ from ..runtime.tracing import takes_writes
 
 
 class Place(NamedTuple):
-    """The features that a map acts on, H blocks of d, and how.
+    """The features that a map acts on, H blocks of d, and whether it replaces them.
 
     Attributes:
         heads: the features.
@@ -45,11 +45,11 @@ class Place(NamedTuple):
 
 
 class Inversion(NamedTuple):
-    """How `fused_maps` solves `y = (I + M) z` for z in a backward pass, if that does not amplify rounding too much.
+    """What a backward pass needs to use y = (I + M) z in the place of z (`fused_maps`).
 
     Attributes:
-        square: a bound on the norms of M^2, infinite if I + M must not be inverted.
-        shared: the inverse for M rounded to a dtype, (H, d, d), where it is computed with those of other layers.
+        square: a bound on the norms of M^2; infinite if inverting I + M would amplify rounding too much.
+        shared: returns the inverse for M rounded to a dtype, (H, d, d), if other layers' are computed with it.
     """
 
     square: float
@@ -64,7 +64,7 @@ class HeadMap(NamedTuple):
         matrix: (H, d, d), M; with `c` (H, d, r), its left factor E dS.
         c: (H, r, d), C, of a map in two stages, M = (E dS) C; None for a folded map.
         dropout: a module that is applied to the map's input.
-        inversion: of a folded map; None if it is not computed yet.
+        inversion: of a folded map; None if `fused_maps` has to find it out itself.
     """
 
     place: Place

@@ -29,7 +29,7 @@ def check_truncation(layer: AdapterTensors, adapter_names: str | Iterable[str], 
 
 
 def check_merge(layer: AdapterTensors, adapter_names: list[str]) -> None:
-    """Refuse adapters that cannot be merged, without computing the result.
+    """Refuse adapters that cannot be merged, without computing the result; it may run the projection on two rows.
 
     Raises:
         ValueError: if two of them truncate, one has no bases, another tuner has an unmerged update below, or the

@@ -29,10 +29,10 @@ from ..runtime.loading import (
     weights_follow,
 )
 from ..runtime.sharding import filled_by_rank_0, refuse_sharded, spare_broadcasts
-from .adapter_file import has_same_bases, select_for_saving, take_file
+from .adapter_file import check_and_complete, has_same_bases, select_for_saving
 from .adapter_folder import check_folder
 from .adapter_tensors import BASES_CHECKSUM, FROZEN, PACKED
-from .bases import frozen_tensors, warn_of_zero_blocks
+from .bases import compute_frozen_tensors, warn_of_zero_blocks
 from .block_spec import block_specs, warn_of_useless_block_size
 from .combining import add_up, find_sources
 from .config import CloverConfig
@@ -174,7 +174,7 @@ class CloverModel(TargetParameters, TiedWeights):
             self._injection.progress.close()
             del self._injection  # a progress bar cannot be copied or pickled with the model
         if loads:
-            config.awaits_weights = True  # if the load fails, the adapter is taken out again
+            config.awaits_weights = True  # until they are loaded; if that fails, the adapter is taken out again
 
     def _check_file(self, adapter_name: str, config: CloverConfig, tensors: dict[str, Tensor]) -> None:
         """Check the tensors that transformers loads next as peft's loads are, and load those that it does not know."""
@@ -184,9 +184,9 @@ class CloverModel(TargetParameters, TiedWeights):
         if not any(f"clover_S.{adapter_name}." in key for key in file):
             return  # no file here, or one with other names for modules, which transformers changes
         before = set(file)
-        take_file(self.model, layers, adapter_name, config, file)
+        check_and_complete(self.model, layers, adapter_name, config, file)
         self.model.load_state_dict({key: file[key] for key in file.keys() - before}, strict=False)
-        # `take_file` has checked that the file is complete: a report of these keys as missing would be false.
+        # `check_and_complete` has checked that the file is complete: a report of these keys as missing would be false.
         name = re.escape(adapter_name)
         leave_out_of_report(self.model, rf"\.clover_[UV]\.{name}\.", rf"\.({BASES_CHECKSUM}|{PACKED})\.")
 
@@ -236,7 +236,7 @@ class CloverModel(TargetParameters, TiedWeights):
                         f"call clover_peft.{function}(model, batches)"
                     )
         if bases is None and not now.is_meta and not now.bases_follow:
-            bases = frozen_tensors(self.model, layer.base_weight, specs, now.zero_blocks)
+            bases = compute_frozen_tensors(self.model, layer.base_weight, specs, now.zero_blocks)
         is_filled = bases is None and now.may_be_loaded and not now.is_meta  # later, from a file
         layer.update_layer(
             adapter_name,
@@ -258,10 +258,10 @@ class CloverModel(TargetParameters, TiedWeights):
         """As in peft, but the bases keep float32. Without autocast, S gets the dtype of the base weights."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for _, layer in clover_layers(self.model, adapter_name):
-            if not autocast_adapter_dtype and layer.weight.is_floating_point():
+            if not autocast_adapter_dtype:
                 for tensors in layer.trained_tensors(adapter_name).values():
                     for parameter in tensors.values():
-                        parameter.data = parameter.data.to(layer.weight.dtype)
+                        parameter.data = parameter.data.to(layer.base_weight.merge_dtype)
 
     # ------------------------------------------------------------------ merging
 
@@ -299,6 +299,7 @@ class CloverModel(TargetParameters, TiedWeights):
                     with onload_layer(layer):
                         layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
             result: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        spare_broadcasts(result, ())
         if is_tied and not self.get_model_config(result).get("tie_word_embeddings"):
             untie_whole(result)
         return result
@@ -401,6 +402,7 @@ class CloverModel(TargetParameters, TiedWeights):
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: CloverConfig, adapter_name: str, state_dict: dict, unwanted_adapter_names: list
     ) -> dict[str, Tensor]:
+        config.check()
         result = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         for name, layer in clover_layers(model, adapter_name):
             select_for_saving(name, layer, adapter_name, config, result)
@@ -417,7 +419,7 @@ class CloverModel(TargetParameters, TiedWeights):
         if config.recorded and not has_same_bases(layers, adapter_name, result):
             described.take_record_back()
         try:
-            take_file(model, layers, adapter_name, described, result)
+            check_and_complete(model, layers, adapter_name, described, result)
         except ValueError:
             trained = config.init_weights and any(layer.is_trained(adapter_name) for layer in layers.values())
             if isinstance(tuner, CloverModel) and config.awaits_weights and not trained:

@@ -153,7 +153,7 @@ class _Slice:
         """Slices of the same key are folded in one product."""
         kinds = tuple((name, t.shape, t.dtype, t.device) for name, t in self.tensors.items())
         may_invert = self.layer.output_is_kept([self.adapter_name])
-        return kinds, self.spec.replaces, self.layer.scaling[self.adapter_name], may_invert
+        return kinds, self.layer.scaling[self.adapter_name], may_invert
 
     def head_map(self) -> HeadMap:
         """The map, tied to S as the runtime hands it out."""
@@ -172,10 +172,10 @@ def _slices(layer: Any) -> list[_Slice]:
         tensors = layer.registered(name, spec)
         shapes = {"clover_S": spec.s_shape, **spec.base_shapes}
         whole = all(is_plain(tensor) and tensor.shape == shapes[attribute] for attribute, tensor in tensors.items())
-        if spec.is_factored or not whole or not tensors["clover_S"].requires_grad:
+        if spec.is_factored or not whole or not tensors["clover_S"].requires_grad:  # a truncated map is factored
             return []
         result.append(_Slice(layer, name, spec, tensors))
-    # Code of others that runs before the layer reads its tensors may write to them without a trace.
+    # A hook of others that runs before the layer reads its tensors may write to them, and torch may not count it.
     read = (layer, *(getattr(layer, attribute)[name] for one in result for attribute in one.tensors))
     return [] if any(module._forward_pre_hooks for module in read) else result
 
@@ -190,9 +190,9 @@ def _fold_all(slices: Iterable[_Slice]) -> None:
     for (*_, may_invert), group in groups.items():
         first = group[0]
         with torch.autocast(first.tensors["clover_S"].device.type, enabled=False):
-            read = {"clover_S", "clover_U", "clover_V"} | ({"clover_S0"} if first.spec.truncate else set())
             stacked = dict(first.tensors)  # of tensors that are not read, the dtype alone counts
-            stacked |= {name: torch.cat([one.tensors[name] for one in group]) for name in read & stacked.keys()}
+            read = {"clover_S", "clover_U", "clover_V"} & stacked.keys()
+            stacked |= {name: torch.cat([one.tensors[name] for one in group]) for name in read}
             matrices = first.spec.map(first.layer.scaled(first.adapter_name, BlockTensors.of(stacked)))
             matrices = matrices.unflatten(0, (len(group), -1))
             for one, matrix in zip(group, matrices, strict=True):

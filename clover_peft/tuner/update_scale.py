@@ -81,6 +81,11 @@ def update_sensitivities(
                 "set_adapter first"
             )
         layer.base_weight.check_not_repacked()
+        if any(tensor.is_inference() for tensor in layer.clover_S[adapter_name].parameters()):
+            raise ValueError(
+                f"{path}: expected tensors that take gradients, found inference tensors; make the adapter outside of "
+                "torch.inference_mode()"
+            )
     trained = [p for _, layer in layers for p in layer.clover_S[adapter_name].parameters()]
     if not all(parameter.requires_grad for parameter in trained):
         raise ValueError(
@@ -104,7 +109,7 @@ def update_sensitivities(
             if loss is None:
                 found = sorted(values.keys() - reader.defaults.keys())
                 raise ValueError(f"expected batches that give the model a loss, found {found}; add labels")
-            count = count_predictions(values)
+            count = count_predictions(model, values)
             # Of the sum, which keeps float16 gradients away from underflow; no parameter's `.grad` is touched.
             torch.autograd.grad(count * loss.float(), trained, allow_unused=True)
             predictions += count
@@ -153,9 +158,13 @@ class _Watch:
             return blocks.shape[1], found.square().sum((1, 2)).cpu().double()
 
 
-def count_predictions(values: Mapping[str, Any]) -> int:
+def count_predictions(model: nn.Module, values: Mapping[str, Any]) -> int:
     """How many predictions a batch's loss is the mean of: labels that count, else samples."""
     labels = values.get("labels")
     if isinstance(labels, Tensor):
+        inner: Any = inner_model(model)
+        is_decoder = any(kind in type(inner).__name__ for kind in ("CausalLM", "LMHead", "ConditionalGeneration"))
+        if is_decoder and not getattr(inner.config, "is_encoder_decoder", False):
+            labels = labels[:, 1:]  # which transformers shifts: no prediction is of the first token
         return int((labels != -100).sum())
     return next(len(value) for value in values.values() if isinstance(value, Tensor))

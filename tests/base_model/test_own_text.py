@@ -84,6 +84,15 @@ def test_a_model_that_writes_no_text_by_itself_is_refused(family):
         own_text(build(family))
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_rows_are_no_longer_than_the_model_has_positions(family):
+    model = build(family)
+    model.config.max_position_embeddings = 40
+    assert ids(own_text(model, rows=2)).shape == (2, 40)
+    with pytest.raises(ValueError, match="length: expected at most the 40 positions of the model, found 41"):
+        own_text(model, length=41)
+
+
 @pytest.mark.parametrize("number", ["rows", "length", "batch_size"])
 def test_numbers_that_are_too_small_are_refused(number):
     with pytest.raises(ValueError, match=rf"{number}: expected at least \d, found 0"):

@@ -229,19 +229,27 @@ class InPlace(QuantizationBackend):
     backend_name, supports_merge = "in place", True
 
     def get_base_weight(self, module):
-        return module.qweight.data
+        return module.qweight.data * module.scale
 
     def set_base_weight(self, module, weight):
         module.qweight.data.copy_(weight)
 
 
-def test_a_backend_that_cannot_be_unmerged_is_refused(monkeypatch):
+class Renewing(InPlace):
+    """A backend that puts a new packed weight in the place of the old one."""
+
+    def set_base_weight(self, module, weight):
+        module.qweight = nn.Parameter(weight)
+
+
+@pytest.mark.parametrize("backend", [InPlace, Renewing])
+def test_a_backend_that_cannot_be_unmerged_is_refused(backend, monkeypatch):
     module = nn.Linear(IN, OUT, bias=False)
-    module.qweight = module.weight
+    module.qweight, module.scale = module.weight, torch.ones(1)
     del module.weight
     base = BaseWeight(module, "model.q_proj")
-    monkeypatch.setattr(base, "backend", InPlace())
-    with pytest.raises(TypeError, match=r"model\.q_proj: .*in place backend.* wrote into the old one"):
+    monkeypatch.setattr(base, "backend", backend())
+    with pytest.raises(TypeError, match=r"model\.q_proj: .*in place backend.* changed the old one"):
         base.write(torch.ones(OUT, IN), None)
     assert not base.is_merged
 

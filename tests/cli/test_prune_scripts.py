@@ -666,8 +666,8 @@ def test_ratios_are_suggested_by_what_they_do_to_predictions(family, tmp_path, t
     shown = capsys.readouterr().out
     count = int(shown.partition("calibration: ")[2].split()[0])
     assert (
-        f"none was measured; that needs {count + 1} different windows of 48 tokens, one of them held out, and the "
-        f"text has {count}; pass more text, or --rows {count - 1} to hold one out" in shown
+        f"none was measured; that needs a window of 48 tokens besides the {count} that calibrate, and the text has no "
+        f"other; pass more text, or --rows {count - 1} to calibrate with one less" in shown
     )
     assert run(spectra_script, source, "--calibration", text, "--rows", count - 1, "--max-length", "48") == 0
     assert "suggested is the largest ratio" in capsys.readouterr().out

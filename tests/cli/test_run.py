@@ -93,13 +93,19 @@ def test_a_failing_program_keeps_its_traceback_and_code(folder, restored):
         clover_command.main(["run", "exits.py"])
 
 
+NO_MODULE = (
+    ": expected a module that can be run, found none; check the name, and that its package is installed in this "
+    "environment"
+)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["none.py"], "none.py: expected a script, found none; check the path, or pass -m to name a module"),
-        (["-m", "none"], "none: expected a module that can be run, found none; check the name"),
-        (["-m", "none.at.all"], "none.at.all: expected a module that can be run, found none; check the name"),
-        (["-m", "package"], "package: expected a module that can be run, found none; check the name"),
+        (["-m", "none"], "none" + NO_MODULE),
+        (["-m", "none.at.all"], "none.at.all" + NO_MODULE),
+        (["-m", "package"], "package" + NO_MODULE),
     ],
 )
 def test_a_missing_program_is_named_in_one_sentence(arguments, message, restored, capsys):

@@ -244,12 +244,14 @@ def test_ddp_does_not_send_the_bases(process_group, wrap):
 def test_what_others_keep_from_ddp_stays_kept():
     model = build("llama")
     model._ddp_params_and_buffers_to_ignore = ["model.norm.weight"]
-    get_peft_model(model, CloverConfig())
+    adapted = get_peft_model(model, CloverConfig())
     assert "model.norm.weight" in model._ddp_params_and_buffers_to_ignore
+    assert adapted.merge_and_unload()._ddp_params_and_buffers_to_ignore == ["model.norm.weight"]
 
 
 def test_nothing_of_the_model_is_kept_from_ddp_when_the_adapter_is_gone(process_group):
     plain = get_peft_model(build("llama"), CloverConfig()).unload()
+    assert not hasattr(plain, "_ddp_params_and_buffers_to_ignore")
     parallel = DistributedDataParallel(plain.requires_grad_(True))
     assert {id(p) for p in parallel._module_parameters} == {id(p) for p in plain.parameters()}
     assert {id(b) for b in parallel.modules_buffers} == {id(b) for b in plain.buffers()}

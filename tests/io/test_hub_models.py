@@ -19,6 +19,15 @@ def test_models_that_cannot_be_found(monkeypatch, tmp_path):
         hub_models.find_model("some/model")
 
 
+def test_a_folder_with_a_changed_model_is_not_called_by_the_name_of_the_original(tmp_path):
+    (tmp_path / "pruned").mkdir()
+    (tmp_path / "pruned" / "config.json").write_text("{}")
+    assert hub_models.find_model(str(tmp_path / "pruned")).describe() == "pruned, folder pruned, licence: not stated"
+    (tmp_path / "pruned" / "README.md").write_text("---\nbase_model: some/model\nlicense: mit\n---\n")
+    described = hub_models.find_model(str(tmp_path / "pruned")).describe()
+    assert described == "folder pruned, made from some/model, licence: mit"
+
+
 def test_a_folder_without_an_adapter_says_where_one_is(tmp_path, monkeypatch):
     for module in (hub_models, locate):
         monkeypatch.setattr(module, "hub_reachable", lambda: False)

@@ -180,7 +180,7 @@ def test_leading_directions_are_those_of_the_data(one_thread):
     assert shares[0] > shares[1]
 
 
-def test_what_cannot_be_done_is_refused_and_changes_nothing(one_thread):
+def test_what_cannot_be_done_is_refused_and_changes_nothing(one_thread, tmp_path):
     data = batches()
     model = adapted("llama", save_bases=False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -203,6 +203,12 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(one_thread):
         get_peft_model(build("llama"), CloverConfig(from_activations=True))
     with pytest.raises(ValueError, match="save_bases=False computes the bases again"):
         CloverConfig(from_activations=True, save_bases=False)
+    model = adapted("llama")
+    initialize_from_activations(model, data)
+    model.peft_config["default"].save_bases = False  # as may be done before the last save; the bases would be lost
+    with pytest.raises(ValueError, match="save_bases=False computes the bases again"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.rglob("*.safetensors"))
     with pytest.raises(ValueError, match="expected a model with this CLOVER adapter"):
         initialize_from_activations(get_peft_model(build("llama"), LoraConfig(target_modules=["v_proj"])), data)
     model = adapted("llama")

@@ -32,6 +32,14 @@ def test_maps_are_folded_once_a_sequence(folds, config):
     assert torch.equal(unfolded(adapted), first)
 
 
+def test_layers_without_an_active_adapter_keep_nothing():
+    adapted = two_adapters()
+    adapted.add_adapter("c", CloverConfig(target_modules=["v_proj"]))
+    adapted.set_adapter("c", inference_mode=True)
+    answer(adapted.eval())
+    assert {layer.name.rpartition(".")[2] for layer in layers(adapted) if len(layer._cache)} == {"v_proj"}
+
+
 def test_a_step_with_kept_maps_is_the_one_with_maps_folded_for_it():
     adapted = two_adapters()
     answer(adapted)

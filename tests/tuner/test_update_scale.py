@@ -15,7 +15,7 @@ from clover_peft import (
 )
 from clover_peft.tuner.combining import have_same_bases
 from clover_peft.tuner.layers import clover_layers
-from clover_peft.tuner.update_scale import SENSITIVITY, update_sensitivities
+from clover_peft.tuner.update_scale import SENSITIVITY, count_predictions, update_sensitivities
 from tests.support.tiny import TOLERANCE, VOCAB, build, inputs, logits, perturb, relative
 
 LANGUAGE = [
@@ -89,19 +89,20 @@ def test_sensitivity_by_the_plain_formula(one_thread):
     model = adapted("llama", torch.float64).eval()
     layer = dict(clover_layers(model.base_model.model))["model.layers.1.self_attn.v_proj"]
     spec = layer.specs["default"][0]
-    seen, tokens = {"z": [], "g": []}, 0
+    seen, tokens, predictions = {"z": [], "g": []}, 0, 0
     hook = layer.register_forward_hook(
         lambda m, i, o: (seen["z"].append(o.detach()), o.register_hook(seen["g"].append))[0]
     )
     for batch in batches():
         loss = model(**batch).loss
-        (loss * batch["labels"].numel()).backward()
+        (loss * batch["labels"][:, 1:].numel()).backward()  # the first token is not predicted
         tokens += batch["labels"].numel()
+        predictions += batch["labels"][:, 1:].numel()
     hook.remove()
     _, u, v, *_ = layer.tensors("default", spec)
     z, g = (torch.cat([x.flatten(0, 1) for x in seen[key]]).unflatten(-1, (-1, spec.size)) for key in ("z", "g"))
     c_z, e_g = torch.einsum("hrd,nhd->nhr", u, z), torch.einsum("hdr,nhd->nhr", v, g)
-    expected = (c_z.square().sum(0) / tokens).mean(-1) * (e_g.square().sum(0) / tokens).mean(-1)
+    expected = (c_z.square().sum(0) / tokens).mean(-1) * (e_g.square().sum(0) / predictions).mean(-1)
     model.zero_grad()
     found = update_sensitivities(model, batches())["model.layers.1.self_attn.v_proj", spec.name]
     torch.testing.assert_close(found, expected.sqrt())
@@ -234,6 +235,20 @@ def test_a_classifier_counts_samples(one_thread):
     torch.testing.assert_close(found, torch.full_like(found, SENSITIVITY), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize(("family", "first"), [("llama", 1), ("gpt2", 1), ("t5", 0)])
+def test_predictions_are_those_that_the_loss_is_the_mean_of(family, first, one_thread):
+    """A causal model shifts labels, and makes no prediction of the first token."""
+    model = adapted(family).eval()
+    batch = batches(1)[0]
+    labels = batch["labels"].clone()
+    labels[0, 3:9] = -100
+    batch["labels"] = labels
+    loss, logits = model(**batch)[:2]
+    logits = logits[:, : logits.shape[1] - first].flatten(0, 1)
+    total = torch.nn.functional.cross_entropy(logits, labels[:, first:].flatten(), reduction="sum")
+    assert float(total / loss) == pytest.approx(count_predictions(model, batch), rel=1e-5)
+
+
 def test_mode_hooks_and_gradients_stay(one_thread):
     model = adapted().train()
     balance_updates(model, batches())
@@ -242,6 +257,13 @@ def test_mode_hooks_and_gradients_stay(one_thread):
     for _, layer in clover_layers(model):
         assert not layer._forward_hooks
         assert not layer.base_layer._forward_hooks
+
+
+def test_an_adapter_of_inference_mode_is_refused(one_thread):
+    with torch.inference_mode():
+        model = adapted()
+        with pytest.raises(ValueError, match=r"outside of torch\.inference_mode\(\)"):
+            balance_updates(model, batches())
 
 
 def test_what_cannot_be_done_is_refused_and_changes_nothing(one_thread):

@@ -136,7 +136,7 @@ def balance_lora(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], adap
             hooked.enter_context(layer.register_forward_hook(after_layer))
         trained = [layer.lora_B[adapter_name].weight for layer in layers.values()]
         for batch in batches:
-            count = count_predictions(batch)
+            count = count_predictions(model, batch)
             torch.autograd.grad(count * model(**batch).loss.float(), trained)
             predictions += count
     if not predictions or any(not sums[0] for sums in (*inputs.values(), *gradients.values())):

@@ -74,6 +74,8 @@ def show_training(loss: dict[str, Any], steps: int) -> str:
     ends = [0, *(entry["step"] for entry in loss["log"])]  # a logged loss is the mean since the one before it
     n = eighth(len(ends) - 1)
     first, last = float(loss["first"]), float(loss["last"])
+    if len(ends) == 2:
+        return f"{first:.3f} (mean of steps 1 to {ends[1]})"
     return f"{first:.3f} (mean of steps 1 to {ends[n]}) -> {last:.3f} (mean of steps {ends[-n - 1] + 1} to {ends[-1]})"
 
 

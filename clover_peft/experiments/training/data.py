@@ -202,12 +202,11 @@ def _find(data: str | None) -> tuple[str, Iterable[Located]]:
 
 
 def _split(good: list[Row], source: str, rows: int | None, held_out: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """Draw the training and the held-out rows from formatted ones."""
-    wanted = held_out + (rows or 1)
-    lower = "lower held_out_rows=..." + (" or rows=... (rows=null takes all)" if rows else "")
-    if len(good) < wanted:
+    """Draw the training and the held-out rows from formatted ones: `rows` to train on, or all if there are fewer."""
+    if len(good) <= held_out:
         raise ValueError(
-            f"{source}: expected at least {wanted} good rows ({held_out} held out), found {len(good)}; {lower}"
+            f"{source}: expected more than {held_out} good rows, which are held out, found {len(good)}; lower "
+            "held_out_rows=..."
         )
     order = random.Random(seed).sample(range(len(good)), len(good))
     chosen = [good[i] for i in order[:held_out]]
@@ -215,11 +214,13 @@ def _split(good: list[Row], source: str, rows: int | None, held_out: int, seed: 
     known = {_asked(row) for row in chosen}
     candidates = (good[i] for i in order[held_out:])
     train = list(itertools.islice((row for row in candidates if _asked(row) not in known), rows))
-    if len(train) < (rows or 1):
+    if not train:
         raise ValueError(
-            f"{source}: expected {rows or 'some'} training rows, found {len(train)} that do not repeat a held-out "
-            f"prompt; {lower}"
+            f"{source}: expected training rows, found none that does not repeat a held-out prompt; lower "
+            "held_out_rows=..."
         )
+    if rows and len(train) < rows:
+        print(f"data: {len(train)} rows to train on, which are all there are; rows={rows} would take more")
     return train, chosen
 
 

@@ -19,7 +19,9 @@ class JobArguments:
         default=None,
         metadata={"help": "Prompt: chat, clover or llm_adapters; by default chat if the tokenizer has a template."},
     )
-    rows: int | None = field(default=None, metadata={"help": "Training rows to draw; by default all."})
+    rows: int | None = field(
+        default=None, metadata={"help": "Training rows to draw, all if there are fewer; by default all."}
+    )
     held_out_rows: int = field(
         default=64, metadata={"help": "Rows set aside, and evaluated before and after training."}
     )
