@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import shutil
 import warnings
@@ -10,9 +11,10 @@ import warnings
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from clover_peft import CloverConfig, CloverLayer
+from clover_peft import CloverConfig, CloverLayer, CloverModel
 from clover_peft.tuner.layers import clover_layers
 from tests.support.adapters import (
     FORMS,
@@ -282,3 +284,36 @@ def test_layer_status_sees_every_layer():
     assert len(model.get_layer_status()) == sum(isinstance(m, CloverLayer) for m in model.modules())
     model.merge_adapter()
     assert model.get_model_status().merged_adapters == ["a"]
+
+
+# Peft documents its methods without a leading underscore. A new version may rename these, and would then call its own.
+OVERRIDDEN = {
+    BaseTuner: (
+        "_prepare_adapter_config",
+        "_create_and_replace",
+        "_cast_adapter_dtype",
+        "_unload_and_optionally_merge",
+        "_replace_module",
+        "_get_adapter_state_dict",
+        "_remap_adapter_state_dict_for_load",
+        "_inject_parameters",
+        "_remove_adapter_name_from_key",
+        "_check_tied_modules",
+        "_check_merge_allowed",
+        "_add_modules_to_save_to_tie",
+        "_add_targets_to_tie",
+    ),
+    BaseTunerLayer: ("_move_adapter_to_device_of_base_layer",),
+}
+
+
+@pytest.mark.parametrize(("owner", "name"), [(owner, name) for owner, names in OVERRIDDEN.items() for name in names])
+def test_private_methods_of_peft_that_are_overridden_are_still_called_so(owner, name):
+    ours, theirs = getattr(CloverLayer if owner is BaseTunerLayer else CloverModel, name), getattr(owner, name)
+    assert ours is not theirs
+    assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters)
+
+
+def test_peft_calls_the_hooks_of_a_mixed_batch():
+    """Of any tuner that has a method of this name."""
+    assert "self.base_model._enable_peft_forward_hooks(" in inspect.getsource(PeftModel)
