@@ -401,7 +401,7 @@ def test_the_script_in_both_modes(given, tmp_path, capsys):
     assert "expected one of chat, clover, llm_adapters" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
     assert script.main([*common[:2], "--out", str(tmp_path / "new")]) == 2
-    assert "--data: expected a folder" in capsys.readouterr().err
+    assert "--data is needed without --harness: expected a folder" in capsys.readouterr().err
     assert script.main([*common, "--merge", "--out", str(tmp_path / "new")]) == 2
     assert "--merge: expected --adapter, found none to merge" in capsys.readouterr().err
     assert script.main([*common, "--harness", "mmlu", "--out", str(tmp_path / "new")]) == 2
