@@ -68,6 +68,7 @@ def check_and_complete(
     Warns of a base in another precision than in training, if rounding is much of the adapter's effect on it.
     """
     _unpack(layers, adapter_name, state)
+    _check_finite(state)
     if not (config.awaits_weights or weights_follow()):
         _complete(layers, adapter_name, state)
     for name, layer in layers.items():
@@ -219,7 +220,7 @@ def _check_tensors(
     state: dict[str, Tensor],
     folded: bool = False,
 ) -> None:
-    """Check that `state` has the expected attributes, with their shapes and finite numbers."""
+    """Check that `state` has the expected attributes, with their shapes."""
     if any(keys[attribute] not in state for attribute in expected) or (folded and keys["clover_S0"] in state):
         raise ValueError(
             f"{layer.name}: expected {sorted(expected)} in the adapter's file, found "
@@ -234,10 +235,17 @@ def _check_tensors(
                 f"{layer.name}: expected {attribute} of shape {shape}, found {tuple(value.shape)} in the adapter's "
                 f"file; load it onto the base model it was trained on ({config.base_model_name_or_path})"
             )
-        if not value.is_meta and not torch.isfinite(torch.stack(torch.aminmax(value))).all():
+
+
+def _check_finite(state: dict[str, Tensor]) -> None:
+    """Refuse numbers that are not finite, also in modules that are saved whole."""
+    for key, value in state.items():
+        has_numbers = value.is_floating_point() and value.numel() and not value.is_meta
+        if has_numbers and not torch.isfinite(torch.stack(torch.aminmax(value.detach()))).all():
+            path = key.removeprefix("base_model.model.").replace(".clover_", ": clover_")
             raise ValueError(
-                f"{layer.name}: {attribute} in the adapter's file has NaN or infinite values; the file is damaged or "
-                "its training diverged, use an earlier checkpoint"
+                f"{path} in the adapter's file has NaN or infinite values; the file is damaged or its training "
+                "diverged, use an earlier checkpoint"
             )
 
 

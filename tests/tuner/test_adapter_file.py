@@ -46,6 +46,16 @@ def _other_layers(tensors: dict[str, Tensor]) -> None:
         del tensors[key]
 
 
+def test_numbers_that_are_not_finite_are_found_in_trained_modules_too(tmp_path):
+    save_trained(tmp_path, modules_to_save=["lm_head"])
+    edit(
+        tmp_path,
+        lambda tensors: next(t for key, t in tensors.items() if "lm_head" in key).view(-1)[7].fill_(torch.nan),
+    )
+    with pytest.raises(ValueError, match=r"lm_head\S* in the adapter's file has NaN or infinite values"):
+        load(build("llama"), tmp_path)
+
+
 # name -> (damage done to a folder, the message): what the loader must not swallow.
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut short": (_cut, f"{WEIGHTS}: expected a whole safetensors file.*copy or download it again"),
@@ -68,7 +78,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
             lambda folder, part=part, value=value: edit(
                 folder, lambda tensors: first_tensor(tensors, part).view(-1)[5:6].fill_(float(value))
             ),
-            rf"layers\.1\.self_attn\.v_proj: clover_{part} in the adapter's file has NaN or infinite values",
+            rf"layers\.1\.self_attn\.v_proj: clover_{part}\S* in the adapter's file has NaN or infinite values",
         )
         for part in ("S", "U", "V", "S0")
         for value in ("nan", "inf")
@@ -148,7 +158,7 @@ def test_wrong_state_dict_does_not_replace_an_adapter(from_file: bool, tmp_path:
     perturb(model)
     state = get_peft_model_state_dict(trained_model(build("llama")))
     first_tensor(state, "S").view(-1)[3] = torch.nan
-    with kept(model), pytest.raises(ValueError, match=r"layers\.1\.self_attn\.v_proj: clover_S .*NaN"):
+    with kept(model), pytest.raises(ValueError, match=r"layers\.1\.self_attn\.v_proj: clover_S.*NaN"):
         set_peft_model_state_dict(model, state)
 
 
