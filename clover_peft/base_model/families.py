@@ -317,12 +317,17 @@ def owner_of(model: nn.Module, path: str) -> tuple[Family | None, str | None, An
 
     Each tower of a multimodal model has a config of its own.
     """
+    owner = _owner(model, path)
+    if owner is None or (model_type := _type_of(owner)) is None:
+        return None, None, None
+    return FAMILIES.get(model_type), model_type, getattr(owner, "config", None)
+
+
+def _owner(model: nn.Module, path: str) -> nn.Module | None:
+    """The nearest module above `path` that is a model."""
     parts = path.split(".")
-    for depth in range(len(parts) - 1, -1, -1):
-        module = model.get_submodule(".".join(parts[:depth]))
-        if (model_type := _type_of(module)) is not None:
-            return FAMILIES.get(model_type), model_type, getattr(module, "config", None)
-    return None, None, None
+    above = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) - 1, -1, -1))
+    return next((module for module in above if _type_of(module) is not None), None)
 
 
 def _type_of(module: nn.Module) -> str | None:
@@ -335,10 +340,8 @@ def _type_of(module: nn.Module) -> str | None:
 
 def wraps_known_models(model: nn.Module, path: str) -> bool:
     """Whether the model that owns `path` contains models of known families, as one that joins two towers does."""
-    parts = path.split(".")
-    owners = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) - 1, -1, -1))
-    owner = next(module for module in owners if _type_of(module) is not None)
-    return any(_type_of(module) in FAMILIES for module in owner.modules())
+    owner = _owner(model, path)
+    return owner is not None and any(_type_of(module) in FAMILIES for module in owner.modules())
 
 
 def find_suffix(path: str, names: Iterable[str]) -> str | None:
