@@ -180,7 +180,9 @@ def train(kind: str, base: Path, out: Path, seed: int, steps: int, resume: bool)
     else:
         model, arguments = get_peft_model(model, config), hf.TrainingArguments(**settings, label_names=["labels"])
         trainer = hf.Trainer(model, arguments, lambda rows: collate(kind, base, rows), rows)
-    trainer.train(resume_from_checkpoint=resume)
+    # The kill may have come while the next checkpoint was written, which transformers would take.
+    whole = sorted(out.glob("checkpoint-*/trainer_state.json"), key=lambda file: int(file.parent.name.split("-")[1]))
+    trainer.train(resume_from_checkpoint=str(whole[-1].parent) if resume else None)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     _expect(losses[-1] < losses[0], f"losses: {losses}")
     trainer.save_model(out / "adapter")
