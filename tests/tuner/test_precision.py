@@ -85,3 +85,14 @@ def test_autocast_stays_within_its_precision_of_float32():
     for name, grad in grads.items():
         assert rough_grads[name].dtype == torch.float32
         assert relative(rough_grads[name], grad) < 2 * TOLERANCE[torch.bfloat16]
+
+
+def test_s_is_not_stored_in_the_eight_bits_of_its_base(tmp_path):
+    get_peft_model(build("llama"), CloverConfig(target_modules=["v_proj"])).save_pretrained(tmp_path)
+    base = build("llama")
+    for layer in base.model.layers:
+        weight = layer.self_attn.v_proj.weight.detach().to(torch.float8_e4m3fn)
+        layer.self_attn.v_proj.weight = torch.nn.Parameter(weight, requires_grad=False)
+    model = PeftModel.from_pretrained(base, tmp_path, autocast_adapter_dtype=False)
+    trained = {parameter.dtype for name, parameter in model.named_parameters() if "clover_S" in name}
+    assert trained == {torch.float32}
